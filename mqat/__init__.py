@@ -1,0 +1,3 @@
+"""mqat: quantization-aware training for Megatron-Core."""
+
+__version__ = "0.1.0"

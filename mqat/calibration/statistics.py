@@ -1,0 +1,112 @@
+"""Calibration: watch unquantized activations, merge over ranks once, freeze every scale.
+
+The forward passes are layout-exact (`parallel/exact.py`) and every statistic merges exactly, so the
+same sequences give bit-equal scales at any TP, PP, DP, with and without sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mqat.parallel.linear import QuantizedLinear, quantized_linears, weight_amax_spans_ranks
+from mqat.parallel.reduce import all_reduce_fused_
+from mqat.quant.functional import compute_amax
+from mqat.runtime.groups import agree
+
+
+@contextmanager
+def exact_forward(linears: dict[str, QuantizedLinear]) -> Iterator[None]:
+    """Layout-exact, unquantized GEMMs inside the context, under `torch.no_grad()`."""
+    for linear in linears.values():
+        linear.begin_calibration()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for linear in linears.values():
+            linear.end_calibration()
+
+
+def _weight_amax(linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+    return {
+        name: compute_amax(linear.weight, linear.weight_quantizer.scheme.granularity)
+        for name, linear in linears.items()
+        if linear.weight_quantizer is not None
+    }
+
+
+def calibrate(
+    model: Any,
+    run_batches: Callable[[], None],
+    *,
+    group: dist.ProcessGroup,
+    method: str = "max",
+    percentile: float = 99.9999,
+) -> None:
+    """Freezes every quantizer of `model` at the scale found for it.
+
+    Args:
+        model: Chunk or list of chunks of this rank, with quantized linears.
+        run_batches: Runs the forward passes of the calibration set (forward only, all ranks).
+        group: All ranks that hold parts of the same layers: TP x DP x CP of one pipeline stage.
+        method: `max`, or `percentile` for inputs (weights always use their maximum).
+        percentile: In (0, 100].
+
+    Raises:
+        ValueError: On every rank: NaN or infinite values, or a linear that no token reached; names
+            the linear.
+    """
+    linears = quantized_linears(model)
+    observed = {n: x for n, x in linears.items() if x.input_quantizer is not None}
+    for linear in observed.values():
+        assert linear.input_quantizer is not None
+        linear.input_quantizer.start_observing(method)
+    with exact_forward(linears):
+        run_batches()
+        overflow = {
+            name: linear.overflow.float()
+            for name, linear in linears.items()
+            if linear.overflow is not None
+        }
+    amax = _weight_amax(linears)
+    observers = {
+        name: linear.input_quantizer.observer
+        for name, linear in observed.items()
+        if linear.input_quantizer is not None and linear.input_quantizer.observer is not None
+    }
+    spanning = [amax[name] for name in amax if weight_amax_spans_ranks(linears[name])]
+    maxima = [*spanning, *overflow.values(), *(o.statistics for o in observers.values())]
+    all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
+    if method == "percentile":
+        histograms = [observer.histogram for observer in observers.values()]
+        all_reduce_fused_(histograms, dist.ReduceOp.SUM, group)
+
+    error: Exception | None = None
+    try:
+        for name in linears:
+            if name in observers:
+                observers[name].check(name)
+            if overflow[name].item():
+                raise ValueError(
+                    f"{name}: output is NaN, infinite or above 2**20 during calibration. Check the "
+                    "weights of this layer and the calibration text; the model may have diverged."
+                )
+            if name in amax and not bool(amax[name].isfinite().all()):
+                raise ValueError(f"{name}: weight holds NaN or infinite values; restore another "
+                                 "checkpoint.")
+    except ValueError as caught:
+        error = caught
+    agree(error)
+
+    for name, linear in linears.items():
+        if linear.weight_quantizer is not None:
+            linear.weight_quantizer.freeze_(amax[name])
+        if linear.input_quantizer is not None:
+            share = percentile if method == "percentile" else None
+            linear.input_quantizer.freeze_(observers[name].amax(share))

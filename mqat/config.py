@@ -1,0 +1,274 @@
+"""A run's configuration: typed sections with NeMo's key names, and the strict loader.
+
+Precedence: `key=value` on the command line over the YAML file over the defaults here. An unknown key
+is an error that suggests the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass
+class TrainerConfig:
+    """How long, on how many processes, in which precision."""
+
+    devices: int | None = None  # processes per node; None: whatever torchrun started
+    num_nodes: int = 1
+    precision: str = "auto"  # bf16, 32, or auto: bf16 where the device multiplies it natively
+    max_steps: int = 100
+    val_check_interval: int = 0  # steps; 0: only at the end of a phase
+    limit_val_samples: int | None = None
+    gradient_clip_val: float = 1.0
+    seed: int = 1234
+
+
+@dataclass
+class SchedulerConfig:
+    """Learning-rate schedule, in optimizer steps."""
+
+    name: str = "CosineAnnealing"  # or "constant"
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = 1e-5
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    sched: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+
+@dataclass
+class DataConfig:
+    """Training and validation files, or the name of a packaged text."""
+
+    train: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    packaged: str | None = None  # "wikipedia" or "python_docs": text that installs from packages
+    format: str = "text"  # text or sft
+    seq_length: int = 512
+    bad_lines: str = "error"  # or "skip": bad lines are counted and left out
+
+
+@dataclass
+class ArchitectureConfig:
+    """A Llama-shaped model to train from random weights."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 4
+    num_attention_heads: int = 8
+    num_query_groups: int = 4
+    head_dim: int | None = None
+    vocab_size: int = 2048
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = True
+
+
+@dataclass
+class PretrainConfig:
+    """Unquantized training before quantization; needed when starting from random weights."""
+
+    max_steps: int = 0
+    lr: float = 3e-3
+
+
+@dataclass
+class ModelConfig:
+    """Where the weights come from, how they are split, and how they are trained."""
+
+    restore_from_path: str | None = None  # HF directory, .gguf, or mqat checkpoint
+    packaged: str | None = None  # "smollm2": the model that installs from a package
+    architecture: ArchitectureConfig | None = None
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    sequence_parallel: bool = False
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    activations_checkpoint_granularity: str | None = None  # selective or full
+    activations_checkpoint_num_layers: int = 1
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimizerConfig = field(default_factory=OptimizerConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+
+@dataclass
+class RuleConfig:
+    """A name pattern and the algorithm of the linears that match it; the first match wins."""
+
+    pattern: str
+    algorithm: str | None = None
+
+
+@dataclass
+class QuantizationConfig:
+    """What is quantized, how scales are found, and when fake quantization starts."""
+
+    algorithm: str | None = "int8"
+    group_size: int = 128
+    rules: list[RuleConfig] = field(default_factory=list)
+    calibrator: str = "max"  # or percentile
+    percentile: float = 99.9999
+    num_calib_size: int = 16  # sequences
+    fake_quant_after_n_steps: int = 0
+    decoder_type: str = "llama"
+    compare_with_finetuned: bool = True  # also train the unquantized model for as many steps
+
+
+@dataclass
+class ExportConfig:
+    """The directory for serving; nothing is exported while `format` is null."""
+
+    format: str | None = "trtllm"
+    decoder_type: str = "llama"
+    inference_tensor_parallel: int = 1
+    inference_pipeline_parallel: int = 1
+    dtype: str = "bfloat16"
+    save_path: str | None = None  # default: <exp_dir>/trtllm
+    verify: bool = True
+
+
+@dataclass
+class ExperimentConfig:
+    """The run directory and what is written to it."""
+
+    exp_dir: str = "runs/qat"
+    resume_if_exists: bool = False
+    checkpoint_interval: int = 0  # steps; 0: only at the end of a phase
+    create_tensorboard_logger: bool = True
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_tokens: int = 24
+
+
+@dataclass
+class RunConfig:
+    """Everything about a run."""
+
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    exp_manager: ExperimentConfig = field(default_factory=ExperimentConfig)
+
+
+_CHOICES = {
+    "trainer.precision": ("auto", "bf16", "32"),
+    "model.optim.sched.name": ("CosineAnnealing", "constant"),
+    "model.data.format": ("text", "sft"),
+    "model.data.bad_lines": ("error", "skip"),
+    "model.data.packaged": (None, "wikipedia", "python_docs"),
+    "model.packaged": (None, "smollm2"),
+    "model.activations_checkpoint_granularity": (None, "selective", "full"),
+    "quantization.calibrator": ("max", "percentile"),
+    "quantization.decoder_type": ("llama",),
+    "export.format": (None, "trtllm"),
+    "export.decoder_type": ("llama",),
+    "export.dtype": ("bfloat16", "float16", "float32"),
+}
+
+_MINIMUM = {
+    "trainer.max_steps": 0,
+    "trainer.num_nodes": 1,
+    "model.tensor_model_parallel_size": 1,
+    "model.pipeline_model_parallel_size": 1,
+    "model.micro_batch_size": 1,
+    "model.global_batch_size": 1,
+    "model.data.seq_length": 2,
+    "quantization.num_calib_size": 1,
+    "quantization.fake_quant_after_n_steps": 0,
+    "export.inference_tensor_parallel": 1,
+    "export.inference_pipeline_parallel": 1,
+}
+
+
+def _check_keys(given: Any, schema: Any, path: str) -> None:
+    """Unknown keys, with the nearest known one; `schema` is a dataclass type or an instance."""
+    if not isinstance(given, Mapping):
+        return
+    known = {f.name: f for f in fields(schema)}
+    for key, value in given.items():
+        full = f"{path}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {path}{near[0]!s}?" if near else f"known keys: {sorted(known)}."
+            raise ValueError(f"config: unknown key {full!r}; {hint}")
+        nested = ArchitectureConfig if full == "model.architecture" else None
+        default = getattr(schema, key, None) if not isinstance(schema, type) else None
+        if nested is None and is_dataclass(default):
+            nested = type(default)
+        if nested is not None:
+            _check_keys(value, nested(), f"{full}.")
+
+
+def _lookup(config: RunConfig, dotted: str) -> Any:
+    value: Any = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check_values(config: RunConfig) -> None:
+    for key, choices in _CHOICES.items():
+        value = _lookup(config, key)
+        if value not in choices:
+            allowed = ", ".join("null" if choice is None else choice for choice in choices)
+            raise ValueError(f"config: {key}={value!r} is not one of: {allowed}.")
+    for key, minimum in _MINIMUM.items():
+        if _lookup(config, key) < minimum:
+            raise ValueError(f"config: {key}={_lookup(config, key)} must be at least {minimum}.")
+    quantization = config.quantization
+    if not 0 < quantization.percentile <= 100:
+        raise ValueError(
+            f"config: quantization.percentile={quantization.percentile} must be in (0, 100]; "
+            "99.99 keeps all but one value in 10,000."
+        )
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Defaults, then a YAML file, then `section.key=value` overrides.
+
+    Raises:
+        ValueError: Unreadable file, unknown key, wrong type or value; the message names the key.
+    """
+    layers: list[Any] = []
+    if path is not None:
+        try:
+            layers.append(OmegaConf.load(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"config file {path}: {error}.") from error
+        except Exception as error:  # the YAML library's own error types
+            raise ValueError(f"config file {path}: not valid YAML: {error}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"argument {override!r}: expected section.key=value.")
+    try:
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        for layer in layers:
+            _check_keys(OmegaConf.to_container(layer, resolve=True), RunConfig(), "")
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *layers)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        message = str(error).splitlines()[0]
+        key = getattr(error, "full_key", None)
+        raise ValueError(f"config: {key}: {message}" if key else f"config: {message}") from error
+    assert isinstance(config, RunConfig)
+    _check_values(config)
+    return config
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, as written to `<exp_dir>/config.yaml`."""
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -1,0 +1,138 @@
+"""The Llama family: what its configuration says, and what its tensors are called elsewhere.
+
+Names are data. `{i}` is the layer number; a fused Megatron tensor lists its Hugging Face parts in
+row order. Sources: transformers `modeling_llama.py`, Megatron-Core `gpt_model.py`, and the
+TensorRT-LLM checkpoint layout (`docs/source/legacy/architecture/checkpoint.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+HF_EMBEDDING = "model.embed_tokens.weight"
+HF_FINAL_NORM = "model.norm.weight"
+HF_LM_HEAD = "lm_head.weight"
+HF_LAYER = "model.layers.{i}."
+
+# Megatron-Core parameter (after `decoder.layers.N.`) -> Hugging Face tensors (after `HF_LAYER`).
+HF_LAYER_TENSORS: dict[str, tuple[str, ...]] = {
+    "input_layernorm.weight": ("input_layernorm.weight",),
+    "self_attention.linear_qkv.weight": (
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    ),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+
+# The linears of a layer, in the order of the forward pass; quantization policies name these.
+LINEARS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a Llama-family decoder; all sizes are global, before any parallel split."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that no layout can make work."""
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_query_groups={self.num_query_groups} (num_key_value_heads in Hugging Face)."
+            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"model.{field.name}={value}: must be at least 1.")
+
+    @property
+    def qkv_out_features(self) -> int:
+        """Rows of the fused query/key/value weight."""
+        return (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """Global (out_features, in_features) of one of `LINEARS`."""
+        attention_width = self.num_attention_heads * self.head_dim
+        return {
+            "self_attention.linear_qkv": (self.qkv_out_features, self.hidden_size),
+            "self_attention.linear_proj": (self.hidden_size, attention_width),
+            "mlp.linear_fc1": (2 * self.intermediate_size, self.hidden_size),
+            "mlp.linear_fc2": (self.hidden_size, self.intermediate_size),
+        }[linear]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form, as stored in `mqat.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LlamaConfig:
+        """Inverse of `to_dict`; an unknown or missing key is a ValueError."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"model: unknown keys {unknown}; known keys are {sorted(known)}.")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"model: {error}.") from error
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
+        """From a Hugging Face `config.json` object (transformers 4 and 5 spellings of RoPE).
+
+        Raises:
+            ValueError: Not a Llama-architecture model, or it uses a feature that is not built
+                (attention or MLP biases, another activation).
+        """
+        if hf.get("model_type") != "llama":
+            raise ValueError(
+                f"model_type={hf.get('model_type')!r}: only the Llama family ('llama') is "
+                "supported; convert the checkpoint to LlamaForCausalLM if it is equivalent."
+            )
+        refused = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+        for key, required in refused.items():
+            if hf.get(key, required) != required:
+                raise ValueError(f"{key}={hf[key]!r}: only {required!r} is supported.")
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            raise ValueError(f"rope_type={rope_type!r}: only 'default' and 'llama3' are supported.")
+        heads = int(hf["num_attention_heads"])
+        return cls(
+            vocab_size=int(hf["vocab_size"]),
+            hidden_size=int(hf["hidden_size"]),
+            intermediate_size=int(hf["intermediate_size"]),
+            num_layers=int(hf["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_query_groups=int(hf.get("num_key_value_heads") or heads),
+            head_dim=int(hf.get("head_dim") or int(hf["hidden_size"]) // heads),
+            rms_norm_eps=float(hf["rms_norm_eps"]),
+            rope_theta=float(theta),
+            rope_scaling=rope if rope_type == "llama3" else None,
+            max_position_embeddings=int(hf["max_position_embeddings"]),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        )

@@ -1,0 +1,74 @@
+"""Quantizer scales as sharded checkpoint tensors, so that TP, PP and DP may change on load.
+
+They live beside the model under `quantizers.<linear>.{weight,input}_scale`; the model's own keys
+stay exactly Megatron's, and such a checkpoint still loads into an unquantized Megatron model.
+
+| scale of                     | global shape      | cut over TP                               |
+|------------------------------|-------------------|-------------------------------------------|
+| any input, per-tensor weight | (1,)              | replicated                                |
+| column-parallel, per channel | (O,)              | dim 0, gate and up separately             |
+| column-parallel, per group   | (O, G)            | dim 0, gate and up separately             |
+| row-parallel, per channel    | (O,)              | replicated                                |
+| row-parallel, per group      | (O, G)            | dim 1                                     |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from torch import Tensor
+
+from mqat.parallel.linear import QuantColumnParallelLinear, QuantizedLinear, quantized_linears
+from mqat.quant.granularity import PerGroup, PerTensor
+
+
+def _tp_axis(linear: QuantizedLinear, kind: str) -> int | None:
+    """Dimension of the scale that is cut over TP; None when every rank holds the same scale."""
+    if kind == "input":
+        return None
+    granularity = linear.quantizers[kind].scheme.granularity
+    if isinstance(granularity, PerTensor):
+        return None
+    if isinstance(linear, QuantColumnParallelLinear):
+        return 0
+    return 1 if isinstance(granularity, PerGroup) else None
+
+
+def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[str, Any]:
+    """Sharded entries for the scales of every frozen quantizer in `model` (or list of chunks).
+
+    Args:
+        model: Holds quantized linears.
+        dp_group: Data-parallel group (with context parallel): its first rank writes.
+
+    Returns:
+        Key -> ShardedTensor (or factory, for fused gate/up), to merge into the model's own
+        `sharded_state_dict()` before saving, or to load into.
+    """
+    state: dict[str, Any] = {}
+    for name, linear in quantized_linears(model).items():
+        tp_rank, tp_size = linear.tp_group.rank(), linear.tp_group.size()
+        for kind, quantizer in linear.quantizers.items():
+            key = f"quantizers.{name}.{kind}_scale"
+            axis = _tp_axis(linear, kind)
+            offsets = [] if axis is None else [(axis, tp_rank, tp_size)]
+            entry = ShardedTensor.from_rank_offsets(
+                key,
+                quantizer.scale,
+                *offsets,
+                replica_id=(0, tp_rank if axis is None else 0, dp_group.rank()),
+            )
+            if linear.parts == 2 and axis == 0:
+                entry = apply_swiglu_sharded_factory(entry, ())
+            state[key] = entry
+    return state
+
+
+def load_quantizer_state_(model: Any, state: dict[str, Tensor]) -> None:
+    """Freezes every quantizer at the scale loaded for it; the inverse of the above."""
+    for name, linear in quantized_linears(model).items():
+        for kind, quantizer in linear.quantizers.items():
+            quantizer.load_scale_(state[f"quantizers.{name}.{kind}_scale"])

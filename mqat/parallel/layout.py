@@ -1,0 +1,115 @@
+"""Which global rows and columns of a linear's weight a tensor-parallel rank owns. Pure arithmetic.
+
+Fused weights are cut part by part: chunking `[gate; up]` or `[q; k; v]` naively loads, runs, and is
+wrong. Legend: rank `r` of `tp`; `H` hidden, `F` intermediate, `d` head size, `h` heads, `kv` groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.quant.granularity import PerGroup
+from mqat.quant.scheme import LinearScheme
+
+ROW_PARALLEL = ("self_attention.linear_proj", "mlp.linear_fc2")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of one unfused weight: part number in the fused tensor, global rows and columns."""
+
+    part: int
+    rows: slice
+    cols: slice
+
+
+def linear_of(name: str) -> str:
+    """`decoder.layers.7.mlp.linear_fc1` -> `mlp.linear_fc1`."""
+    return name.split(".", 3)[3]
+
+
+def shard_count(model: LlamaConfig) -> int:
+    """Largest tensor-parallel size that cuts every linear evenly; every valid size divides it."""
+    return math.gcd(model.num_query_groups, model.num_attention_heads, model.intermediate_size)
+
+
+def local_pieces(model: LlamaConfig, linear: str, rank: int, tp: int) -> list[Piece]:
+    """Pieces whose rows, concatenated in this order, are the local weight of `linear`.
+
+    `self_attention.linear_qkv` follows Megatron's order: per query group its query heads, its key
+    head, its value head (megatron/core/transformer/attention.py, get_query_key_value_tensors).
+    """
+    everything = slice(None)
+    if linear in ROW_PARALLEL:
+        columns = model.linear_shape(linear)[1] // tp
+        return [Piece(0, everything, slice(rank * columns, (rank + 1) * columns))]
+    if linear == "mlp.linear_fc1":
+        rows = model.intermediate_size // tp
+        return [Piece(part, slice(rank * rows, (rank + 1) * rows), everything) for part in (0, 1)]
+    groups = model.num_query_groups // tp
+    query_rows = model.num_attention_heads // model.num_query_groups * model.head_dim
+    pieces = []
+    for group in range(rank * groups, (rank + 1) * groups):
+        for part, rows in ((0, query_rows), (1, model.head_dim), (2, model.head_dim)):
+            pieces.append(Piece(part, slice(group * rows, (group + 1) * rows), everything))
+    return pieces
+
+
+def check_parallel_sizes(model: LlamaConfig, *, tp: int, pp: int, virtual_pp: int = 1) -> None:
+    """Refuses layouts that would not cut the model evenly.
+
+    Raises:
+        ValueError: Names the size that is not divisible, and the sizes that would work.
+    """
+    valid = [n for n in range(1, shard_count(model) + 1) if shard_count(model) % n == 0]
+    for size_name in ("num_attention_heads", "num_query_groups", "intermediate_size"):
+        size = getattr(model, size_name)
+        if size % tp:
+            raise ValueError(
+                f"tensor_model_parallel_size={tp} does not divide {size_name}={size}; "
+                f"tensor-parallel sizes that fit this model: {valid}."
+            )
+    stages = pp * virtual_pp
+    if model.num_layers % stages:
+        fitting = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
+        raise ValueError(
+            f"pipeline_model_parallel_size={pp} x virtual_pipeline_model_parallel_size="
+            f"{virtual_pp} does not divide num_layers={model.num_layers}; "
+            f"numbers of stages that fit: {fitting}."
+        )
+
+
+def check_group_sizes(
+    model: LlamaConfig, layers: Mapping[str, LinearScheme], *, tp: int, purpose: str
+) -> None:
+    """Refuses weight groups that would cross a row-parallel cut at tensor-parallel size `tp`.
+
+    Args:
+        model: Global sizes.
+        layers: Full linear name -> scheme, quantized linears only.
+        tp: Tensor-parallel size of training or of inference.
+        purpose: Config key that set `tp`, for the message.
+
+    Raises:
+        ValueError: Names the linear, its local width, and the group sizes that fit.
+    """
+    for name, scheme in layers.items():
+        granularity = scheme.weight.granularity if scheme.weight else None
+        linear = linear_of(name)
+        if linear not in LINEARS:
+            raise ValueError(f"{name}: not a linear of this model; known are {list(LINEARS)}.")
+        if not isinstance(granularity, PerGroup) or linear not in ROW_PARALLEL or tp == 1:
+            continue
+        in_features = model.linear_shape(linear)[1]
+        local = in_features // tp
+        if local % granularity.size:
+            fitting = [size for size in (32, 64, 128, 256) if local % size == 0]
+            raise ValueError(
+                f"{name}: group_size={granularity.size} does not divide "
+                f"in_features_per_partition={local} (in_features={in_features}, {purpose}={tp}). "
+                "Groups of a row-parallel weight may not cross ranks; choose a group size that "
+                f"divides {local} (of the usual ones: {fitting or 'none'}), or a smaller {purpose}."
+            )

@@ -1,0 +1,177 @@
+"""Column- and row-parallel linears that compute with quantized operands.
+
+Sharding and collectives stay in Megatron's classes; the seam is `_forward_impl`. Per-tensor input
+scales make quantizing before the sequence-parallel gather give the same values for 1/tp of the work.
+A linear is in one of two modes:
+
+- normal: both operands pass through their quantizers (identity until frozen and enabled), then
+  Megatron's GEMM with its autograd function; the straight-through gradient is the quantizers' own.
+- calibrating (no gradient): unquantized, layout-exact GEMMs (`exact.py`) under observation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from mqat.parallel.exact import fixed_point_linear, from_fixed_point, tiled_linear
+from mqat.quant.granularity import PerChannel, PerGroup
+from mqat.quant.quantizer import Quantizer
+from mqat.quant.scheme import LinearScheme
+
+
+class QuantizedLinear(torch.nn.Module):
+    """What both linears share: the quantizers, the mode, and the quantized GEMM.
+
+    Attributes:
+        quantized_name: Global name, such as `decoder.layers.3.mlp.linear_fc1`.
+        weight_quantizer: None when the scheme leaves weights alone; likewise `input_quantizer`.
+        parts: Number of weights fused along the output rows that are cut separately (gate, up).
+    """
+
+    weight: Tensor
+    tp_group: Any
+    config: Any
+
+    def attach_quantizers(
+        self, name: str, scheme: LinearScheme | None, num_shards: int, parts: int
+    ) -> None:
+        """Called once by the constructors, after Megatron has made the weight.
+
+        Raises:
+            ValueError: `gradient_accumulation_fusion` is on: it writes to `weight.main_grad`, which
+                a fake-quantized copy of the weight does not have.
+        """
+        if scheme is not None and self.config.gradient_accumulation_fusion:
+            raise ValueError(
+                f"{name}: gradient_accumulation_fusion=True cannot be combined with quantization, "
+                "because the fused kernel bypasses the straight-through gradient; set it to False."
+            )
+        self.quantized_name = name
+        self.parts = parts
+        self.num_tiles = num_shards // self.tp_group.size()
+        self.is_calibrating = False
+        self.overflow: Tensor | None = None
+        self.weight_quantizer: Quantizer | None = None
+        self.input_quantizer: Quantizer | None = None
+        if scheme is not None and scheme.weight is not None:
+            shape = tuple(self.weight.shape)
+            self.weight_quantizer = Quantizer(scheme.weight, shape, f"{name}.weight")
+        if scheme is not None and scheme.input is not None:
+            self.input_quantizer = Quantizer(scheme.input, None, f"{name}.input")
+        self.to(self.weight.device)
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        """The quantizers that exist: `weight`, `input`, or both."""
+        found = {"weight": self.weight_quantizer, "input": self.input_quantizer}
+        return {kind: quantizer for kind, quantizer in found.items() if quantizer is not None}
+
+    def begin_calibration(self) -> None:
+        """Switches to layout-exact, unquantized GEMMs and clears the overflow flag."""
+        self.is_calibrating = True
+        self.overflow = torch.zeros((), dtype=torch.bool, device=self.weight.device)
+
+    def end_calibration(self) -> None:
+        """Back to the normal mode."""
+        self.is_calibrating = False
+        self.overflow = None
+
+    def quantized_operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Both operands after their quantizers; bit-equal to what a server dequantizes."""
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        if self.weight_quantizer is not None:
+            weight = self.weight_quantizer(weight)
+        return x, weight
+
+
+class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type: ignore[misc]
+    """`ColumnParallelLinear` with quantized operands; takes the same arguments, and four more.
+
+    Args:
+        *args: As for Megatron's `ColumnParallelLinear`.
+        name: Global name of this linear.
+        scheme: What to quantize; None leaves the linear unquantized (but still calibratable).
+        num_shards: Largest tensor-parallel size of the model (`layout.shard_count`).
+        parts: 2 for a fused gate/up weight, otherwise 1.
+        **kwargs: As for Megatron's `ColumnParallelLinear`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        name: str,
+        scheme: LinearScheme | None,
+        num_shards: int,
+        parts: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        ColumnParallelLinear.__init__(self, *args, **kwargs)
+        self.attach_quantizers(name, scheme, num_shards, parts)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_calibrating:
+            return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
+        if self.input_quantizer is not None:
+            self.input_quantizer(input)
+        if self.sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        return tiled_linear(input, weight, self.num_tiles * self.parts)
+
+
+class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignore[misc]
+    """`RowParallelLinear` with quantized operands; arguments as for `QuantColumnParallelLinear`."""
+
+    def __init__(
+        self, *args: Any, name: str, scheme: LinearScheme | None, num_shards: int, **kwargs: Any
+    ) -> None:
+        RowParallelLinear.__init__(self, *args, **kwargs)
+        self.attach_quantizers(name, scheme, num_shards, parts=1)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_calibrating:
+            return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
+        if self.input_quantizer is not None:
+            self.input_quantizer(input)
+        partial, overflow = fixed_point_linear(input, weight, self.num_tiles)
+        assert self.overflow is not None, "begin_calibration() creates the flag"
+        self.overflow |= overflow
+        return partial
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's; in calibration the integer sum over ranks is turned back into floats."""
+        output, bias = super().forward(input_)
+        if self.is_calibrating:
+            output = from_fixed_point(output, input_.dtype)
+        return output, bias
+
+
+def quantized_linears(model: Any) -> dict[str, QuantizedLinear]:
+    """Linears of this rank by global name, for a model or a list of pipeline chunks."""
+    chunks = model if isinstance(model, (list, tuple)) else [model]
+    return {
+        module.quantized_name: module
+        for chunk in chunks
+        for module in chunk.modules()
+        if isinstance(module, QuantizedLinear)
+    }
+
+
+def weight_amax_spans_ranks(linear: QuantizedLinear) -> bool:
+    """Whether a weight's amax must be the maximum over the tensor-parallel group (style.md table).
+
+    Per-tensor: always. Per output channel: only row-parallel, where a rank holds part of each row.
+    Groups along the input never cross ranks (`layout.check_group_sizes`).
+    """
+    assert linear.weight_quantizer is not None
+    granularity = linear.weight_quantizer.scheme.granularity
+    if isinstance(granularity, PerGroup):
+        return False
+    if isinstance(granularity, PerChannel):
+        return isinstance(linear, QuantRowParallelLinear)
+    return True

@@ -1,0 +1,82 @@
+"""Statistics of activations that merge exactly, in any order and over any number of ranks.
+
+Histogram bins are the upper magnitude bits of float32 (8 of exponent, 7 of mantissa): they do not
+depend on the data, so one pass suffices and counts from different ranks can simply be added.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+_BINS = 1 << 15
+_FIRST_NONFINITE_BIN = 0xFF << 7
+
+
+class ActivationObserver(nn.Module):
+    """Maximum, and optionally a histogram, of every tensor it is shown.
+
+    Attributes:
+        statistics: float32 (3,): largest finite |x|, 1 if anything was seen, 1 if anything was NaN
+            or infinite. Merged over ranks by MAX.
+        histogram: int64 (32768,) counts of |x| when `method` is `percentile`. Merged by SUM.
+    """
+
+    statistics: Tensor
+    histogram: Tensor
+
+    def __init__(self, method: str = "max") -> None:
+        super().__init__()
+        self.method = method
+        self.register_buffer("statistics", torch.zeros(3), persistent=False)
+        if method == "percentile":
+            counts = torch.zeros(_BINS, dtype=torch.int64)
+            self.register_buffer("histogram", counts, persistent=False)
+
+    @torch.no_grad()
+    def observe_(self, x: Tensor) -> None:
+        """Updates the statistics without waiting for the device; an empty tensor changes nothing."""
+        if x.numel() == 0:
+            return
+        magnitude = x.detach().abs()
+        largest = magnitude.amax().float()  # amax propagates NaN
+        if self.method == "percentile":
+            bins = magnitude.float().reshape(-1).view(torch.int32) >> 16
+            self.histogram += torch.bincount(bins, minlength=_BINS)
+        finite = largest.isfinite()
+        seen = torch.ones_like(largest)
+        update = torch.stack([torch.where(finite, largest, 0.0), seen, (~finite).float()])
+        torch.maximum(self.statistics, update, out=self.statistics)
+
+    def check(self, name: str) -> None:
+        """Raises ValueError, naming the layer, if it saw nothing or saw NaN or infinity."""
+        _, seen, nonfinite = self.statistics.tolist()
+        if not seen:
+            raise ValueError(
+                f"{name}: no calibration token reached this layer, so its input has no scale. "
+                "Check that the calibration batches run through the whole model."
+            )
+        if nonfinite:
+            raise ValueError(
+                f"{name}: input holds NaN or infinite values during calibration. Check the "
+                "checkpoint and the calibration text, or calibrate in a wider precision."
+            )
+
+    def amax(self, percentile: float | None = None) -> Tensor:
+        """Calibrated maximum, float32 (1,).
+
+        Args:
+            percentile: In (0, 100]; None is the true maximum. The result is the upper edge of the
+                first bin at which the cumulative share reaches it, never above the maximum; it
+                overestimates the exact percentile by less than 1/128.
+        """
+        maximum = self.statistics[:1].clone()
+        if percentile is None:
+            return maximum
+        counts = self.histogram[:_FIRST_NONFINITE_BIN].cpu()
+        needed = math.ceil(int(counts.sum()) * (percentile / 100))
+        first = int(torch.searchsorted(counts.cumsum(0), needed))
+        edge = torch.tensor([(first + 1) << 16], dtype=torch.int32).view(torch.float32)
+        return torch.minimum(maximum, edge.to(maximum.device))

@@ -1,0 +1,34 @@
+"""Two INT4 codes in one byte, in TensorRT-LLM's order, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Packs pairs of adjacent output rows: the even row in the low nibble, two's complement.
+
+    Args:
+        codes: int8 [O, I] with values in -8..7; O must be even.
+
+    Returns:
+        int8 [O/2, I].
+
+    Raises:
+        ValueError: Wrong dtype or an odd number of rows.
+    """
+    if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[0] % 2:
+        raise ValueError(
+            f"pack_int4 needs an int8 matrix with an even number of rows, got {codes.dtype} "
+            f"{tuple(codes.shape)}."
+        )
+    nibbles = codes.view(torch.uint8) & 0xF
+    return (nibbles[0::2] | (nibbles[1::2] << 4)).view(torch.int8)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Inverse of `pack_int4`: int8 [O/2, I] -> int8 [O, I]."""
+    low = (packed << 4) >> 4  # arithmetic shifts of int8 extend the sign
+    high = packed >> 4
+    return torch.stack([low, high], dim=1).flatten(0, 1)

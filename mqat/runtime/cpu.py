@@ -1,0 +1,125 @@
+"""Lets unmodified Megatron-Core 0.16 train on CPU over gloo. Never imported on CUDA.
+
+The only place in mqat that touches globals of other packages. Nothing is paid per tensor operation:
+
+| what Megatron does                            | what happens here                                 |
+|-----------------------------------------------|---------------------------------------------------|
+| `device=torch.cuda.current_device()`          | that function returns `torch.device("cpu")`       |
+| `torch.cuda.synchronize()`, `set_device(...)` | no-ops                                            |
+| `tensor.cuda()`                               | returns the tensor                                |
+| factories with a literal `device="cuda"`      | those modules get a `torch` whose factories say   |
+|                                               | "cpu" (`_TorchOnCpu`)                             |
+| `param.type() == "torch.cuda.FloatTensor"`    | `Tensor.type()` says so to Megatron's optimizer   |
+| CUDA RNG tracker (dropout, initialization)    | the CPU generator's state                         |
+| `reduce_scatter_tensor` on gloo               | supported by torch itself                         |
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "empty_like", "zeros_like", "arange")
+
+# Modules of the training path that name the device "cuda" literally.
+_LITERAL_CUDA = (
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel.data",
+    "megatron.core.transformer.utils",
+    "megatron.core.utils",
+)
+
+
+class _TorchOnCpu(types.ModuleType):
+    """`torch`, except that factory calls asking for CUDA get a CPU tensor."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def create(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _no_op() -> Callable[..., None]:
+    """A new function each time: torch.compile's rule table refuses one object under two names."""
+    return lambda *args, **kwargs: None
+
+
+def _bridge_cuda_functions() -> None:
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = _no_op()
+    torch.cuda.set_device = _no_op()
+    torch.cuda.empty_cache = _no_op()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.cuda.get_rng_state = lambda device="cpu": torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device="cpu": torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore
+
+
+def _bridge_type_names() -> None:
+    """The optimizer sorts parameters by type name and accepts only CUDA ones."""
+    original = torch.Tensor.type
+
+    def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        result = original(self) if dtype is None else original(self, dtype, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if dtype is None and caller.startswith("megatron.core.optimizer"):
+            return str(result).replace("torch.", "torch.cuda.", 1)
+        return result
+
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign, assignment]
+
+
+def _bridge_rng_tracker() -> None:
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+
+    def get_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> Any:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    setattr(random, "_get_cuda_rng_state", get_state)
+    setattr(random, "_set_cuda_rng_state", set_state)
+
+
+def install() -> None:
+    """Bridges everything in the table above; calling it again changes nothing."""
+    if "megatron" in sys.modules and getattr(torch.cuda, "_mqat_cpu", False):
+        return
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    _bridge_cuda_functions()
+    _bridge_type_names()
+    with warnings.catch_warnings():
+        # Apex and Transformer Engine are optional, and absent on a CPU.
+        warnings.simplefilter("ignore")
+        proxy = _TorchOnCpu()
+        for name in _LITERAL_CUDA:
+            setattr(importlib.import_module(name), "torch", proxy)
+        _bridge_rng_tracker()
+    torch.cuda._mqat_cpu = True  # type: ignore[attr-defined]

@@ -1,0 +1,127 @@
+"""Process groups for NCCL on CUDA or gloo on CPU, and agreement between ranks on errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Number of processes, from torchrun's environment; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes for people: rank 0, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def initialize(
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    virtual_pipeline: int | None = None,
+    seed: int = 1234,
+    timeout_minutes: float = 10.0,
+) -> None:
+    """Joins the other processes and creates Megatron's groups; without torchrun, a world of one.
+
+    Args:
+        tensor_parallel: Processes that share each layer.
+        pipeline_parallel: Number of pipeline stages.
+        virtual_pipeline: Model chunks per stage of an interleaved pipeline; None: not interleaved.
+        seed: For Megatron's per-rank random number streams.
+        timeout_minutes: A collective that waits longer than this fails.
+
+    Raises:
+        ValueError: On every rank, before any group exists: the world size does not fit.
+    """
+    size = world_size()
+    if size % (tensor_parallel * pipeline_parallel):
+        raise ValueError(
+            f"world size {size} is not a multiple of tensor_parallel={tensor_parallel} x "
+            f"pipeline_parallel={pipeline_parallel}; start torchrun with --nproc-per-node "
+            f"{tensor_parallel * pipeline_parallel} or a multiple of it."
+        )
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(device())
+    else:
+        from mqat.runtime import cpu
+
+        cpu.install()
+    from megatron.core import parallel_state, tensor_parallel as megatron_tp
+
+    if not dist.is_initialized():
+        rank = int(os.environ.get("RANK", "0"))
+        timeout = timedelta(minutes=timeout_minutes)
+        backend = "nccl" if on_cuda else "gloo"
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+        virtual_pipeline_model_parallel_size=virtual_pipeline,
+    )
+    megatron_tp.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def finalize() -> None:
+    """Leaves the process groups; `initialize` may be called again with another layout."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def agree(error: Exception | None) -> None:
+    """Every rank reports success or its error; if any failed, all raise the same ValueError.
+
+    A rank that raises alone leaves the others waiting in their next collective.
+
+    Args:
+        error: What went wrong on this rank, or None.
+
+    Raises:
+        ValueError: The message of the lowest rank that failed, on every rank.
+    """
+    message = None if error is None else str(error)
+    messages: list[str | None] = [message]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+    first = next((text for text in messages if text is not None), None)
+    if first is not None:
+        raise ValueError(first) from error
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Prints a ValueError as one line, from rank 0 only, and exits with status 2 on every rank.
+
+    A rank that fails alone must not be silent: errors that were not agreed on print everywhere.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

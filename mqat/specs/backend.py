@@ -1,0 +1,113 @@
+"""The unquantized layer spec: torch norms and scaled-dot-product attention, on CPU and CUDA alike."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor, nn
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, by `config.normalization`, that also works under sequence parallelism.
+
+    Each rank normalizes its own tokens, so the parameters' gradients must be summed over the
+    tensor-parallel group: Megatron does that for parameters marked `sequence_parallel`.
+    """
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
+        """Arguments as Megatron passes them to a norm; extra ones do not apply to torch norms."""
+        kinds: dict[str, type[nn.Module]] = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
+        if config.normalization not in kinds:
+            raise ValueError(
+                f"normalization={config.normalization!r}: only {sorted(kinds)} are supported."
+            )
+        norm = kinds[config.normalization](
+            hidden_size,
+            eps=eps,
+            device=torch.cuda.current_device(),
+            dtype=config.params_dtype,
+        )
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+class SdpaAttention(nn.Module):
+    """Core attention through `torch.nn.functional.scaled_dot_product_attention`.
+
+    Same constructor and `forward` contract as Megatron's `DotProductAttention`.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size != 1:
+            raise ValueError("context_parallel_size > 1 is not supported by SdpaAttention.")
+        self.config = config
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.dropout = (
+            config.attention_dropout if attention_dropout is None else attention_dropout
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Causal attention.
+
+        Args:
+            query: [s, b, heads, d] of this rank.
+            key: [s, b, groups, d] of this rank; each group serves heads/groups query heads.
+            value: Like `key`.
+            attention_mask: None for plain causal attention, else bool [b, 1, s, s], True where a
+                query must not look (Megatron's convention; includes the causal part).
+            attn_mask_type: Ignored: decoders are causal.
+            attention_bias: Must be None.
+            packed_seq_params: Must be None.
+
+        Returns:
+            [s, b, heads * d].
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("SdpaAttention supports neither attention_bias nor packed_seq_params.")
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        context = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=attention_mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def gpt_layer_spec() -> ModuleSpec:
+    """Megatron's local GPT layer spec with `Norm` and `SdpaAttention`."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = Norm
+    spec.submodules.pre_mlp_layernorm = Norm
+    spec.submodules.self_attention.submodules.core_attention = SdpaAttention
+    return spec

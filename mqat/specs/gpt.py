@@ -1,0 +1,97 @@
+"""Spec in, spec out: Megatron layer specs whose linears are replaced by quantized ones.
+
+Nothing that is already built is touched, and the given spec is not modified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from mqat.models.llama import LlamaConfig
+from mqat.parallel.layout import shard_count
+from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
+from mqat.quant.scheme import LinearScheme
+from mqat.specs.backend import Norm
+
+_REPLACEMENTS = {
+    "self_attention.linear_qkv": QuantColumnParallelLinear,
+    "self_attention.linear_proj": QuantRowParallelLinear,
+    "mlp.linear_fc1": QuantColumnParallelLinear,
+    "mlp.linear_fc2": QuantRowParallelLinear,
+}
+
+
+def quantize_layer_spec(
+    spec: ModuleSpec, schemes: Mapping[str, LinearScheme | None], *, layer: int, num_shards: int
+) -> ModuleSpec:
+    """A copy of a transformer-layer spec with its four linears replaced.
+
+    Args:
+        spec: Layer spec with self-attention and a dense gated MLP (such as
+            `backend.gpt_layer_spec()`).
+        schemes: Short linear name (`mlp.linear_fc1`, ...) -> scheme; a missing or None scheme gives
+            an unquantized linear that can still run layout-exact calibration.
+        layer: Global, zero-based layer number; it becomes part of the quantizers' names.
+        num_shards: Largest valid tensor-parallel size (`parallel.layout.shard_count`).
+    """
+    linears: dict[str, ModuleSpec] = {}
+    for short, module in _REPLACEMENTS.items():
+        params: dict[str, Any] = {
+            "name": f"decoder.layers.{layer}.{short}",
+            "scheme": schemes.get(short),
+            "num_shards": num_shards,
+        }
+        if short == "mlp.linear_fc1":
+            params["parts"] = 2
+        linears[short] = ModuleSpec(module=module, params=params)
+
+    def with_linears(parent: ModuleSpec, prefix: str) -> ModuleSpec:
+        replaced = {n.removeprefix(prefix): s for n, s in linears.items() if n.startswith(prefix)}
+        return replace(parent, submodules=replace(parent.submodules, **replaced))
+
+    submodules = replace(
+        spec.submodules,
+        self_attention=with_linears(spec.submodules.self_attention, "self_attention."),
+        mlp=with_linears(spec.submodules.mlp, "mlp."),
+    )
+    return replace(spec, submodules=submodules)
+
+
+def quantize_block_spec(
+    spec: ModuleSpec,
+    layers: Mapping[str, LinearScheme],
+    *,
+    model: LlamaConfig,
+    transformer_config: Any,
+    pp_rank: int,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """Specs of the layers that one pipeline stage (and virtual chunk) builds.
+
+    Args:
+        spec: Layer spec used for every layer.
+        layers: Global linear name -> scheme, as from `Policy.resolve`.
+        model: Global sizes.
+        transformer_config: Megatron's config, which knows how layers are spread over stages.
+        pp_rank: Pipeline rank.
+        vp_stage: Virtual chunk under interleaved pipeline parallelism.
+    """
+    offset = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
+    count = get_num_layers_to_build(transformer_config, vp_stage, pp_rank)
+    specs = []
+    for layer in range(offset, offset + count):
+        prefix = f"decoder.layers.{layer}."
+        schemes = {short: layers.get(prefix + short) for short in _REPLACEMENTS}
+        specs.append(
+            quantize_layer_spec(spec, schemes, layer=layer, num_shards=shard_count(model))
+        )
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)

@@ -1,0 +1,88 @@
+"""What a run leaves for people and programs: `metrics.jsonl`, TensorBoard, a progress bar.
+
+Only the first rank writes; the others hold the same object and do nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes atomically: under a temporary name, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+class RunLog:
+    """Writes a line a step; use as a context manager.
+
+    Args:
+        directory: The run directory, which must exist.
+        enabled: False on all ranks but the first.
+        tensorboard: Also write TensorBoard events under `directory/tensorboard`.
+    """
+
+    def __init__(self, directory: Path, *, enabled: bool, tensorboard: bool) -> None:
+        self.enabled = enabled
+        self.console = Console(quiet=not enabled, highlight=False)
+        self._file = (
+            (directory / "metrics.jsonl").open("a", encoding="utf-8") if enabled else None
+        )
+        self._board: Any = None
+        if enabled and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / "tensorboard"))
+
+    def __enter__(self) -> RunLog:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def say(self, text: str) -> None:
+        """One line for people, from the first rank only."""
+        self.console.print(text)
+
+    def metrics(self, phase: str, step: int, values: dict[str, float]) -> None:
+        """One line of `metrics.jsonl`, flushed, and the same values for TensorBoard."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{phase}/{name}", value, step)
+
+    def progress(self) -> Progress:
+        """A progress bar with a free-text column; silent on the other ranks."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+        )

@@ -1,0 +1,115 @@
+"""One training phase: steps, schedule of fake quantization, validation, checkpoints, metrics."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mqat.data.loader import Batches
+from mqat.parallel.linear import quantized_linears
+from mqat.training.checkpoint import TrainingState
+from mqat.training.log import RunLog
+from mqat.training.step import forward_backward
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase does, by optimizer step.
+
+    Attributes:
+        name: Prefix of metrics and checkpoint directory, such as `qat`.
+        max_steps: Steps in all, counted from the start of the phase.
+        fake_quant_after_n_steps: Frozen quantizers stay off for this many steps.
+        val_check_interval: Steps between validations; 0: none.
+        checkpoint_interval: Steps between checkpoints; 0: none.
+    """
+
+    name: str
+    max_steps: int
+    fake_quant_after_n_steps: int = 0
+    val_check_interval: int = 0
+    checkpoint_interval: int = 0
+
+
+def enable_quantizers(chunks: Sequence[Any], enabled: bool) -> None:
+    """Turns every frozen quantizer of this rank on or off."""
+    for linear in quantized_linears(chunks).values():
+        for quantizer in linear.quantizers.values():
+            quantizer.is_enabled = enabled
+
+
+def train_phase(
+    phase: Phase,
+    chunks: Sequence[Any],
+    state: TrainingState,
+    batches: Batches,
+    log: RunLog,
+    *,
+    validate: Callable[[], float],
+    save: Callable[[Path], None],
+    directory: Path,
+) -> None:
+    """Runs the steps that are left of a phase.
+
+    Args:
+        phase: Length and intervals.
+        chunks: DDP-wrapped chunks of this rank.
+        state: Optimizer, scheduler and position; updated in place.
+        batches: Training data, indexed by consumed samples.
+        log: Metrics and progress bar.
+        validate: Returns the validation loss per token; called on all ranks.
+        save: Writes a checkpoint to the given path; called on all ranks.
+        directory: Checkpoints go to `directory/step_N`.
+
+    Raises:
+        ValueError: On every rank: the loss is not finite.
+    """
+    with log.progress() as progress:
+        task = progress.add_task(
+            phase.name, total=phase.max_steps, completed=state.step, note=""
+        )
+        while state.step < phase.max_steps:
+            started = time.perf_counter()
+            enable_quantizers(chunks, state.step >= phase.fake_quant_after_n_steps)
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            state.optimizer.zero_grad()
+            loss_sum, tokens = forward_backward(
+                chunks, batches.microbatches(state.consumed_samples)
+            )
+            loss = loss_sum / max(tokens, 1)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"{phase.name}: loss is {loss} at step {state.step + 1}. Lower "
+                    "model.optim.lr, or resume from the last checkpoint with other data."
+                )
+            _, grad_norm, _ = state.optimizer.step()
+            lr = state.optimizer.param_groups[0]["lr"]
+            state.scheduler.step(increment=1)
+            state.step += 1
+            state.consumed_samples += batches.global_batch_size
+            seconds = time.perf_counter() - started
+            speed = tokens / seconds
+            metrics = {
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": float(grad_norm or 0.0),
+                "tokens_per_second": speed,
+                "consumed_samples": state.consumed_samples,
+            }
+            if _due(state.step, phase.val_check_interval):
+                metrics["validation_loss"] = validate()
+            log.metrics(phase.name, state.step, metrics)
+            note = f"loss {loss:.3f}  {speed:.0f} tokens/s"
+            progress.update(task, completed=state.step, note=note)
+            if _due(state.step, phase.checkpoint_interval) and state.step < phase.max_steps:
+                save(directory / f"step_{state.step:08d}")
+    enable_quantizers(chunks, True)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

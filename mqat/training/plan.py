@@ -1,0 +1,199 @@
+"""Everything about a run that can be decided, and refused, before any process group exists."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mqat.config import RunConfig
+from mqat.data.packaged import smollm2_gguf
+from mqat.export.trtllm import check_exportable
+from mqat.models.llama import LlamaConfig
+from mqat.models.manifest import DESCRIPTION, read_description
+from mqat.models.random import RandomWeights
+from mqat.models.source import PretrainedSource, open_pretrained
+from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
+from mqat.quant.scheme import LinearScheme
+from mqat.specs.policy import Policy, Rule
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A validated run.
+
+    Attributes:
+        config: As loaded.
+        model: Global sizes of the model.
+        source: Where weights come from: a pretrained source, random weights, or the directory of an
+            mqat checkpoint.
+        layers: Global linear name -> scheme, for quantized linears.
+        dtype: Of parameters and activations.
+        data_parallel: World size / (TP x PP).
+    """
+
+    config: RunConfig
+    model: LlamaConfig
+    source: PretrainedSource | RandomWeights | Path
+    layers: dict[str, LinearScheme]
+    dtype: torch.dtype
+    data_parallel: int
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.exp_manager.exp_dir)
+
+
+def resolve_dtype(precision: str) -> torch.dtype:
+    """`auto` is bf16 on CUDA and on CPUs that multiply bf16 natively, otherwise fp32.
+
+    Emulated bf16 is several times slower than fp32 on a CPU without AVX512-BF16 or AMX.
+    """
+    if precision == "32":
+        return torch.float32
+    native = torch.cuda.is_available() or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and torch.cpu._is_avx512_bf16_supported()
+    )
+    return torch.bfloat16 if precision == "bf16" or native else torch.float32
+
+
+def _source(config: RunConfig) -> tuple[LlamaConfig, PretrainedSource | RandomWeights | Path]:
+    settings = config.model
+    given = {
+        "model.restore_from_path": settings.restore_from_path,
+        "model.packaged": settings.packaged,
+        "model.architecture": settings.architecture,
+    }
+    named = [key for key, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(
+            f"config: exactly one of {', '.join(given)} must be set, found {named or 'none'}."
+        )
+    if settings.architecture is not None:
+        sizes = settings.architecture
+        model = LlamaConfig(
+            vocab_size=sizes.vocab_size,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.intermediate_size,
+            num_layers=sizes.num_layers,
+            num_attention_heads=sizes.num_attention_heads,
+            num_query_groups=sizes.num_query_groups,
+            head_dim=sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads,
+            max_position_embeddings=sizes.max_position_embeddings,
+            tie_word_embeddings=sizes.tie_word_embeddings,
+        )
+        return model, RandomWeights(model, config.trainer.seed)
+    path = smollm2_gguf() if settings.packaged else Path(str(settings.restore_from_path))
+    if (path / DESCRIPTION).exists():
+        return LlamaConfig.from_dict(read_description(path)["model"]), path
+    source = open_pretrained(path)
+    return source.config, source
+
+
+def _check_batches(config: RunConfig, world_size: int) -> int:
+    """Data-parallel size; refuses world and batch sizes that do not fit together."""
+    settings = config.model
+    trainer = config.trainer
+    if trainer.devices is not None and trainer.devices * trainer.num_nodes != world_size:
+        raise ValueError(
+            f"world size {world_size} does not match trainer.devices={trainer.devices} x "
+            f"trainer.num_nodes={trainer.num_nodes}; start torchrun with that many processes."
+        )
+    model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
+    if world_size % model_parallel:
+        raise ValueError(
+            f"world size {world_size} is not a multiple of tensor_model_parallel_size="
+            f"{settings.tensor_model_parallel_size} x pipeline_model_parallel_size="
+            f"{settings.pipeline_model_parallel_size}; start torchrun with --nproc-per-node "
+            f"{model_parallel} or a multiple of it."
+        )
+    data_parallel = world_size // model_parallel
+    per_step = settings.micro_batch_size * data_parallel
+    if settings.global_batch_size % per_step:
+        raise ValueError(
+            f"model.global_batch_size={settings.global_batch_size} is not a multiple of "
+            f"micro_batch_size={settings.micro_batch_size} x data-parallel size {data_parallel}."
+        )
+    if config.quantization.num_calib_size % per_step:
+        raise ValueError(
+            f"quantization.num_calib_size={config.quantization.num_calib_size} is not a multiple "
+            f"of micro_batch_size={settings.micro_batch_size} x data-parallel size "
+            f"{data_parallel}; the same sequences must be seen on every layout."
+        )
+    virtual = settings.virtual_pipeline_model_parallel_size
+    microbatches = settings.global_batch_size // per_step
+    if virtual and microbatches % settings.pipeline_model_parallel_size:
+        raise ValueError(
+            f"interleaved pipeline: {microbatches} microbatches a step must be a multiple of "
+            f"pipeline_model_parallel_size={settings.pipeline_model_parallel_size}."
+        )
+    return data_parallel
+
+
+def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
+    """Checks a configuration as a whole, on every rank alike, touching no process group.
+
+    Args:
+        config: From `load_config`.
+        world_size: Number of processes; default: torchrun's `WORLD_SIZE`, or 1.
+
+    Raises:
+        ValueError: Anything that would fail later: sizes that do not divide, groups that do not fit
+            the training or the inference layout, an algorithm the export format lacks, missing files.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    settings = config.model
+    model, source = _source(config)
+    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
+    check_parallel_sizes(
+        model, tp=tp, pp=pp, virtual_pp=settings.virtual_pipeline_model_parallel_size or 1
+    )
+    data_parallel = _check_batches(config, world)
+    if settings.sequence_parallel and settings.data.seq_length % tp:
+        raise ValueError(
+            f"model.data.seq_length={settings.data.seq_length} is not a multiple of "
+            f"tensor_model_parallel_size={tp}, which sequence parallelism needs."
+        )
+    if settings.data.seq_length > model.max_position_embeddings:
+        raise ValueError(
+            f"model.data.seq_length={settings.data.seq_length} exceeds the model's "
+            f"max_position_embeddings={model.max_position_embeddings}."
+        )
+    quantization = config.quantization
+    policy = Policy(
+        quantization.algorithm or "null",
+        quantization.group_size,
+        tuple(Rule(rule.pattern, rule.algorithm or "null") for rule in quantization.rules),
+    )
+    layers = policy.resolve(model)
+    check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
+    export = config.export
+    if export.format is not None:
+        inference = {
+            "tp": export.inference_tensor_parallel,
+            "pp": export.inference_pipeline_parallel,
+        }
+        check_group_sizes(
+            model, layers, tp=inference["tp"], purpose="export.inference_tensor_parallel"
+        )
+        check_exportable(model, layers, **inference)
+    return RunPlan(config, model, source, layers, resolve_dtype(config.trainer.precision),
+                   data_parallel)
+
+
+def describe(plan: RunPlan) -> dict[str, Any]:
+    """The decisions a person wants to see before a long run."""
+    settings = plan.config.model
+    return {
+        "layout": f"TP {settings.tensor_model_parallel_size} x PP "
+        f"{settings.pipeline_model_parallel_size} x DP {plan.data_parallel}"
+        + (" + sequence parallel" if settings.sequence_parallel else ""),
+        "precision": str(plan.dtype).removeprefix("torch."),
+        "algorithm": plan.config.quantization.algorithm,
+        "quantized linears": len(plan.layers),
+    }

@@ -1,0 +1,160 @@
+"""Forward and backward over microbatches, through Megatron's own pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from mqat.runtime.groups import device
+
+Microbatch = dict[str, Tensor | None]
+
+
+def _to_device(batch: Microbatch) -> Microbatch:
+    return {key: None if value is None else value.to(device()) for key, value in batch.items()}
+
+
+def _loss_and_count(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's per-token contract: loss sum, token count, values to report."""
+    mask = loss_mask.reshape(-1)
+    total = (losses.reshape(-1).float() * mask).sum()
+    count = mask.sum().to(torch.int)
+    return total, count, {"loss": total.detach().double(), "tokens": count.double()}
+
+
+def _forward_loss(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+    batch = _to_device(next(batches))
+    output = chunk(
+        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
+    )
+    return output, partial(_loss_and_count, batch["loss_mask"])
+
+
+def _forward_logits(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+    batch = _to_device(next(batches))
+    output = chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    zero = torch.zeros((), device=output.device)
+    return output, lambda logits: (zero, {"logits": logits.detach()})
+
+
+def _run(
+    forward_step: Callable[..., Any],
+    chunks: Sequence[Any],
+    microbatches: Sequence[Microbatch],
+    *,
+    forward_only: bool,
+) -> list[dict[str, Tensor]]:
+    """One pass over the microbatches of this data-parallel rank; results only on the last stage."""
+    tokens = microbatches[0]["tokens"]
+    assert tokens is not None
+    results: list[dict[str, Tensor]] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        # Every chunk of an interleaved pipeline reads the same microbatches.
+        data_iterator=[iter(microbatches) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(microbatches),
+        seq_length=tokens.shape[1],
+        micro_batch_size=tokens.shape[0],
+        forward_only=forward_only,
+    )
+    return results
+
+
+def _totals(results: list[dict[str, Tensor]]) -> tuple[float, float]:
+    """Sum of losses and tokens over microbatches, data-parallel ranks, known on every stage."""
+    pair = torch.zeros(2, dtype=torch.float64, device=device())
+    for result in results:
+        pair += torch.stack([result["loss"], result["tokens"]])
+    dist.all_reduce(pair, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(pair, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    loss, tokens = pair.tolist()
+    return loss, tokens
+
+
+def forward_backward(
+    chunks: Sequence[Any], microbatches: Sequence[Microbatch]
+) -> tuple[float, float]:
+    """Accumulates gradients of the mean loss per token over the global batch.
+
+    Args:
+        chunks: DDP-wrapped model chunks of this rank.
+        microbatches: This data-parallel rank's share of the global batch.
+
+    Returns:
+        Loss summed over the global batch's counted tokens, and their number, on every rank.
+    """
+    return _totals(_run(_forward_loss, chunks, microbatches, forward_only=False))
+
+
+@torch.no_grad()
+def evaluate(
+    chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]
+) -> tuple[float, float]:
+    """Loss summed over all counted tokens, and their number, on every rank; changes nothing."""
+    loss = tokens = 0.0
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    for microbatches in steps:
+        part = _totals(_run(_forward_loss, chunks, microbatches, forward_only=True))
+        loss, tokens = loss + part[0], tokens + part[1]
+    for chunk, training in zip(chunks, was_training, strict=True):
+        chunk.train(training)
+    return loss, tokens
+
+
+@torch.no_grad()
+def logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
+    """Next-token logits of whole sequences, identical on every rank.
+
+    Args:
+        chunks: Model chunks, with or without DDP wrapper.
+        tokens: int64 [b, s], the same on every rank.
+
+    Returns:
+        float32 [b, s, V], without vocabulary padding.
+    """
+    sequence = tokens.shape[1]
+    # Sequence parallelism cuts the sequence evenly; causal attention ignores what is added.
+    padding = -sequence % parallel_state.get_tensor_model_parallel_world_size()
+    padded = torch.nn.functional.pad(tokens, (0, padding))
+    batch: Microbatch = {
+        "tokens": padded,
+        "position_ids": torch.arange(padded.shape[1]).expand_as(padded),
+        "attention_mask": None,
+    }
+    vocab = getattr(chunks[-1], "module", chunks[-1]).true_vocab_size
+    # An interleaved pipeline needs one microbatch per stage; the copies' results are not used.
+    copies = 1 if len(chunks) == 1 else parallel_state.get_pipeline_model_parallel_world_size()
+    results = _run(_forward_logits, chunks, [batch] * copies, forward_only=True)
+    full = torch.empty(*tokens.shape, vocab, device=device())
+    if results:
+        local = results[0]["logits"]
+        gathered = gather_from_tensor_model_parallel_region(local)
+        full.copy_(gathered[:, :sequence, :vocab])
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(full, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return full
+
+
+def generate_greedy(chunks: Sequence[Any], tokens: Tensor, count: int, *, stop: int) -> list[int]:
+    """`count` greedy tokens after the prompt `tokens` [1, s], or fewer if `stop` comes up.
+
+    The whole sequence is recomputed for each token: meant for looking at a model, not for serving.
+    """
+    sequence = tokens
+    for _ in range(count):
+        best = int(logits(chunks, sequence)[0, -1].argmax())
+        if best == stop:
+            break
+        sequence = torch.cat([sequence, torch.tensor([[best]])], dim=1)
+    return [int(token) for token in sequence[0, tokens.shape[1] :]]
