@@ -125,6 +125,8 @@ class QuantizationConfig:
     num_calib_size: int = 16  # sequences
     fake_quant_after_n_steps: int = 0
     decoder_type: str = "llama"
+    equalize: bool = False  # first move activation outliers into weights (same function)
+    equalize_alpha: float = 0.8
     compare_with_finetuned: bool = True  # also train the unquantized model for as many steps
 
 

@@ -1,19 +1,24 @@
-"""Moves outliers out of the down projection's input without changing the function.
+"""Moves activation outliers into weights without changing the function the model computes.
 
-The input of `linear_fc2` is `silu(gate) * up`, so dividing row `j` of up by `s_j` and multiplying
-column `j` of the down projection by `s_j` leaves the model's output as it was, while its activations
-become easier to quantize per tensor:
+Dividing what feeds input channel `j` of a linear by `s_j` and multiplying column `j` of its weight by
+`s_j` leaves the output as it was, while the input becomes easier to quantize per tensor:
 
     s_j = amax(x_j)**alpha / amax(W_j)**(1 - alpha)
 
-This is SmoothQuant's migration (Xiao et al. 2023, arXiv:2211.10438, eq. 4), folded into the previous
-weight so that it costs nothing when served. Scales are powers of two, so folding is exact in
-floating point. Row `j` of up and column `j` of down live on the same rank at every TP size.
+This is SmoothQuant's migration (Xiao et al. 2023, arXiv:2211.10438, eq. 4), folded into the weight
+before, so that nothing is added when serving. Factors are powers of two: folding is exact.
+
+| input of     | `1 / s_j` goes into         | channels over TP | amax(x_j) over | amax(W_j) over |
+|--------------|-----------------------------|------------------|----------------|----------------|
+| `linear_qkv` | norm weight `j`             | replicated       | TP, DP         | TP             |
+| `linear_fc1` | norm weight `j`             | replicated       | TP, DP         | TP             |
+| `linear_fc2` | row `j` of the up weight    | cut              | DP             | -              |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +26,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mqat.calibration.statistics import exact_forward
-from mqat.parallel.linear import QuantizedLinear, quantized_linears
+from mqat.parallel.linear import quantized_linears
 from mqat.parallel.reduce import all_reduce_fused_
+
+
+@dataclass
+class _Site:
+    """One linear and the tensors before it that can take up `1 / s`."""
+
+    weight: Tensor  # [O, I] of this rank
+    before: Tensor  # [I], or [I, H] for rows of the up weight
+    amax: Tensor  # of each input channel, float32 [I]
+    is_cut: bool  # input channels differ between TP ranks
 
 
 def migration_scale(input_amax: Tensor, weight_amax: Tensor, alpha: float) -> Tensor:
@@ -38,42 +53,70 @@ def migration_scale(input_amax: Tensor, weight_amax: Tensor, alpha: float) -> Te
     return torch.exp2(torch.log2(raw).round())
 
 
-def equalize_mlp_(
-    model: Any, run_batches: Callable[[], None], *, dp_group: dist.ProcessGroup, alpha: float
+def _sites(chunks: list[Any]) -> dict[torch.nn.Module, _Site]:
+    """The equalizable linears of this rank, in model order."""
+    sites: dict[torch.nn.Module, _Site] = {}
+    for chunk in chunks:
+        for layer in getattr(chunk, "module", chunk).decoder.layers:
+            fc1, fc2 = layer.mlp.linear_fc1, layer.mlp.linear_fc2
+            up = fc1.weight.detach().chunk(2, dim=0)[1]
+            for linear, before, is_cut in (
+                (layer.self_attention.linear_qkv, layer.input_layernorm.weight, False),
+                (fc1, layer.pre_mlp_layernorm.weight, False),
+                (fc2, up, True),
+            ):
+                amax = torch.zeros(linear.weight.shape[1], device=linear.weight.device)
+                sites[linear] = _Site(linear.weight.detach(), before.detach(), amax, is_cut)
+    return sites
+
+
+def _watch(site: _Site) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen = inputs[0].detach().abs().flatten(0, -2).amax(dim=0).float()
+        torch.maximum(site.amax, seen, out=site.amax)
+
+    return hook
+
+
+def equalize_(
+    chunks: list[Any],
+    run_batches: Callable[[], None],
+    *,
+    tp_group: dist.ProcessGroup,
+    dp_group: dist.ProcessGroup,
+    alpha: float = 0.8,
 ) -> None:
-    """Rescales `linear_fc1` (up rows) and `linear_fc2` (columns) of every layer of this rank.
+    """Rescales norms, up weights and the columns of qkv, fc1 and fc2 in place.
 
     Args:
-        model: Chunk or list of chunks with quantized linears; weights are changed in place.
-        run_batches: Runs the calibration forward passes.
-        dp_group: Data-parallel group; channels are already split the same way as the weights over
-            TP, so nothing else needs to be reduced.
+        chunks: Model chunks of this rank, with quantized linears; not yet calibrated.
+        run_batches: Runs the calibration forward passes (all ranks).
+        tp_group: Tensor-parallel group.
+        dp_group: Data-parallel group, with context parallelism.
         alpha: Migration strength in [0, 1].
+
+    Raises:
+        ValueError: `alpha` is out of range.
     """
-    linears = quantized_linears(model)
-    downs = {n: x for n, x in linears.items() if n.endswith("mlp.linear_fc2")}
-    amax = {
-        n: torch.zeros(x.weight.shape[1], device=x.weight.device) for n, x in downs.items()
-    }
-
-    def watch(name: str) -> Callable[[QuantizedLinear, tuple[Tensor, ...]], None]:
-        def hook(_: QuantizedLinear, inputs: tuple[Tensor, ...]) -> None:
-            seen = inputs[0].detach().abs().flatten(0, -2).amax(dim=0).float()
-            torch.maximum(amax[name], seen, out=amax[name])
-
-        return hook
-
-    handles = [x.register_forward_pre_hook(watch(n)) for n, x in downs.items()]
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"quantization.equalize_alpha={alpha} must be in [0, 1].")
+    sites = _sites(chunks)
+    handles = [
+        linear.register_forward_pre_hook(_watch(site)) for linear, site in sites.items()
+    ]
     try:
-        with exact_forward(linears):
+        with exact_forward(quantized_linears(chunks)):
             run_batches()
     finally:
         for handle in handles:
             handle.remove()
-    all_reduce_fused_(list(amax.values()), dist.ReduceOp.MAX, dp_group)
-    with torch.no_grad():
-        for name, down in downs.items():
-            up = linears[name.removesuffix("linear_fc2") + "linear_fc1"].weight.chunk(2, dim=0)[1]
-            scale = migration_scale(amax[name], down.weight.abs().amax(dim=0).float(), alpha)
-            up.div_(scale[:, None].to(up.dtype))
-            down.weight.mul_(scale.to(down.weight.dtype))
+    columns = {linear: site.weight.abs().amax(dim=0).float() for linear, site in sites.items()}
+    whole = [linear for linear, site in sites.items() if not site.is_cut]
+    over_tp = [*(sites[linear].amax for linear in whole), *(columns[linear] for linear in whole)]
+    all_reduce_fused_(over_tp, dist.ReduceOp.MAX, tp_group)
+    all_reduce_fused_([site.amax for site in sites.values()], dist.ReduceOp.MAX, dp_group)
+    for linear, site in sites.items():
+        scale = migration_scale(site.amax, columns[linear], alpha)
+        before = scale[:, None] if site.before.dim() == 2 else scale
+        site.before.div_(before.to(site.before.dtype))
+        site.weight.mul_(scale.to(site.weight.dtype))

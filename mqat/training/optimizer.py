@@ -67,7 +67,8 @@ def build_optimizer(
     cosine = settings.sched.name == "CosineAnnealing"
     scheduler = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        # The first step of a warm-up already moves: Megatron counts from zero.
+        init_lr=peak / (settings.sched.warmup_steps + 1),
         max_lr=peak,
         min_lr=min(settings.sched.min_lr, peak),
         lr_warmup_steps=min(settings.sched.warmup_steps, max(max_steps - 1, 0)),

@@ -1,0 +1,250 @@
+"""The three recipes behind the examples: SFT, PTQ, and the whole QAT story.
+
+Each takes a validated plan, runs under torchrun at any layout, and leaves the run directory that
+design documents: config, metrics, summary, checkpoints, and the exported model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from rich.table import Table
+
+from mqat.config import RunConfig
+from mqat.export import export_trtllm
+from mqat.runtime import groups
+from mqat.runtime.groups import agree, is_main
+from mqat.training.loop import Phase
+from mqat.training.plan import RunPlan, make_plan
+from mqat.training.session import Session, open_session
+from mqat.training.step import logits
+from mqat.verify import verify_trtllm
+
+
+def _start(config: RunConfig) -> Session:
+    plan = make_plan(config)
+    settings = config.model
+    groups.initialize(
+        tensor_parallel=settings.tensor_model_parallel_size,
+        pipeline_parallel=settings.pipeline_model_parallel_size,
+        virtual_pipeline=settings.virtual_pipeline_model_parallel_size,
+        seed=config.trainer.seed,
+    )
+    return open_session(plan)
+
+
+def _phase(plan: RunPlan, name: str, max_steps: int, *, quantized: bool) -> Phase:
+    config = plan.config
+    return Phase(
+        name,
+        max_steps,
+        fake_quant_after_n_steps=config.quantization.fake_quant_after_n_steps if quantized else 0,
+        val_check_interval=config.trainer.val_check_interval,
+        checkpoint_interval=config.exp_manager.checkpoint_interval,
+    )
+
+
+def _pretrain(session: Session) -> Path | None:
+    """Unquantized training of a model that starts from random weights; returns its checkpoint."""
+    settings = session.plan.config.model.pretrain
+    if settings.max_steps == 0:
+        return None
+    path = session.checkpoints / "pretrained"
+    if session.is_done("pretrain"):
+        session.restore(path)
+        return path
+    session.train_phase(
+        _phase(session.plan, "pretrain", settings.max_steps, quantized=False), lr=settings.lr
+    )
+    session.save(path)
+    session.finish("pretrain")
+    return path
+
+
+def _back_to_start(session: Session, pretrained: Path | None) -> None:
+    session.reset_quantizers()
+    if pretrained is None:
+        session.restore_source()
+    else:
+        session.restore(pretrained)
+
+
+def _export_and_verify(session: Session, checkpoint: Path) -> None:
+    """Exports on all ranks in parallel, then checks the files against the checkpoint."""
+    export = session.plan.config.export
+    if export.format is None:
+        return
+    out = Path(export.save_path) if export.save_path else session.plan.run_dir / "trtllm"
+    error: Exception | None = None
+    try:
+        export_trtllm(
+            checkpoint,
+            out,
+            tensor_parallel=export.inference_tensor_parallel,
+            pipeline_parallel=export.inference_pipeline_parallel,
+            dtype=export.dtype,
+            overwrite=True,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            barrier=dist.barrier,
+        )
+    except (ValueError, OSError) as caught:
+        error = caught
+    agree(error)
+    session.summary["export"] = {"path": str(out), "verified": False}
+    if export.verify:
+        tokens = session.validation.sample_tokens(rows=2, length=64)
+        expected = served_logits(session, tokens, export.dtype)
+        if is_main():
+            try:
+                report = verify_trtllm(
+                    out, reference=checkpoint, tokens=tokens, reference_logits=expected.cpu()
+                )
+                session.summary["export"] |= report.to_dict() | {"verified": report.ok}
+                session.log.say(f"  export: {report.headline()}")
+                if not report.ok:
+                    error = ValueError(f"{out}: verification failed: {report.problems[:3]}")
+            except (ValueError, OSError) as caught:
+                error = caught
+        agree(error)
+    session.write_summary()
+
+
+@torch.no_grad()
+def served_logits(session: Session, tokens: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Fake-quantized logits with unquantized tensors rounded to the served dtype.
+
+    Norms, embedding and head are stored in `dtype`; rounding them here first leaves only the
+    quantized arithmetic to compare. The session's weights are restored afterwards.
+    """
+    served = getattr(torch, dtype)
+    kept = {}
+    for chunk in session.chunks:
+        for name, parameter in chunk.module.named_parameters():
+            linear = chunk.module.get_submodule(name.rpartition(".")[0])
+            if getattr(linear, "weight_quantizer", None) is None:
+                kept[parameter] = parameter.detach().clone()
+                parameter.copy_(parameter.to(served))
+    result = logits(session.chunks, tokens)
+    for parameter, value in kept.items():
+        parameter.copy_(value)
+    return result
+
+
+def _report(session: Session) -> None:
+    """Gap recovered, and the table people look at."""
+    ppl = session.summary["ppl"]
+    session.summary["gap_recovered"] = None
+    if "ptq" in ppl and "qat" in ppl:
+        target = ppl.get("bf16_finetuned", ppl["bf16"])
+        gap = ppl["ptq"] - target
+        session.summary["gap_recovered"] = (ppl["ptq"] - ppl["qat"]) / gap if gap > 0 else None
+    titles = {
+        "bf16": "unquantized",
+        "bf16_finetuned": "unquantized, fine-tuned alike",
+        "ptq": "PTQ",
+        "ptq_equalized": "PTQ after equalization",
+        "qat": "QAT",
+    }
+    table = Table(title=f"{session.plan.config.quantization.algorithm}: held-out perplexity")
+    table.add_column("model")
+    table.add_column("perplexity", justify="right")
+    for key, title in titles.items():
+        if key in ppl:
+            table.add_row(title, f"{ppl[key]:.2f}")
+    if is_main():
+        session.log.console.print(table)
+    gap = session.summary["gap_recovered"]
+    if gap is not None:
+        session.log.say(f"share of the PTQ gap recovered by QAT: {gap:.1%}")
+    for prompt, answers in session.summary["samples"].items():
+        session.log.say(f"\n{prompt!r}")
+        for name, answer in answers.items():
+            session.log.say(f"  {name:>16}: {answer!r}")
+    session.write_summary()
+
+
+def _quantize(session: Session) -> None:
+    """PTQ as users know it, then (if asked for) equalization and calibration again."""
+    settings = session.plan.config.quantization
+    session.calibrate()
+    session.measure("ptq")
+    if settings.equalize:
+        session.reset_quantizers()
+        session.equalize()
+        session.calibrate()
+        session.measure("ptq_equalized")
+
+
+def run_sft(config: RunConfig) -> Path:
+    """Unquantized fine-tuning; returns the checkpoint."""
+    session = _start(config)
+    with session.log:
+        session.measure("bf16")
+        session.train_phase(
+            _phase(session.plan, "sft", config.trainer.max_steps, quantized=False)
+        )
+        session.measure("bf16_finetuned")
+        path = session.plan.run_dir / "checkpoint"
+        session.save(path)
+        _report(session)
+    groups.finalize()
+    return path
+
+
+def run_ptq(config: RunConfig) -> Path:
+    """Calibration, checkpoint, export, verification; returns the checkpoint."""
+    session = _start(config)
+    with session.log:
+        _pretrain(session)
+        session.measure("bf16")
+        _quantize(session)
+        path = session.plan.run_dir / "checkpoint"
+        session.save(path)
+        _export_and_verify(session, path)
+        _report(session)
+    groups.finalize()
+    return path
+
+
+def run_qat(config: RunConfig) -> Path:
+    """The whole story; returns the QAT checkpoint.
+
+    Unquantized baseline (trained first when it starts from random weights) -> the same model
+    fine-tuned unquantized, for a fair comparison -> PTQ -> QAT -> export -> verification.
+    Each finished step is recorded, so that an interrupted run continues where it was.
+    """
+    session = _start(config)
+    steps = config.trainer.max_steps
+    with session.log:
+        pretrained = _pretrain(session)
+        if not session.is_done("bf16"):
+            session.measure("bf16")
+            session.finish("bf16")
+        if config.quantization.compare_with_finetuned and not session.is_done("baseline"):
+            session.train_phase(_phase(session.plan, "baseline", steps, quantized=False))
+            session.measure("bf16_finetuned")
+            session.finish("baseline")
+            _back_to_start(session, pretrained)
+        calibrated = session.checkpoints / "ptq"
+        if session.is_done("ptq"):
+            session.restore(calibrated)
+        else:
+            _quantize(session)
+            session.save(calibrated)
+            session.finish("ptq")
+        path = session.plan.run_dir / "checkpoint"
+        if session.is_done("qat"):
+            session.restore(path)
+        else:
+            session.train_phase(_phase(session.plan, "qat", steps, quantized=True))
+            session.measure("qat")
+            session.save(path)
+            session.finish("qat")
+        _export_and_verify(session, path)
+        _report(session)
+    groups.finalize()
+    return path

@@ -1,0 +1,262 @@
+"""A run in progress: the model on this rank, its data, and what has been measured so far.
+
+`summary.json` grows phase by phase and is the record that a resumed run continues from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mqat.calibration.equalize import equalize_
+from mqat.calibration.statistics import calibrate
+from mqat.config import config_to_yaml
+from mqat.data.dataset import load_run_data
+from mqat.data.loader import Batches
+from mqat.parallel.linear import quantized_linears
+from mqat.runtime.groups import agree, is_main
+from mqat.training.checkpoint import (
+    TrainingState,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from mqat.training.log import RunLog, write_json
+from mqat.training.loop import Phase, train_phase
+from mqat.training.model import build_model
+from mqat.training.optimizer import build_optimizer, wrap_for_training
+from mqat.training.plan import RunPlan, describe
+from mqat.training.pretrained import load_pretrained_
+from mqat.training.step import evaluate, generate_greedy
+
+
+@dataclass
+class Session:
+    """Built by `open_session`; the recipes in `recipes.py` are sequences of its methods."""
+
+    plan: RunPlan
+    log: RunLog
+    chunks: list[Any]
+    tokenizer: Any
+    train: Batches
+    validation: Batches
+    summary: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of intermediate checkpoints."""
+        return self.plan.run_dir / "checkpoints"
+
+    def is_done(self, step: str) -> bool:
+        """Whether an earlier, interrupted run already finished this step."""
+        return step in self.summary["done"]
+
+    def finish(self, step: str) -> None:
+        """Records a finished step on disk."""
+        self.summary["done"].append(step)
+        self.write_summary()
+
+    def write_summary(self) -> None:
+        """Writes `summary.json` atomically, from the first rank."""
+        self.summary["seconds"] = round(
+            self.summary.get("seconds_before", 0.0) + time.perf_counter() - self.started, 1
+        )
+        if is_main():
+            write_json(self.plan.run_dir / "summary.json", self.summary)
+
+    # -- model -----------------------------------------------------------------------------------
+
+    def restore_source(self) -> None:
+        """(Re)loads the weights the run starts from; scales too, if the checkpoint has them."""
+        source = self.plan.source
+        if isinstance(source, Path):
+            load_checkpoint(source, self.chunks, layers=self.plan.layers)
+            return
+        error: Exception | None = None
+        try:
+            load_pretrained_([chunk.module for chunk in self.chunks], source)
+        except ValueError as caught:
+            error = caught
+        agree(error)
+
+    def restore(self, path: Path) -> None:
+        """Loads a checkpoint of this run."""
+        load_checkpoint(path, self.chunks, layers=self.plan.layers)
+
+    def save(self, path: Path, training: TrainingState | None = None) -> None:
+        """Writes a checkpoint."""
+        save_checkpoint(
+            path,
+            self.chunks,
+            model=self.plan.model,
+            layers=self.plan.layers,
+            algorithm=self.plan.config.quantization.algorithm,
+            tokenizer=self.tokenizer,
+            training=training,
+        )
+
+    def reset_quantizers(self) -> None:
+        """Forgets all scales: the model computes unquantized."""
+        for linear in quantized_linears(self.chunks).values():
+            for quantizer in linear.quantizers.values():
+                quantizer.reset()
+
+    # -- measuring -------------------------------------------------------------------------------
+
+    def validation_loss(self) -> float:
+        """Loss per token on the held-out data."""
+        loss, tokens = evaluate(self.chunks, self.validation.epoch())
+        return loss / max(tokens, 1.0)
+
+    def measure(self, name: str) -> None:
+        """Perplexity, loss and greedy samples of the present model, into the summary."""
+        loss = self.validation_loss()
+        self.summary["loss"][name] = loss
+        self.summary["ppl"][name] = math.exp(min(loss, 700.0))
+        manager = self.plan.config.exp_manager
+        for prompt in manager.sample_prompts:
+            ids = torch.tensor([self.tokenizer(prompt)["input_ids"]])
+            stop = self.tokenizer.eos_token_id
+            answer = generate_greedy(self.chunks, ids, manager.sample_tokens, stop=stop)
+            text = self.tokenizer.decode(answer, skip_special_tokens=True)
+            self.summary["samples"].setdefault(prompt, {})[name] = text
+        self.log.say(f"  {name:>16}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+
+    # -- quantization ----------------------------------------------------------------------------
+
+    def _calibration_pass(self) -> Callable[[], None]:
+        size = self.plan.config.quantization.num_calib_size
+        steps = self.train.first(size)
+        return lambda: void(evaluate(self.chunks, steps))
+
+    def equalize(self) -> None:
+        """Moves activation outliers into weights, without changing the function."""
+        equalize_(
+            self.chunks,
+            self._calibration_pass(),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            alpha=self.plan.config.quantization.equalize_alpha,
+        )
+
+    def calibrate(self) -> None:
+        """Observes the calibration set and freezes every scale."""
+        settings = self.plan.config.quantization
+        self.reset_quantizers()
+        calibrate(
+            self.chunks,
+            self._calibration_pass(),
+            group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+            method=settings.calibrator,
+            percentile=settings.percentile,
+        )
+
+    # -- training --------------------------------------------------------------------------------
+
+    def train_phase(self, phase: Phase, *, lr: float | None = None) -> None:
+        """Trains the present weights, or resumes this phase from its latest checkpoint."""
+        config = self.plan.config
+        optimizer, scheduler = build_optimizer(
+            self.chunks,
+            config.model.optim,
+            max_steps=phase.max_steps,
+            clip_grad=config.trainer.gradient_clip_val,
+            lr=lr,
+        )
+        state = TrainingState(optimizer, scheduler)
+        directory = self.checkpoints / phase.name
+        latest = latest_checkpoint(directory) if config.exp_manager.resume_if_exists else None
+        if latest is not None:
+            load_checkpoint(latest, self.chunks, layers=self.plan.layers, training=state)
+            self.log.say(f"  {phase.name}: resumed from {latest}")
+        train_phase(
+            phase,
+            self.chunks,
+            state,
+            self.train,
+            self.log,
+            validate=self.validation_loss,
+            save=lambda path: self.save(path, state),
+            directory=directory,
+        )
+        batch_tokens = self.train.global_batch_size * config.model.data.seq_length
+        self.summary["tokens"][phase.name] = phase.max_steps * batch_tokens
+
+
+def void(_: object) -> None:
+    """Drops a result: callers only want the side effect of observing."""
+
+
+def _previous_summary(run_dir: Path, resume: bool) -> dict[str, Any]:
+    fresh: dict[str, Any] = {
+        "done": [], "loss": {}, "ppl": {}, "samples": {}, "tokens": {}, "seconds": 0.0,
+    }
+    file = run_dir / "summary.json"
+    if not resume or not file.is_file():
+        return fresh
+    try:
+        previous = json.loads(file.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: damaged ({error}); delete it to start over.") from error
+    previous["seconds_before"] = previous.get("seconds", 0.0)
+    return dict(fresh | previous)
+
+
+def open_session(plan: RunPlan) -> Session:
+    """Creates the run directory, loads data and weights, and wraps the model for training.
+
+    Process groups must exist. Every error is raised on all ranks.
+    """
+    config = plan.config
+    error: Exception | None = None
+    try:
+        data = load_run_data(
+            config.model.data,
+            model=plan.model,
+            source=None if isinstance(plan.source, Path) else plan.source.tokenizer_source,
+            checkpoint=plan.source if isinstance(plan.source, Path) else None,
+        )
+        summary = _previous_summary(plan.run_dir, config.exp_manager.resume_if_exists)
+        if is_main():
+            (plan.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (plan.run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+            if not config.exp_manager.resume_if_exists:
+                (plan.run_dir / "metrics.jsonl").unlink(missing_ok=True)
+    except (ValueError, OSError) as caught:
+        error = caught
+    agree(error)
+    dist.barrier()
+    log = RunLog(
+        plan.run_dir, enabled=is_main(), tensorboard=config.exp_manager.create_tensorboard_logger
+    )
+    log.say("  ".join(f"{key}: {value}" for key, value in describe(plan).items()))
+    log.say(data.description)
+    chunks = wrap_for_training(build_model(plan.model, config.model, plan.layers, plan.dtype))
+    layout = {
+        "micro_batch_size": config.model.micro_batch_size,
+        "dp_rank": parallel_state.get_data_parallel_rank(),
+        "dp_size": plan.data_parallel,
+        "seed": config.trainer.seed,
+    }
+    batch = config.model.global_batch_size
+    session = Session(
+        plan=plan,
+        log=log,
+        chunks=chunks,
+        tokenizer=data.tokenizer,
+        train=Batches(data.train, global_batch_size=batch, shuffle=True, **layout),
+        validation=Batches(data.validation, global_batch_size=batch, shuffle=False, **layout),
+        summary=summary,
+    )
+    session.restore_source()
+    return session
