@@ -36,6 +36,14 @@ class PackedDataset:
         """Number of sequences."""
         return int(self.tokens.shape[0])
 
+    def subset(self, count: int | None) -> PackedDataset:
+        """`count` sequences spread evenly over all of them; None: all."""
+        if count is None or count >= len(self):
+            return self
+        rows = torch.arange(count) * len(self) // count
+        segments = None if self.segments is None else self.segments[rows]
+        return PackedDataset(self.tokens[rows], self.loss_mask[rows], segments, self.dropped_tokens)
+
 
 def pack_text(documents: Sequence[str], tokenizer: Any, seq_length: int) -> PackedDataset:
     """Documents joined by the end token and cut into windows; the last, short one is dropped.

@@ -20,7 +20,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from mqat.config import RunConfig
 from mqat.models.llama import LlamaConfig
 from mqat.models.manifest import (
     DESCRIPTION,
@@ -316,9 +315,3 @@ def checkpoint_layers(description: dict[str, Any]) -> dict[str, LinearScheme]:
         return {}
     layers = description["quantization"]["layers"]
     return {name: LinearScheme.from_dict(scheme) for name, scheme in layers.items()}
-
-
-def used_config(config: RunConfig) -> Path | None:
-    """The checkpoint that `model.restore_from_path` names, or None if it is something else."""
-    path = config.model.restore_from_path
-    return Path(path) if path and (Path(path) / DESCRIPTION).is_file() else None

@@ -12,7 +12,7 @@ import torch
 from mqat.config import RunConfig
 from mqat.data.packaged import smollm2_gguf
 from mqat.export.trtllm import check_exportable
-from mqat.models.llama import LlamaConfig
+from mqat.models.llama import LINEARS, LlamaConfig
 from mqat.models.manifest import DESCRIPTION, read_description
 from mqat.models.random import RandomWeights
 from mqat.models.source import PretrainedSource, open_pretrained
@@ -196,4 +196,25 @@ def describe(plan: RunPlan) -> dict[str, Any]:
         "precision": str(plan.dtype).removeprefix("torch."),
         "algorithm": plan.config.quantization.algorithm,
         "quantized linears": len(plan.layers),
+    }
+
+
+def memory_estimate(plan: RunPlan) -> dict[str, str]:
+    """Bytes of weights, gradients and optimizer state on the fullest rank.
+
+    fp32 gradient buffer; AdamW moments, and a fp32 copy of bf16 weights, spread over data-parallel
+    ranks (distributed optimizer). Activations are not counted.
+    """
+    model, settings = plan.model, plan.config.model
+    linears = sum(a * b for a, b in map(model.linear_shape, LINEARS)) * model.num_layers
+    table = model.vocab_size * model.hidden_size
+    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
+    tables = 1 if model.tie_word_embeddings and pp == 1 else (2 if pp == 1 else 1)
+    parameters = (linears / pp + tables * table) / tp
+    width = plan.dtype.itemsize
+    state = 8 if width == 4 else 12
+    total = parameters * (width + 4 + state / plan.data_parallel)
+    return {
+        "parameters per rank": f"{parameters / 1e6:.1f} M",
+        "weights, gradients, optimizer per rank": f"{total / 2**30:.2f} GiB",
     }

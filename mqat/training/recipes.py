@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from rich.table import Table
 
 from mqat.config import RunConfig
@@ -20,7 +18,7 @@ from mqat.runtime.groups import agree, is_main
 from mqat.training.loop import Phase
 from mqat.training.plan import RunPlan, make_plan
 from mqat.training.session import Session, open_session
-from mqat.training.step import logits
+from mqat.training.step import served_logits
 from mqat.verify import verify_trtllm
 
 
@@ -78,26 +76,22 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
     if export.format is None:
         return
     out = Path(export.save_path) if export.save_path else session.plan.run_dir / "trtllm"
+    export_trtllm(
+        checkpoint,
+        out,
+        tensor_parallel=export.inference_tensor_parallel,
+        pipeline_parallel=export.inference_pipeline_parallel,
+        dtype=export.dtype,
+        overwrite=True,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        agree=agree,
+    )
     error: Exception | None = None
-    try:
-        export_trtllm(
-            checkpoint,
-            out,
-            tensor_parallel=export.inference_tensor_parallel,
-            pipeline_parallel=export.inference_pipeline_parallel,
-            dtype=export.dtype,
-            overwrite=True,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            barrier=dist.barrier,
-        )
-    except (ValueError, OSError) as caught:
-        error = caught
-    agree(error)
     session.summary["export"] = {"path": str(out), "verified": False}
     if export.verify:
         tokens = session.validation.sample_tokens(rows=2, length=64)
-        expected = served_logits(session, tokens, export.dtype)
+        expected = served_logits(session.chunks, tokens, export.dtype)
         if is_main():
             try:
                 report = verify_trtllm(
@@ -111,27 +105,6 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
                 error = caught
         agree(error)
     session.write_summary()
-
-
-@torch.no_grad()
-def served_logits(session: Session, tokens: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Fake-quantized logits with unquantized tensors rounded to the served dtype.
-
-    Norms, embedding and head are stored in `dtype`; rounding them here first leaves only the
-    quantized arithmetic to compare. The session's weights are restored afterwards.
-    """
-    served = getattr(torch, dtype)
-    kept = {}
-    for chunk in session.chunks:
-        for name, parameter in chunk.module.named_parameters():
-            linear = chunk.module.get_submodule(name.rpartition(".")[0])
-            if getattr(linear, "weight_quantizer", None) is None:
-                kept[parameter] = parameter.detach().clone()
-                parameter.copy_(parameter.to(served))
-    result = logits(session.chunks, tokens)
-    for parameter, value in kept.items():
-        parameter.copy_(value)
-    return result
 
 
 def _report(session: Session) -> None:

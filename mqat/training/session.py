@@ -255,7 +255,9 @@ def open_session(plan: RunPlan) -> Session:
         chunks=chunks,
         tokenizer=data.tokenizer,
         train=Batches(data.train, global_batch_size=batch, shuffle=True, **layout),
-        validation=Batches(data.validation, global_batch_size=batch, shuffle=False, **layout),
+        validation=Batches(
+            data.validation.subset(config.trainer.limit_val_samples), global_batch_size=batch, shuffle=False, **layout
+        ),
         summary=summary,
     )
     session.restore_source()

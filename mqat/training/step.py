@@ -146,6 +146,28 @@ def logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
     return full
 
 
+@torch.no_grad()
+def served_logits(chunks: Sequence[Any], tokens: Tensor, dtype: str) -> Tensor:
+    """`logits` with unquantized tensors rounded to the dtype they are served in.
+
+    Norms, embedding, head and unquantized linears are exported in `dtype`; rounding them here first
+    leaves only the quantized arithmetic to compare. The weights are restored afterwards.
+    """
+    served = getattr(torch, dtype)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for chunk in chunks:
+        module = getattr(chunk, "module", chunk)
+        for name, parameter in module.named_parameters():
+            owner = module.get_submodule(name.rpartition(".")[0])
+            if getattr(owner, "weight_quantizer", None) is None:
+                kept.append((parameter, parameter.detach().clone()))
+                parameter.copy_(parameter.to(served))
+    result = logits(chunks, tokens)
+    for parameter, value in kept:
+        parameter.copy_(value)
+    return result
+
+
 def generate_greedy(chunks: Sequence[Any], tokens: Tensor, count: int, *, stop: int) -> list[int]:
     """`count` greedy tokens after the prompt `tokens` [1, s], or fewer if `stop` comes up.
 

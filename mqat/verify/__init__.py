@@ -1,0 +1,119 @@
+"""Proof that an exported directory is what was trained, before anybody builds an engine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mqat.export.slices import CheckpointReader
+from mqat.verify.checks import check_files
+from mqat.verify.layout import read_config
+from mqat.verify.reader import RankReader
+from mqat.verify.roundtrip import compare_with_checkpoint
+
+__all__ = ["Report", "verify_trtllm"]
+
+# The reader and the training model sum in different orders, so an activation that lies on the boundary
+# between two codes may fall on either side; everything else about the logits must agree.
+MAX_KL = 1e-2
+MIN_TOP1 = 0.95
+
+
+@dataclass
+class Report:
+    """What verification found.
+
+    Attributes:
+        problems: Empty if all is well; each names a file or tensor.
+        num_files: Rank files.
+        compared_with_checkpoint: Every tensor was compared bit for bit.
+        mean_kl: Mean Kullback-Leibler divergence from the training model's next-token distribution
+            to the exported one's, in nats.
+        top1_agreement: Share of positions with the same most likely token.
+        max_abs_difference: Largest difference of two logits.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    num_files: int = 0
+    compared_with_checkpoint: bool = False
+    mean_kl: float | None = None
+    top1_agreement: float | None = None
+    max_abs_difference: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the directory may be served."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form."""
+        return asdict(self) | {"ok": self.ok}
+
+    def headline(self) -> str:
+        """One line for people."""
+        if not self.ok:
+            return f"FAILED, {len(self.problems)} problems, first: {self.problems[0]}"
+        parts = [f"verified, {self.num_files} rank files"]
+        if self.compared_with_checkpoint:
+            parts.append("every tensor equal to the checkpoint")
+        if self.mean_kl is not None and self.top1_agreement is not None:
+            parts.append(
+                f"logits: KL {self.mean_kl:.2e}, same top token {self.top1_agreement:.1%}"
+            )
+        return ", ".join(parts)
+
+
+def compare_logits(report: Report, served: Tensor, reference: Tensor) -> None:
+    """Adds the agreement of two logit tensors [b, s, V] to a report, and problems beyond the limits."""
+    p, q = reference.float().log_softmax(-1), served.float().log_softmax(-1)
+    report.mean_kl = float((p.exp() * (p - q)).sum(-1).mean())
+    report.top1_agreement = float((p.argmax(-1) == q.argmax(-1)).float().mean())
+    report.max_abs_difference = float((served - reference).abs().max())
+    if not report.mean_kl <= MAX_KL or not report.top1_agreement >= MIN_TOP1:
+        report.problems.append(
+            f"logits differ from the training model's: KL {report.mean_kl:.3g} (at most {MAX_KL}), "
+            f"same top token {report.top1_agreement:.1%} (at least {MIN_TOP1:.0%})"
+        )
+
+
+def verify_trtllm(
+    directory: Path,
+    *,
+    reference: Path | None = None,
+    tokens: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+) -> Report:
+    """Checks an exported directory: statically, against its checkpoint, and by running it.
+
+    Args:
+        directory: TensorRT-LLM checkpoint directory.
+        reference: mqat checkpoint it was made from; every tensor is then compared bit for bit.
+        tokens: int64 [b, s] to run through the rank-by-rank reader.
+        reference_logits: The training model's fake-quantized logits for `tokens`, [b, s, V].
+    """
+    report = Report()
+    if not directory.is_dir():
+        report.problems.append(f"{directory}: no such directory")
+        return report
+    config = read_config(directory, report.problems)
+    if config is None:
+        return report
+    report.num_files = config.tp * config.pp
+    report.problems += check_files(directory, config)
+    if report.problems:
+        return report
+    if reference is not None:
+        checkpoint = CheckpointReader(reference)
+        report.problems += compare_with_checkpoint(directory, config, checkpoint)
+        report.compared_with_checkpoint = True
+    if tokens is not None:
+        served = RankReader(directory, config).logits(tokens)
+        if not torch.isfinite(served).all():
+            report.problems.append("logits hold NaN or infinity")
+        elif reference_logits is not None:
+            compare_logits(report, served, reference_logits)
+    return report

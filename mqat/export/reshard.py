@@ -1,0 +1,95 @@
+"""Which rows and columns of a checkpoint tensor an inference rank needs. Pure arithmetic.
+
+Checkpoint tensors are global and know nothing of the training layout, so this is the only place where
+a parallel layout enters the export. Row order of the fused weights:
+
+    checkpoint qkv   per query group: its query heads, its key head, its value head
+    TensorRT-LLM qkv all query heads of the rank, then its key heads, then its value heads
+    checkpoint fc1   all gate rows, then all up rows
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mqat.models.llama import LlamaConfig
+
+Rows = list[slice]
+
+
+@dataclass(frozen=True)
+class InferenceRank:
+    """Position of one rank file: `rank = pp_rank * tp + tp_rank`."""
+
+    tp_rank: int
+    tp: int
+    pp_rank: int
+    pp: int
+
+    def layers(self, model: LlamaConfig) -> range:
+        """Global numbers of the layers of this stage; the file numbers them from zero."""
+        per_stage = model.num_layers // self.pp
+        return range(self.pp_rank * per_stage, (self.pp_rank + 1) * per_stage)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the final norm and the head."""
+        return self.pp_rank == self.pp - 1
+
+
+def key_value_heads(model: LlamaConfig, rank: InferenceRank) -> range:
+    """Key/value heads of a rank; with more ranks than heads, each head has several copies."""
+    heads = model.num_query_groups
+    if rank.tp > heads:
+        head = rank.tp_rank // (rank.tp // heads)
+        return range(head, head + 1)
+    per_rank = heads // rank.tp
+    return range(rank.tp_rank * per_rank, (rank.tp_rank + 1) * per_rank)
+
+
+def qkv_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+    """Checkpoint rows of this rank's fused qkv, in TensorRT-LLM's order."""
+    d = model.head_dim
+    per_group = model.num_attention_heads // model.num_query_groups
+    stride = (per_group + 2) * d
+    per_rank = model.num_attention_heads // rank.tp
+    rows = []
+    for head in range(rank.tp_rank * per_rank, (rank.tp_rank + 1) * per_rank):
+        start = head // per_group * stride + head % per_group * d
+        rows.append(slice(start, start + d))
+    for part in (0, 1):  # keys, values
+        for group in key_value_heads(model, rank):
+            start = group * stride + (per_group + part) * d
+            rows.append(slice(start, start + d))
+    return rows
+
+
+def even_part(size: int, rank: InferenceRank) -> slice:
+    """This rank's share of a dimension that TP divides."""
+    share = size // rank.tp
+    return slice(rank.tp_rank * share, (rank.tp_rank + 1) * share)
+
+
+def gate_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+    """Checkpoint rows of this rank's gate (activated) branch."""
+    return [even_part(model.intermediate_size, rank)]
+
+
+def up_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+    """Checkpoint rows of this rank's up (linear) branch."""
+    part = even_part(model.intermediate_size, rank)
+    shift = model.intermediate_size
+    return [slice(part.start + shift, part.stop + shift)]
+
+
+def vocab_rows(model: LlamaConfig, rank: InferenceRank) -> tuple[slice, int]:
+    """Real rows of this rank's part of a vocabulary table, and how many zero rows follow them."""
+    share = -(-model.vocab_size // rank.tp)
+    start = min(rank.tp_rank * share, model.vocab_size)
+    stop = min(start + share, model.vocab_size)
+    return slice(start, stop), share - (stop - start)

@@ -1,0 +1,75 @@
+"""A model opened for looking at it: any source, any layout, no training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mqat.config import ModelConfig
+from mqat.data.tokenizer import load_tokenizer
+from mqat.models.llama import LlamaConfig
+from mqat.models.manifest import DESCRIPTION, read_description
+from mqat.models.source import open_pretrained
+from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
+from mqat.runtime import groups
+from mqat.training.checkpoint import checkpoint_layers, load_checkpoint
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """Model chunks of this rank, in evaluation mode, with the tokenizer that belongs to them."""
+
+    chunks: list[Any]
+    config: LlamaConfig
+    tokenizer: Any
+
+
+def open_model(
+    path: Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1, precision: str = "32"
+) -> OpenedModel:
+    """Creates process groups and loads an mqat checkpoint, Hugging Face directory or GGUF file.
+
+    A quantized checkpoint computes as it was trained, with its frozen scales.
+
+    Args:
+        path: What to open.
+        tensor_parallel: Of this session.
+        pipeline_parallel: Of this session.
+        precision: `32` or `bf16`.
+
+    Raises:
+        ValueError: Nothing readable there, or sizes that do not fit; on every rank.
+    """
+    is_checkpoint = (path / DESCRIPTION).exists()
+    if is_checkpoint:
+        description = read_description(path)
+        config, layers = LlamaConfig.from_dict(description["model"]), checkpoint_layers(description)
+        source = None
+        tokenizer = load_tokenizer(path / "tokenizer")
+    else:
+        source = open_pretrained(path)
+        config, layers = source.config, {}
+        tokenizer = load_tokenizer(source.tokenizer_source)
+    check_parallel_sizes(config, tp=tensor_parallel, pp=pipeline_parallel)
+    check_group_sizes(config, layers, tp=tensor_parallel, purpose="tensor_parallel")
+    groups.initialize(tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+    # Megatron can be imported only after the groups' device is prepared.
+    from mqat.training.model import build_model
+    from mqat.training.pretrained import load_pretrained_
+
+    settings = ModelConfig(
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    chunks = build_model(config, settings, layers, dtype)
+    if source is None:
+        load_checkpoint(path, chunks, layers=layers)
+    else:
+        load_pretrained_(chunks, source)
+    for chunk in chunks:
+        chunk.eval()
+    return OpenedModel(list(chunks), config, tokenizer)

@@ -1,0 +1,156 @@
+"""Runs an exported directory: a small Llama decoder that reads the rank files and nothing else.
+
+It computes, in float32, what a TensorRT-LLM engine computes: rank by rank, with partial sums over
+tensor-parallel ranks and one pipeline stage after the other, activations quantized as served.
+Sources: TensorRT-LLM `layers/attention.py`, `layers/mlp.py`, `quantization/layers.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mqat.verify.layout import ServedConfig
+
+Weights = dict[str, Tensor]
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _inverse_frequencies(config: ServedConfig) -> Tensor:
+    """RoPE frequencies [d/2], with Llama 3's scaling where the config has it."""
+    raw = config.raw
+    d = int(raw["head_size"])
+    inverse = 1.0 / float(raw["rotary_base"]) ** (torch.arange(0, d, 2).float() / d)
+    scaling = raw["rotary_scaling"]
+    if scaling is None:
+        return inverse
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    context = scaling["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / inverse
+    smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * inverse / scaling["factor"] + smooth * inverse
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """GPT-NeoX half rotation of [b, heads, s, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _int4_values(packed: Tensor, scale: Tensor) -> Tensor:
+    """Weights [O, I] from bytes [O/2, I]; bit arithmetic of its own, on purpose."""
+    unsigned = packed.view(torch.uint8).to(torch.int16)
+    codes = torch.empty(2 * packed.shape[0], packed.shape[1])
+    codes[0::2] = (unsigned % 16).float()
+    codes[1::2] = (unsigned // 16).float()
+    codes -= 16.0 * (codes >= 8)
+    group_size = packed.shape[1] // scale.shape[1]
+    return codes * scale.float().repeat_interleave(group_size, dim=1)
+
+
+def _reload_w8a16(weight: Tensor) -> Tensor:
+    """What the loader makes of an unquantized W8A16 weight: amax/128 of each output channel."""
+    values = weight.float()
+    scale = values.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 128
+    return (values / scale).round().clamp(-128, 127) * scale
+
+
+def _linear(config: ServedConfig, weights: Weights, module: str, x: Tensor) -> Tensor:
+    """One rank's linear, without the sum over ranks."""
+    weight = weights[f"{module}.weight"]
+    if not config.is_quantized(module):
+        return x @ weight.float().t()
+    if config.algorithm == "W8A16":
+        return x @ _reload_w8a16(weight).t()
+    scale = weights[f"{module}.weights_scaling_factor"]
+    if config.algorithm == "W4A16_AWQ":
+        x = x * weights[f"{module}.prequant_scaling_factor"].float()
+        return x @ _int4_values(weight, scale).t()
+    step = weights[f"{module}.activation_scaling_factor"]
+    if config.algorithm == "FP8":
+        codes = (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+        return (codes * step) @ (weight.float() * scale).t()
+    x = x * weights[f"{module}.prequant_scaling_factor"].float()
+    codes = (x / step).round().clamp(-128, 127)
+    return (codes * step) @ (weight.float() * scale[:, None]).t()
+
+
+class RankReader:
+    """An exported model, one pipeline stage in memory at a time.
+
+    Args:
+        directory: Checked by `checks.check_files` before.
+        config: From `layout.read_config`.
+    """
+
+    def __init__(self, directory: Path, config: ServedConfig) -> None:
+        self.directory = directory
+        self.config = config
+
+    def _stage(self, pp_rank: int) -> list[Weights]:
+        first = pp_rank * self.config.tp
+        return [
+            load_file(str(self.directory / f"rank{first + r}.safetensors"))
+            for r in range(self.config.tp)
+        ]
+
+    def _attention(self, ranks: list[Weights], prefix: str, x: Tensor) -> Tensor:
+        config = self.config
+        d = int(config.raw["head_size"])
+        batch, length, _ = x.shape
+        angles = torch.arange(length).float()[:, None] * _inverse_frequencies(config)
+        cos, sin = (f(torch.cat([angles, angles], dim=-1)) for f in (torch.cos, torch.sin))
+        heads = int(config.raw["num_attention_heads"]) // config.tp
+        copies = config.key_value_heads_per_rank
+        total = torch.zeros_like(x)
+        for weights in ranks:
+            qkv = _linear(config, weights, f"{prefix}attention.qkv", x)
+            q, k, v = (
+                part.view(batch, length, -1, d).transpose(1, 2)
+                for part in qkv.split([heads * d, copies * d, copies * d], dim=-1)
+            )
+            k, v = (t.repeat_interleave(heads // copies, dim=1) for t in (k, v))
+            context = F.scaled_dot_product_attention(
+                _rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True
+            )
+            merged = context.transpose(1, 2).reshape(batch, length, -1)
+            total += _linear(config, weights, f"{prefix}attention.dense", merged)
+        return total
+
+    def _mlp(self, ranks: list[Weights], prefix: str, x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for weights in ranks:
+            # The graph computes proj(act(fc(x)) * gate(x)): `fc` is the activated branch.
+            activated = F.silu(_linear(self.config, weights, f"{prefix}mlp.fc", x))
+            product = activated * _linear(self.config, weights, f"{prefix}mlp.gate", x)
+            total += _linear(self.config, weights, f"{prefix}mlp.proj", product)
+        return total
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Next-token logits, float32 [b, s, V], for tokens int64 [b, s]."""
+        config = self.config
+        eps = float(config.raw["norm_epsilon"])
+        x = torch.empty(0)
+        for pp_rank in range(config.pp):
+            ranks = self._stage(pp_rank)
+            if pp_rank == 0:
+                name = "transformer.vocab_embedding.weight"
+                x = torch.cat([weights[name] for weights in ranks])[tokens].float()
+            for layer in range(config.layers_per_stage):
+                prefix = f"transformer.layers.{layer}."
+                norm = ranks[0][f"{prefix}input_layernorm.weight"]
+                x = x + self._attention(ranks, prefix, _rms_norm(x, norm, eps))
+                norm = ranks[0][f"{prefix}post_layernorm.weight"]
+                x = x + self._mlp(ranks, prefix, _rms_norm(x, norm, eps))
+        x = _rms_norm(x, ranks[0]["transformer.ln_f.weight"], eps)
+        head = torch.cat([weights["lm_head.weight"].float() for weights in ranks])
+        return (x @ head.t())[..., : int(config.raw["vocab_size"])]
