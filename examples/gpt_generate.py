@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mqat.runtime import groups
-from mqat.runtime.groups import user_errors
+from mqat.runtime.groups import command_line
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)
     args = parser.parse_args()
-    with user_errors():
+    with command_line():
         from mqat.training.opened import open_model
         from mqat.training.step import generate_greedy
 

@@ -7,12 +7,12 @@
 from pathlib import Path
 
 from mqat.cli import recipe_config
-from mqat.runtime.groups import user_errors
+from mqat.runtime.groups import command_line
 
 
 def main() -> None:
     """Runs `conf/ptq_tiny.yaml` unless told otherwise."""
-    with user_errors():
+    with command_line():
         config = recipe_config(Path(__file__).parent.parent / "conf" / "ptq_tiny.yaml")
         from mqat.training.recipes import run_ptq
 

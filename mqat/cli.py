@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mqat.config import RunConfig, load_config
-from mqat.runtime.groups import user_errors
+from mqat.runtime.groups import command_line
 
 if TYPE_CHECKING:
     import torch
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point of the `mqat` script."""
     args = _parser().parse_args()
-    with user_errors():
+    with command_line():
         args.run(args)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -114,11 +115,14 @@ def agree(error: Exception | None) -> None:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Prints a ValueError as one line, from rank 0 only, and exits with status 2 on every rank.
+def command_line() -> Iterator[None]:
+    """Around a script's main function: quiet dependencies, and errors as people want them.
 
-    A rank that fails alone must not be silent: errors that were not agreed on print everywhere.
+    A ValueError (which every rank raises alike, see `agree`) becomes one line from rank 0 and exit
+    status 2 on all ranks. Warnings that users cannot act on are hidden: Megatron uses what newer torch
+    calls deprecated, and reports the absence of optional packages.
     """
+    warnings.filterwarnings("ignore", module=r"(torch\.distributed|torch\.utils|megatron)\b.*")
     try:
         yield
     except ValueError as error:
