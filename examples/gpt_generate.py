@@ -1,6 +1,6 @@
 """Greedy text from an mqat checkpoint (quantized as it was trained), a Hugging Face directory or GGUF.
 
-    torchrun --nproc-per-node 1 examples/gpt_generate.py runs/demo/checkpoint "The Moon is"
+torchrun --nproc-per-node 1 examples/gpt_generate.py runs/demo/checkpoint "The Moon is"
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Post-training quantization: calibrate, export for TensorRT-LLM, verify.
 
-    torchrun --nproc-per-node 8 examples/gpt_ptq.py
-    torchrun --nproc-per-node 8 examples/gpt_ptq.py --config my.yaml model.optim.lr=1e-5
+torchrun --nproc-per-node 8 examples/gpt_ptq.py
+torchrun --nproc-per-node 8 examples/gpt_ptq.py --config my.yaml model.optim.lr=1e-5
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The whole story: train or load, PTQ, QAT, export for TensorRT-LLM, verify.
 
-    torchrun --nproc-per-node 8 examples/gpt_qat.py
-    torchrun --nproc-per-node 8 examples/gpt_qat.py --config my.yaml model.optim.lr=1e-5
+torchrun --nproc-per-node 8 examples/gpt_qat.py
+torchrun --nproc-per-node 8 examples/gpt_qat.py --config my.yaml model.optim.lr=1e-5
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of an unquantized model: the step before quantization.
 
-    torchrun --nproc-per-node 8 examples/gpt_sft.py
-    torchrun --nproc-per-node 8 examples/gpt_sft.py --config my.yaml model.optim.lr=1e-5
+torchrun --nproc-per-node 8 examples/gpt_sft.py
+torchrun --nproc-per-node 8 examples/gpt_sft.py --config my.yaml model.optim.lr=1e-5
 """
 
 from pathlib import Path

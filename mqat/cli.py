@@ -153,14 +153,24 @@ def _inspect(args: argparse.Namespace) -> None:
 
     reader = CheckpointReader(args.checkpoint)
     table = Table(title=str(args.checkpoint))
-    for column in ("linear", "shape", "algorithm", "weight", "bits", "weight scales", "input scale"):
+    for column in (
+        "linear",
+        "shape",
+        "algorithm",
+        "weight",
+        "bits",
+        "weight scales",
+        "input scale",
+    ):
         table.add_column(column)
     for name, scheme in reader.layers.items():
         assert scheme.weight is not None
         scale = reader.read(f"quantizers.{name}.weight_scale")
         shape = reader.model.linear_shape(name.split(".", 3)[3])
         bits = scheme.weight.format.bits + 32 * scale.numel() / (shape[0] * shape[1])
-        step = f"{reader.read(f'quantizers.{name}.input_scale').item():.4g}" if scheme.input else "-"
+        step = (
+            f"{reader.read(f'quantizers.{name}.input_scale').item():.4g}" if scheme.input else "-"
+        )
         table.add_row(
             name,
             "x".join(map(str, shape)),
@@ -209,7 +219,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--out", type=Path, required=True)
     add.add_argument("--overwrite", action="store_true")
 
-    add = command("verify", _verify, "check an exported directory; status 1 if it must not be served")
+    add = command(
+        "verify", _verify, "check an exported directory; status 1 if it must not be served"
+    )
     add.add_argument("directory", type=Path)
     add.add_argument("--reference", type=Path, help="the checkpoint it was exported from")
     add.add_argument("--text", type=Path, help="UTF-8 text to run through both")

@@ -101,9 +101,7 @@ def equalize_(
     if not 0 <= alpha <= 1:
         raise ValueError(f"quantization.equalize_alpha={alpha} must be in [0, 1].")
     sites = _sites(chunks)
-    handles = [
-        linear.register_forward_pre_hook(_watch(site)) for linear, site in sites.items()
-    ]
+    handles = [linear.register_forward_pre_hook(_watch(site)) for linear, site in sites.items()]
     try:
         with exact_forward(quantized_linears(chunks)):
             run_batches()

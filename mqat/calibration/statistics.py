@@ -98,8 +98,9 @@ def calibrate(
                     "weights of this layer and the calibration text; the model may have diverged."
                 )
             if name in amax and not bool(amax[name].isfinite().all()):
-                raise ValueError(f"{name}: weight holds NaN or infinite values; restore another "
-                                 "checkpoint.")
+                raise ValueError(
+                    f"{name}: weight holds NaN or infinite values; restore another checkpoint."
+                )
     except ValueError as caught:
         error = caught
     agree(error)

@@ -1,0 +1,1 @@
+"""From files to microbatches: reading, tokenizing, packing, ordering."""

@@ -25,24 +25,43 @@ class RunData:
     description: str
 
 
-def load_files(
-    paths: Sequence[str], settings: DataConfig, tokenizer: Any, stats: ReadStats
+def load_dataset(
+    paths: Sequence[str | Path],
+    *,
+    format: str,
+    tokenizer: Any,
+    seq_length: int,
+    bad_lines: str = "error",
 ) -> PackedDataset:
-    """Reads and packs files in the configured format.
+    """Reads files, tokenizes and packs them.
+
+    Args:
+        paths: Files; see `read_texts` and `read_conversations`.
+        format: `text` or `sft`.
+        tokenizer: Transformers tokenizer.
+        seq_length: Tokens per sequence.
+        bad_lines: `error`, or `skip`: leave out and count.
+
+    Returns:
+        The sequences; `.stats` says how much was read and what was left out.
 
     Raises:
-        ValueError: As `read_texts` and `pack_text`; names file and line.
+        ValueError: Unreadable, empty, or a bad line; names file and line.
     """
     files = [Path(path) for path in paths]
-    if settings.format == "sft":
-        conversations = read_conversations(files, settings.bad_lines, stats)
-        return pack_conversations(conversations, tokenizer, settings.seq_length)
-    documents = read_texts(files, settings.bad_lines, stats)
-    return pack_text(documents, tokenizer, settings.seq_length)
+    stats = ReadStats()
+    if format == "sft":
+        conversations = read_conversations(files, bad_lines, stats)
+        return pack_conversations(
+            conversations, tokenizer, seq_length, bad_lines=bad_lines, stats=stats
+        )
+    if format == "text":
+        return pack_text(read_texts(files, bad_lines, stats), tokenizer, seq_length, stats)
+    raise ValueError(f"model.data.format={format!r}: must be 'text' or 'sft'.")
 
 
 def _tokenizer(
-    source: Path | None, checkpoint: Path | None, train: list[str], model: LlamaConfig
+    source: Path | None, checkpoint: Path | None, train: Sequence[str], model: LlamaConfig
 ) -> Any:
     if checkpoint is not None:
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
@@ -52,10 +71,35 @@ def _tokenizer(
         tokenizer = train_small_tokenizer(train, model.vocab_size)
     if len(tokenizer) > model.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary {model.vocab_size}; "
-            "they do not belong together."
+            f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary "
+            f"{model.vocab_size}; they do not belong together. Use the tokenizer that came with "
+            "the model."
         )
     return tokenizer
+
+
+def _training_texts(settings: DataConfig) -> list[str]:
+    """What a tokenizer is trained on where the model brings none."""
+    files = [Path(path) for path in settings.train]
+    if settings.format == "text":
+        return read_texts(files, settings.bad_lines, ReadStats())
+    conversations = read_conversations(files, settings.bad_lines, ReadStats())
+    return [message["content"] for c in conversations for message in c.messages]
+
+
+def _describe(train: PackedDataset, validation: PackedDataset, seq_length: int) -> str:
+    both = (train.stats, validation.stats)
+    left_out = {
+        "tokens dropped": sum(s.dropped_tokens for s in both),
+        "bad lines skipped": sum(len(s.skipped_lines) for s in both),
+        "conversations cut": sum(s.cut_conversations for s in both),
+        "conversations dropped": sum(s.dropped_conversations for s in both),
+    }
+    counts = ", ".join(f"{n} {what}" for what, n in left_out.items() if n) or "nothing left out"
+    return (
+        f"data: {sum(s.documents for s in both)} documents, {len(train)} training and "
+        f"{len(validation)} validation sequences of {seq_length} tokens ({counts})"
+    )
 
 
 def load_run_data(
@@ -72,32 +116,30 @@ def load_run_data(
     Raises:
         ValueError: No data, unreadable data, or a tokenizer that does not fit the model.
     """
-    stats = ReadStats()
+    length = settings.seq_length
     if settings.packaged is not None:
         named = {"wikipedia": wikipedia_documents, "python_docs": python_docs_documents}
         train_documents, held_out = hold_out(named[settings.packaged]())
         tokenizer = _tokenizer(source, checkpoint, train_documents, model)
-        train = pack_text(train_documents, tokenizer, settings.seq_length)
-        validation = pack_text(held_out, tokenizer, settings.seq_length)
-        stats.documents = len(train_documents) + len(held_out)
-    else:
-        if not settings.train or not settings.validation:
-            raise ValueError(
-                "config: model.data.train and model.data.validation must each name at least one "
-                "file (hold out whole documents), or set model.data.packaged."
-            )
-        texts = (
-            read_texts([Path(p) for p in settings.train], settings.bad_lines, ReadStats())
-            if source is None and checkpoint is None and settings.format == "text"
-            else []
+        train = pack_text(train_documents, tokenizer, length)
+        validation = pack_text(held_out, tokenizer, length)
+        return RunData(tokenizer, train, validation, _describe(train, validation, length))
+    if not settings.train or not settings.validation:
+        raise ValueError(
+            "config: model.data.train and model.data.validation must each name at least one "
+            "file (hold out whole documents), or set model.data.packaged."
         )
-        tokenizer = _tokenizer(source, checkpoint, texts, model)
-        train = load_files(settings.train, settings, tokenizer, stats)
-        validation = load_files(settings.validation, settings, tokenizer, stats)
-    dropped = train.dropped_tokens + validation.dropped_tokens
-    description = (
-        f"data: {stats.documents} documents, {len(train)} training and {len(validation)} "
-        f"validation sequences of {settings.seq_length} tokens ({dropped} tokens dropped"
-        + (f", {len(stats.skipped_lines)} bad lines skipped)" if stats.skipped_lines else ")")
+    needs_tokenizer = source is None and checkpoint is None
+    texts = _training_texts(settings) if needs_tokenizer else []
+    tokenizer = _tokenizer(source, checkpoint, texts, model)
+    train, validation = (
+        load_dataset(
+            paths,
+            format=settings.format,
+            tokenizer=tokenizer,
+            seq_length=length,
+            bad_lines=settings.bad_lines,
+        )
+        for paths in (settings.train, settings.validation)
     )
-    return RunData(tokenizer, train, validation, description)
+    return RunData(tokenizer, train, validation, _describe(train, validation, length))

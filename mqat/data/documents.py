@@ -3,56 +3,126 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Message = dict[str, str]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages (`role`, `content`) in order; `place` is `file:line`, for complaints."""
+
+    messages: tuple[Message, ...]
+    place: str
 
 
 @dataclass
 class ReadStats:
-    """What reading left out.
+    """What was read, and what reading and packing left out.
 
     Attributes:
         documents: Documents or conversations read.
         skipped_lines: `file:line: reason` of every line left out under `bad_lines=skip`.
+        dropped_tokens: Tokens that fit in no sequence.
+        cut_conversations: Conversations that lost their end.
+        dropped_conversations: Conversations left out because no answer was within the sequence.
     """
 
     documents: int = 0
     skipped_lines: list[str] = field(default_factory=list)
+    dropped_tokens: int = 0
+    cut_conversations: int = 0
+    dropped_conversations: int = 0
+
+
+class BadLines:
+    """What happens to a line that cannot be used: an error, or skipped and counted.
+
+    Raises:
+        ValueError: `policy` is neither `error` nor `skip`.
+    """
+
+    def __init__(self, policy: str, stats: ReadStats) -> None:
+        if policy not in ("error", "skip"):
+            raise ValueError(f"model.data.bad_lines={policy!r}: must be 'error' or 'skip'.")
+        self.is_error = policy == "error"
+        self.stats = stats
+
+    def report(self, place: str, error: ValueError) -> None:
+        """Raises, with the place, or counts."""
+        if self.is_error:
+            raise ValueError(
+                f"{place}: {error}. Fix the line, or set model.data.bad_lines=skip."
+            ) from error
+        self.stats.skipped_lines.append(f"{place}: {error}")
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read: {error.strerror}. Give the path of a readable file."
+        ) from error
+    if not content.removeprefix(b"\xef\xbb\xbf").strip():
+        raise ValueError(f"{path}: the file is empty; give a file with text in it.")
+    return content
 
 
 def _text_of(path: Path) -> str:
+    content = _bytes_of(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}.") from error
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         raise ValueError(
             f"{path}:{line}: not UTF-8 (byte {error.start}); convert the file, for example with "
             "iconv -t UTF-8."
         ) from error
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty.")
-    return text
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(`file:line`, parsed value or ValueError) of every line that is not blank."""
-    for number, line in enumerate(_text_of(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
+def _parse_json(line: bytes) -> Any:
+    try:
+        value = json.loads(line.decode("utf-8"))
+        # Escaped lone surrogates are valid JSON but not text: no tokenizer can encode them.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start} of the line)") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("a lone surrogate (\\ud800 to \\udfff) is not text") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("not usable JSON: nested too deeply") from error
+    return value
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(`file:line`, content) of every line that is not blank."""
+    content = _bytes_of(path).removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def _read_jsonl(
+    path: Path, parse: Callable[[Any, str], T], bad_lines: str, stats: ReadStats
+) -> list[T]:
+    records = []
+    complaints = BadLines(bad_lines, stats)
+    for place, line in _json_lines(path):
         try:
-            yield place, json.loads(line)
-        except json.JSONDecodeError as error:
-            yield place, ValueError(f"not JSON: {error.msg} at column {error.colno}")
+            records.append(parse(_parse_json(line), place))
+        except ValueError as error:
+            complaints.report(place, error)
+    return records
 
 
-def _conversation(value: Any) -> list[Message]:
+def _conversation(value: Any, place: str) -> Conversation:
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
     if "messages" in value:
@@ -71,12 +141,15 @@ def _conversation(value: Any) -> list[Message]:
         ]
     else:
         raise ValueError("expected 'messages', or the strings 'input' and 'output'")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no 'assistant' message: nothing to learn from")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise ValueError(f"no message has the role 'assistant' (roles: {sorted(set(roles))})")
+    return Conversation(
+        tuple({"role": m["role"], "content": m["content"]} for m in messages), place
+    )
 
 
-def _text_record(value: Any) -> str:
+def _text_record(value: Any, place: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError("expected a JSON object with the string 'text'")
     if not value["text"].strip():
@@ -84,20 +157,13 @@ def _text_record(value: Any) -> str:
     return str(value["text"])
 
 
-def _read_jsonl(path: Path, parse: Any, bad_lines: str, stats: ReadStats) -> list[Any]:
-    records = []
-    for place, value in _json_lines(path):
-        try:
-            if isinstance(value, ValueError):
-                raise value
-            records.append(parse(value))
-        except ValueError as error:
-            if bad_lines == "error":
-                raise ValueError(
-                    f"{place}: {error}. Fix the line, or set model.data.bad_lines=skip."
-                ) from error
-            stats.skipped_lines.append(f"{place}: {error}")
-    return records
+def _check_not_empty(found: Sequence[object], what: str, paths: Sequence[Path]) -> None:
+    if not found:
+        files = ", ".join(str(path) for path in paths)
+        raise ValueError(
+            f"no usable {what} in {files or 'an empty list of files'}; give at least one file with "
+            f"a usable {what}."
+        )
 
 
 def read_texts(paths: Sequence[Path], bad_lines: str, stats: ReadStats) -> list[str]:
@@ -117,23 +183,21 @@ def read_texts(paths: Sequence[Path], bad_lines: str, stats: ReadStats) -> list[
             documents += _read_jsonl(path, _text_record, bad_lines, stats)
         else:
             documents.append(_text_of(path))
-    if not documents:
-        raise ValueError(f"no document in {[str(path) for path in paths]}.")
+    _check_not_empty(documents, "document", paths)
     stats.documents += len(documents)
     return documents
 
 
 def read_conversations(
     paths: Sequence[Path], bad_lines: str, stats: ReadStats
-) -> list[list[Message]]:
+) -> list[Conversation]:
     """Conversations of JSONL files: `{"messages": [...]}` or `{"input": ..., "output": ...}`.
 
     Arguments and errors as for `read_texts`.
     """
-    conversations: list[list[Message]] = []
+    conversations: list[Conversation] = []
     for path in paths:
         conversations += _read_jsonl(path, _conversation, bad_lines, stats)
-    if not conversations:
-        raise ValueError(f"no conversation in {[str(path) for path in paths]}.")
+    _check_not_empty(conversations, "conversation", paths)
     stats.documents += len(conversations)
     return conversations

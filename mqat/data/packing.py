@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mqat.data.documents import Message
+from mqat.data.chat import tokenize_conversation
+from mqat.data.documents import BadLines, Conversation, ReadStats
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,22 @@ class PackedDataset:
         loss_mask: bool [N, S], True where the label counts.
         segments: int32 [N, S], number of the conversation each input token belongs to, -1 for
             padding; None: plain causal attention over the whole sequence.
-        dropped_tokens: Tokens that did not fit.
+        stats: What was read and what was left out.
     """
 
     tokens: Tensor
     loss_mask: Tensor
     segments: Tensor | None
-    dropped_tokens: int
+    stats: ReadStats = field(default_factory=ReadStats)
 
     def __len__(self) -> int:
         """Number of sequences."""
         return int(self.tokens.shape[0])
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens that fit in no sequence."""
+        return self.stats.dropped_tokens
 
     def subset(self, count: int | None) -> PackedDataset:
         """`count` sequences spread evenly over all of them; None: all."""
@@ -42,121 +50,152 @@ class PackedDataset:
             return self
         rows = torch.arange(count) * len(self) // count
         segments = None if self.segments is None else self.segments[rows]
-        return PackedDataset(self.tokens[rows], self.loss_mask[rows], segments, self.dropped_tokens)
+        return replace(
+            self, tokens=self.tokens[rows], loss_mask=self.loss_mask[rows], segments=segments
+        )
 
 
-def pack_text(documents: Sequence[str], tokenizer: Any, seq_length: int) -> PackedDataset:
+def _end_token(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no end token, which separates documents; set eos_token in its "
+            "tokenizer_config.json."
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def pack_text(
+    documents: Sequence[str], tokenizer: Any, seq_length: int, stats: ReadStats | None = None
+) -> PackedDataset:
     """Documents joined by the end token and cut into windows; the last, short one is dropped.
 
+    A document begins as the tokenizer begins any text: with the begin token if the model has one.
+
+    Args:
+        documents: Plain text.
+        tokenizer: Transformers tokenizer.
+        seq_length: S.
+        stats: What reading counted; completed and kept in the result.
+
     Raises:
-        ValueError: Not enough text for one window.
+        ValueError: Not enough text for one window, or the tokenizer has no end token.
     """
-    ids: list[int] = []
+    stats = stats if stats is not None else ReadStats(documents=len(documents))
+    end = _end_token(tokenizer)
+    ids = array("i")
     for document in documents:
-        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
-        ids.append(tokenizer.eos_token_id)
+        ids.extend(tokenizer(document, verbose=False)["input_ids"])
+        if not ids or ids[-1] != end:
+            ids.append(end)
     # Windows overlap by one token, so that every token is a label once.
     count = (len(ids) - 1) // seq_length
-    if count == 0:
+    if count <= 0:
         raise ValueError(
             f"{len(documents)} documents have {len(ids)} tokens, fewer than one sequence of "
             f"model.data.seq_length={seq_length} + 1; add text or shorten the sequences."
         )
-    flat = torch.tensor(ids[: count * seq_length + 1], dtype=torch.int32)
+    used = count * seq_length + 1
+    flat = torch.tensor(ids[:used], dtype=torch.int32)
+    stats.dropped_tokens += len(ids) - used
     tokens = flat.unfold(0, seq_length + 1, seq_length).contiguous()
     mask = torch.ones(count, seq_length, dtype=torch.bool)
-    return PackedDataset(tokens, mask, None, len(ids) - len(flat))
+    return PackedDataset(tokens, mask, None, stats)
 
 
-def tokenize_conversation(
-    messages: Sequence[Message], tokenizer: Any
-) -> tuple[list[int], list[bool]]:
-    """Token ids, and which of them belong to an assistant's answer (its end token included).
+def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of `sizes` grouped so that no group exceeds `room`; in order, fullest fit first.
 
-    Answers are found by rendering the conversation up to before and after each of them, so any chat
-    template works whose text for a prefix is a prefix of its text for the whole.
-
-    Raises:
-        ValueError: The template is not of that kind.
+    Args:
+        sizes: Each at most `room`.
+        room: Capacity of a group.
     """
+    groups: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, group), sorted: a fit is found by bisection
+    for index, size in enumerate(sizes):
+        position = bisect_left(free, (size, -1))
+        if position == len(free):
+            left, group = room, len(groups)
+            groups.append([])
+        else:
+            left, group = free.pop(position)
+        groups[group].append(index)
+        insort(free, (left - size, group))
+    return groups
 
-    def render(upto: int, *, prompt: bool = False) -> str:
-        if tokenizer.chat_template is None:
-            return "".join(
-                m["content"] + (tokenizer.eos_token if m["role"] == "assistant" else "\n")
-                for m in messages[:upto]
-            )
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages[:upto]), tokenize=False, add_generation_prompt=prompt
-            )
-        )
 
-    whole = render(len(messages))
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+def _tokenized(
+    conversations: Sequence[Conversation],
+    tokenizer: Any,
+    room: int,
+    complaints: BadLines,
+) -> list[tuple[list[int], list[bool]]]:
+    """Ids and answer marks of what is kept, cut to `room`."""
+    stats = complaints.stats
+    examples = []
+    for conversation in conversations:
+        try:
+            ids, answer = tokenize_conversation(conversation.messages, tokenizer)
+        except ValueError as error:
+            complaints.report(conversation.place, error)
             continue
-        before, after = render(index, prompt=True), render(index + 1)
-        if not (whole.startswith(after) and after.startswith(before)):
-            raise ValueError(
-                "the tokenizer's chat template rewrites earlier messages, so answers cannot be told "
-                "from questions; set a template that only appends."
-            )
-        spans.append((len(before), len(after.rstrip("\n"))))
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    answer = [
-        any(start < stop_ and stop > start_ for start_, stop_ in spans)
-        for start, stop in encoded["offset_mapping"]
-    ]
-    return encoded["input_ids"], answer
+        # The first token of an example is never a label: nothing before it predicts it.
+        if any(answer[1:room]):
+            stats.cut_conversations += len(ids) > room
+            stats.dropped_tokens += max(len(ids) - room, 0)
+            examples.append((ids[:room], answer[:room]))
+        else:
+            stats.dropped_conversations += 1
+            stats.dropped_tokens += len(ids)
+    return examples
 
 
 def pack_conversations(
-    conversations: Sequence[Sequence[Message]], tokenizer: Any, seq_length: int
+    conversations: Sequence[Conversation],
+    tokenizer: Any,
+    seq_length: int,
+    *,
+    bad_lines: str = "error",
+    stats: ReadStats | None = None,
 ) -> PackedDataset:
-    """Whole conversations packed first-fit into sequences, each attending only to itself.
+    """Whole conversations packed into sequences, each attending only to itself.
 
     A conversation longer than a sequence is cut at its end; one whose answers would be cut away
-    entirely is left out. Both are counted in `dropped_tokens`.
+    entirely is left out. Both are counted.
+
+    Args:
+        conversations: What to pack.
+        tokenizer: Transformers tokenizer; its chat template is used if it has one.
+        seq_length: S.
+        bad_lines: `error`, or `skip` conversations that the chat template refuses.
+        stats: What reading counted; completed and kept in the result.
 
     Raises:
-        ValueError: Nothing is left to learn from.
+        ValueError: Nothing is left to learn from, or the template refuses a conversation.
     """
+    stats = stats if stats is not None else ReadStats(documents=len(conversations))
+    end = _end_token(tokenizer)
     room = seq_length + 1
-    dropped = 0
-    bins: list[list[tuple[list[int], list[bool]]]] = []
-    free: list[int] = []
-    for messages in conversations:
-        ids, answer = tokenize_conversation(messages, tokenizer)
-        dropped += max(len(ids) - room, 0)
-        ids, answer = ids[:room], answer[:room]
-        if not any(answer):
-            dropped += len(ids)
-            continue
-        place = next((i for i, left in enumerate(free) if left >= len(ids)), None)
-        if place is None:
-            place = len(bins)
-            bins.append([])
-            free.append(room)
-        bins[place].append((ids, answer))
-        free[place] -= len(ids)
-    if not bins:
+    examples = _tokenized(conversations, tokenizer, room, BadLines(bad_lines, stats))
+    if not examples:
+        skipped = stats.skipped_lines
         raise ValueError(
             f"none of {len(conversations)} conversations has an answer within "
             f"model.data.seq_length={seq_length} tokens; lengthen the sequences."
+            + (f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else "")
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    tokens = torch.full((len(bins), room), pad, dtype=torch.int32)
-    counts = torch.zeros(len(bins), room, dtype=torch.bool)
-    segments = torch.full((len(bins), room), -1, dtype=torch.int32)
-    for row, content in enumerate(bins):
+    rows = best_fit([len(ids) for ids, _ in examples], room)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    tokens = torch.full((len(rows), room), pad, dtype=torch.int32)
+    counts = torch.zeros(len(rows), room, dtype=torch.bool)
+    segments = torch.full((len(rows), room), -1, dtype=torch.int32)
+    for row, members in enumerate(rows):
         start = 0
-        for number, (ids, answer) in enumerate(content):
+        for number, member in enumerate(members):
+            ids, answer = examples[member]
             stop = start + len(ids)
             tokens[row, start:stop] = torch.tensor(ids, dtype=torch.int32)
             counts[row, start:stop] = torch.tensor(answer)
             counts[row, start] = False  # its predecessor belongs to another conversation
             segments[row, start:stop] = number
             start = stop
-    return PackedDataset(tokens, counts[:, 1:].contiguous(), segments[:, :-1].contiguous(), dropped)
+    return PackedDataset(tokens, counts[:, 1:].contiguous(), segments[:, :-1].contiguous(), stats)

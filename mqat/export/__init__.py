@@ -9,7 +9,7 @@ from pathlib import Path
 from mqat.export.reshard import InferenceRank
 from mqat.export.slices import CheckpointReader
 from mqat.export.trtllm import RankTensors, check_exportable, config_json, loader_warning
-from mqat.export.writer import AtomicDirectory, Agree, raise_alone
+from mqat.export.writer import Agree, AtomicDirectory, raise_alone
 from mqat.parallel.layout import check_group_sizes
 
 __all__ = ["export_trtllm"]

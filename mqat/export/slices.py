@@ -66,8 +66,7 @@ class CheckpointReader:
         self.model = LlamaConfig.from_dict(self.description["model"])
         quantization = self.description["quantization"] or {"layers": {}}
         self.layers = {
-            name: LinearScheme.from_dict(scheme)
-            for name, scheme in quantization["layers"].items()
+            name: LinearScheme.from_dict(scheme) for name, scheme in quantization["layers"].items()
         }
         try:
             with (path / ".metadata").open("rb") as file:

@@ -89,9 +89,7 @@ def _algorithm(layers: Mapping[str, LinearScheme]) -> str | None:
     return names[0]
 
 
-def excluded_modules(
-    model: LlamaConfig, layers: Mapping[str, LinearScheme], pp: int
-) -> list[str]:
+def excluded_modules(model: LlamaConfig, layers: Mapping[str, LinearScheme], pp: int) -> list[str]:
     """Exact module names of linears that a policy left unquantized, after the built-in list.
 
     Raises:
@@ -237,8 +235,9 @@ class RankTensors:
         if self.rank.is_last_stage:
             yield "transformer.ln_f.weight", self._float("decoder.final_layernorm.weight", ())
             tied = self.model.tie_word_embeddings
-            yield "lm_head.weight", self._table(
-                "embedding.word_embeddings" if tied else "output_layer"
+            yield (
+                "lm_head.weight",
+                self._table("embedding.word_embeddings" if tied else "output_layer"),
             )
 
     def _float(self, key: str, region: tuple[slice, ...]) -> Tensor:
@@ -330,9 +329,7 @@ class RankTensors:
             )
         return served
 
-    def _weight_scale(
-        self, name: str, scheme: TensorScheme, rows: Rows, cols: slice
-    ) -> Tensor:
+    def _weight_scale(self, name: str, scheme: TensorScheme, rows: Rows, cols: slice) -> Tensor:
         """The frozen scale of this rank's part of a weight, never recomputed."""
         key = f"quantizers.{name}.weight_scale"
         granularity = scheme.granularity

@@ -39,6 +39,29 @@ LINEARS = (
 )
 
 
+TRTLLM_ARCHITECTURE = "LlamaForCausalLM"
+TRTLLM_EMBEDDING = "transformer.vocab_embedding"
+TRTLLM_FINAL_NORM = "transformer.ln_f"
+TRTLLM_LM_HEAD = "lm_head"
+TRTLLM_LAYER = "transformer.layers.{i}."
+
+# Megatron-Core linear -> TensorRT-LLM modules (after `TRTLLM_LAYER`), in row order. TensorRT-LLM's
+# `fc` is the activated (gate) branch and its `gate` the linear (up) branch.
+TRTLLM_LINEARS: dict[str, tuple[str, ...]] = {
+    "self_attention.linear_qkv": ("attention.qkv",),
+    "self_attention.linear_proj": ("attention.dense",),
+    "mlp.linear_fc1": ("mlp.fc", "mlp.gate"),
+    "mlp.linear_fc2": ("mlp.proj",),
+}
+
+# Megatron-Core linear that a norm feeds -> TensorRT-LLM norm. Checkpoints name the norm after the
+# linear, `decoder.layers.<linear>.layer_norm_weight`, as Transformer Engine's fused layers do.
+TRTLLM_NORMS: dict[str, str] = {
+    "self_attention.linear_qkv": "input_layernorm",
+    "mlp.linear_fc1": "post_layernorm",
+}
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape of a Llama-family decoder; all sizes are global, before any parallel split."""
@@ -82,6 +105,25 @@ class LlamaConfig:
             "mlp.linear_fc1": (2 * self.intermediate_size, self.hidden_size),
             "mlp.linear_fc2": (self.hidden_size, self.intermediate_size),
         }[linear]
+
+    def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shape of every weight in a checkpoint; vocabulary tables may have more rows.
+
+        Megatron stacks the layers of a model in one tensor, whose first dimension is the layer.
+        """
+        shapes: dict[str, tuple[int, ...]] = {
+            "embedding.word_embeddings.weight": (self.vocab_size, self.hidden_size),
+            "decoder.final_layernorm.weight": (self.hidden_size,),
+        }
+        if not self.tie_word_embeddings:
+            shapes["output_layer.weight"] = (self.vocab_size, self.hidden_size)
+        for linear in LINEARS:
+            shape = (self.num_layers, *self.linear_shape(linear))
+            shapes[f"decoder.layers.{linear}.weight"] = shape
+        for linear in TRTLLM_NORMS:
+            shape = (self.num_layers, self.hidden_size)
+            shapes[f"decoder.layers.{linear}.layer_norm_weight"] = shape
+        return shapes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form, as stored in `mqat.json`."""

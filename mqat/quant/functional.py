@@ -59,7 +59,7 @@ def compute_scale(
 
 
 def _round_codes_(ratio: Tensor, fmt: QuantFormat) -> Tensor:
-    """x / scale -> codes, as float32 values, in place where the format allows."""
+    """X / scale -> codes, as float32 values, in place where the format allows."""
     if fmt.is_float:
         return ratio.clamp_(fmt.qmin, fmt.qmax).to(fmt.storage_dtype).float()
     return ratio.round_().clamp_(fmt.qmin, fmt.qmax)

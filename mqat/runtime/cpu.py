@@ -104,8 +104,8 @@ def _bridge_rng_tracker() -> None:
     def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    setattr(random, "_get_cuda_rng_state", get_state)
-    setattr(random, "_set_cuda_rng_state", set_state)
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
 
 
 def install() -> None:
@@ -120,6 +120,6 @@ def install() -> None:
         warnings.simplefilter("ignore")
         proxy = _TorchOnCpu()
         for name in _LITERAL_CUDA:
-            setattr(importlib.import_module(name), "torch", proxy)
+            importlib.import_module(name).torch = proxy
         _bridge_rng_tracker()
     torch.cuda._mqat_cpu = True  # type: ignore[attr-defined]

@@ -64,7 +64,8 @@ def initialize(
         from mqat.runtime import cpu
 
         cpu.install()
-    from megatron.core import parallel_state, tensor_parallel as megatron_tp
+    from megatron.core import parallel_state
+    from megatron.core import tensor_parallel as megatron_tp
 
     if not dist.is_initialized():
         rank = int(os.environ.get("RANK", "0"))

@@ -59,9 +59,7 @@ class SdpaAttention(nn.Module):
             raise ValueError("context_parallel_size > 1 is not supported by SdpaAttention.")
         self.config = config
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.dropout = (
-            config.attention_dropout if attention_dropout is None else attention_dropout
-        )
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
         self,

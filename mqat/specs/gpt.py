@@ -91,7 +91,5 @@ def quantize_block_spec(
     for layer in range(offset, offset + count):
         prefix = f"decoder.layers.{layer}."
         schemes = {short: layers.get(prefix + short) for short in _REPLACEMENTS}
-        specs.append(
-            quantize_layer_spec(spec, schemes, layer=layer, num_shards=shard_count(model))
-        )
+        specs.append(quantize_layer_spec(spec, schemes, layer=layer, num_shards=shard_count(model)))
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)

@@ -86,8 +86,9 @@ def _rng_state() -> ShardedObject:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    pp, tp = parallel_state.get_pipeline_model_parallel_world_size(), (
-        parallel_state.get_tensor_model_parallel_world_size()
+    pp, tp = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        (parallel_state.get_tensor_model_parallel_world_size()),
     )
     position = (
         parallel_state.get_pipeline_model_parallel_rank(),

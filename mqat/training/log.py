@@ -37,9 +37,7 @@ class RunLog:
     def __init__(self, directory: Path, *, enabled: bool, tensorboard: bool) -> None:
         self.enabled = enabled
         self.console = Console(quiet=not enabled, highlight=False)
-        self._file = (
-            (directory / "metrics.jsonl").open("a", encoding="utf-8") if enabled else None
-        )
+        self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8") if enabled else None
         self._board: Any = None
         if enabled and tensorboard:
             from torch.utils.tensorboard import SummaryWriter

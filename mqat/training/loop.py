@@ -69,9 +69,7 @@ def train_phase(
         ValueError: On every rank: the loss is not finite.
     """
     with log.progress() as progress:
-        task = progress.add_task(
-            phase.name, total=phase.max_steps, completed=state.step, note=""
-        )
+        task = progress.add_task(phase.name, total=phase.max_steps, completed=state.step, note="")
         while state.step < phase.max_steps:
             started = time.perf_counter()
             enable_quantizers(chunks, state.step >= phase.fake_quant_after_n_steps)

@@ -56,7 +56,8 @@ def resolve_dtype(precision: str) -> torch.dtype:
     if precision == "32":
         return torch.float32
     native = torch.cuda.is_available() or (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         and torch.cpu._is_avx512_bf16_supported()
     )
     return torch.bfloat16 if precision == "bf16" or native else torch.float32
@@ -182,8 +183,9 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
             model, layers, tp=inference["tp"], purpose="export.inference_tensor_parallel"
         )
         check_exportable(model, layers, **inference)
-    return RunPlan(config, model, source, layers, resolve_dtype(config.trainer.precision),
-                   data_parallel)
+    return RunPlan(
+        config, model, source, layers, resolve_dtype(config.trainer.precision), data_parallel
+    )
 
 
 def describe(plan: RunPlan) -> dict[str, Any]:

@@ -157,9 +157,7 @@ def run_sft(config: RunConfig) -> Path:
     session = _start(config)
     with session.log:
         session.measure("bf16")
-        session.train_phase(
-            _phase(session.plan, "sft", config.trainer.max_steps, quantized=False)
-        )
+        session.train_phase(_phase(session.plan, "sft", config.trainer.max_steps, quantized=False))
         session.measure("bf16_finetuned")
         path = session.plan.run_dir / "checkpoint"
         session.save(path)

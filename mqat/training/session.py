@@ -199,7 +199,12 @@ def void(_: object) -> None:
 
 def _previous_summary(run_dir: Path, resume: bool) -> dict[str, Any]:
     fresh: dict[str, Any] = {
-        "done": [], "loss": {}, "ppl": {}, "samples": {}, "tokens": {}, "seconds": 0.0,
+        "done": [],
+        "loss": {},
+        "ppl": {},
+        "samples": {},
+        "tokens": {},
+        "seconds": 0.0,
     }
     file = run_dir / "summary.json"
     if not resume or not file.is_file():
@@ -256,7 +261,10 @@ def open_session(plan: RunPlan) -> Session:
         tokenizer=data.tokenizer,
         train=Batches(data.train, global_batch_size=batch, shuffle=True, **layout),
         validation=Batches(
-            data.validation.subset(config.trainer.limit_val_samples), global_batch_size=batch, shuffle=False, **layout
+            data.validation.subset(config.trainer.limit_val_samples),
+            global_batch_size=batch,
+            shuffle=False,
+            **layout,
         ),
         summary=summary,
     )

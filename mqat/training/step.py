@@ -96,9 +96,7 @@ def forward_backward(
 
 
 @torch.no_grad()
-def evaluate(
-    chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]
-) -> tuple[float, float]:
+def evaluate(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> tuple[float, float]:
     """Loss summed over all counted tokens, and their number, on every rank; changes nothing."""
     loss = tokens = 0.0
     was_training = [chunk.training for chunk in chunks]

@@ -61,9 +61,7 @@ class Report:
         if self.compared_with_checkpoint:
             parts.append("every tensor equal to the checkpoint")
         if self.mean_kl is not None and self.top1_agreement is not None:
-            parts.append(
-                f"logits: KL {self.mean_kl:.2e}, same top token {self.top1_agreement:.1%}"
-            )
+            parts.append(f"logits: KL {self.mean_kl:.2e}, same top token {self.top1_agreement:.1%}")
         return ", ".join(parts)
 
 

@@ -85,8 +85,15 @@ def read_config(directory: Path, problems: list[str]) -> ServedConfig | None:
         raw = json.loads(file.read_text("utf-8"))
         mapping, quantization = raw["mapping"], raw["quantization"]
         tp, pp = int(mapping["tp_size"]), int(mapping["pp_size"])
-        for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                    "hidden_size", "intermediate_size", "head_size", "vocab_size"):
+        for key in (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "hidden_size",
+            "intermediate_size",
+            "head_size",
+            "vocab_size",
+        ):
             if int(raw[key]) < 1:
                 raise ValueError(f"{key} must be positive")
     except (OSError, ValueError, KeyError, TypeError) as error:

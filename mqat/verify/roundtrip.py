@@ -151,9 +151,7 @@ def _compare_linear(
             if scheme.name == "int4":
                 served = [_nibbles(tensor) for tensor in served]
         joined = _join_served(served, config, module, columns=True)
-        if not all(
-            torch.equal(_bits(a), _bits(b)) for a, b in zip(joined, wanted, strict=True)
-        ):
+        if not all(torch.equal(_bits(a), _bits(b)) for a, b in zip(joined, wanted, strict=True)):
             yield f"{full}.weight is not the checkpoint's weight on its grid"
         if scheme is not None and scheme.name != "int8_wo":
             assert scale is not None

