@@ -207,7 +207,7 @@ def _check_keys(given: Any, schema: Any, path: str) -> None:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {path}{near[0]!s}?" if near else f"known keys: {sorted(known)}."
             raise ValueError(f"config: unknown key {full!r}; {hint}")
-        nested = ArchitectureConfig if full == "model.architecture" else None
+        nested: Any = ArchitectureConfig if full == "model.architecture" else None
         default = getattr(schema, key, None) if not isinstance(schema, type) else None
         if nested is None and is_dataclass(default):
             nested = type(default)

@@ -1,0 +1,1 @@
+"""Scales from data: observe, merge over ranks, freeze."""

@@ -1,0 +1,1 @@
+"""Model families as data, and readers of foreign checkpoints."""

@@ -1,0 +1,1 @@
+"""Tensor-parallel layouts, quantized linears, and sharded quantizer state."""

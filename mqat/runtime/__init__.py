@@ -1,0 +1,1 @@
+"""Process groups on CUDA or CPU."""

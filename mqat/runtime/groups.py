@@ -75,7 +75,11 @@ def initialize(
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
         else:
             dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+                backend,
+                store=torch._C._distributed_c10d.HashStore(),
+                rank=0,
+                world_size=1,
+                timeout=timeout,
             )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel,

@@ -1,0 +1,1 @@
+"""Layer specs in, quantized layer specs out."""

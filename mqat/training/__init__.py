@@ -1,0 +1,1 @@
+"""Running a model: recipes, steps, checkpoints, logs."""

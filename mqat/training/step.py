@@ -35,7 +35,9 @@ def _forward_loss(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Ca
     output = chunk(
         batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
     )
-    return output, partial(_loss_and_count, batch["loss_mask"])
+    loss_mask = batch["loss_mask"]
+    assert loss_mask is not None
+    return output, partial(_loss_and_count, loss_mask)
 
 
 def _forward_logits(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
