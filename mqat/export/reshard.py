@@ -1,7 +1,7 @@
 """Which rows and columns of a checkpoint tensor an inference rank needs. Pure arithmetic.
 
-Checkpoint tensors are global and know nothing of the training layout, so this is the only place where
-a parallel layout enters the export. Row order of the fused weights:
+Checkpoint tensors are global and know nothing of the training layout, so this is the only place
+where a parallel layout enters the export. Row order of the fused weights:
 
     checkpoint qkv   per query group: its query heads, its key head, its value head
     TensorRT-LLM qkv all query heads of the rank, then its key heads, then its value heads

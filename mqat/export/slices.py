@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,32 @@ import torch
 from torch import Tensor
 
 from mqat.models.llama import LlamaConfig
-from mqat.models.manifest import check_files, read_description
+from mqat.models.manifest import DESCRIPTION, check_files, read_description
+from mqat.parallel.layout import linear_of
 from mqat.quant.scheme import LinearScheme
 
-_ALLOWED_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-    "torch.distributed.checkpoint.filesystem",
-)
-_ALLOWED_NAMES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
+# Data classes only: a module's other names would let an index call what the module imports.
+_INDEX_CLASSES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
 }
 
 
@@ -37,10 +51,29 @@ class _IndexUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        allowed = module in _ALLOWED_MODULES or (module, name) in _ALLOWED_NAMES or is_dtype
-        if not allowed or "." in name:
+        if not is_dtype and name not in _INDEX_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint index")
         return super().find_class(module, name)
+
+
+def _read_index(file: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """Tensor metadata by key, and where each (key, offset) chunk is stored."""
+    try:
+        with file.open("rb") as handle:
+            index = _IndexUnpickler(handle).load()
+        tensors = {
+            key: value
+            for key, value in index.state_dict_metadata.items()
+            if hasattr(value, "chunks")
+        }
+        records = {
+            (where.fqn, tuple(where.offset)): info
+            for where, info in index.storage_data.items()
+            if where.offset is not None
+        }
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise ValueError(f"{file}: not a checkpoint index ({error}).") from error
+    return tensors, records
 
 
 class CheckpointReader:
@@ -62,26 +95,32 @@ class CheckpointReader:
     def __init__(self, path: Path, *, crc: bool = True) -> None:
         self.path = path
         self.description = read_description(path)
-        check_files(path, self.description, crc=crc)
-        self.model = LlamaConfig.from_dict(self.description["model"])
-        quantization = self.description["quantization"] or {"layers": {}}
-        self.layers = {
-            name: LinearScheme.from_dict(scheme) for name, scheme in quantization["layers"].items()
-        }
         try:
-            with (path / ".metadata").open("rb") as file:
-                index = _IndexUnpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise ValueError(f"{path / '.metadata'}: not a checkpoint index ({error}).") from error
-        self._tensors = {
-            key: value for key, value in index.state_dict_metadata.items() if hasattr(value, "size")
-        }
-        self._records = {
-            (where.fqn, tuple(where.offset)): info
-            for where, info in index.storage_data.items()
-            if where.offset is not None
-        }
+            check_files(path, self.description, crc=crc)
+            self.model = LlamaConfig.from_dict(self.description["model"])
+            quantization = self.description["quantization"] or {"layers": {}}
+            self.layers = {
+                name: LinearScheme.from_dict(scheme)
+                for name, scheme in quantization["layers"].items()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path / DESCRIPTION}: damaged ({error!r}); use another checkpoint."
+            ) from error
+        self._tensors, self._records = _read_index(path / ".metadata")
         self._last: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
+        self._check_shapes(self.model.checkpoint_shapes() | _scale_shapes(self.model, self.layers))
+
+    def _check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        for key, shape in expected.items():
+            found = self.shape(key)
+            is_table = key.endswith(("word_embeddings.weight", "output_layer.weight"))
+            padded = is_table and found[1:] == shape[1:] and found[0] >= shape[0]
+            if found != shape and not padded:
+                raise ValueError(
+                    f"{self.path}: tensor {key!r} has shape {found}, but the model described in "
+                    f"{DESCRIPTION} needs {shape}; use another checkpoint."
+                )
 
     def has(self, key: str) -> bool:
         """Whether the checkpoint holds a tensor of this key."""
@@ -99,6 +138,9 @@ class CheckpointReader:
         Args:
             key: Name in the checkpoint.
             region: One slice per leading dimension (step 1); the rest is taken whole.
+
+        Raises:
+            ValueError: The tensor is missing, or its record cannot be read or is incomplete.
         """
         shape = self.shape(key)
         wanted = [
@@ -110,6 +152,7 @@ class CheckpointReader:
         result = torch.empty(
             [len(span) for span in wanted], dtype=self._tensors[key].properties.dtype
         )
+        missing = result.numel()
         for chunk in self._tensors[key].chunks:
             into, source = [], []
             for span, offset, size in zip(wanted, chunk.offsets, chunk.sizes, strict=True):
@@ -117,13 +160,19 @@ class CheckpointReader:
                 into.append(slice(start - span.start, max(stop, start) - span.start))
                 source.append(slice(start - offset, max(stop, start) - offset))
             if all(part.stop > part.start for part in into):
-                result[tuple(into)] = self._chunk(key, tuple(chunk.offsets))[tuple(source)]
+                target = result[tuple(into)]
+                target.copy_(self._chunk(key, chunk)[tuple(source)])
+                missing -= target.numel()
+        if missing:
+            raise ValueError(f"{self.path}: the chunks of {key!r} do not cover the tensor.")
         return result
 
-    def _chunk(self, key: str, offset: tuple[int, ...]) -> Tensor:
-        name = (key, offset)
+    def _chunk(self, key: str, chunk: Any) -> Tensor:
+        name = (key, tuple(chunk.offsets))
         if self._last is not None and self._last[0] == name:
             return self._last[1]
+        if name not in self._records:
+            raise ValueError(f"{self.path}: no record of {key!r} at offset {name[1]}.")
         record = self._records[name]
         file = self.path / record.relative_path
         try:
@@ -131,8 +180,25 @@ class CheckpointReader:
                 handle.seek(record.offset)
                 data = io.BytesIO(handle.read(record.length))
             tensor = torch.load(data, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+                raise ValueError(f"not a tensor of shape {tuple(chunk.sizes)}")
+        except Exception as error:  # as for the index
             raise ValueError(f"{file}: record of {key!r} cannot be read ({error}).") from error
         self._last = (name, tensor)
-        assert isinstance(tensor, Tensor)
         return tensor
+
+
+def _scale_shapes(
+    model: LlamaConfig, layers: Mapping[str, LinearScheme]
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every frozen scale that a quantized checkpoint must hold."""
+    shapes = {}
+    for name, scheme in layers.items():
+        if scheme.weight is not None:
+            weight = model.linear_shape(linear_of(name))
+            shapes[f"quantizers.{name}.weight_scale"] = scheme.weight.granularity.scale_shape(
+                weight
+            )
+        if scheme.input is not None:
+            shapes[f"quantizers.{name}.input_scale"] = (1,)
+    return shapes

@@ -1,7 +1,8 @@
 """TensorRT-LLM checkpoints: names, `config.json`, and the tensors of one rank.
 
-Facts of the format (TensorRT-LLM 0.17 to 1.2): `models/modeling_utils.py`, `quantization/quantize.py`
-and `quantization/layers.py` of NVIDIA/TensorRT-LLM. Scaling factors multiply when dequantizing.
+Facts of the format (TensorRT-LLM 0.17 to 1.2): `models/modeling_utils.py` and
+`quantization/{quantize,layers}.py` of NVIDIA/TensorRT-LLM. Scaling factors multiply when
+dequantizing.
 """
 
 from __future__ import annotations
@@ -23,12 +24,24 @@ from mqat.export.reshard import (
     vocab_rows,
 )
 from mqat.export.slices import CheckpointReader
-from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.models.llama import (
+    LINEARS,
+    TRTLLM_ARCHITECTURE,
+    TRTLLM_EMBEDDING,
+    TRTLLM_FINAL_NORM,
+    TRTLLM_LAYER,
+    TRTLLM_LINEARS,
+    TRTLLM_LM_HEAD,
+    TRTLLM_NORMS,
+    LlamaConfig,
+)
+from mqat.parallel.layout import linear_of
 from mqat.quant.functional import dequantize, quantize
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
 from mqat.quant.packing import pack_int4
 from mqat.quant.scheme import LinearScheme, TensorScheme
 
+DTYPES = ("bfloat16", "float16", "float32")
 QUANT_ALGORITHMS = {
     "int8": "W8A8_SQ_PER_CHANNEL",
     "int8_wo": "W8A16",
@@ -48,13 +61,6 @@ _NEVER_QUANTIZED = (
     "*block_embedding",
     "*shared_expert_gate",
 )
-# Megatron linear -> TensorRT-LLM modules inside `transformer.layers.N.`
-TRTLLM_MODULES = {
-    "self_attention.linear_qkv": ("attention.qkv",),
-    "self_attention.linear_proj": ("attention.dense",),
-    "mlp.linear_fc1": ("mlp.fc", "mlp.gate"),
-    "mlp.linear_fc2": ("mlp.proj",),
-}
 
 
 def loader_warning(layers: Mapping[str, LinearScheme]) -> str | None:
@@ -100,8 +106,8 @@ def excluded_modules(model: LlamaConfig, layers: Mapping[str, LinearScheme], pp:
     for layer in range(model.num_layers):
         for linear in LINEARS:
             if f"decoder.layers.{layer}.{linear}" not in layers:
-                prefix = f"transformer.layers.{layer % per_stage}."
-                by_stage[layer // per_stage] |= {prefix + m for m in TRTLLM_MODULES[linear]}
+                prefix = TRTLLM_LAYER.format(i=layer % per_stage)
+                by_stage[layer // per_stage] |= {prefix + m for m in TRTLLM_LINEARS[linear]}
     if any(stage != by_stage[0] for stage in by_stage):
         raise ValueError(
             f"export.inference_pipeline_parallel={pp}: quantization.rules leave different layers "
@@ -119,6 +125,9 @@ def check_exportable(
     Raises:
         ValueError: Names the setting, the sizes, and what would work.
     """
+    for key, size in (("tensor", tp), ("pipeline", pp)):
+        if size < 1:
+            raise ValueError(f"export.inference_{key}_parallel={size}: must be at least 1.")
     heads, groups = model.num_attention_heads, model.num_query_groups
     fits = heads % tp == 0 and model.intermediate_size % tp == 0
     if not fits or (groups % tp and tp % groups):
@@ -135,10 +144,26 @@ def check_exportable(
     if _algorithm(layers) is None:
         return
     excluded_modules(model, layers, pp)
+    _group_size(layers)
     for name, scheme in layers.items():
         granularity = scheme.weight.granularity if scheme.weight else None
         if isinstance(granularity, PerGroup):
             _check_awq(model, name, granularity.size, tp)
+
+
+def _group_size(layers: Mapping[str, LinearScheme]) -> int | None:
+    """The one group size of all quantized weights; None when they have none."""
+    sizes = {
+        scheme.weight.granularity.size
+        for scheme in layers.values()
+        if scheme.weight and isinstance(scheme.weight.granularity, PerGroup)
+    }
+    if len(sizes) > 1:
+        raise ValueError(
+            f"quantization.group_size differs between layers: {sorted(sizes)}. A TensorRT-LLM "
+            "checkpoint has one group size; use the same for all layers."
+        )
+    return next(iter(sizes), None)
 
 
 def _check_awq(model: LlamaConfig, name: str, group_size: int, tp: int) -> None:
@@ -147,7 +172,7 @@ def _check_awq(model: LlamaConfig, name: str, group_size: int, tp: int) -> None:
         raise ValueError(
             f"{name}: group_size={group_size}; TensorRT-LLM's INT4 kernels support 64 and 128 only."
         )
-    linear = name.split(".", 3)[3]
+    linear = linear_of(name)
     out_features, in_features = model.linear_shape(linear)
     if linear == "self_attention.linear_qkv":
         copies = max(model.num_query_groups, tp)
@@ -160,7 +185,7 @@ def _check_awq(model: LlamaConfig, name: str, group_size: int, tp: int) -> None:
             fitting = [g for g in (64, 128) if size % (g * tp) == 0]
             raise ValueError(
                 f"{name}: {what}={size} is not a multiple of {multiple} (= max(64, group_size="
-                f"{group_size}) x export.inference_tensor_parallel={tp}), which TensorRT-LLM's INT4 "
+                f"{group_size}) x export.inference_tensor_parallel={tp}), as TensorRT-LLM's INT4 "
                 f"kernels need. Group sizes that fit here: {fitting or 'none at this size'}; or "
                 "use a smaller export.inference_tensor_parallel."
             )
@@ -176,10 +201,8 @@ def config_json(
         quantization["quant_algo"] = QUANT_ALGORITHMS[algorithm]
         quantization["exclude_modules"] = excluded_modules(model, layers, pp)
     if algorithm == "int4":
-        weight = next(iter(layers.values())).weight
-        assert weight is not None and isinstance(weight.granularity, PerGroup)
         quantization |= {
-            "group_size": weight.granularity.size,
+            "group_size": _group_size(layers),
             "has_zero_point": False,
             "pre_quant_scale": True,
         }
@@ -190,7 +213,7 @@ def config_json(
         }
     return {
         "producer": {"name": "mqat", "version": __version__},
-        "architecture": "LlamaForCausalLM",
+        "architecture": TRTLLM_ARCHITECTURE,
         "dtype": dtype,
         "logits_dtype": "float32",
         "vocab_size": model.vocab_size,
@@ -229,14 +252,14 @@ class RankTensors:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) in file order."""
         if self.rank.is_first_stage:
-            yield "transformer.vocab_embedding.weight", self._table("embedding.word_embeddings")
+            yield f"{TRTLLM_EMBEDDING}.weight", self._table("embedding.word_embeddings")
         for local, layer in enumerate(self.rank.layers(self.model)):
-            yield from self._layer(f"transformer.layers.{local}.", layer)
+            yield from self._layer(TRTLLM_LAYER.format(i=local), layer)
         if self.rank.is_last_stage:
-            yield "transformer.ln_f.weight", self._float("decoder.final_layernorm.weight", ())
+            yield f"{TRTLLM_FINAL_NORM}.weight", self._float("decoder.final_layernorm.weight", ())
             tied = self.model.tie_word_embeddings
             yield (
-                "lm_head.weight",
+                f"{TRTLLM_LM_HEAD}.weight",
                 self._table("embedding.word_embeddings" if tied else "output_layer"),
             )
 
@@ -249,11 +272,7 @@ class RankTensors:
         return torch.nn.functional.pad(table, (0, 0, 0, padding))
 
     def _layer(self, prefix: str, layer: int) -> Iterator[tuple[str, Tensor]]:
-        norms = {
-            "input_layernorm": "self_attention.linear_qkv",
-            "post_layernorm": "mlp.linear_fc1",
-        }
-        for name, linear in norms.items():
+        for linear, name in TRTLLM_NORMS.items():
             key = f"decoder.layers.{linear}.layer_norm_weight"
             norm = self._float(key, (slice(layer, layer + 1),))
             yield f"{prefix}{name}.weight", norm[0]
@@ -273,7 +292,7 @@ class RankTensors:
             "mlp.gate": up_rows(model, rank),
             "mlp.proj": all_rows,
         }
-        for linear, modules in TRTLLM_MODULES.items():
+        for linear, modules in TRTLLM_LINEARS.items():
             cols = row_parallel.get(linear, everything)
             for module in modules:
                 tensors = self._linear(layer, linear, rows[module], cols)

@@ -4,97 +4,107 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-# Waits for all processes; if any passes an error, all raise it (`runtime.groups.agree`).
-Agree = Callable[[Exception | None], None]
-
-
-def raise_alone(error: Exception | None) -> None:
-    """The agreement of a single process."""
-    if error is not None:
-        raise error
+# Every exported directory has one, whatever the format; nothing else is ever replaced.
+_MARK = "config.json"
 
 
 class AtomicDirectory:
-    """Collects files under a temporary name; `commit` renames it into place.
+    """Collects files under a temporary name beside the target; `commit` renames it into place.
+
+    Several processes may write files between one process's `create` and `commit`.
 
     Args:
         target: Directory that will exist after `commit`.
-        overwrite: Replace an existing target; otherwise that is an error.
-        rank: Process that shares the work; rank 0 creates and renames.
-        agree: Waits for all processes, and spreads an error of any of them.
+        overwrite: Replace an existing export; otherwise that is an error.
 
     Raises:
         ValueError: The target exists and must not be replaced.
     """
 
-    def __init__(
-        self, target: Path, *, overwrite: bool, rank: int = 0, agree: Agree = raise_alone
-    ) -> None:
-        self.target = target
-        self.temporary = target.with_name(f".{target.name}.tmp")
-        self.rank = rank
-        self.agree = agree
-        if target.exists() and not overwrite:
+    def __init__(self, target: Path, *, overwrite: bool) -> None:
+        self.target = Path(os.path.abspath(target))  # "." and "a/.." have no name to derive from
+        self.temporary = self.target.with_name(f".{self.target.name}.tmp")
+        if not self.target.exists():
+            return
+        if not overwrite:
             raise ValueError(
                 f"{target} exists already; choose another directory, or allow overwriting it."
             )
-        error: Exception | None = None
-        if rank == 0:
-            shutil.rmtree(self.temporary, ignore_errors=True)  # what a killed run left
-            try:
-                self.temporary.mkdir(parents=True)
-            except OSError as caught:
-                error = ValueError(f"{self.temporary}: cannot be created: {caught.strerror}.")
-        agree(error)
+        is_empty = self.target.is_dir() and not any(self.target.iterdir())
+        if not is_empty and not (self.target / _MARK).is_file():
+            raise ValueError(
+                f"{target} exists and does not look like an export (no {_MARK} in it), so it is not "
+                "overwritten; choose another directory."
+            )
+
+    def create(self) -> None:
+        """Makes the empty temporary directory, removing what a killed run left."""
+        self.discard()
+        with _clear_errors(self.temporary):
+            self.temporary.mkdir(parents=True)
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """One safetensors file, flushed to disk."""
         path = self.temporary / name
-        try:
+        with _clear_errors(path):
             save_file(tensors, str(path), metadata={"format": "pt"})
             _flush(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: writing failed ({error}); is the disk full?") from error
 
     def write_text(self, name: str, text: str) -> None:
         """One UTF-8 text file, flushed to disk."""
         path = self.temporary / name
-        try:
+        with _clear_errors(path):
             path.write_text(text, encoding="utf-8")
             _flush(path)
-        except OSError as error:
-            raise ValueError(f"{path}: writing failed ({error}); is the disk full?") from error
 
-    def copy_from(self, directory: Path) -> None:
-        """Copies the files of a flat directory, if it exists."""
-        if directory.is_dir():
-            for file in sorted(directory.iterdir()):
-                shutil.copyfile(file, self.temporary / file.name)
+    def copy_tree(self, directory: Path) -> None:
+        """Copies everything below a directory, if it exists."""
+        for file in sorted(directory.rglob("*")):
+            path = self.temporary / file.relative_to(directory)
+            with _clear_errors(path):
+                if file.is_dir():
+                    path.mkdir()
+                else:
+                    shutil.copyfile(file, path)
+                    _flush(path)
 
     def commit(self) -> None:
-        """Makes the directory visible, replacing an older one; every process must have written."""
-        if self.rank == 0:
-            old = self.target.with_name(f".{self.target.name}.old")
+        """Makes the directory visible, replacing an older one."""
+        old = self.target.with_name(f".{self.target.name}.old")
+        with _clear_errors(self.target):
             shutil.rmtree(old, ignore_errors=True)
+            _flush(self.temporary)
             if self.target.exists():
                 self.target.rename(old)
             self.temporary.rename(self.target)
-            shutil.rmtree(old, ignore_errors=True)
-        self.agree(None)
+            _flush(self.target.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:
         """Removes everything written so far."""
-        if self.rank == 0:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+@contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """Turns a failure to write into a ValueError that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: writing failed ({error}); is the disk full?") from error
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

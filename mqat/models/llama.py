@@ -118,8 +118,8 @@ class LlamaConfig:
         if not self.tie_word_embeddings:
             shapes["output_layer.weight"] = (self.vocab_size, self.hidden_size)
         for linear in LINEARS:
-            shape = (self.num_layers, *self.linear_shape(linear))
-            shapes[f"decoder.layers.{linear}.weight"] = shape
+            stacked = (self.num_layers, *self.linear_shape(linear))
+            shapes[f"decoder.layers.{linear}.weight"] = stacked
         for linear in TRTLLM_NORMS:
             shape = (self.num_layers, self.hidden_size)
             shapes[f"decoder.layers.{linear}.layer_norm_weight"] = shape

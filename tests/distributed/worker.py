@@ -1,0 +1,96 @@
+"""Run by torchrun: calibrates, trains two steps and saves a tiny model; prints what it measured."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from mqat.config import ModelConfig, OptimizerConfig
+from mqat.models.llama import LlamaConfig
+from mqat.models.random import RandomWeights
+from mqat.runtime import groups
+from mqat.specs.policy import Policy
+
+MODEL = LlamaConfig(
+    vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=4,
+    num_attention_heads=4, num_query_groups=2, head_dim=32, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--vp", type=int)
+    parser.add_argument("--sp", action="store_true")
+    parser.add_argument("--recompute")
+    parser.add_argument("--algorithm", default="int8")
+    args = parser.parse_args()
+    groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp)
+    from megatron.core import parallel_state
+
+    from mqat.calibration.statistics import calibrate
+    from mqat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+    from mqat.training.model import build_model
+    from mqat.training.optimizer import build_optimizer, wrap_for_training
+    from mqat.training.pretrained import load_pretrained_
+    from mqat.training.step import evaluate, forward_backward
+
+    layers = Policy(args.algorithm, group_size=64).resolve(MODEL)
+    settings = ModelConfig(
+        tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp,
+        virtual_pipeline_model_parallel_size=args.vp, sequence_parallel=args.sp,
+        activations_checkpoint_granularity=args.recompute,
+    )  # fmt: skip
+    chunks = build_model(MODEL, settings, layers, torch.float32)
+    load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
+    chunks = wrap_for_training(chunks)
+    tokens = torch.randint(0, 301, (8, 2, 33), generator=torch.Generator().manual_seed(0))
+    size, rank = (
+        parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank(),
+    )  # fmt: skip
+    batches = [
+        {
+            "tokens": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous(),
+            "loss_mask": torch.ones(2, 32), "position_ids": torch.arange(32).expand(2, 32),
+            "attention_mask": None,
+        }
+        for t in tokens
+    ][rank::size]  # fmt: skip
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    result = {"unquantized": evaluate(chunks, [batches])[0]}
+    calibrate(chunks, lambda: evaluate(chunks, [batches]), group=group, method="percentile")
+    result["quantized"] = evaluate(chunks, [batches])[0]
+    save_checkpoint(args.out / "ptq", chunks, model=MODEL, layers=layers, algorithm=args.algorithm)
+    optimizer, scheduler = build_optimizer(
+        chunks, OptimizerConfig(lr=1e-3), max_steps=10, clip_grad=1.0
+    )
+    state = TrainingState(optimizer, scheduler)
+
+    def step() -> float:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss, count = forward_backward(chunks, batches)
+        _, norm, _ = optimizer.step()
+        scheduler.step(increment=1)
+        result.setdefault("grad_norms", []).append(float(norm))
+        return loss / count
+
+    result["losses"] = [step(), step()]
+    save_checkpoint(
+        args.out / "qat", chunks, model=MODEL, layers=layers, algorithm=args.algorithm,
+        training=state,
+    )  # fmt: skip
+    ahead = [step(), step()]
+    load_checkpoint(args.out / "qat", chunks, layers=layers, training=state)
+    result["resumed_alike"] = [step(), step()] == ahead
+    if groups.is_main():
+        (args.out / "result.json").write_text(json.dumps(result))
+    groups.finalize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+
+from mqat.config import load_config
+from mqat.training.plan import make_plan
+
+CONF = Path(__file__).parents[2] / "conf"
+TINY = CONF / "qat_tiny.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path):
+    load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_step=3", "did you mean trainer.max_steps"),
+        ("trainer.max_steps=many", "trainer.max_steps"),
+        ("quantization.percentile=0", "quantization.percentile=0"),
+        ("export.dtype=fp8", "export.dtype='fp8' is not one of"),
+        ("model.architecture.hiden_size=3", "did you mean model.architecture.hidden_size"),
+    ],
+)
+def test_a_bad_key_or_value_is_one_clear_error(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(TINY, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        ([], 3, "world size 3 is not a multiple"),
+        (["model.tensor_model_parallel_size=3"], 12, "does not divide num_attention_heads=8"),
+        (["model.global_batch_size=9"], 8, "global_batch_size=9 is not a multiple"),
+        (["export.inference_tensor_parallel=3"], 8, "inference_tensor_parallel=3 does not fit"),
+        (["quantization.algorithm=int4_w_int8_a"], 8, "use int8 .W8A8. or int4"),
+        (
+            ["quantization.algorithm=int4", "quantization.group_size=128",
+             "model.architecture.intermediate_size=320"],
+            8,
+            "group_size=128 does not divide in_features_per_partition",
+        ),
+        (["quantization.rules=[{pattern: 'nothing*', algorithm: null}]"], 8, "matches no linear"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_later_is_refused_before_any_process_group(overrides, world_size, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(load_config(TINY, overrides), world_size=world_size)
+
+
+def test_the_shipped_tiny_config_fits_eight_processes():
+    assert make_plan(load_config(TINY), world_size=8).data_parallel == 2

@@ -1,0 +1,60 @@
+"""Imports point one way; this reads them with `ast`, so nothing has to be imported."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "mqat"
+ALLOWED = {
+    "quant": set(),
+    "models": set(),
+    "runtime": set(),
+    "parallel": {"quant", "models"},
+    "specs": {"quant", "models", "parallel"},
+    "calibration": {"quant", "parallel", "runtime"},
+    "data": {"config", "models"},
+    "export": {"quant", "models", "parallel.layout"},
+    "verify": {"quant", "models", "parallel.layout", "export.slices"},
+    "training": {
+        "quant", "models", "runtime", "parallel", "specs", "calibration", "data", "config",
+        "export", "verify",
+    },
+}  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def violations(layer: str, names: set[str]) -> list[str]:
+    wrong = []
+    for name in names:
+        inside = name.removeprefix("mqat.")
+        if not name.startswith("mqat.") or inside.split(".")[0] == layer:
+            continue
+        if not any(inside == ok or inside.startswith(ok + ".") for ok in ALLOWED[layer]):
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_layer_imports_only_what_is_left_of_it(layer):
+    wrong = {str(p): violations(layer, imports(p)) for p in sorted((ROOT / layer).rglob("*.py"))}
+    assert not {path: names for path, names in wrong.items() if names}
+
+
+def test_the_rule_can_fail():
+    assert violations("quant", {"mqat.parallel.linear"}) == ["mqat.parallel.linear"]
+
+
+def test_quant_and_export_and_verify_do_not_import_megatron():
+    for layer in ("quant", "models", "export", "verify", "data"):
+        for path in (ROOT / layer).rglob("*.py"):
+            assert not any(name.startswith("megatron") for name in imports(path)), path
