@@ -121,8 +121,8 @@ class LlamaConfig:
             stacked = (self.num_layers, *self.linear_shape(linear))
             shapes[f"decoder.layers.{linear}.weight"] = stacked
         for linear in TRTLLM_NORMS:
-            shape = (self.num_layers, self.hidden_size)
-            shapes[f"decoder.layers.{linear}.layer_norm_weight"] = shape
+            key = f"decoder.layers.{linear}.layer_norm_weight"
+            shapes[key] = (self.num_layers, self.hidden_size)
         return shapes
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,43 +1,51 @@
-"""What a TensorRT-LLM directory must contain, derived from its `config.json` alone.
+"""What `config.json` of a TensorRT-LLM directory says, checked key by key.
 
-Written from the format's description, not from the exporter: names, shapes and dtypes here are a second
-opinion. Legend: t tensor-parallel size, p pipeline stages, V vocabulary, H hidden, F intermediate.
+Written from the format's description, not from the exporter: a second opinion.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-_TOP_LEVEL = {
-    "producer", "architecture", "dtype", "logits_dtype", "vocab_size", "max_position_embeddings",
+SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_ALGORITHMS = (None, "FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W8A16")
+_SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_size", "hidden_act", "norm_epsilon", "qk_layernorm", "attn_bias",
-    "mlp_bias", "position_embedding_type", "rotary_base", "rotary_scaling",
-    "use_parallel_embedding", "embedding_sharding_dim", "share_embedding_table", "mapping",
-    "quantization",
-}  # fmt: skip
+    "num_key_value_heads", "head_size", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+_POSITIVE = ("norm_epsilon", "rotary_base")
+# Keys with the values that the reader and the expected table are written for.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "architecture": ("LlamaForCausalLM",),
+    "dtype": tuple(SAFETENSORS_DTYPES),
+    "logits_dtype": ("float32", "float16"),
+    "hidden_act": ("silu",),
+    "position_embedding_type": ("rope_gpt_neox",),
+    "qk_layernorm": (False,),
+    "attn_bias": (False,),
+    "mlp_bias": (False,),
+    "embedding_sharding_dim": (0,),
+    "share_embedding_table": (False,),
+}
+_OTHER = {"producer", "rotary_scaling", "use_parallel_embedding", "mapping", "quantization"}
+_MAPPING = ("world_size", "tp_size", "pp_size")
 _QUANTIZATION = {
     "quant_algo", "kv_cache_quant_algo", "group_size", "smoothquant_val", "clamp_val",
     "has_zero_point", "pre_quant_scale", "exclude_modules",
 }  # fmt: skip
-_BUILT_IN_EXCLUSIONS = ("*lm_head", "*vocab_embedding")
-_ALGORITHMS = (None, "FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W8A16")
-SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
-ROW_PARALLEL = ("attention.dense", "mlp.proj")
-
-
-@dataclass(frozen=True)
-class Expected:
-    """Shape, safetensors dtype, and whether every tensor-parallel rank holds the same bytes."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    is_replicated: bool
+_ROPE_FACTORS = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+)  # fmt: skip
+# What the loader excludes when the file has no list.
+_BUILT_IN_EXCLUSIONS = (
+    "*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding",
+    "*shared_expert_gate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,19 @@ class ServedConfig:
         return int(self.raw["num_hidden_layers"]) // self.pp
 
     @property
+    def heads_per_rank(self) -> int:
+        """Query heads of each rank."""
+        return int(self.raw["num_attention_heads"]) // self.tp
+
+    @property
     def key_value_heads_per_rank(self) -> int:
         """At least one: with more ranks than heads, heads are copied."""
         return max(int(self.raw["num_key_value_heads"]) // self.tp, 1)
+
+    @property
+    def key_value_copies(self) -> int:
+        """Consecutive ranks that hold the same key/value head."""
+        return max(self.tp // int(self.raw["num_key_value_heads"]), 1)
 
     @property
     def vocab_per_rank(self) -> int:
@@ -80,126 +98,130 @@ class ServedConfig:
 
 def read_config(directory: Path, problems: list[str]) -> ServedConfig | None:
     """Parses and checks `config.json`; complaints go to `problems`, None if it is unusable."""
-    file = directory / "config.json"
     try:
-        raw = json.loads(file.read_text("utf-8"))
-        mapping, quantization = raw["mapping"], raw["quantization"]
-        tp, pp = int(mapping["tp_size"]), int(mapping["pp_size"])
-        for key in (
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "hidden_size",
-            "intermediate_size",
-            "head_size",
-            "vocab_size",
-        ):
-            if int(raw[key]) < 1:
-                raise ValueError(f"{key} must be positive")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"config.json: unreadable or incomplete ({error!r})")
+        raw = json.loads((directory / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        problems.append(f"config.json: unreadable ({error})")
         return None
-    before = len(problems)
-    for key in sorted(set(raw) - _TOP_LEVEL):
-        problems.append(f"config.json: unknown key {key!r}")
-    for key in sorted(set(mapping) - {"world_size", "tp_size", "pp_size"}):
-        problems.append(f"config.json: unknown key mapping.{key} (the loader raises TypeError)")
+    if not isinstance(raw, dict):
+        problems.append("config.json: not a JSON object")
+        return None
+    found = [*_model_problems(raw), *_mapping_problems(raw), *_quantization_problems(raw)]
+    if not found:
+        quantization = raw["quantization"]
+        excluded = quantization.get("exclude_modules")
+        config = ServedConfig(
+            raw=raw,
+            tp=raw["mapping"]["tp_size"],
+            pp=raw["mapping"]["pp_size"],
+            algorithm=quantization["quant_algo"],
+            group_size=quantization.get("group_size", 128),
+            excluded=tuple(_BUILT_IN_EXCLUSIONS if excluded is None else excluded),
+        )
+        found = list(_size_problems(config))
+    problems += [f"config.json: {problem}" for problem in found]
+    return None if found else config
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _model_problems(raw: dict[str, Any]) -> Iterator[str]:
+    for key in sorted(set(raw) - {*_SIZES, *_POSITIVE, *_FIXED, *_OTHER}):
+        yield f"unknown key {key!r}"
+    for key in _SIZES:
+        if not _is_size(raw.get(key)):
+            yield f"{key}={raw.get(key)!r}, expected a positive integer"
+    for key in _POSITIVE:
+        if not _is_positive(raw.get(key)):
+            yield f"{key}={raw.get(key)!r}, expected a positive number"
+    for key, allowed in _FIXED.items():
+        value = raw.get(key)
+        if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+            yield f"{key}={value!r}, expected one of {allowed}"
+    scaling = raw.get("rotary_scaling")
+    if scaling is None:
+        return
+    if not isinstance(scaling, dict) or set(scaling) != {"type", *_ROPE_FACTORS}:
+        yield f"rotary_scaling={scaling!r}, expected type and {', '.join(_ROPE_FACTORS)}"
+    elif scaling["type"] != "llama3" or not all(_is_positive(scaling[k]) for k in _ROPE_FACTORS):
+        yield f"rotary_scaling={scaling!r}, expected type llama3 and positive numbers"
+    elif scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        yield "rotary_scaling.high_freq_factor must be above low_freq_factor"
+
+
+def _mapping_problems(raw: dict[str, Any]) -> Iterator[str]:
+    mapping = raw.get("mapping")
+    if not isinstance(mapping, dict):
+        yield f"mapping={mapping!r}, expected an object"
+        return
+    for key in sorted(set(mapping) - set(_MAPPING)):
+        yield f"unknown key mapping.{key} (the loader raises TypeError)"
+    for key in _MAPPING:
+        if not _is_size(mapping.get(key)):
+            yield f"mapping.{key}={mapping.get(key)!r}, expected a positive integer"
+            return
+    if mapping["world_size"] != mapping["tp_size"] * mapping["pp_size"]:
+        yield f"mapping.world_size={mapping['world_size']} is not tp_size x pp_size"
+    parallel = raw.get("use_parallel_embedding")
+    if parallel is not True and (parallel is not False or mapping["tp_size"] > 1):
+        yield f"use_parallel_embedding={parallel!r}, expected true (or false at tp_size 1)"
+
+
+def _quantization_problems(raw: dict[str, Any]) -> Iterator[str]:
+    quantization = raw.get("quantization")
+    if not isinstance(quantization, dict) or "quant_algo" not in quantization:
+        yield "quantization: expected an object with quant_algo"
+        return
     for key in sorted(set(quantization) - _QUANTIZATION):
-        problems.append(f"config.json: unknown key quantization.{key} (TypeError in the loader)")
-    if mapping.get("world_size") != tp * pp:
-        problems.append(f"config.json: mapping.world_size={mapping.get('world_size')} != {tp * pp}")
-    required = {
-        "architecture": ("LlamaForCausalLM",),
-        "dtype": tuple(SAFETENSORS_DTYPES),
-        "hidden_act": ("silu",),
-        "position_embedding_type": ("rope_gpt_neox",),
-    }
-    for key, allowed in required.items():
-        if raw.get(key) not in allowed:
-            problems.append(f"config.json: {key}={raw.get(key)!r}, expected one of {allowed}")
-    heads, groups = int(raw["num_attention_heads"]), int(raw["num_key_value_heads"])
-    if heads % tp or int(raw["intermediate_size"]) % tp or (groups % tp and tp % groups):
-        problems.append(f"config.json: tp_size={tp} does not fit heads {heads}, groups {groups}")
-    if int(raw["num_hidden_layers"]) % pp:
-        problems.append(f"config.json: pp_size={pp} does not divide num_hidden_layers")
-    algorithm = quantization.get("quant_algo")
+        yield f"unknown key quantization.{key} (the loader raises TypeError)"
+    algorithm = quantization["quant_algo"]
     if algorithm not in _ALGORITHMS:
-        problems.append(f"config.json: quant_algo={algorithm!r} is not verified here")
-    excluded = quantization.get("exclude_modules") or list(_BUILT_IN_EXCLUSIONS)
-    if algorithm is not None:
-        for name in ("lm_head", "transformer.vocab_embedding"):
-            if not any(fnmatchcase(name, pattern) for pattern in excluded):
-                problems.append(f"config.json: exclude_modules lets {name} be quantized")
+        yield f"quant_algo={algorithm!r} is not verified here; known are {_ALGORITHMS}"
+    if quantization.get("kv_cache_quant_algo") is not None:
+        yield "kv_cache_quant_algo is not verified here"
     if algorithm == "W4A16_AWQ":
-        if quantization.get("pre_quant_scale") is not True:
-            problems.append("config.json: W4A16_AWQ needs pre_quant_scale=true")
-        if quantization.get("group_size") not in (64, 128):
-            problems.append(f"config.json: group_size={quantization.get('group_size')}")
-    if len(problems) > before:
-        return None
-    group_size = int(quantization.get("group_size") or 128)
-    return ServedConfig(raw, tp, pp, algorithm, group_size, tuple(excluded))
+        for key, allowed in (
+            ("pre_quant_scale", (True,)),
+            ("has_zero_point", (False,)),
+            ("group_size", (64, 128)),
+        ):
+            if quantization.get(key) not in allowed:
+                yield f"quantization.{key}={quantization.get(key)!r}, expected one of {allowed}"
+    excluded = quantization.get("exclude_modules")
+    if algorithm is None or excluded is None:
+        return
+    if not isinstance(excluded, list) or not all(isinstance(item, str) for item in excluded):
+        yield "exclude_modules: expected a list of strings"
+        return
+    for name in ("lm_head", "transformer.vocab_embedding"):
+        if not any(fnmatchcase(name, pattern) for pattern in excluded):
+            yield f"exclude_modules lets {name} be quantized"
 
 
-def linear_shape(config: ServedConfig, module: str) -> tuple[int, int]:
-    """(out, in) of one rank's part of a linear."""
+def _size_problems(config: ServedConfig) -> Iterator[str]:
+    """Rules that tie sizes, layout and format together."""
     raw, t = config.raw, config.tp
-    hidden, d = int(raw["hidden_size"]), int(raw["head_size"])
-    heads = int(raw["num_attention_heads"]) // t
-    branch = int(raw["intermediate_size"]) // t
-    return {
-        "attention.qkv": ((heads + 2 * config.key_value_heads_per_rank) * d, hidden),
-        "attention.dense": (hidden, heads * d),
-        "mlp.fc": (branch, hidden),
-        "mlp.gate": (branch, hidden),
-        "mlp.proj": (hidden, branch),
-    }[module]
-
-
-def _linear_tensors(config: ServedConfig, prefix: str, module: str) -> dict[str, Expected]:
-    out, width = linear_shape(config, module)
-    row = module in ROW_PARALLEL
-    algorithm = config.algorithm if config.is_quantized(prefix + module) else None
-    dtype = config.dtype
-    if algorithm in (None, "W8A16"):
-        return {"weight": Expected((out, width), dtype, False)}
-    if algorithm == "FP8":
-        return {
-            "weight": Expected((out, width), "F8_E4M3", False),
-            "weights_scaling_factor": Expected((1,), "F32", True),
-            "activation_scaling_factor": Expected((1,), "F32", True),
-        }
-    if algorithm == "W8A8_SQ_PER_CHANNEL":
-        return {
-            "weight": Expected((out, width), "I8", False),
-            "weights_scaling_factor": Expected((out,), "F32", row),
-            "activation_scaling_factor": Expected((1,), "F32", True),
-            "prequant_scaling_factor": Expected((width,), dtype, not row),
-        }
-    groups = width // config.group_size
-    return {
-        "weight": Expected((out // 2, width), "I8", False),
-        "weights_scaling_factor": Expected((out, groups), dtype, False),
-        "prequant_scaling_factor": Expected((width,), dtype, not row),
-    }
-
-
-def expected_tensors(config: ServedConfig, pp_rank: int) -> dict[str, Expected]:
-    """Name -> expectation for the rank files of one pipeline stage."""
-    hidden = int(config.raw["hidden_size"])
-    norm = Expected((hidden,), config.dtype, True)
-    table = Expected((config.vocab_per_rank, hidden), config.dtype, False)
-    result: dict[str, Expected] = {}
-    if pp_rank == 0:
-        result["transformer.vocab_embedding.weight"] = table
-    for layer in range(config.layers_per_stage):
-        prefix = f"transformer.layers.{layer}."
-        result[f"{prefix}input_layernorm.weight"] = norm
-        result[f"{prefix}post_layernorm.weight"] = norm
-        for module in LINEARS:
-            for suffix, expected in _linear_tensors(config, prefix, module).items():
-                result[f"{prefix}{module}.{suffix}"] = expected
-    if pp_rank == config.pp - 1:
-        result["transformer.ln_f.weight"] = norm
-        result["lm_head.weight"] = table
-    return result
+    heads, groups = raw["num_attention_heads"], raw["num_key_value_heads"]
+    branch, hidden, d = raw["intermediate_size"], raw["hidden_size"], raw["head_size"]
+    if heads % t or branch % t or (groups % t and t % groups) or heads % groups:
+        yield f"tp_size={t} does not fit heads {heads}, key/value heads {groups}, MLP {branch}"
+    if raw["num_hidden_layers"] % config.pp:
+        yield f"pp_size={config.pp} does not divide num_hidden_layers={raw['num_hidden_layers']}"
+    if config.algorithm != "W4A16_AWQ":
+        return
+    multiple = max(64, config.group_size) * t
+    qkv = (heads + 2 * max(groups, t)) * d
+    for name, size in (
+        ("qkv", qkv),
+        ("hidden", hidden),
+        ("attention", heads * d),
+        ("MLP", branch),
+    ):
+        if size % multiple:
+            yield f"W4A16_AWQ: {name} size {size} is not a multiple of {multiple}, the loader pads"

@@ -1,13 +1,14 @@
 """Every exported tensor, compared bit for bit with what the checkpoint says it must be.
 
-Ranks are joined back into whole tensors (the inverse of what an exporter does), so a swapped, shifted,
-mis-scaled or mis-packed tensor cannot pass: codes times scales must be the trained weight's grid value,
-and every scale the frozen one.
+Ranks are joined back into whole tensors (the inverse of what an exporter does), so a swapped,
+shifted, mis-scaled or mis-packed tensor cannot pass: codes must be those of the trained weight on
+its frozen grid, and every scale the frozen one. The rounding is done again here, in its own lines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,45 +16,73 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mqat.export.slices import CheckpointReader
-from mqat.models.llama import LINEARS
-from mqat.quant.functional import dequantize, quantize
 from mqat.quant.scheme import LinearScheme
-from mqat.verify.layout import ROW_PARALLEL, ServedConfig
+from mqat.verify.expected import EMBEDDING, FINAL_NORM, LM_HEAD, ROW_PARALLEL
+from mqat.verify.layout import ServedConfig
+from mqat.verify.values import int4_codes, same_bytes
 
-_MODULES = {
-    "self_attention.linear_qkv": ("attention.qkv",),
-    "self_attention.linear_proj": ("attention.dense",),
-    "mlp.linear_fc1": ("mlp.fc", "mlp.gate"),
-    "mlp.linear_fc2": ("mlp.proj",),
+# TensorRT-LLM module -> Megatron linear, and which of its row blocks the module is (None: all).
+_OWNERS: dict[str, tuple[str, int | None]] = {
+    "attention.qkv": ("self_attention.linear_qkv", None),
+    "attention.dense": ("self_attention.linear_proj", None),
+    "mlp.fc": ("mlp.linear_fc1", 0),
+    "mlp.gate": ("mlp.linear_fc1", 1),
+    "mlp.proj": ("mlp.linear_fc2", None),
 }
+_NORMS = {"input_layernorm": "self_attention.linear_qkv", "post_layernorm": "mlp.linear_fc1"}
+_SCHEMES = {"W8A8_SQ_PER_CHANNEL": "int8", "W8A16": "int8_wo", "W4A16_AWQ": "int4", "FP8": "fp8"}
 
 
 def compare_with_checkpoint(
     directory: Path, config: ServedConfig, checkpoint: CheckpointReader
 ) -> list[str]:
     """Problems, each naming the tensor; the directory must have passed the static checks."""
+    problems = list(_compare_config(config, checkpoint))
+    if problems:
+        return problems
     handles = [
         safe_open(directory / f"rank{rank}.safetensors", framework="pt")
         for rank in range(config.tp * config.pp)
     ]
-    problems = list(_compare_top(handles, config, checkpoint))
+    problems += _compare_top(handles, config, checkpoint)
     for layer in range(checkpoint.model.num_layers):
         stage, local = divmod(layer, config.layers_per_stage)
         ranks = handles[stage * config.tp : (stage + 1) * config.tp]
         prefix = f"transformer.layers.{local}."
-        where = f"stage {stage}: "
-        for linear in LINEARS:
-            found = _compare_linear(ranks, config, checkpoint, prefix, layer, linear)
-            problems += [where + problem for problem in found]
-        norms = {"input_layernorm": "self_attention.linear_qkv", "post_layernorm": "mlp.linear_fc1"}
-        for name, owner in norms.items():
-            wanted = checkpoint.read(
-                f"decoder.layers.{owner}.layer_norm_weight", (slice(layer, layer + 1),)
-            )[0]
-            served = ranks[0].get_tensor(f"{prefix}{name}.weight")
-            if not torch.equal(served, wanted.to(served.dtype)):
-                problems.append(f"{where}{prefix}{name}.weight is not the checkpoint's")
+        found = list(_compare_norms(ranks, checkpoint, prefix, layer))
+        for module in _OWNERS:
+            found += _Linear(ranks, config, checkpoint, prefix, layer, module).compare()
+        problems += [f"stage {stage}: {problem}" for problem in found]
     return problems
+
+
+def _compare_config(config: ServedConfig, checkpoint: CheckpointReader) -> Iterator[str]:
+    """`config.json` must describe the trained model and its schemes."""
+    model = checkpoint.model
+    scaling = None
+    if model.rope_scaling is not None:
+        scaling = {k: v for k, v in model.rope_scaling.items() if k not in ("type", "rope_type")}
+        scaling["type"] = "llama3"
+    expected = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_size": model.head_dim,
+        "norm_epsilon": model.rms_norm_eps,
+        "rotary_base": model.rope_theta,
+        "rotary_scaling": scaling,
+        "max_position_embeddings": model.max_position_embeddings,
+    }
+    for key, value in expected.items():
+        if config.raw.get(key) != value:
+            yield f"config.json: {key}={config.raw.get(key)!r}, but the checkpoint has {value!r}"
+    names = {scheme.name for scheme in checkpoint.layers.values()}
+    served = {_SCHEMES[config.algorithm]} if config.algorithm else set()
+    if names != served:
+        yield f"config.json: quant_algo={config.algorithm}, but the checkpoint has {sorted(names)}"
 
 
 def _compare_top(
@@ -62,132 +91,136 @@ def _compare_top(
     vocab = checkpoint.model.vocab_size
     head = "embedding.word_embeddings" if checkpoint.model.tie_word_embeddings else "output_layer"
     tables = (
-        ("transformer.vocab_embedding.weight", "embedding.word_embeddings", handles[: config.tp]),
-        ("lm_head.weight", head, handles[-config.tp :]),
+        (EMBEDDING, "embedding.word_embeddings", handles[: config.tp]),
+        (LM_HEAD, head, handles[-config.tp :]),
     )
     for name, module, ranks in tables:
-        joined = torch.cat([handle.get_tensor(name) for handle in ranks])
+        joined = torch.cat([handle.get_tensor(name) for handle in ranks])[:vocab]
         wanted = checkpoint.read(f"{module}.weight", (slice(0, vocab),)).to(joined.dtype)
-        if not torch.equal(joined[:vocab], wanted):
+        if not same_bytes(joined, wanted):
             yield f"{name} is not the checkpoint's"
-        if joined[vocab:].any():
-            yield f"{name} has padding rows that are not zero"
-    served = handles[-1].get_tensor("transformer.ln_f.weight")
-    if not torch.equal(served, checkpoint.read("decoder.final_layernorm.weight").to(served.dtype)):
-        yield "transformer.ln_f.weight is not the checkpoint's"
+    served = handles[-1].get_tensor(FINAL_NORM)
+    wanted = checkpoint.read("decoder.final_layernorm.weight").to(served.dtype)
+    if not same_bytes(served, wanted):
+        yield f"{FINAL_NORM} is not the checkpoint's"
 
 
-def _nibbles(packed: Tensor) -> Tensor:
-    rows = torch.stack([packed % 16, packed.view(torch.uint8) // 16], dim=1).flatten(0, 1)
-    codes = rows.to(torch.int16)
-    return torch.where(codes >= 8, codes - 16, codes).to(torch.int8)
-
-
-def _split_trained(tensor: Tensor, checkpoint: CheckpointReader, linear: str) -> list[Tensor]:
-    """Rows of a trained tensor as the separate matrices that are served: [q, k, v] or [gate, up]."""
-    model = checkpoint.model
-    if linear == "mlp.linear_fc1":
-        return list(tensor.chunk(2, dim=0))
-    if linear != "self_attention.linear_qkv":
-        return [tensor]
-    per_group = model.num_attention_heads // model.num_query_groups
-    grouped = tensor.unflatten(0, (model.num_query_groups, per_group + 2, model.head_dim))
-    parts = grouped.split([per_group, 1, 1], dim=1)
-    return [part.flatten(0, 2) for part in parts]
-
-
-def _join_served(
-    tensors: list[Tensor], config: ServedConfig, module: str, *, columns: bool
-) -> list[Tensor]:
-    """Rank tensors joined: one matrix, or [q, k, v]; checks copied key/value heads on the way."""
-    if module in ROW_PARALLEL:
-        return [torch.cat(tensors, dim=1) if columns else tensors[0]]
-    if module != "attention.qkv":
-        return [torch.cat(tensors)]
-    d = int(config.raw["head_size"])
-    heads = int(config.raw["num_attention_heads"]) // config.tp
-    copies = config.key_value_heads_per_rank
-    split = [t.split([heads * d, copies * d, copies * d]) for t in tensors]
-    stride = max(config.tp // int(config.raw["num_key_value_heads"]), 1)
-    query = torch.cat([part[0] for part in split])
-    key, value = (torch.cat([part[i] for part in split[::stride]]) for i in (1, 2))
-    return [query, key, value]
-
-
-def _compare_linear(
-    ranks: list[safe_open],
-    config: ServedConfig,
-    checkpoint: CheckpointReader,
-    prefix: str,
-    layer: int,
-    linear: str,
+def _compare_norms(
+    ranks: list[safe_open], checkpoint: CheckpointReader, prefix: str, layer: int
 ) -> Iterator[str]:
-    name = f"decoder.layers.{layer}.{linear}"
-    scheme = checkpoint.layers.get(name)
-    lead = (slice(layer, layer + 1),)
-    trained = checkpoint.read(f"decoder.layers.{linear}.weight", lead)[0]
-    scale = codes = None
-    if scheme is not None and scheme.weight is not None:
-        scale = checkpoint.read(f"quantizers.{name}.weight_scale")
-        codes = quantize(trained, scale, scheme.weight.format, scheme.weight.granularity)
-        if scheme.name == "int8_wo":
-            trained = dequantize(codes, scale, scheme.weight.granularity, trained.dtype)
-    modules = _MODULES[linear]
-    expected_parts = _split_trained(codes if codes is not None else trained, checkpoint, linear)
-    for index, module in enumerate(modules):
-        full = prefix + module
-        parts = expected_parts[index : index + 1] if len(modules) > 1 else expected_parts
-        quantized = config.is_quantized(full)
-        if quantized != (scheme is not None):
+    for name, owner in _NORMS.items():
+        key = f"decoder.layers.{owner}.layer_norm_weight"
+        wanted = checkpoint.read(key, (slice(layer, layer + 1),))[0]
+        served = ranks[0].get_tensor(f"{prefix}{name}.weight")
+        if not same_bytes(served, wanted.to(served.dtype)):
+            yield f"{prefix}{name}.weight is not the checkpoint's"
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """One exported module over its ranks, and the trained linear it came from."""
+
+    ranks: list[safe_open]
+    config: ServedConfig
+    checkpoint: CheckpointReader
+    prefix: str
+    layer: int
+    module: str
+
+    def compare(self) -> Iterator[str]:
+        """What differs, bit for bit."""
+        full = self.prefix + self.module
+        linear, _ = _OWNERS[self.module]
+        name = f"decoder.layers.{self.layer}.{linear}"
+        scheme = self.checkpoint.layers.get(name)
+        if self.config.is_quantized(full) != (scheme is not None):
             yield f"{full}: quantized in only one of checkpoint and export"
-            continue
-        served = [handle.get_tensor(f"{full}.weight") for handle in ranks]
-        if scheme is None or scheme.name == "int8_wo":
-            dense = _split_trained(trained, checkpoint, linear)
-            parts = dense[index : index + 1] if len(modules) > 1 else dense
-            wanted = [part.to(served[0].dtype) for part in parts]
-        else:
-            wanted = parts
-            if scheme.name == "int4":
-                served = [_nibbles(tensor) for tensor in served]
-        joined = _join_served(served, config, module, columns=True)
-        if not all(torch.equal(_bits(a), _bits(b)) for a, b in zip(joined, wanted, strict=True)):
+            return
+        key = f"decoder.layers.{linear}.weight"
+        trained = self.checkpoint.read(key, (slice(self.layer, self.layer + 1),))[0].float()
+        served = [handle.get_tensor(f"{full}.weight") for handle in self.ranks]
+        if scheme is None:
+            if not self._matches(served, trained.to(served[0].dtype)):
+                yield f"{full}.weight is not the checkpoint's"
+            return
+        scale = self.checkpoint.read(f"quantizers.{name}.weight_scale")
+        steps = _steps(scale, scheme, trained.shape[1])
+        codes = _codes(trained / steps, scheme.name)
+        if scheme.name == "int8_wo":
+            if not self._matches(served, (codes.float() * steps).to(served[0].dtype)):
+                yield f"{full}.weight is not the checkpoint's weight on its grid"
+            return
+        if scheme.name == "int4":
+            served = [int4_codes(tensor) for tensor in served]
+        if not self._matches(served, codes):
             yield f"{full}.weight is not the checkpoint's weight on its grid"
-        if scheme is not None and scheme.name != "int8_wo":
-            assert scale is not None
-            yield from _compare_scales(
-                ranks, config, checkpoint, full, name, linear, index, scheme, scale
-            )
+        yield from self._compare_scales(full, name, scheme, scale)
 
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
-
-
-def _compare_scales(
-    ranks: list[safe_open],
-    config: ServedConfig,
-    checkpoint: CheckpointReader,
-    full: str,
-    name: str,
-    linear: str,
-    index: int,
-    scheme: LinearScheme,
-    scale: Tensor,
-) -> Iterator[str]:
-    module = full.split(".", 3)[3]
-    served = [handle.get_tensor(f"{full}.weights_scaling_factor").float() for handle in ranks]
-    if scale.numel() == 1:
-        same = all(torch.equal(tensor, scale) for tensor in served)
-    else:
-        parts = _split_trained(scale, checkpoint, linear)
-        wanted = parts[index : index + 1] if linear == "mlp.linear_fc1" else parts
-        joined = _join_served(served, config, module, columns=scale.dim() == 2)
-        same = all(torch.equal(a, b) for a, b in zip(joined, wanted, strict=True))
-    if not same:
-        yield f"{full}.weights_scaling_factor is not the frozen scale"
-    if scheme.input is not None:
-        frozen = checkpoint.read(f"quantizers.{name}.input_scale")
-        for handle in ranks:
-            if not torch.equal(handle.get_tensor(f"{full}.activation_scaling_factor"), frozen):
+    def _compare_scales(
+        self, full: str, name: str, scheme: LinearScheme, scale: Tensor
+    ) -> Iterator[str]:
+        factors = [r.get_tensor(f"{full}.weights_scaling_factor").float() for r in self.ranks]
+        if scheme.name == "fp8":
+            same = all(same_bytes(factor, scale) for factor in factors)
+        else:
+            same = self._matches(factors, scale)
+        if not same:
+            yield f"{full}.weights_scaling_factor is not the frozen scale"
+        if scheme.input is None:
+            return
+        frozen = self.checkpoint.read(f"quantizers.{name}.input_scale")
+        for handle in self.ranks:
+            if not same_bytes(handle.get_tensor(f"{full}.activation_scaling_factor"), frozen):
                 yield f"{full}.activation_scaling_factor is not the frozen scale"
+                return
+
+    def _matches(self, served: list[Tensor], trained: Tensor) -> bool:
+        """Whether the ranks' tensors are the trained one, cut over TP along rows or columns."""
+        joined, wanted = self._join(served), self._split(trained)
+        return all(
+            a.shape == b.shape and same_bytes(a, b) for a, b in zip(joined, wanted, strict=True)
+        )
+
+    def _split(self, tensor: Tensor) -> list[Tensor]:
+        """Row blocks of a trained tensor that are served apart: [q, k, v], [gate], [up], [all]."""
+        _, part = _OWNERS[self.module]
+        if part is not None:
+            return [tensor.chunk(2, dim=0)[part]]
+        if self.module != "attention.qkv":
+            return [tensor]
+        model = self.checkpoint.model
+        per_group = model.num_attention_heads // model.num_query_groups
+        grouped = tensor.unflatten(0, (model.num_query_groups, per_group + 2, model.head_dim))
+        return [block.flatten(0, 2) for block in grouped.split([per_group, 1, 1], dim=1)]
+
+    def _join(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The ranks' tensors as the same row blocks, each key/value head once."""
+        if self.module in ROW_PARALLEL:
+            return [torch.cat(tensors, dim=1) if tensors[0].dim() == 2 else tensors[0]]
+        if self.module != "attention.qkv":
+            return [torch.cat(tensors)]
+        config = self.config
+        d = int(config.raw["head_size"])
+        kept = config.key_value_heads_per_rank
+        split = [t.split([config.heads_per_rank * d, kept * d, kept * d]) for t in tensors]
+        query = torch.cat([part[0] for part in split])
+        stride = config.key_value_copies
+        key, value = (torch.cat([part[i] for part in split[::stride]]) for i in (1, 2))
+        return [query, key, value]
+
+
+def _steps(scale: Tensor, scheme: LinearScheme, width: int) -> Tensor:
+    """Scale in a shape that broadcasts over the weight's columns."""
+    if scale.dim() == 2:
+        assert scheme.weight is not None
+        group_size = int(str(scheme.weight.granularity).removeprefix("group:"))
+        return scale.repeat_interleave(group_size, dim=1)[:, :width]
+    return scale[:, None] if scheme.name != "fp8" else scale
+
+
+def _codes(ratio: Tensor, algorithm: str) -> Tensor:
+    """Round-half-to-even codes of weight / step."""
+    if algorithm == "fp8":
+        return ratio.clamp(-448, 448).to(torch.float8_e4m3fn)
+    low, high = {"int8": (-127, 127), "int8_wo": (-128, 127), "int4": (-8, 7)}[algorithm]
+    return ratio.round().clamp(low, high).to(torch.int8)
