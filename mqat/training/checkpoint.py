@@ -276,6 +276,7 @@ def load_checkpoint(
         load_quantizer_state_(chunks, loaded["quantizers"])
     if training is not None:
         _load_optimizer(training.optimizer, loaded["optimizer"])
+        training.scheduler.num_steps = 0  # Megatron adds the loaded steps to those already taken
         training.scheduler.load_state_dict(loaded["scheduler"])
         training.step = description["iteration"]
         training.consumed_samples = description["consumed_samples"]

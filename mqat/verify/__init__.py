@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mqat.export.slices import CheckpointReader
 from mqat.verify.checks import check_files
-from mqat.verify.layout import read_config
+from mqat.verify.layout import ServedConfig, read_config
 from mqat.verify.reader import RankReader
 from mqat.verify.roundtrip import compare_with_checkpoint
 
@@ -68,7 +68,7 @@ class Report:
 
 
 def compare_logits(report: Report, served: Tensor, reference: Tensor) -> None:
-    """Adds the agreement of two logit tensors [b, s, V] to a report, and problems beyond the limits."""
+    """Adds the agreement of two logit tensors [b, s, V] to a report; problems if beyond limits."""
     p, q = reference.float().log_softmax(-1), served.float().log_softmax(-1)
     report.mean_kl = float((p.exp() * (p - q)).sum(-1).mean())
     report.top1_agreement = float((p.argmax(-1) == q.argmax(-1)).float().mean())
@@ -94,6 +94,9 @@ def verify_trtllm(
         reference: mqat checkpoint it was made from; every tensor is then compared bit for bit.
         tokens: int64 [b, s] to run through the rank-by-rank reader.
         reference_logits: The training model's fake-quantized logits for `tokens`, [b, s, V].
+
+    Raises:
+        ValueError: The reference itself is damaged, or tokens and logits do not fit the model.
     """
     report = Report()
     if not directory.is_dir():
@@ -111,9 +114,25 @@ def verify_trtllm(
         report.problems += compare_with_checkpoint(directory, config, checkpoint)
         report.compared_with_checkpoint = True
     if tokens is not None:
+        _check_tokens(config, tokens, reference_logits)
         served = RankReader(directory, config).logits(tokens)
         if not torch.isfinite(served).all():
             report.problems.append("logits hold NaN or infinity")
         elif reference_logits is not None:
             compare_logits(report, served, reference_logits)
     return report
+
+
+def _check_tokens(config: ServedConfig, tokens: Tensor, reference_logits: Tensor | None) -> None:
+    vocab = int(config.raw["vocab_size"])
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
+        raise ValueError(
+            f"tokens reach from {int(tokens.min())} to {int(tokens.max())}, but the exported model "
+            f"has vocab_size={vocab}; tokenize the text with the exported tokenizer."
+        )
+    shape = (*tokens.shape, vocab)
+    if reference_logits is not None and tuple(reference_logits.shape) != shape:
+        raise ValueError(
+            f"reference logits have shape {tuple(reference_logits.shape)}, but tokens and the "
+            f"exported vocabulary need {shape}; compare with the checkpoint of this export."
+        )

@@ -108,16 +108,15 @@ class RankReader:
         batch, length, _ = x.shape
         angles = torch.arange(length).float()[:, None] * _inverse_frequencies(config)
         cos, sin = (f(torch.cat([angles, angles], dim=-1)) for f in (torch.cos, torch.sin))
-        heads = int(config.raw["num_attention_heads"]) // config.tp
-        copies = config.key_value_heads_per_rank
+        heads, kept = config.heads_per_rank, config.key_value_heads_per_rank
         total = torch.zeros_like(x)
         for weights in ranks:
             qkv = _linear(config, weights, f"{prefix}attention.qkv", x)
             q, k, v = (
                 part.view(batch, length, -1, d).transpose(1, 2)
-                for part in qkv.split([heads * d, copies * d, copies * d], dim=-1)
+                for part in qkv.split([heads * d, kept * d, kept * d], dim=-1)
             )
-            k, v = (t.repeat_interleave(heads // copies, dim=1) for t in (k, v))
+            k, v = (t.repeat_interleave(heads // kept, dim=1) for t in (k, v))
             context = F.scaled_dot_product_attention(
                 _rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True
             )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mqat.verify.expected import EMBEDDING, LM_HEAD, Expected, module_of
+from mqat.verify.expected import EMBEDDING, LINEARS, LM_HEAD, Expected, module_of
 from mqat.verify.layout import ServedConfig
 
 # File name -> its tensor, in the order of the ranks of one stage.
@@ -37,8 +37,8 @@ def value_problems(
         return
     yield from _padding_problems(name, ranks, config)
     yield from _copy_problems(name, ranks, config)
-    module = name.rpartition(".")[0]
-    if name.endswith(".weight") and module_of(name) and config.is_quantized(module):
+    module = name.removesuffix(".weight")
+    if module_of(name) in LINEARS and module != name and config.is_quantized(module):
         yield from _reach_problems(name, ranks, config)
 
 

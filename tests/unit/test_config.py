@@ -36,7 +36,7 @@ def test_a_bad_key_or_value_is_one_clear_error(override, message):
         (["model.tensor_model_parallel_size=3"], 12, "does not divide num_attention_heads=8"),
         (["model.global_batch_size=9"], 8, "global_batch_size=9 is not a multiple"),
         (["export.inference_tensor_parallel=3"], 8, "inference_tensor_parallel=3 does not fit"),
-        (["quantization.algorithm=int4_w_int8_a"], 8, "use int8 .W8A8. or int4"),
+        (["quantization.algorithm=int4_w_int8_a", "quantization.group_size=64"], 8, "use int8 .W8A8. or int4"),
         (
             ["quantization.algorithm=int4", "quantization.group_size=128",
              "model.architecture.intermediate_size=320"],

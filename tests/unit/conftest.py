@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.unit.export.checkpoints import TINY, all_layers, write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny("int8")`: the tiny model's checkpoint of an algorithm; shared, so never changed."""
+    made: dict[str, Path] = {}
+
+    def checkpoint(algorithm: str) -> Path:
+        if algorithm not in made:
+            path = tmp_path_factory.mktemp(algorithm) / "checkpoint"
+            made[algorithm] = write_checkpoint(path, TINY, all_layers(algorithm))
+        return made[algorithm]
+
+    return checkpoint

@@ -1,0 +1,147 @@
+"""Small checkpoints written directly with torch, with Megatron's keys, for export and verify tests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.models.manifest import describe_files
+from mqat.quant.functional import compute_amax, compute_scale
+from mqat.quant.scheme import LinearScheme, named_scheme
+
+# Legal for INT4 groups of 64 up to inference TP 4, where the two key/value heads are copied.
+TINY = LlamaConfig(
+    vocab_size=301, hidden_size=256, intermediate_size=512, num_layers=4, num_attention_heads=4,
+    num_query_groups=2, head_dim=64, max_position_embeddings=128, tie_word_embeddings=True,
+)  # fmt: skip
+UNTIED = replace(TINY, tie_word_embeddings=False)
+EXPORTABLE = ("null", "int8", "int8_wo", "int4", "fp8")
+
+
+def all_layers(algorithm: str, model: LlamaConfig = TINY) -> dict[str, LinearScheme]:
+    """Every linear quantized alike; empty for `null`."""
+    scheme = named_scheme(algorithm, group_size=64)
+    names = [f"decoder.layers.{i}.{linear}" for i in range(model.num_layers) for linear in LINEARS]
+    return {} if scheme is None else dict.fromkeys(names, scheme)
+
+
+def tensors_of(
+    model: LlamaConfig, layers: dict[str, LinearScheme], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Random weights and frozen scales; the weights moved on after calibration, as in training."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in model.checkpoint_shapes().items():
+        if "norm" in key:
+            state[key] = 1 + 0.1 * torch.randn(shape, generator=generator)
+            continue
+        if key.startswith(("embedding", "output_layer")):
+            shape = (shape[0] + 3, *shape[1:])  # Megatron's padding of the vocabulary
+        state[key] = torch.randn(shape, generator=generator) * 1.5 / shape[-1] ** 0.5
+    for name, scheme in layers.items():
+        index, linear = name.removeprefix("decoder.layers.").split(".", 1)
+        weight = state[f"decoder.layers.{linear}.weight"][int(index)]
+        assert scheme.weight is not None
+        state[f"quantizers.{name}.weight_scale"] = compute_scale(
+            compute_amax(weight, scheme.weight.granularity),
+            scheme.weight.format,
+            scale_dtype=scheme.weight.scale_dtype,
+        )
+        if scheme.input is not None:
+            amax = 3 + torch.rand(1, generator=generator)
+            state[f"quantizers.{name}.input_scale"] = compute_scale(
+                amax, scheme.input.format, scale_dtype=scheme.input.scale_dtype
+            )
+        weight.mul_(0.9).add_(0.01 * torch.randn(weight.shape, generator=generator))
+    quantizers = {key: value for key, value in state.items() if key.startswith("quantizers.")}
+    return {key: value.to(dtype) for key, value in state.items()} | quantizers
+
+
+class _InChunks(dcp.DefaultSavePlanner):
+    """Saves every tensor as several chunks, as the ranks of a training job do."""
+
+    def __init__(self, cuts: int) -> None:
+        super().__init__()
+        self.cuts = cuts
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for key, tensor in self.state_dict.items():
+            spans = [[(0, n)] for n in tensor.shape]
+            for dim in range(min(2, tensor.dim())):  # layers apart, and rows cut unevenly
+                step = -(-tensor.shape[dim] // self.cuts)
+                spans[dim] = [
+                    (start, min(step, tensor.shape[dim] - start))
+                    for start in range(0, tensor.shape[dim], step)
+                ]
+            corners = torch.cartesian_prod(*[torch.arange(len(s)) for s in spans])
+            for corner in corners.reshape(-1, tensor.dim()).tolist():
+                offsets, sizes = zip(
+                    *(span[i] for span, i in zip(spans, corner, strict=True)), strict=True
+                )
+                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                data = TensorWriteData(
+                    chunk, TensorProperties.create_from_tensor(tensor), tensor.size()
+                )
+                index = MetadataIndex(key, chunk.offsets)
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        return SavePlan(items)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        chunk = write_item.tensor_data.chunk
+        region = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+        return self.state_dict[write_item.index.fqn][region].clone()
+
+
+def describe(path: Path, **changes: object) -> None:
+    """(Re)writes `mqat.json` with fresh checksums, so that a test may damage what lies beneath."""
+    file = path / "mqat.json"
+    description = json.loads(file.read_text()) if file.exists() else {}
+    names = [str(f.relative_to(path)) for f in path.rglob("*") if f.is_file() and f != file]
+    description |= changes | {"files": describe_files(path, names)}
+    file.write_text(json.dumps(description))
+
+
+def write_checkpoint(
+    path: Path,
+    model: LlamaConfig,
+    layers: dict[str, LinearScheme],
+    *,
+    dtype: torch.dtype = torch.float32,
+    cuts: int = 1,
+    tensors: dict[str, Tensor] | None = None,
+) -> Path:
+    """A complete checkpoint directory, each tensor in `cuts` pieces along its first two dimensions."""
+    state = tensors_of(model, layers, dtype) if tensors is None else tensors
+    dcp.save(state, checkpoint_id=path, planner=_InChunks(cuts), no_dist=True)
+    tokenizer = path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "additional_chat_templates").mkdir()
+    (tokenizer / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    quantization = None
+    if layers:
+        schemes = {name: scheme.to_dict() for name, scheme in layers.items()}
+        quantization = {"algorithm": next(iter(layers.values())).name, "layers": schemes}
+    describe(
+        path,
+        format_version=1,
+        family="llama",
+        model=model.to_dict(),
+        params_dtype=str(dtype).removeprefix("torch."),
+        iteration=0,
+        quantization=quantization,
+    )
+    return path

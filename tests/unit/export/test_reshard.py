@@ -1,0 +1,85 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mqat.export.reshard import (
+    InferenceRank,
+    even_part,
+    gate_rows,
+    key_value_heads,
+    qkv_rows,
+    up_rows,
+    vocab_rows,
+)
+from tests.unit.export.checkpoints import TINY
+
+# Three query heads a group, heads of two rows: small enough to write the order down.
+SMALL = replace(TINY, num_attention_heads=6, num_query_groups=2, head_dim=2, intermediate_size=4)
+
+
+def tp_ranks(tp):
+    return [InferenceRank(rank, tp, 0, 1) for rank in range(tp)]
+
+
+def rows(parts):
+    return [row for part in parts for row in range(part.start, part.stop)]
+
+
+def test_qkv_rows_by_hand():
+    # Checkpoint rows: group 0 = q 0..5, k 6..7, v 8..9; group 1 = q 10..15, k 16..17, v 18..19.
+    q = [*range(6), *range(10, 16)]
+    assert rows(qkv_rows(SMALL, *tp_ranks(1))) == [*q, 6, 7, 16, 17, 8, 9, 18, 19]
+    first, second = tp_ranks(2)
+    assert rows(qkv_rows(SMALL, first)) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert rows(qkv_rows(SMALL, second)) == [10, 11, 12, 13, 14, 15, 16, 17, 18, 19]
+
+
+def test_more_ranks_than_key_value_heads_copy_each_head_to_consecutive_ranks():
+    model = replace(SMALL, num_attention_heads=4)
+    assert [list(key_value_heads(model, rank)) for rank in tp_ranks(4)] == [[0], [0], [1], [1]]
+    # group 0 = q 0..3, k 4..5, v 6..7; group 1 = q 8..11, k 12..13, v 14..15
+    assert [rows(qkv_rows(model, rank)) for rank in tp_ranks(4)] == [
+        [0, 1, 4, 5, 6, 7],
+        [2, 3, 4, 5, 6, 7],
+        [8, 9, 12, 13, 14, 15],
+        [10, 11, 12, 13, 14, 15],
+    ]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_ranks_together_hold_every_qkv_row_once(tp):
+    held = [row for rank in tp_ranks(tp) for row in rows(qkv_rows(SMALL, rank))]
+    assert sorted(held) == list(range(SMALL.qkv_out_features))
+
+
+def test_gate_and_up_are_cut_apart_not_as_one_fused_matrix():
+    assert [rows(gate_rows(SMALL, rank)) for rank in tp_ranks(2)] == [[0, 1], [2, 3]]
+    assert [rows(up_rows(SMALL, rank)) for rank in tp_ranks(2)] == [[4, 5], [6, 7]]
+    naive = [list(part) for part in torch.arange(8).chunk(2)]
+    assert rows(gate_rows(SMALL, tp_ranks(2)[1])) != naive[1]  # control: chunking is another cut
+
+
+def test_vocabulary_rows_are_padded_at_the_end_only():
+    model = replace(SMALL, vocab_size=10)
+    parts = [vocab_rows(model, rank) for rank in tp_ranks(4)]
+    assert parts == [(slice(0, 3), 0), (slice(3, 6), 0), (slice(6, 9), 0), (slice(9, 10), 2)]
+    short = [vocab_rows(replace(SMALL, vocab_size=5), rank) for rank in tp_ranks(4)]
+    assert short[3] == (slice(5, 5), 2)  # a rank of padding alone
+
+
+def test_stages_take_consecutive_layers_and_only_the_ends_have_tables():
+    ranks = [InferenceRank(0, 1, stage, 2) for stage in range(2)]
+    assert [list(rank.layers(TINY)) for rank in ranks] == [[0, 1], [2, 3]]
+    assert [(rank.is_first_stage, rank.is_last_stage) for rank in ranks] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_even_part():
+    assert [even_part(12, rank) for rank in tp_ranks(3)] == [
+        slice(0, 4),
+        slice(4, 8),
+        slice(8, 12),
+    ]

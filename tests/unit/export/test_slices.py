@@ -1,0 +1,143 @@
+import json
+import os
+import pickle
+import random
+import shutil
+
+import pytest
+import torch
+
+from mqat.export.slices import CheckpointReader
+from tests.unit.export.checkpoints import (
+    TINY,
+    UNTIED,
+    all_layers,
+    describe,
+    tensors_of,
+    write_checkpoint,
+)
+
+FC1 = "decoder.layers.mlp.linear_fc1.weight"
+
+
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory):
+    path = tmp_path_factory.mktemp("chunked") / "checkpoint"
+    return write_checkpoint(path, TINY, all_layers("int8"), cuts=3)
+
+
+@pytest.fixture
+def damaged(tiny, tmp_path):
+    """A copy of a checkpoint that a test may break."""
+    return shutil.copytree(tiny("int8"), tmp_path / "checkpoint")
+
+
+def test_any_region_of_a_chunked_tensor_is_the_saved_region(chunked):
+    saved = tensors_of(TINY, all_layers("int8"))
+    reader = CheckpointReader(chunked)
+    choose = random.Random(0)
+    for _ in range(60):
+        key = choose.choice(sorted(saved))
+        region = []
+        for size in saved[key].shape[: choose.randint(0, saved[key].dim())]:
+            start = choose.randrange(size)
+            region.append(slice(start, choose.randint(start, size)))
+        assert torch.equal(reader.read(key, region), saved[key][tuple(region)]), (key, region)
+
+
+def test_shapes_schemes_and_sizes_come_from_the_description(chunked):
+    reader = CheckpointReader(chunked)
+    assert reader.model == TINY
+    assert reader.layers == all_layers("int8")
+    assert reader.shape(FC1) == (4, 1024, 256)
+    assert reader.has(FC1) and not reader.has("output_layer.weight")
+
+
+def test_an_index_that_calls_a_function_is_refused_and_not_run(damaged, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "proof"),)
+
+    (damaged / ".metadata").write_bytes(pickle.dumps(Attack()))
+    describe(damaged)
+    with pytest.raises(ValueError, match=r"\.metadata: not a checkpoint index .*mkdir"):
+        CheckpointReader(damaged)
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("name", ["os", "Path", "FileSystemWriter", "pickle"])
+def test_what_an_index_module_imports_is_refused_too(damaged, name):
+    module = "torch.distributed.checkpoint.filesystem"
+    (damaged / ".metadata").write_bytes(f"c{module}\n{name}\n.".encode())
+    describe(damaged)
+    with pytest.raises(ValueError, match="does not belong in a checkpoint index"):
+        CheckpointReader(damaged)
+
+
+def test_an_unfinished_checkpoint_is_refused(damaged):
+    (damaged / "mqat.json").unlink()
+    with pytest.raises(ValueError, match=r"not a complete mqat checkpoint \(mqat\.json is missing"):
+        CheckpointReader(damaged)
+
+
+@pytest.mark.parametrize("key", ["files", "model", "quantization"])
+def test_a_description_without_a_key_is_refused(damaged, key):
+    description = json.loads((damaged / "mqat.json").read_text())
+    del description[key]
+    (damaged / "mqat.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=rf"mqat\.json: damaged .*{key}"):
+        CheckpointReader(damaged)
+
+
+def data_file(checkpoint):
+    return next(iter(sorted(checkpoint.glob("*.distcp"))))
+
+
+def test_a_missing_truncated_or_changed_file_is_named(damaged):
+    file = data_file(damaged)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file.name}: contents do not match the checksum"):
+        CheckpointReader(damaged)
+    file.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=rf"{file.name}: .* expected {len(content)} bytes"):
+        CheckpointReader(damaged)
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"{file.name}: missing"):
+        CheckpointReader(damaged)
+
+
+def test_a_damaged_record_is_an_error_even_without_the_checksum(damaged):
+    file = data_file(damaged)
+    file.write_bytes(bytes(file.stat().st_size))
+    reader = CheckpointReader(damaged, crc=False)
+    with pytest.raises(ValueError, match=rf"{file.name}: record of .* cannot be read"):
+        reader.read(FC1)
+
+
+def test_a_tensor_that_is_missing_or_of_another_size_is_named(tmp_path):
+    tensors = tensors_of(UNTIED, {})
+    del tensors["output_layer.weight"]
+    with pytest.raises(ValueError, match=r"'output_layer.weight' is missing"):
+        CheckpointReader(write_checkpoint(tmp_path / "a", UNTIED, {}, tensors=tensors))
+    tensors = tensors_of(TINY, {})
+    tensors[FC1] = tensors[FC1][:, :-1].contiguous()
+    with pytest.raises(ValueError, match=r"linear_fc1.weight' has shape \(4, 1023, 256\)"):
+        CheckpointReader(write_checkpoint(tmp_path / "b", TINY, {}, tensors=tensors))
+
+
+def test_a_quantized_checkpoint_without_one_of_its_scales_is_refused(tmp_path):
+    tensors = tensors_of(TINY, all_layers("int8"))
+    name = "quantizers.decoder.layers.2.mlp.linear_fc2.input_scale"
+    del tensors[name]
+    path = write_checkpoint(tmp_path / "c", TINY, all_layers("int8"), tensors=tensors)
+    with pytest.raises(ValueError, match=name):
+        CheckpointReader(path)
+
+
+def test_chunks_that_leave_a_gap_are_an_error(chunked):
+    reader = CheckpointReader(chunked)
+    del reader._tensors[FC1].chunks[4]
+    with pytest.raises(ValueError, match=rf"chunks of '{FC1}' do not cover the tensor"):
+        reader.read(FC1)
