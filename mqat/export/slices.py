@@ -23,6 +23,8 @@ from mqat.quant.scheme import LinearScheme
 
 # Data classes only: a module's other names would let an index call what the module imports.
 _INDEX_CLASSES = {
+    "pathlib": {"PosixPath"},  # where it was saved, if that was given as a Path
+    "pathlib._local": {"PosixPath"},  # the same in Python 3.13
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},

@@ -36,7 +36,6 @@ def test_a_bad_key_or_value_is_one_clear_error(override, message):
         (["model.tensor_model_parallel_size=3"], 12, "does not divide num_attention_heads=8"),
         (["model.global_batch_size=9"], 8, "global_batch_size=9 is not a multiple"),
         (["export.inference_tensor_parallel=3"], 8, "inference_tensor_parallel=3 does not fit"),
-        (["quantization.algorithm=int4_w_int8_a", "quantization.group_size=64"], 8, "use int8 .W8A8. or int4"),
         (
             ["quantization.algorithm=int4", "quantization.group_size=128",
              "model.architecture.intermediate_size=320"],
@@ -53,3 +52,9 @@ def test_what_would_fail_later_is_refused_before_any_process_group(overrides, wo
 
 def test_the_shipped_tiny_config_fits_eight_processes():
     assert make_plan(load_config(TINY), world_size=8).data_parallel == 2
+
+
+def test_an_algorithm_without_tensorrt_llm_form_is_refused_with_what_to_use_instead():
+    overrides = ["quantization.algorithm=int4_w_int8_a", "quantization.group_size=32"]
+    with pytest.raises(ValueError, match="no INT4 weights with INT8 activations: use int8"):
+        make_plan(load_config(TINY, overrides), world_size=8)
