@@ -1,0 +1,180 @@
+from dataclasses import replace
+
+import pytest
+
+from mqat.export.trtllm import check_exportable, config_json, excluded_modules, loader_warning
+from mqat.quant.scheme import named_scheme
+from tests.unit.export.checkpoints import EXPORTABLE, TINY, all_layers
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+BUILT_IN = [
+    "*lm_head",
+    "*router",
+    "*vocab_embedding",
+    "*position_embedding",
+    "*block_embedding",
+    "*shared_expert_gate",
+]
+
+
+def check(algorithm, tp=1, pp=1, model=TINY):
+    check_exportable(model, all_layers(algorithm, model), tp=tp, pp=pp)
+
+
+def test_config_json_of_a_llama3_model_in_fp8():
+    model = replace(TINY, rope_theta=500000.0, rope_scaling=LLAMA3)
+    config = config_json(model, all_layers("fp8"), tp=2, pp=2, dtype="float16")
+    version = config.pop("producer")["version"]
+    assert version[0].isdigit()
+    assert config == {
+        "architecture": "LlamaForCausalLM",
+        "dtype": "float16",
+        "logits_dtype": "float32",
+        "vocab_size": 301,
+        "max_position_embeddings": 128,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_size": 64,
+        "hidden_act": "silu",
+        "norm_epsilon": 1e-05,
+        "qk_layernorm": False,
+        "attn_bias": False,
+        "mlp_bias": False,
+        "position_embedding_type": "rope_gpt_neox",
+        "rotary_base": 500000.0,
+        "rotary_scaling": {
+            "type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "use_parallel_embedding": True,
+        "embedding_sharding_dim": 0,
+        "share_embedding_table": False,
+        "mapping": {"world_size": 4, "tp_size": 2, "pp_size": 2},
+        "quantization": {
+            "quant_algo": "FP8",
+            "kv_cache_quant_algo": None,
+            "exclude_modules": BUILT_IN,
+        },
+    }
+
+
+def test_quantization_sections():
+    sections = {
+        algorithm: config_json(TINY, all_layers(algorithm), tp=1, pp=1, dtype="bfloat16")[
+            "quantization"
+        ]
+        for algorithm in EXPORTABLE
+    }
+    assert sections["null"] == {"quant_algo": None, "kv_cache_quant_algo": None}
+    assert sections["int8"]["quant_algo"] == "W8A8_SQ_PER_CHANNEL"
+    assert sections["int8_wo"]["quant_algo"] == "W8A16"
+    assert sections["int4"] == {
+        "quant_algo": "W4A16_AWQ",
+        "kv_cache_quant_algo": None,
+        "exclude_modules": BUILT_IN,
+        "group_size": 64,
+        "has_zero_point": False,
+        "pre_quant_scale": True,
+    }
+
+
+def test_every_exportable_algorithm_fits_the_tiny_model():
+    for algorithm in EXPORTABLE:
+        for tp in (1, 2, 4):
+            check(algorithm, tp=tp, pp=2)
+
+
+def test_an_algorithm_without_a_form_is_refused_with_what_to_use_instead():
+    with pytest.raises(ValueError, match=r"int4_w_int8_a cannot be exported.*use int8 .* or int4"):
+        check("int4_w_int8_a")
+
+
+def test_two_algorithms_in_one_model_are_refused():
+    layers = all_layers("int8") | {"decoder.layers.0.mlp.linear_fc2": named_scheme("fp8")}
+    with pytest.raises(ValueError, match=r"mix \['fp8', 'int8'\]"):
+        check_exportable(TINY, layers, tp=1, pp=1)
+
+
+def test_two_group_sizes_in_one_model_are_refused():
+    layers = all_layers("int4") | {
+        "decoder.layers.0.mlp.linear_fc2": named_scheme("int4", group_size=128)
+    }
+    with pytest.raises(ValueError, match=r"group_size differs between layers: \[64, 128\]"):
+        check_exportable(TINY, layers, tp=1, pp=1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tp": 3}, r"inference_tensor_parallel=3 does not fit num_attention_heads=4"),
+        ({"tp": 8}, r"inference_tensor_parallel=8 does not fit"),
+        ({"tp": 0}, r"inference_tensor_parallel=0: must be at least 1"),
+        ({"pp": 3}, r"inference_pipeline_parallel=3 does not divide num_layers=4"),
+        ({"pp": -1}, r"inference_pipeline_parallel=-1: must be at least 1"),
+    ],
+)
+def test_layouts_that_do_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        check("int8", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "tp", "model", "message"),
+    [
+        (32, 1, TINY, "group_size=32; TensorRT-LLM's INT4 kernels support 64 and 128 only"),
+        (128, 4, TINY, r"in_features=256 is not a multiple of 512 .* fit here: \[64\]"),
+        # qkv counts copied heads: (6 + 2 * 6) * 32 = 576 is not a multiple of 64 * 6.
+        (64, 6, replace(TINY, hidden_size=768, num_attention_heads=6, num_query_groups=2,
+                        head_dim=32, intermediate_size=768), "linear_qkv: out_features=576"),
+        # One branch of the MLP, not the fused gate and up.
+        (128, 1, replace(TINY, intermediate_size=192), "linear_fc1: out_features=192"),
+    ],
+)  # fmt: skip
+def test_sizes_that_int4_kernels_cannot_take(group_size, tp, model, message):
+    scheme = named_scheme("int4", group_size=group_size)
+    layers = dict.fromkeys(all_layers("int4", model), scheme)
+    with pytest.raises(ValueError, match=message):
+        check_exportable(model, layers, tp=tp, pp=1)
+
+
+def test_layers_left_unquantized_are_excluded_by_exact_name():
+    layers = all_layers("int8")
+    for index in (0, 2):
+        del layers[f"decoder.layers.{index}.mlp.linear_fc1"]
+    assert excluded_modules(TINY, layers, 1) == [
+        *BUILT_IN,
+        "transformer.layers.0.mlp.fc",
+        "transformer.layers.0.mlp.gate",
+        "transformer.layers.2.mlp.fc",
+        "transformer.layers.2.mlp.gate",
+    ]
+    # Layer 0 of either stage: the names restart, and both stages agree.
+    assert excluded_modules(TINY, layers, 2) == [
+        *BUILT_IN,
+        "transformer.layers.0.mlp.fc",
+        "transformer.layers.0.mlp.gate",
+    ]
+
+
+def test_stages_that_leave_different_layers_unquantized_are_refused():
+    layers = all_layers("int8")
+    del layers["decoder.layers.0.mlp.linear_fc1"]
+    check_exportable(TINY, layers, tp=1, pp=1)
+    with pytest.raises(ValueError, match=r"quantization\.rules leave different layers"):
+        check_exportable(TINY, layers, tp=1, pp=2)
+
+
+def test_only_weight_only_int8_warns():
+    assert [a for a in EXPORTABLE if loader_warning(all_layers(a))] == ["int8_wo"]

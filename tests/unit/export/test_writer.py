@@ -1,0 +1,83 @@
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from mqat.export.writer import AtomicDirectory
+
+
+@contextmanager
+def largest_file(size):
+    """No file may grow beyond `size` bytes: the same system call fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def export(target, content="{}", **kwargs):
+    directory = AtomicDirectory(target, **{"overwrite": False} | kwargs)
+    directory.create()
+    directory.write_text("config.json", content)
+    directory.commit()
+
+
+def test_nothing_is_visible_before_the_commit(tmp_path):
+    directory = AtomicDirectory(tmp_path / "out", overwrite=False)
+    directory.create()
+    directory.write_text("config.json", "{}")
+    assert not (tmp_path / "out").exists()
+    directory.commit()
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_existing_directory_is_replaced_only_on_request(tmp_path):
+    export(tmp_path / "out", "old")
+    with pytest.raises(ValueError, match="exists already"):
+        export(tmp_path / "out", "new")
+    export(tmp_path / "out", "new", overwrite=True)
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_not_an_export_is_never_replaced(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    for target in (tmp_path / "home", tmp_path / "home" / "thesis.txt"):
+        with pytest.raises(ValueError, match="does not look like an export"):
+            export(target, overwrite=True)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_empty_directory_may_be_used_as_target(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    export(tmp_path / "x" / ".." / "out", overwrite=True)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "rank9.safetensors").write_text("half")
+    export(tmp_path / "out")
+    assert sorted(f.name for f in tmp_path.rglob("*")) == ["config.json", "out"]
+
+
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path):
+    directory = AtomicDirectory(tmp_path / "out", overwrite=False)
+    directory.create()
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    (source / "tokenizer.json").write_bytes(bytes(200_000))
+    with largest_file(100_000):
+        with pytest.raises(ValueError, match=r"rank0\.safetensors: .*is the disk full"):
+            directory.write_tensors("rank0.safetensors", {"weight": torch.zeros(100_000)})
+        with pytest.raises(ValueError, match=r"config\.json: .*is the disk full"):
+            directory.write_text("config.json", " " * 200_000)
+        with pytest.raises(ValueError, match=r"tokenizer\.json: .*is the disk full"):
+            directory.copy_tree(source)
+    directory.discard()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["tokenizer"]
