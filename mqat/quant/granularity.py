@@ -71,12 +71,13 @@ class PerGroup:
 
     def expand(self, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
         """(O, I): every scale repeated over its group."""
-        return scale.repeat_interleave(self.size, dim=1)[:, : shape[1]]
+        repeated = scale[:, :, None].expand(-1, -1, self.size)
+        return repeated.reshape(scale.shape[0], -1)[:, : shape[1]]
 
     def amax(self, x: Tensor) -> Tensor:
         """Largest |x| of each group, float32 (O, G)."""
         magnitude = F.pad(x.detach().abs(), (0, -x.shape[1] % self.size))
-        return magnitude.unflatten(1, (-1, self.size)).amax(dim=2).float()
+        return magnitude.reshape(*self.scale_shape(tuple(x.shape)), self.size).amax(dim=2).float()
 
     def __str__(self) -> str:
         """Name used in checkpoints."""
@@ -105,7 +106,7 @@ def granularity_from_str(text: str) -> Granularity:
 def grouped_view(x: Tensor, scale: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     """`x` and `scale` in shapes that broadcast; avoids a full-size scale when groups divide."""
     if isinstance(granularity, PerGroup) and x.shape[-1] % granularity.size == 0:
-        return x.unflatten(-1, (-1, granularity.size)), scale[..., None]
+        return x.reshape(*scale.shape, granularity.size), scale[..., None]
     return x, granularity.expand(scale, tuple(x.shape))
 
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+METHODS = ("max", "percentile")
 _BINS = 1 << 15
 _FIRST_NONFINITE_BIN = 0xFF << 7
 
@@ -19,8 +20,9 @@ class ActivationObserver(nn.Module):
     """Maximum, and optionally a histogram, of every tensor it is shown.
 
     Attributes:
-        statistics: float32 (3,): largest finite |x|, 1 if anything was seen, 1 if anything was NaN
-            or infinite. Merged over ranks by MAX.
+        statistics: float32 (3,): largest |x| of the tensors that were finite throughout, 1 if
+            anything was seen, 1 if anything was NaN or infinite (the first number then depends on
+            how tokens were grouped, and `check` refuses it). Merged over ranks by MAX.
         histogram: int64 (32768,) counts of |x| when `method` is `percentile`. Merged by SUM.
     """
 
@@ -29,6 +31,8 @@ class ActivationObserver(nn.Module):
 
     def __init__(self, method: str = "max") -> None:
         super().__init__()
+        if method not in METHODS:
+            raise ValueError(f"calibration method {method!r} is unknown; known: {METHODS}.")
         self.method = method
         self.register_buffer("statistics", torch.zeros(3), persistent=False)
         if method == "percentile":
@@ -43,8 +47,10 @@ class ActivationObserver(nn.Module):
         magnitude = x.detach().abs()
         largest = magnitude.amax().float()  # amax propagates NaN
         if self.method == "percentile":
-            bins = magnitude.float().reshape(-1).view(torch.int32) >> 16
-            self.histogram += torch.bincount(bins, minlength=_BINS)
+            bins = (magnitude.float().reshape(-1).view(torch.int32) >> 16) & (_BINS - 1)
+            # Not bincount: on CUDA it waits for the largest value, to size its result.
+            one = torch.ones((), dtype=torch.int64, device=bins.device)
+            self.histogram.index_add_(0, bins, one.expand(bins.shape))
         finite = largest.isfinite()
         seen = torch.ones_like(largest)
         update = torch.stack([torch.where(finite, largest, 0.0), seen, (~finite).float()])
@@ -70,13 +76,23 @@ class ActivationObserver(nn.Module):
         Args:
             percentile: In (0, 100]; None is the true maximum. The result is the upper edge of the
                 first bin at which the cumulative share reaches it, never above the maximum; it
-                overestimates the exact percentile by less than 1/128.
+                overestimates the exact percentile by at most 1/128 of it.
+
+        Raises:
+            ValueError: `percentile` is out of range, or no histogram was kept.
         """
         maximum = self.statistics[:1].clone()
         if percentile is None:
             return maximum
+        if not 0 < percentile <= 100:
+            raise ValueError(f"percentile={percentile} must be in (0, 100]; 100 is the maximum.")
+        if self.method != "percentile":
+            raise ValueError(
+                f"percentile={percentile} needs a histogram, but this observer was made with "
+                f"method={self.method!r}; start observing with method='percentile'."
+            )
         counts = self.histogram[:_FIRST_NONFINITE_BIN].cpu()
-        needed = math.ceil(int(counts.sum()) * (percentile / 100))
+        needed = math.ceil(int(counts.sum()) * percentile / 100)
         first = int(torch.searchsorted(counts.cumsum(0), needed))
         edge = torch.tensor([(first + 1) << 16], dtype=torch.int32).view(torch.float32)
         return torch.minimum(maximum, edge.to(maximum.device))

@@ -16,19 +16,30 @@ def pack_int4(codes: Tensor) -> Tensor:
         int8 [O/2, I].
 
     Raises:
-        ValueError: Wrong dtype or an odd number of rows.
+        ValueError: Wrong dtype, an odd number of rows, or a code that four bits cannot hold.
     """
     if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[0] % 2:
         raise ValueError(
             f"pack_int4 needs an int8 matrix with an even number of rows, got {codes.dtype} "
             f"{tuple(codes.shape)}."
         )
+    if codes.numel() and (int(codes.amin()) < -8 or int(codes.amax()) > 7):
+        raise ValueError(
+            f"pack_int4: codes span {int(codes.amin())}..{int(codes.amax())}, but four bits hold "
+            "-8..7; quantize with the INT4 format."
+        )
     nibbles = codes.view(torch.uint8) & 0xF
     return (nibbles[0::2] | (nibbles[1::2] << 4)).view(torch.int8)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """Inverse of `pack_int4`: int8 [O/2, I] -> int8 [O, I]."""
+    """Inverse of `pack_int4`: int8 [O/2, I] -> int8 [O, I].
+
+    Raises:
+        ValueError: Wrong dtype (shifts of unsigned bytes would lose the sign).
+    """
+    if packed.dtype != torch.int8:
+        raise ValueError(f"unpack_int4 needs int8, got {packed.dtype}; use `.view(torch.int8)`.")
     low = (packed << 4) >> 4  # arithmetic shifts of int8 extend the sign
     high = packed >> 4
     return torch.stack([low, high], dim=1).flatten(0, 1)

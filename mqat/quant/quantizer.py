@@ -49,12 +49,20 @@ class Quantizer(nn.Module):
         """Fixes the scale itself, as read from a checkpoint.
 
         Raises:
-            ValueError: Other shape than this quantizer's.
+            ValueError: Other shape than this quantizer's, or a step that is not positive and finite.
         """
         if scale.shape != self.scale.shape:
             raise ValueError(
                 f"{self.name}: scale has shape {tuple(scale.shape)}, expected "
                 f"{tuple(self.scale.shape)}."
+            )
+        # Waits for the device, once per calibration or load: a step of zero or NaN trains silently.
+        bad = ~((scale > 0) & scale.isfinite())
+        if bool(bad.any()):
+            raise ValueError(
+                f"{self.name}: {int(bad.sum())} of {scale.numel()} scales are not positive finite "
+                f"numbers (first: {float(scale[bad][0])}). Calibrate again, or restore another "
+                "checkpoint."
             )
         self.scale.copy_(scale)
         self.observer = None

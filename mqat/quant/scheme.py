@@ -19,6 +19,7 @@ from mqat.quant.granularity import (
 )
 
 ALGORITHMS = ("int8", "int8_wo", "int4", "int4_w_int8_a", "fp8", "null")
+SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,19 @@ class TensorScheme:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, str]) -> TensorScheme:
-        """Inverse of `to_dict`; an unknown format is a ValueError."""
+        """Inverse of `to_dict`; an unknown format, granularity or dtype is a ValueError."""
         name = values["format"]
         if name not in FORMATS:
             raise ValueError(f"quantization format {name!r} is unknown; known: {sorted(FORMATS)}.")
+        scale_dtype = values["scale_dtype"]
+        if scale_dtype not in SCALE_DTYPES:
+            raise ValueError(
+                f"scale_dtype {scale_dtype!r} is unknown; known: {list(SCALE_DTYPES)}."
+            )
         return cls(
             FORMATS[name],
             granularity_from_str(values["granularity"]),
-            getattr(torch, values["scale_dtype"]),
+            SCALE_DTYPES[scale_dtype],
         )
 
 

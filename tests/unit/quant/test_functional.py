@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from mqat.quant.formats import FP8_E4M3, INT4, INT8, INT8_FULL
+from mqat.quant.formats import FORMATS, FP8_E4M3, INT4, INT8, INT8_FULL, INT8_LOADER
 from mqat.quant.functional import (
     compute_amax,
     compute_scale,
@@ -10,44 +12,137 @@ from mqat.quant.functional import (
     quantize,
 )
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
-from mqat.quant.observers import ActivationObserver
-from mqat.quant.packing import pack_int4, unpack_int4
-from mqat.quant.scheme import ALGORITHMS, LinearScheme, named_scheme
+
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def label(value: object) -> str:
+    """Test ids: formats by their name."""
+    return str(getattr(value, "name", value))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Stricter than `torch.equal`, for which 0.0 and -0.0 are the same."""
+    kind = BITS[a.dtype]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
 
 
 def test_int8_codes_match_a_hand_computed_row():
-    x = torch.tensor([[-1.27, 0.005, 0.015, 0.6, 1.27]])
+    x = torch.tensor([[-1.27, 0.004, 0.6, 1.27]])
     scale = compute_scale(compute_amax(x, PerChannel()), INT8)
     assert torch.allclose(scale, torch.tensor([0.01]))
-    assert quantize(x, torch.tensor([0.01]), INT8, PerChannel())[0, -1] == 127
-    assert quantize(x, torch.tensor([0.01]), INT8, PerChannel())[0, 3] == 60
+    assert quantize(x, scale, INT8, PerChannel()).tolist() == [[-127, 0, 60, 127]]
+
+
+def test_halves_are_rounded_to_even_codes():
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5]) * 0.25
+    codes = quantize(x, torch.tensor([0.25]), INT8, PerTensor())
+    assert codes.tolist() == [0, 2, 2, 0, -2, -2]
 
 
 def test_activations_may_use_the_code_minus_128_and_weights_may_not():
     x, scale = torch.tensor([[-5.0]]), torch.tensor([0.01])
     assert quantize(x, scale, INT8_FULL, PerTensor()).item() == -128
     assert quantize(x, scale, INT8, PerTensor()).item() == -127
+    assert quantize(x, scale, INT4, PerTensor()).item() == -8
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_loaders_grid_divides_by_128_and_saturates_its_positive_end():
+    x = torch.tensor([[-2.0, 1.0, 2.0]])
+    scale = compute_scale(compute_amax(x, PerChannel()), INT8_LOADER)
+    assert scale.tolist() == [2.0 / 128]
+    assert quantize(x, scale, INT8_LOADER, PerChannel()).tolist() == [[-128, 64, 127]]
+
+
+@pytest.mark.parametrize("fmt", [INT8, INT8_FULL, INT8_LOADER, INT4])
+@pytest.mark.parametrize("size", [16, 48])  # 48 leaves a last group of 16 in a row of 160
+def test_integer_codes_equal_an_independent_numpy_version(fmt, size):
+    x = randn(8, 160)
+    scale = compute_scale(compute_amax(x, PerGroup(size)), fmt) * 0.7  # 0.7: some values clip
+    steps = np.repeat(scale.numpy(), size, axis=1)[:, :160]
+    expected = np.clip(np.rint(x.numpy() / steps), fmt.qmin, fmt.qmax).astype(np.int8)
+    assert quantize(x, scale, fmt, PerGroup(size)).numpy().tobytes() == expected.tobytes()
+
+
+def test_fp8_codes_are_torchs_own_cast_of_the_clamped_ratio():
+    x, scale = randn(4, 64, seed=1) * 100, torch.tensor([0.3])
+    expected = (x / 0.3).clamp(-448, 448).to(torch.float8_e4m3fn)
+    codes = quantize(x, scale, FP8_E4M3, PerTensor())
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+    assert (x / 0.3).abs().max() > 448  # control: the clamp had something to do
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=label)
+def test_every_code_is_a_fixed_point(fmt):
+    if fmt.is_float:
+        codes = torch.arange(256, dtype=torch.uint8).view(fmt.storage_dtype)
+        codes = codes[codes.float().isfinite()]
+    else:
+        codes = torch.arange(int(fmt.qmin), int(fmt.qmax) + 1).to(fmt.storage_dtype)
+    for step in (0.01, 1 / 3, 7.0):
+        scale = torch.tensor([step])
+        values = dequantize(codes, scale, PerTensor(), torch.float32)
+        again = quantize(values, scale, fmt, PerTensor())
+        assert torch.equal(again.view(torch.uint8), codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=label)
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=label)
 @pytest.mark.parametrize(
     ("fmt", "granularity"),
-    [(INT8, PerChannel()), (INT4, PerGroup(64)), (INT4, PerGroup(48)), (FP8_E4M3, PerTensor())],
+    [
+        (INT8, PerChannel()),
+        (INT8_FULL, PerTensor()),
+        (INT8_LOADER, PerChannel()),
+        (INT4, PerGroup(32)),
+        (INT4, PerGroup(48)),
+        (FP8_E4M3, PerTensor()),
+    ],
+    ids=label,
 )
-def test_fake_quantize_equals_dequantized_codes_bit_for_bit(fmt, granularity, dtype):
-    x = torch.randn(8, 160, generator=torch.Generator().manual_seed(0)).to(dtype)
-    scale = compute_scale(compute_amax(x, granularity), fmt)
+def test_fake_quantize_equals_dequantized_codes_bit_for_bit(fmt, granularity, dtype, scale_dtype):
+    x = randn(8, 160).to(dtype)
+    scale = compute_scale(compute_amax(x, granularity), fmt, scale_dtype=scale_dtype) * 0.75
     served = dequantize(quantize(x, scale, fmt, granularity), scale, granularity, dtype)
-    assert torch.equal(fake_quantize(x, scale, fmt, granularity), served)
+    trained = fake_quantize(x.clone().requires_grad_(), scale, fmt, granularity)
+    assert same_bits(trained.detach(), served)
+    assert same_bits(fake_quantize(x, scale, fmt, granularity), served)
+    with torch.no_grad():
+        assert same_bits(fake_quantize(trained, scale, fmt, granularity), served)  # a fixed point
+    assert not torch.equal(x, served)  # control: quantization changed something
 
 
-def test_fp8_codes_are_torchs_own_cast():
-    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)) * 100
-    scale = torch.tensor([0.5])
-    expected = (x / 0.5).clamp(-448, 448).to(torch.float8_e4m3fn)
-    assert torch.equal(
-        quantize(x, scale, FP8_E4M3, PerTensor()).view(torch.uint8), expected.view(torch.uint8)
-    )
+def test_small_negative_values_become_the_zero_that_codes_can_hold():
+    x = torch.tensor([-0.001], requires_grad=True)
+    result = fake_quantize(x, torch.tensor([0.01]), INT8, PerTensor())
+    assert same_bits(result.detach(), torch.tensor([0.0]))
+    assert not same_bits(torch.tensor([-0.0]), torch.tensor([0.0]))  # control of same_bits
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(2), PerGroup(5)])
+def test_layout_in_memory_does_not_matter(granularity):
+    for x in (randn(6, 256).t(), randn(8, 300)[:, 7:135]):
+        scale = compute_scale(compute_amax(x, granularity), INT8)
+        plain, strided = x.contiguous().requires_grad_(), x.detach().requires_grad_()
+        expected = fake_quantize(plain, scale * 0.5, INT8, granularity)
+        result = fake_quantize(strided, scale * 0.5, INT8, granularity)
+        assert torch.equal(result, expected)
+        result.sum().backward()
+        expected.sum().backward()
+        assert torch.equal(strided.grad, plain.grad)
+
+
+def test_inputs_are_left_as_they_were():
+    for requires_grad in (False, True):
+        x, scale = randn(4, 8).requires_grad_(requires_grad), torch.tensor([0.1])
+        before = x.detach().clone()
+        fake_quantize(x, scale, INT8, PerTensor())
+        quantize(x, scale, INT8, PerTensor())
+        assert torch.equal(x.detach(), before) and scale.tolist() == torch.tensor([0.1]).tolist()
 
 
 def test_gradient_is_zero_exactly_where_values_are_clipped():
@@ -56,51 +151,92 @@ def test_gradient_is_zero_exactly_where_values_are_clipped():
     assert x.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
 
 
-def test_a_short_last_group_has_its_own_scale():
-    x = torch.tensor([[1.0, 2.0, 3.0, 40.0, 5.0]])
-    assert compute_amax(x, PerGroup(2)).tolist() == [[2.0, 40.0, 5.0]]
+@pytest.mark.parametrize(
+    ("fmt", "low", "high"),
+    [(INT8, -127.5, 127.5), (INT8_FULL, -128.5, 127.5), (INT4, -8.5, 7.5), (FP8_E4M3, -448, 448)],
+    ids=label,
+)
+def test_the_border_of_clipping_belongs_to_the_inside(fmt, low, high):
+    border = torch.tensor([low, high], dtype=torch.float32)
+    beyond = torch.nextafter(border, border * 2)
+    x = torch.cat([border, beyond]).requires_grad_()
+    grad = torch.tensor([1.0, -2.0, 3.0, -4.0])
+    fake_quantize(x, torch.tensor([1.0]), fmt, PerTensor()).backward(grad)
+    assert x.grad.tolist() == [1.0, -2.0, 0.0, 0.0]
 
 
-def test_bf16_scales_are_rounded_up_and_exact():
-    scale = compute_scale(torch.rand(1000) + 0.1, INT4, scale_dtype=torch.bfloat16)
-    exact = compute_scale(torch.rand(1000) + 0.1, INT4)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=label)
+def test_nan_stays_visible_and_gets_no_gradient(fmt):
+    x = torch.tensor([float("nan"), 1.0], requires_grad=True)
+    result = fake_quantize(x, torch.tensor([0.5]), fmt, PerTensor())
+    result[1].backward()
+    assert result.isnan().tolist() == [True, False]
+    assert x.grad.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(32), PerGroup(48)], ids=label)
+def test_backward_keeps_one_byte_per_element_and_nothing_without_gradient(granularity):
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    x = randn(8, 160).requires_grad_()
+    scale = compute_scale(compute_amax(x, granularity), INT4)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fake_quantize(x, scale, INT4, granularity)
+        assert [(t.dtype, t.numel()) for t in saved] == [(torch.bool, x.numel())]
+        with torch.no_grad():
+            assert not fake_quantize(x, scale, INT4, granularity).requires_grad
+        fake_quantize(x.detach(), scale, INT4, granularity)
+    assert len(saved) == 1
+
+
+def test_values_and_gradients_equal_torchs_fake_quantize_where_its_inverse_scale_is_exact():
+    x, scale = randn(16, 64).requires_grad_(), 2.0 ** torch.arange(-8, 0).repeat(2).float()
+    theirs_x = x.detach().clone().requires_grad_()
+    ours = fake_quantize(x, scale, INT8, PerChannel())
+    theirs = torch.fake_quantize_per_channel_affine(
+        theirs_x, scale, torch.zeros(16, dtype=torch.int32), 0, -127, 127
+    )
+    assert torch.equal(ours, theirs)
+    grad = randn(16, 64, seed=1)
+    ours.backward(grad)
+    theirs.backward(grad)
+    assert torch.equal(x.grad, theirs_x.grad)
+    assert 0 < (x.grad == 0).sum() < x.numel()  # control: some clip, some do not
+
+
+def test_all_zero_groups_stay_zero():
+    x = torch.zeros(2, 8)
+    for fmt in FORMATS.values():
+        scale = compute_scale(compute_amax(x, PerChannel()), fmt)
+        assert scale.tolist() == [2.0**-24] * 2
+        assert same_bits(fake_quantize(x, scale, fmt, PerChannel()), x)
+
+
+def test_bfloat16_scales_round_up_by_hand():
+    # bfloat16 has 8 significant bits: 1/3 = 0.0101010101|01.. in binary lies between 85/256 and 86/256.
+    amax = torch.tensor([7 / 3, 7.0, 7 * 2.0**-9])
+    scale = compute_scale(amax, INT4, scale_dtype=torch.bfloat16)
+    assert scale.tolist() == [171 / 512, 1.0, 2.0**-9]
+
+
+def test_bfloat16_scales_are_exact_in_bfloat16_and_float16_and_clip_nothing():
+    amax = torch.logspace(-9, 4, 5000)
+    exact = compute_scale(amax, INT4)
+    scale = compute_scale(amax, INT4, scale_dtype=torch.bfloat16)
     assert torch.equal(scale.bfloat16().float(), scale)
+    assert torch.equal(scale.half().float(), scale)
+    assert (scale >= exact).all()
+    above = scale - exact
+    assert (above <= torch.maximum(exact / 128, torch.tensor(2.0**-24))).all()  # one grid step
     assert not torch.equal(exact.bfloat16().float(), exact)  # control: rounding did something
 
 
-def test_packing_puts_even_rows_in_the_low_nibble():
-    codes = torch.tensor([[1, -8], [-1, 7]], dtype=torch.int8)
-    assert pack_int4(codes).view(torch.uint8).tolist() == [[0xF1, 0x78]]
-    everything = torch.arange(-8, 8, dtype=torch.int8).repeat(4, 1)
-    assert torch.equal(unpack_int4(pack_int4(everything)), everything)
-    with pytest.raises(ValueError, match="even number of rows"):
-        pack_int4(codes[:1])
-
-
-def test_histograms_of_parts_add_up_to_the_histogram_of_the_whole():
-    x = torch.randn(10_000, generator=torch.Generator().manual_seed(2))
-    whole, first, second = (ActivationObserver("percentile") for _ in range(3))
-    whole.observe_(x)
-    first.observe_(x[:3000])
-    second.observe_(x[3000:])
-    assert torch.equal(whole.histogram, first.histogram + second.histogram)
-    exact = x.abs().kthvalue(9900).values
-    assert exact <= whole.amax(99.0) <= exact * (1 + 1 / 64)
-    assert whole.amax(None) == x.abs().max()
-
-
-def test_observer_names_the_layer_that_saw_nothing_or_nan():
-    observer = ActivationObserver()
-    with pytest.raises(ValueError, match=r"layer\.7: no calibration token"):
-        observer.check("layer.7")
-    observer.observe_(torch.tensor([1.0, float("nan")]))
-    with pytest.raises(ValueError, match=r"layer\.7: input holds NaN"):
-        observer.check("layer.7")
-
-
-def test_schemes_survive_json_and_unknown_names_suggest_the_nearest():
-    for name in ALGORITHMS:
-        scheme = named_scheme(name)
-        assert scheme is None or LinearScheme.from_dict(scheme.to_dict()) == scheme
-    with pytest.raises(ValueError, match="did you mean 'int8_wo'"):
-        named_scheme("int8_w")
+def test_scales_of_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match="amax must be float32"):
+        compute_scale(torch.ones(1, dtype=torch.bfloat16), INT8)
+    with pytest.raises(ValueError, match="only float32 and bfloat16"):
+        compute_scale(torch.ones(1), INT8, scale_dtype=torch.float16)

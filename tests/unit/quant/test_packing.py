@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from mqat.quant.packing import pack_int4, unpack_int4
+
+
+def test_even_rows_are_in_the_low_nibble():
+    codes = torch.tensor([[1, -8], [-1, 7]], dtype=torch.int8)
+    assert pack_int4(codes).view(torch.uint8).tolist() == [[0xF1, 0x78]]
+
+
+def test_every_pair_of_codes_is_unpacked_as_packed():
+    code = torch.arange(-8, 8, dtype=torch.int8)
+    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)])
+    assert torch.equal(unpack_int4(pack_int4(pairs)), pairs)
+    assert not torch.equal(unpack_int4(pack_int4(pairs.flip(0))), pairs)  # control: order matters
+
+
+def test_a_slice_of_columns_is_packed_like_its_copy():
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(4, 1)[:, 3:9]
+    assert torch.equal(pack_int4(codes), pack_int4(codes.contiguous()))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4,)])
+def test_odd_rows_and_vectors_are_refused(shape):
+    with pytest.raises(ValueError, match="even number of rows"):
+        pack_int4(torch.zeros(shape, dtype=torch.int8))
+
+
+def test_other_dtypes_are_refused_in_both_directions():
+    with pytest.raises(ValueError, match=r"torch\.int32"):
+        pack_int4(torch.zeros(2, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"needs int8, got torch\.uint8"):
+        unpack_int4(torch.zeros(1, 2, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("code", [8, -9, 127])
+def test_codes_beyond_four_bits_are_refused_not_cut(code):
+    with pytest.raises(ValueError, match=r"four bits hold -8\.\.7"):
+        pack_int4(torch.tensor([[0], [code]], dtype=torch.int8))

@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from mqat.quant.quantizer import Quantizer
+from mqat.quant.scheme import named_scheme
+
+INT8 = named_scheme("int8")
+X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+
+
+def weight_quantizer() -> Quantizer:
+    return Quantizer(INT8.weight, tuple(X.shape), "fc1.weight")
+
+
+def input_quantizer() -> Quantizer:
+    return Quantizer(INT8.input, None, "fc1.input")
+
+
+def test_it_is_the_identity_until_frozen():
+    quantizer = weight_quantizer()
+    assert quantizer(X) is X
+    quantizer.freeze_(X.abs().amax(dim=1))
+    assert quantizer.is_frozen
+    assert not torch.equal(quantizer(X), X)
+
+
+def test_frozen_it_returns_at_most_255_values_per_row_and_what_its_codes_mean():
+    quantizer = weight_quantizer()
+    x = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1))
+    quantizer.freeze_(x.abs().amax(dim=1))
+    assert all(row.unique().numel() <= 255 for row in quantizer(x))
+    assert torch.equal(quantizer(x), quantizer.dequantize(quantizer.quantize(x), x.dtype))
+
+
+def test_observing_passes_its_input_on_and_freezing_ends_it():
+    quantizer = input_quantizer()
+    quantizer.start_observing("percentile")
+    assert quantizer(X) is X
+    amax = quantizer.observer.amax()
+    assert amax.item() == X.abs().max()
+    quantizer.freeze_(amax)
+    assert quantizer.observer is None
+    assert quantizer.scale.tolist() == (X.abs().max() / 127).reshape(1).tolist()
+
+
+def test_observing_again_forgets_the_frozen_scale():
+    quantizer = input_quantizer()
+    quantizer.freeze_(torch.tensor([0.1]))
+    quantizer.start_observing()
+    assert not quantizer.is_frozen
+    assert quantizer(X) is X
+
+
+def test_disabled_or_reset_it_is_the_identity_again():
+    quantizer = weight_quantizer()
+    quantizer.freeze_(X.abs().amax(dim=1))
+    quantizer.is_enabled = False
+    assert quantizer(X) is X
+    quantizer.is_enabled = True
+    assert quantizer(X) is not X
+    quantizer.reset()
+    assert quantizer(X) is X and not quantizer.scale.any()
+
+
+def test_a_loaded_scale_gives_the_same_values_as_the_frozen_one():
+    trained, loaded = weight_quantizer(), weight_quantizer()
+    trained.freeze_(X.abs().amax(dim=1))
+    loaded.load_scale_(trained.scale.clone())
+    assert torch.equal(loaded(X), trained(X))
+
+
+def test_scales_are_not_in_the_state_dict():
+    quantizer = weight_quantizer()
+    quantizer.freeze_(X.abs().amax(dim=1))
+    assert not quantizer.state_dict()
+
+
+def test_a_scale_of_another_shape_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"fc1\.weight: scale has shape \(1,\), expected \(4,\)"):
+        weight_quantizer().load_scale_(torch.ones(1))
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_step_that_is_not_positive_and_finite_is_refused_and_leaves_the_old_one(bad):
+    quantizer = weight_quantizer()
+    quantizer.load_scale_(torch.ones(4))
+    with pytest.raises(ValueError, match=r"fc1\.weight: 1 of 4 scales"):
+        quantizer.load_scale_(torch.tensor([1.0, bad, 2.0, 3.0]))
+    assert quantizer.scale.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_maximum_that_is_not_finite_cannot_be_frozen(bad):
+    with pytest.raises(ValueError, match=r"fc1\.input: 1 of 1 scales"):
+        input_quantizer().freeze_(torch.tensor([bad]))
