@@ -68,8 +68,9 @@ def loader_warning(layers: Mapping[str, LinearScheme]) -> str | None:
     if any(scheme.name == "int8_wo" for scheme in layers.values()):
         return (
             "W8A16 checkpoints hold unquantized weights: TensorRT-LLM quantizes them again at load "
-            "time, with amax/128 of each output channel. mqat trains on that grid, but a channel "
-            "whose largest code is not -128 gets slightly other scales than it was trained with."
+            "time, with amax/128 of each output channel on each rank. mqat trains on that grid, but "
+            "a channel whose largest code there is not -128 is rounded a second time. Use int8 or "
+            "int4 where served weights must be exactly the trained ones."
         )
     return None
 

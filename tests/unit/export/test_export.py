@@ -151,7 +151,6 @@ def test_killed_at_any_moment_the_target_is_absent_or_complete(tiny, tmp_path):
     duration = time.perf_counter() - started
     out = tmp_path / "x" / "out"
     choose = random.Random(0)
-    seen = set()
     for _ in range(12):
         child = os.fork()
         if child == 0:
@@ -162,7 +161,6 @@ def test_killed_at_any_moment_the_target_is_absent_or_complete(tiny, tmp_path):
         os.waitpid(child, 0)
         if out.exists():
             assert contents(out) == complete
-        seen.add(out.exists())
     assert export(tiny("int8"), out, tp=2, overwrite=True) == complete
     assert list(out.parent.iterdir()) == [out]
 

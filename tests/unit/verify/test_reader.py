@@ -1,0 +1,235 @@
+"""The reader against transformers' Llama with the same fake quantization: another decoder entirely."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig as HFConfig
+from transformers import LlamaForCausalLM
+
+from mqat.export import export_trtllm
+from mqat.quant.functional import fake_quantize
+from mqat.verify import compare_logits, verify_trtllm
+from mqat.verify.layout import read_config
+from mqat.verify.reader import RankReader
+from tests.unit.export.checkpoints import (
+    TINY,
+    UNTIED,
+    all_layers,
+    tensors_of,
+    write_checkpoint,
+)
+from tests.unit.verify.exports import rewrite
+
+TOKENS = torch.randint(0, TINY.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def quantized(state, layers, name, x, kind):
+    """One operand of a linear on its frozen grid."""
+    scheme = layers.get(name)
+    operand = getattr(scheme, kind) if scheme else None
+    if operand is None:
+        return x
+    scale = state[f"quantizers.{name}.{kind}_scale"]
+    return fake_quantize(x, scale, operand.format, operand.granularity)
+
+
+def qkv_parts(weight, model):
+    """Query, key, value rows of a fused weight, copied group by group."""
+    per_group, d = model.num_attention_heads // model.num_query_groups, model.head_dim
+    parts = ([], [], [])
+    for group in weight.split((per_group + 2) * d):
+        for part, piece in zip(parts, group.split([per_group * d, d, d]), strict=True):
+            part.append(piece)
+    return [torch.cat(part) for part in parts]
+
+
+def transformers_logits(model, layers, tokens, *, quantize=True):
+    """Logits of the checkpoint that `write_checkpoint(..., model, layers)` makes."""
+    state = tensors_of(model, layers)
+    layers = layers if quantize else {}
+    rope = {"rope_type": "default"} if model.rope_scaling is None else dict(model.rope_scaling)
+    hf = LlamaForCausalLM(
+        HFConfig(
+            vocab_size=model.vocab_size, hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size, num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_query_groups, head_dim=model.head_dim,
+            rms_norm_eps=model.rms_norm_eps, tie_word_embeddings=model.tie_word_embeddings,
+            max_position_embeddings=model.max_position_embeddings,
+            rope_parameters=rope | {"rope_theta": model.rope_theta},
+        )
+    ).float().eval()  # fmt: skip
+
+    def on_grid(name, module, args):
+        return (quantized(state, layers, name, args[0], "input"),)
+
+    vocab = model.vocab_size
+    with torch.no_grad():
+        embedding = state["embedding.word_embeddings.weight"][:vocab]
+        hf.model.embed_tokens.weight.copy_(embedding)
+        head = embedding if model.tie_word_embeddings else state["output_layer.weight"][:vocab]
+        hf.lm_head.weight.copy_(head)
+        hf.model.norm.weight.copy_(state["decoder.final_layernorm.weight"])
+        for index, layer in enumerate(hf.model.layers):
+            norms = {"self_attention.linear_qkv": layer.input_layernorm,
+                     "mlp.linear_fc1": layer.post_attention_layernorm}  # fmt: skip
+            for linear, norm in norms.items():
+                norm.weight.copy_(state[f"decoder.layers.{linear}.layer_norm_weight"][index])
+            attention, mlp = layer.self_attn, layer.mlp
+            owners = {
+                "self_attention.linear_qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
+                "self_attention.linear_proj": [attention.o_proj],
+                "mlp.linear_fc1": [mlp.gate_proj, mlp.up_proj],
+                "mlp.linear_fc2": [mlp.down_proj],
+            }
+            for linear, modules in owners.items():
+                name = f"decoder.layers.{index}.{linear}"
+                fused = state[f"decoder.layers.{linear}.weight"][index]
+                weight = quantized(state, layers, name, fused, "weight")
+                if linear == "self_attention.linear_qkv":
+                    pieces = qkv_parts(weight, model)
+                else:
+                    pieces = weight.chunk(len(modules))
+                for module, piece in zip(modules, pieces, strict=True):
+                    module.weight.copy_(piece)
+                    module.register_forward_pre_hook(partial(on_grid, name))
+        return hf(tokens).logits
+
+
+def served_logits(directory, tokens):
+    problems = []
+    config = read_config(directory, problems)
+    assert config is not None, problems
+    return RankReader(directory, config).logits(tokens)
+
+
+def relative(a, b):
+    """Root mean square of the difference, against that of the reference."""
+    return float((a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt())
+
+
+# float32 rounding alone, or activation codes that flip because sums are ordered differently.
+TOLERANCE = {"null": 1e-5, "int4": 1e-5, "int8": 5e-3, "fp8": 1e-2}
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 2), (4, 2)])
+@pytest.mark.parametrize("algorithm", TOLERANCE)
+def test_logits_equal_transformers_with_the_same_quantization(algorithm, tp, pp, exported):
+    layers = all_layers(algorithm)
+    expected = transformers_logits(TINY, layers, TOKENS)
+    served = served_logits(exported(algorithm, tp, pp, "float32"), TOKENS)
+    assert served.shape == (2, 40, TINY.vocab_size)
+    assert relative(served, expected) < TOLERANCE[algorithm]
+    if algorithm != "null":  # control: the tolerance can tell quantized from unquantized
+        unquantized = transformers_logits(TINY, layers, TOKENS, quantize=False)
+        assert relative(unquantized, expected) > 3 * TOLERANCE[algorithm]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (4, 2)])
+def test_weight_only_int8_is_exact_in_the_file_and_quantized_again_by_the_loader(
+    tp, pp, exported, monkeypatch
+):
+    layers = all_layers("int8_wo")
+    expected = transformers_logits(TINY, layers, TOKENS)
+    directory = exported("int8_wo", tp, pp, "float32")
+    served = served_logits(directory, TOKENS)
+    unquantized = transformers_logits(TINY, layers, TOKENS, quantize=False)
+    # The second rounding costs about as much as the first, and not more.
+    assert 1e-3 < relative(served, expected) < 1.5 * relative(unquantized, expected)
+    monkeypatch.setattr("mqat.verify.reader._reload_w8a16", torch.Tensor.float)
+    assert relative(served_logits(directory, TOKENS), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        replace(UNTIED, rope_theta=500000.0, rope_scaling=LLAMA3, rms_norm_eps=1e-3),
+        replace(UNTIED, num_query_groups=4),
+        replace(UNTIED, num_query_groups=1, num_attention_heads=8, head_dim=32),
+    ],
+)
+def test_other_shapes_untied_heads_and_llama3_rope(model, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", model, {})
+    expected = transformers_logits(model, {}, TOKENS)
+    for tp in (1, 4):
+        out = tmp_path / str(tp)
+        export_trtllm(checkpoint, out, tensor_parallel=tp, dtype="float32")
+        assert relative(served_logits(out, TOKENS), expected) < 1e-5
+
+
+def test_llama3_scaling_makes_a_difference():
+    """Control for the test above: at this length the scaled frequencies show."""
+    scaled = replace(UNTIED, rope_scaling=LLAMA3)
+    a, b = (transformers_logits(model, {}, TOKENS) for model in (scaled, UNTIED))
+    assert relative(a, b) > 1e-2
+
+
+@pytest.mark.parametrize("algorithm", ["null", "int8", "int4", "fp8"])
+def test_gross_damage_shows_in_the_logits_alone(algorithm, broken):
+    directory = broken(algorithm)
+
+    def swap_gate_and_up(tensors):
+        for name in [n for n in tensors if ".mlp.fc." in n]:
+            other = name.replace(".mlp.fc.", ".mlp.gate.")
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+
+    reference = served_logits(directory, TOKENS)
+    report = verify_trtllm(directory, tokens=TOKENS, reference_logits=reference)
+    assert report.ok and report.mean_kl == 0 and report.top1_agreement == 1
+    rewrite(directory, 0, swap_gate_and_up)
+    report = verify_trtllm(directory, tokens=TOKENS, reference_logits=reference)
+    assert any("logits differ from the training model's" in p for p in report.problems)
+
+
+def test_w8a16_weights_are_quantized_again_as_the_loader_does(exported):
+    directory = exported("int8_wo", dtype="float32")
+    weight = load_file(directory / "rank0.safetensors")["transformer.layers.0.mlp.proj.weight"]
+    row = weight[0].double()
+    step = float(row.abs().max()) / 128
+    expected = [max(-128, min(127, round(value / step))) * step for value in row.tolist()]
+    from mqat.verify.reader import _reload_w8a16
+
+    assert torch.allclose(_reload_w8a16(weight)[0].double(), torch.tensor(expected).double())
+
+
+def test_compare_logits_measures_what_it_says():
+    from mqat.verify import Report
+
+    reference = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+    report = Report()
+    compare_logits(report, reference.flip(-1), reference)
+    p = torch.softmax(reference, -1)
+    q = p.flip(-1)
+    assert report.mean_kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
+    assert report.top1_agreement == 0 and report.max_abs_difference == 2
+    assert not report.ok and "FAILED" in report.headline()
+    assert report.to_dict()["ok"] is False
+
+
+def test_logits_that_are_not_numbers_are_a_problem(broken):
+    directory = broken("null")
+
+    def overflow(tensors):
+        tensors["lm_head.weight"].fill_(3e38)
+
+    rewrite(directory, 0, overflow)
+    report = verify_trtllm(directory, tokens=TOKENS)
+    assert report.problems == ["logits hold NaN or infinity"]
+
+
+@pytest.mark.parametrize("token", [-1, TINY.vocab_size])
+def test_tokens_outside_the_vocabulary_are_an_error(token, exported):
+    with pytest.raises(ValueError, match="vocab_size=301; tokenize the text with"):
+        verify_trtllm(exported("null"), tokens=torch.tensor([[token]]))
+
+
+def test_reference_logits_of_another_vocabulary_are_an_error(exported):
+    with pytest.raises(ValueError, match=r"reference logits have shape \(2, 40, 304\)"):
+        verify_trtllm(exported("null"), tokens=TOKENS, reference_logits=torch.zeros(2, 40, 304))
