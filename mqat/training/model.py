@@ -96,13 +96,17 @@ def transformer_config(
         recompute_granularity=granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=settings.activations_checkpoint_num_layers if full else None,
+        # Batched messages in both directions between two stages would be taken for one another.
+        overlap_p2p_comm=settings.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=settings.virtual_pipeline_model_parallel_size is None,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # Freeing an output while gloo still sends it would send whatever comes to lie there.
+        deallocate_pipeline_outputs=settings.virtual_pipeline_model_parallel_size is None,
     )
 
 

@@ -149,11 +149,6 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     """
     world = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
     settings = config.model
-    if settings.virtual_pipeline_model_parallel_size is not None:
-        raise ValueError(
-            "model.virtual_pipeline_model_parallel_size: interleaved pipelines do not yet train to the "
-            "same weights as one process (the forward pass and scales agree); leave it null."
-        )
     model, source = _source(config)
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
     check_parallel_sizes(

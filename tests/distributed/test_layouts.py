@@ -19,6 +19,7 @@ LAYOUTS = {
     "tp2": (2, ["--tp", "2"]),
     "tp2-sp": (2, ["--tp", "2", "--sp"]),
     "pp2": (2, ["--pp", "2"]),
+    "pp2-interleaved": (2, ["--pp", "2", "--vp", "2"]),
     "dp2": (2, []),
     "tp2-recompute": (2, ["--tp", "2", "--recompute", "full"]),
 }
@@ -79,7 +80,7 @@ def test_scales_are_bit_equal_on_every_layout(layouts, name):
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (2, 2)])
 def test_exports_do_not_depend_on_the_training_layout(layouts, tmp_path, tp, pp):
     outputs = []
-    for name in ("tp1", "tp2-sp", "pp2"):
+    for name in ("tp1", "tp2-sp", "pp2-interleaved"):
         out = tmp_path / name
         export_trtllm(layouts[name][0] / "ptq", out, tensor_parallel=tp, pipeline_parallel=pp)
         outputs.append({f.name: f.read_bytes() for f in out.iterdir()})
