@@ -1,6 +1,6 @@
 """Lets unmodified Megatron-Core 0.16 train on CPU over gloo. Never imported on CUDA.
 
-The only place in mqat that touches globals of other packages. Nothing is paid per tensor operation:
+The only place in mqat that touches globals of other packages.
 
 | what Megatron does                            | what happens here                                 |
 |-----------------------------------------------|---------------------------------------------------|
@@ -11,7 +11,17 @@ The only place in mqat that touches globals of other packages. Nothing is paid p
 |                                               | "cpu" (`_TorchOnCpu`)                             |
 | `param.type() == "torch.cuda.FloatTensor"`    | `Tensor.type()` says so to Megatron's optimizer   |
 | CUDA RNG tracker (dropout, initialization)    | the CPU generator's state                         |
-| `reduce_scatter_tensor` on gloo               | supported by torch itself                         |
+
+Collectives need no bridge: gloo has all that Megatron uses, 64-bit integers included.
+
+Nothing is paid per tensor operation: over four processes each, the fastest add, empty, mul_, zeros,
+view and matmul of 8 numbers took 0.98 to 1.05 of the time without this file, as much as such runs differ
+among themselves; a `TorchFunctionMode`, the shorter way to write this, takes 2.0 to 2.4 times as long.
+
+Not bridged: CUDA streams and events (FSDP, offloading, CUDA graphs, several optimizer instances), MoE
+and Mamba kernels, persistent asynchronous checkpoint writers. `overlap_p2p_comm` together with
+`deallocate_pipeline_outputs` gives wrong numbers: Megatron frees a tensor that gloo is still sending,
+which is safe only where the allocator follows the stream.
 """
 
 from __future__ import annotations
@@ -38,6 +48,7 @@ _LITERAL_CUDA = (
     "megatron.core.optimizer.grad_scaler",
     "megatron.core.optimizer.optimizer",
     "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.rerun_state_machine",
     "megatron.core.tensor_parallel.data",
     "megatron.core.transformer.utils",
     "megatron.core.utils",
@@ -49,6 +60,7 @@ class _TorchOnCpu(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("torch")
+        vars(self).update(vars(torch))  # looked up at once; `__getattr__` is for later imports
         for name in _FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
 

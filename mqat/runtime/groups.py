@@ -48,8 +48,18 @@ def initialize(
         timeout_minutes: A collective that waits longer than this fails.
 
     Raises:
-        ValueError: On every rank, before any group exists: the world size does not fit.
+        ValueError: On every rank, before any group exists: the sizes or the world size do not fit.
     """
+    if min(tensor_parallel, pipeline_parallel) < 1:
+        raise ValueError(
+            f"tensor_parallel={tensor_parallel} and pipeline_parallel={pipeline_parallel} must be at "
+            "least 1, which means not parallel."
+        )
+    if virtual_pipeline is not None and (virtual_pipeline < 2 or pipeline_parallel < 2):
+        raise ValueError(
+            f"virtual_pipeline={virtual_pipeline} with pipeline_parallel={pipeline_parallel}: an "
+            "interleaved pipeline has at least 2 chunks on each of at least 2 stages; use None."
+        )
     size = world_size()
     if size % (tensor_parallel * pipeline_parallel):
         raise ValueError(
@@ -85,6 +95,7 @@ def initialize(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
         virtual_pipeline_model_parallel_size=virtual_pipeline,
+        distributed_timeout_minutes=timeout_minutes,
     )
     megatron_tp.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 

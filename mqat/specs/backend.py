@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
@@ -57,6 +60,13 @@ class SdpaAttention(nn.Module):
         super().__init__()
         if config.context_parallel_size != 1:
             raise ValueError("context_parallel_size > 1 is not supported by SdpaAttention.")
+        if attn_mask_type is not AttnMaskType.causal:
+            raise ValueError(f"attn_mask_type={attn_mask_type}: SdpaAttention is causal only.")
+        if config.window_size is not None or config.softmax_type != "vanilla":
+            raise ValueError(
+                f"window_size={config.window_size}, softmax_type={config.softmax_type!r}: SdpaAttention "
+                "attends to all earlier tokens with a plain softmax; use None and 'vanilla'."
+            )
         self.config = config
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -79,7 +89,7 @@ class SdpaAttention(nn.Module):
             value: Like `key`.
             attention_mask: None for plain causal attention, else bool [b, 1, s, s], True where a
                 query must not look (Megatron's convention; includes the causal part).
-            attn_mask_type: Ignored: decoders are causal.
+            attn_mask_type: Ignored: checked by the constructor.
             attention_bias: Must be None.
             packed_seq_params: Must be None.
 
@@ -89,16 +99,20 @@ class SdpaAttention(nn.Module):
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("SdpaAttention supports neither attention_bias nor packed_seq_params.")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=attention_mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        dropout = self.dropout if self.training else 0.0
+        # Ranks hold other heads, so they need other random numbers; sequence parallelism forks outside.
+        needs_fork = dropout > 0.0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if needs_fork else nullcontext():
+            context = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                dropout_p=dropout,
+                is_causal=attention_mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
