@@ -27,8 +27,11 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -q
 
+# Large temporary tensors are reused instead of being given back to the system each time.
+demo: export MALLOC_MMAP_THRESHOLD_ = 1073741824
+demo: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 demo: install
-	$(BIN)/torchrun --nproc-per-node 3 examples/gpt_qat.py --config conf/demo_smollm2.yaml
+	$(BIN)/torchrun --standalone --nproc-per-node 3 examples/gpt_qat.py --config conf/demo_smollm2.yaml
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
