@@ -103,7 +103,7 @@ class GgufCheckpoint:
         tensor = self._tensors[gguf_name(name)]
         if cols is None:
             vector = dequantize(tensor.data, tensor.tensor_type)
-            return torch.from_numpy(np.ascontiguousarray(vector[rows]))
+            return torch.from_numpy(np.array(vector[rows]))
         num_rows = int(tensor.shape[1])
         index = np.arange(num_rows)
         heads = {
@@ -115,4 +115,4 @@ class GgufCheckpoint:
             index = index.reshape(heads, half, 2).swapaxes(1, 2).reshape(num_rows)
         # Quantization blocks lie along the columns, so only the wanted rows are dequantized.
         block = dequantize(tensor.data[index[rows]], tensor.tensor_type)
-        return torch.from_numpy(np.ascontiguousarray(block[:, cols]))
+        return torch.from_numpy(np.array(block[:, cols]))

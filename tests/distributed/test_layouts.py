@@ -1,9 +1,6 @@
 """The same model on every parallel layout: losses, gradients, scales and exported bytes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +9,16 @@ import torch
 from mqat.export import export_trtllm
 from mqat.export.slices import CheckpointReader
 from mqat.verify import verify_trtllm
+from tests.distributed.launch import torchrun
 
 WORKER = Path(__file__).with_name("worker.py")
+# Other models than the one above, so each with a reference of its own.
+VARIANTS = {
+    "untied": (1, ["--untied"]),
+    "untied-pp2": (2, ["--untied", "--pp", "2"]),
+    "bf16-tp2-sp": (2, ["--bf16", "--tp", "2", "--sp"]),
+    "bf16-dp2": (2, ["--bf16"]),
+}
 LAYOUTS = {
     "tp1": (1, []),
     "tp2": (2, ["--tp", "2"]),
@@ -22,17 +27,13 @@ LAYOUTS = {
     "pp2-interleaved": (2, ["--pp", "2", "--vp", "2"]),
     "dp2": (2, []),
     "tp2-recompute": (2, ["--tp", "2", "--recompute", "full"]),
+    "tp2-sp-selective": (2, ["--tp", "2", "--sp", "--recompute", "selective"]),
 }
 
 
 def run(out: Path, processes: int, options: list[str]) -> dict:
     out.mkdir(parents=True)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(processes), str(WORKER), str(out), *options,
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = torchrun(processes, WORKER, out, *options)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "result.json").read_text())
 
@@ -40,7 +41,9 @@ def run(out: Path, processes: int, options: list[str]) -> dict:
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
     root = tmp_path_factory.mktemp("layouts")
-    return {name: (root / name, run(root / name, *how)) for name, how in LAYOUTS.items()}
+    return {
+        name: (root / name, run(root / name, *how)) for name, how in (LAYOUTS | VARIANTS).items()
+    }
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS)[1:])
@@ -54,13 +57,37 @@ def test_losses_and_gradient_norms_equal_one_process(layouts, name):
     assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
 
 
+def test_untied_embeddings_train_alike_and_are_another_model(layouts):
+    alone, staged, tied = (layouts[name][1] for name in ("untied", "untied-pp2", "tp1"))
+    assert staged["unquantized"] == pytest.approx(alone["unquantized"], rel=1e-6)
+    assert staged["losses"] == pytest.approx(alone["losses"], rel=2e-3)
+    assert tied["losses"] != pytest.approx(alone["losses"], rel=2e-3)  # control
+
+
+@pytest.mark.parametrize("name", ["bf16-tp2-sp", "bf16-dp2"])
+def test_bf16_follows_fp32_within_its_rounding(layouts, name):
+    _, expected = layouts["tp1"]
+    _, found = layouts[name]
+    assert found["unquantized"] == pytest.approx(expected["unquantized"], rel=1e-2)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=3e-2)
+    assert found["losses"] != expected["losses"]  # control: it is another precision
+
+
+def test_bf16_scales_are_bit_equal_on_both_layouts(layouts):
+    first, second = (CheckpointReader(layouts[n][0] / "ptq") for n in ("bf16-tp2-sp", "bf16-dp2"))
+    for linear in first.layers:
+        for kind in ("weight", "input"):
+            key = f"quantizers.{linear}.{kind}_scale"
+            assert torch.equal(first.read(key), second.read(key)), key
+
+
 def test_quantization_and_training_change_the_loss(layouts):
     _, result = layouts["tp1"]
     assert result["unquantized"] != result["quantized"]  # controls for the comparison above
     assert result["losses"][1] < result["losses"][0]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *VARIANTS])
 def test_training_resumed_from_a_checkpoint_continues_bit_for_bit(layouts, name):
     assert layouts[name][1]["resumed_alike"]
 

@@ -1,6 +1,7 @@
 """Run by torchrun: calibrates, trains two steps and saves a tiny model; prints what it measured."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -27,7 +28,11 @@ def main() -> None:
     parser.add_argument("--sp", action="store_true")
     parser.add_argument("--recompute")
     parser.add_argument("--algorithm", default="int8")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--untied", action="store_true")
     args = parser.parse_args()
+    model = dataclasses.replace(MODEL, tie_word_embeddings=not args.untied)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp)
     from megatron.core import parallel_state
 
@@ -38,14 +43,14 @@ def main() -> None:
     from mqat.training.pretrained import load_pretrained_
     from mqat.training.step import evaluate, forward_backward
 
-    layers = Policy(args.algorithm, group_size=64).resolve(MODEL)
+    layers = Policy(args.algorithm, group_size=64).resolve(model)
     settings = ModelConfig(
         tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp,
         virtual_pipeline_model_parallel_size=args.vp, sequence_parallel=args.sp,
         activations_checkpoint_granularity=args.recompute,
     )  # fmt: skip
-    chunks = build_model(MODEL, settings, layers, torch.float32)
-    load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
+    chunks = build_model(model, settings, layers, dtype)
+    load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
     chunks = wrap_for_training(chunks)
     tokens = torch.randint(0, 301, (8, 2, 33), generator=torch.Generator().manual_seed(0))
     size, rank = (
@@ -63,7 +68,7 @@ def main() -> None:
     result = {"unquantized": evaluate(chunks, [batches])[0]}
     calibrate(chunks, lambda: evaluate(chunks, [batches]), group=group, method="percentile")
     result["quantized"] = evaluate(chunks, [batches])[0]
-    save_checkpoint(args.out / "ptq", chunks, model=MODEL, layers=layers, algorithm=args.algorithm)
+    save_checkpoint(args.out / "ptq", chunks, model=model, layers=layers, algorithm=args.algorithm)
     optimizer, scheduler = build_optimizer(
         chunks, OptimizerConfig(lr=1e-3), max_steps=10, clip_grad=1.0
     )
@@ -81,7 +86,7 @@ def main() -> None:
 
     result["losses"] = [step(), step()]
     save_checkpoint(
-        args.out / "qat", chunks, model=MODEL, layers=layers, algorithm=args.algorithm,
+        args.out / "qat", chunks, model=model, layers=layers, algorithm=args.algorithm,
         training=state,
     )  # fmt: skip
     ahead = [step(), step()]

@@ -1,0 +1,33 @@
+"""Starts scripts the way users do: as processes of their own, under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(
+    processes: int, script: Path, *arguments: object, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script on `processes` ranks; `--standalone` picks a free port."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(processes), str(script), *map(str, arguments),
+    ]  # fmt: skip
+    return _run(command, timeout)
+
+
+def mqat(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Runs the `mqat` command."""
+    return _run([sys.executable, "-m", "mqat.cli", *map(str, arguments)], timeout)
+
+
+def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )

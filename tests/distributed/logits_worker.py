@@ -1,0 +1,32 @@
+"""Run by torchrun: opens a model at some layout and saves its logits for fixed tokens."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mqat.runtime import groups
+from mqat.runtime.groups import command_line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("tokens", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    args = parser.parse_args()
+    from mqat.training.opened import open_model
+    from mqat.training.step import logits
+
+    model = open_model(args.model, tensor_parallel=args.tp, pipeline_parallel=args.pp)
+    result = logits(model.chunks, torch.load(args.tokens))
+    if groups.is_main():
+        torch.save(result, args.out)
+    groups.finalize()
+
+
+if __name__ == "__main__":
+    with command_line():
+        main()

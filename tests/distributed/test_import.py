@@ -1,0 +1,72 @@
+"""Imported models give transformers' logits, whatever the layout that reads them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mqat.data.packaged import python_docs_documents, smollm2_gguf
+from mqat.data.tokenizer import load_tokenizer, train_small_tokenizer
+from tests.distributed.launch import torchrun
+
+WORKER = Path(__file__).with_name("logits_worker.py")
+LIMIT = 1e-3  # float32, other summation order
+
+
+def served(tmp_path: Path, model: Path, tokens: torch.Tensor, tp: int, pp: int) -> torch.Tensor:
+    torch.save(tokens, tmp_path / "tokens.pt")
+    out = tmp_path / f"logits-{tp}-{pp}.pt"
+    done = torchrun(
+        tp * pp, WORKER, model, tmp_path / "tokens.pt", out, "--tp", tp, "--pp", pp, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def huggingface(request, tmp_path_factory):
+    """A Hugging Face directory as users have it: 301 entries (odd), Llama 3 positions."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("hf")
+    rope = {
+        "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=301, hidden_size=64, intermediate_size=192, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=request.param,
+            rope_parameters=rope, initializer_range=0.2,
+        )
+    )  # fmt: skip
+    model.save_pretrained(path)
+    train_small_tokenizer(python_docs_documents()[:2], 300).save_pretrained(path)
+    tokens = torch.randint(0, 301, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return path, tokens, model(tokens).logits
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_huggingface_logits_are_the_same(huggingface, tmp_path, tp, pp):
+    path, tokens, expected = huggingface
+    found = served(tmp_path, path, tokens, tp, pp)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= LIMIT
+    assert (found[:, 1:] - expected[:, :-1]).abs().max() > LIMIT  # control
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2)])
+def test_packaged_gguf_gives_transformers_logits(tmp_path, tp, pp):
+    from transformers import AutoModelForCausalLM
+
+    gguf = smollm2_gguf()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+    )
+    tokens = torch.tensor([load_tokenizer(gguf)("The Moon orbits the Earth.")["input_ids"]])
+    with torch.no_grad():
+        expected = model(tokens).logits
+    assert (served(tmp_path, gguf, tokens, tp, pp) - expected).abs().max() <= LIMIT

@@ -1,0 +1,141 @@
+"""What users type, end to end, and what they see when the input is bad."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.distributed.launch import ROOT, mqat, torchrun
+
+SFT, PTQ, QAT, GENERATE = (
+    ROOT / "examples" / f"gpt_{name}.py" for name in ("sft", "ptq", "qat", "generate")
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A few steps of gpt_sft.py on one process."""
+    run = tmp_path_factory.mktemp("sft")
+    done = torchrun(1, SFT, "trainer.max_steps=4", f"exp_manager.exp_dir={run}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+def test_qat_story_on_eight_processes(tmp_path):
+    done = torchrun(
+        8,
+        QAT,
+        "trainer.max_steps=3",
+        "model.pretrain.max_steps=6",
+        f"exp_manager.exp_dir={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {"bf16", "bf16_finetuned", "ptq", "qat"} <= summary["ppl"].keys()
+    assert summary["export"]["verified"] and summary["export"]["compared_with_checkpoint"]
+    assert len(list((tmp_path / "trtllm").glob("rank*.safetensors"))) == 4
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [s["phase"] for s in steps] == ["pretrain"] * 6 + ["baseline"] * 3 + ["qat"] * 3
+    assert all(s["tokens_per_second"] > 0 for s in steps)
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_ptq_then_generate_from_a_trained_checkpoint(trained, tmp_path):
+    done = torchrun(
+        1, PTQ, f"model.restore_from_path={trained}/checkpoint", f"exp_manager.exp_dir={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = torchrun(2, GENERATE, tmp_path / "checkpoint", "The", "--tokens", 3,
+                    "--tensor-parallel", 2)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("The")
+
+
+def test_export_verify_eval_and_inspect_commands(trained, tmp_path):
+    checkpoint, out, text = trained / "checkpoint", tmp_path / "served", tmp_path / "text.txt"
+    text.write_text("The def statement defines a function. " * 200, encoding="utf-8")
+    assert mqat("export", checkpoint, "--out", out, "--inference-tp", 2).returncode == 0
+    done = mqat("verify", out, "--reference", checkpoint, "--text", text, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["top1_agreement"] > 0.9
+    losses = []
+    for model in (checkpoint, out):
+        done = mqat("eval", model, "--text", text, "--seq-length", 64, "--json")
+        losses.append(json.loads(done.stdout)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # the export is bf16
+    assert "unquantized" in mqat("inspect", checkpoint).stdout
+    (out / "rank1.safetensors").unlink()
+    assert mqat("verify", out).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments", "message"),
+    [
+        (3, [], "world size 3 is not a multiple of tensor_model_parallel_size=2"),
+        (1, ["trainer.max_step=3"], "did you mean trainer.max_steps"),
+        (1, ["model.restore_from_path=nowhere", "model.architecture=null",
+             "model.tensor_model_parallel_size=1", "model.pipeline_model_parallel_size=1"],
+         "nowhere: no pretrained model found"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_a_status(processes, arguments, message, tmp_path):
+    done = torchrun(processes, QAT, f"exp_manager.exp_dir={tmp_path}/run", *arguments, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr.split("error: ")[1].split("\n")[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"the file is empty"),
+        (b"caf\xe9 au lait", r"text.txt:1: not UTF-8"),
+    ],
+)
+def test_bad_text_stops_every_rank(tmp_path, content, message):
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    done = torchrun(
+        2, SFT, f"exp_manager.exp_dir={tmp_path}/run", "model.data.packaged=null",
+        f"model.data.train=[{text}]", f"model.data.validation=[{text}]", timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0 and message in done.stderr
+
+
+def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):
+    def command(run: str) -> list[str]:
+        return [
+            sys.executable, str(SFT), "trainer.max_steps=8", "exp_manager.checkpoint_interval=1",
+            "exp_manager.resume_if_exists=true", f"exp_manager.exp_dir={tmp_path / run}",
+        ]  # fmt: skip
+
+    def losses(run: str) -> list[float]:
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        by_step = {json.loads(line)["step"]: json.loads(line)["loss"] for line in lines}
+        return [by_step[step] for step in range(1, 9)]
+
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    import os
+
+    environment = os.environ | environment
+    subprocess.run(command("whole"), env=environment, check=True, capture_output=True, timeout=200)
+    moment = random.Random(0)
+    for _ in range(2):
+        process = subprocess.Popen(
+            command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        metrics = tmp_path / "killed" / "metrics.jsonl"
+        start, before = time.monotonic(), metrics.read_text() if metrics.exists() else ""
+        while not metrics.exists() or metrics.read_text() == before:
+            assert time.monotonic() - start < 100 and process.poll() is None
+            time.sleep(0.05)
+        time.sleep(moment.uniform(0.0, 1.0))  # within a step or while a checkpoint is written
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command("killed"), env=environment, check=True, capture_output=True, timeout=200)
+    assert losses("killed") == losses("whole")
