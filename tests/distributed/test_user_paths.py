@@ -71,7 +71,7 @@ def test_sft_on_answers_of_a_jsonl_file(tmp_path):
     data.write_text("\n".join(_chat_lines(400)) + "\n", encoding="utf-8")
     done = torchrun(
         2, SFT, "trainer.max_steps=12", "model.tensor_model_parallel_size=2",
-        "model.data.packaged=null", f"model.data.train=[{data}]",
+        "model.data.packaged=null", "model.data.format=sft", f"model.data.train=[{data}]",
         f"model.data.validation=[{data}]", f"exp_manager.exp_dir={run}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -86,7 +86,8 @@ def test_a_bad_line_names_file_and_line_or_is_counted(tmp_path):
     lines[16] = '{"input": "no answer"}'
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = [
-        "trainer.max_steps=1", "model.data.packaged=null", f"model.data.train=[{data}]",
+        "trainer.max_steps=1", "model.data.packaged=null", "model.data.format=sft",
+        f"model.data.train=[{data}]",
         f"model.data.validation=[{data}]", f"exp_manager.exp_dir={tmp_path}/run",
     ]  # fmt: skip
     done = torchrun(2, SFT, *settings, timeout=120)
