@@ -189,25 +189,36 @@ def save_checkpoint(
         state["scheduler"] = training.scheduler.state_dict()
         state["rng"] = _rng_state()
 
-    with _writing(path):
+    with _writing(path, temporary):
         if is_main():
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-    with _writing(path):
+    with _writing(path, temporary):
         dist_checkpointing.save(state, str(temporary), content_metadata={"format": "mqat"})
-    with _writing(path):
+    with _writing(path, temporary):
         if is_main():
             _finish(temporary, path, description, tokenizer)
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, temporary: Path) -> Iterator[None]:
     """One stage of saving: what fails on any rank ends all of them with one message."""
-    error: Exception | None = None
+    reason = None
     try:
         yield
-    except (OSError, RuntimeError, CheckpointException, CheckpointingException) as caught:
-        error = ValueError(f"{path}: writing the checkpoint failed: {caught}")
+    except CheckpointException as caught:  # torch's collection of what failed on which rank
+        reason = "; ".join(
+            f"rank {rank}: {failure[0]}" for rank, failure in caught.failures.items()
+        )
+    except (OSError, RuntimeError, CheckpointingException) as caught:
+        reason = str(caught)
+    error = None
+    if reason is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        error = ValueError(
+            f"{path}: writing the checkpoint failed: {reason}. Check that the disk has space and can "
+            "be written; what was unfinished is removed, earlier checkpoints are whole."
+        )
     agree(error)
 
 

@@ -149,6 +149,18 @@ def test_bad_text_stops_every_rank(tmp_path, content, message):
     assert done.returncode != 0 and message in done.stderr
 
 
+def test_a_full_disk_ends_all_ranks_and_leaves_no_checkpoint(tmp_path):
+    done = torchrun(
+        2, SFT, "trainer.max_steps=2", "exp_manager.checkpoint_interval=1",
+        "model.tensor_model_parallel_size=2", f"exp_manager.exp_dir={tmp_path}",
+        timeout=120, file_bytes=1 << 20,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "step_00000001: writing the checkpoint failed: rank 0" in done.stderr
+    assert done.stderr.count("\nerror: ") == 1
+    assert list((tmp_path / "checkpoints" / "sft").iterdir()) == []
+
+
 def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):
     def command(run: str) -> list[str]:
         return [
