@@ -1,29 +1,25 @@
-"""Statistics of activations that merge exactly, in any order and over any number of ranks.
-
-Histogram bins are the upper magnitude bits of float32 (8 of exponent, 7 of mantissa): they do not
-depend on the data, so one pass suffices and counts from different ranks can simply be added.
-"""
+"""Statistics of activations that merge exactly, in any order and over any number of ranks."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
 
-METHODS = ("max", "percentile")
-_BINS = 1 << 15
-_FIRST_NONFINITE_BIN = 0xFF << 7
+from mqat.quant.formats import QuantFormat
+from mqat.quant.histogram import BINS, bin_of, entropy_amax, mse_amax, percentile_amax
+
+METHODS = ("max", "percentile", "mse", "entropy")
 
 
 class ActivationObserver(nn.Module):
-    """Maximum, and optionally a histogram, of every tensor it is shown.
+    """Maximum, and for every method but `max` a histogram, of every tensor it is shown.
 
     Attributes:
         statistics: float32 (3,): largest |x| of the tensors that were finite throughout, 1 if
             anything was seen, 1 if anything was NaN or infinite (the first number then depends on
             how tokens were grouped, and `check` refuses it). Merged over ranks by MAX.
-        histogram: int64 (32768,) counts of |x| when `method` is `percentile`. Merged by SUM.
+        histogram: int64 (32768,) counts of |x| (`quant/histogram.py`), unless `method` is `max`.
+            Merged by SUM.
     """
 
     statistics: Tensor
@@ -35,8 +31,8 @@ class ActivationObserver(nn.Module):
             raise ValueError(f"calibration method {method!r} is unknown; known: {METHODS}.")
         self.method = method
         self.register_buffer("statistics", torch.zeros(3), persistent=False)
-        if method == "percentile":
-            counts = torch.zeros(_BINS, dtype=torch.int64)
+        if method != "max":
+            counts = torch.zeros(BINS, dtype=torch.int64)
             self.register_buffer("histogram", counts, persistent=False)
 
     @torch.no_grad()
@@ -46,8 +42,8 @@ class ActivationObserver(nn.Module):
             return
         magnitude = x.detach().abs()
         largest = magnitude.amax().float()  # amax propagates NaN
-        if self.method == "percentile":
-            bins = (magnitude.float().reshape(-1).view(torch.int32) >> 16) & (_BINS - 1)
+        if self.method != "max":
+            bins = bin_of(magnitude)
             # Not bincount: on CUDA it waits for the largest value, to size its result.
             one = torch.ones((), dtype=torch.int64, device=bins.device)
             self.histogram.index_add_(0, bins, one.expand(bins.shape))
@@ -71,7 +67,7 @@ class ActivationObserver(nn.Module):
             )
 
     def amax(self, percentile: float | None = None) -> Tensor:
-        """Calibrated maximum, float32 (1,).
+        """The maximum, or a percentile of |x|; float32 (1,).
 
         Args:
             percentile: In (0, 100]; None is the true maximum. The result is the upper edge of the
@@ -86,13 +82,22 @@ class ActivationObserver(nn.Module):
             return maximum
         if not 0 < percentile <= 100:
             raise ValueError(f"percentile={percentile} must be in (0, 100]; 100 is the maximum.")
-        if self.method != "percentile":
+        if self.method == "max":
             raise ValueError(
                 f"percentile={percentile} needs a histogram, but this observer was made with "
                 f"method={self.method!r}; start observing with method='percentile'."
             )
-        counts = self.histogram[:_FIRST_NONFINITE_BIN].cpu()
-        needed = math.ceil(int(counts.sum()) * percentile / 100)
-        first = int(torch.searchsorted(counts.cumsum(0), needed))
-        edge = torch.tensor([(first + 1) << 16], dtype=torch.int32).view(torch.float32)
-        return torch.minimum(maximum, edge.to(maximum.device))
+        return percentile_amax(self.histogram, maximum, percentile)
+
+    def calibrated_amax(self, fmt: QuantFormat, percentile: float) -> Tensor:
+        """What `method` chooses from the merged statistics, float32 (1,).
+
+        Args:
+            fmt: Format the input will have; `mse` and `entropy` depend on it.
+            percentile: For the method of that name.
+        """
+        if self.method == "mse":
+            return mse_amax(self.histogram, self.statistics[:1], fmt)
+        if self.method == "entropy":
+            return entropy_amax(self.histogram, self.statistics[:1], fmt)
+        return self.amax(percentile if self.method == "percentile" else None)

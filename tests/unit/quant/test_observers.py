@@ -81,5 +81,5 @@ def test_a_percentile_without_a_histogram_is_refused():
 
 
 def test_unknown_methods_are_refused():
-    with pytest.raises(ValueError, match="'entropy' is unknown"):
-        ActivationObserver("entropy")
+    with pytest.raises(ValueError, match="'magic' is unknown"):
+        ActivationObserver("magic")
