@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mqat.calibration.equalize import equalize_ as equalize_
+    from mqat.calibration.prepare import prepare_ as prepare_
+    from mqat.calibration.recipe import Recipe as Recipe
     from mqat.calibration.statistics import calibrate as calibrate
     from mqat.config import load_config as load_config
     from mqat.export import export_trtllm as export_trtllm
@@ -28,14 +29,15 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Policy": "mqat.specs.policy",
+    "Recipe": "mqat.calibration.recipe",
     "calibrate": "mqat.calibration.statistics",
-    "equalize_": "mqat.calibration.equalize",
     "export_trtllm": "mqat.export",
     "finalize": "mqat.runtime.groups",
     "initialize": "mqat.runtime.groups",
     "load_checkpoint": "mqat.training.checkpoint",
     "load_config": "mqat.config",
     "named_scheme": "mqat.quant.scheme",
+    "prepare_": "mqat.calibration.prepare",
     "quantize_block_spec": "mqat.specs.gpt",
     "quantize_layer_spec": "mqat.specs.gpt",
     "save_checkpoint": "mqat.training.checkpoint",

@@ -120,13 +120,18 @@ class QuantizationConfig:
     algorithm: str | None = "int8"
     group_size: int = 128
     rules: list[RuleConfig] = field(default_factory=list)
-    calibrator: str = "max"  # or percentile
+    calibrator: str = "max"  # of inputs: max, percentile, mse or entropy
     percentile: float = 99.9999
     num_calib_size: int = 16  # sequences
+    calib_spread: bool = True  # sequences spread evenly over the data; false: the first of the file
+    calib_layers_at_once: int = 0  # layers whose weights are prepared in one pass; 0: all
     fake_quant_after_n_steps: int = 0
     decoder_type: str = "llama"
     equalize: bool = False  # first move activation outliers into weights (same function)
-    equalize_alpha: float = 0.8
+    sq_alpha: float | None = 0.8  # SmoothQuant's strength; null: searched for every linear
+    equalize_grid: str = "power_of_two"  # exact to fold; or float: finer, folding rounds
+    weight_calibrator: str = "max"  # max, mse, awq (clip search by output error) or sawb
+    rounding: str = "nearest"  # or gptq: error-compensated, before any training
     compare_with_finetuned: bool = True  # also train the unquantized model for as many steps
 
 
@@ -174,7 +179,10 @@ _CHOICES = {
     "model.data.packaged": (None, "wikipedia", "python_docs"),
     "model.packaged": (None, "smollm2"),
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
-    "quantization.calibrator": ("max", "percentile"),
+    "quantization.calibrator": ("max", "percentile", "mse", "entropy"),
+    "quantization.weight_calibrator": ("max", "mse", "awq", "sawb"),
+    "quantization.equalize_grid": ("power_of_two", "float"),
+    "quantization.rounding": ("nearest", "gptq"),
     "quantization.decoder_type": ("llama",),
     "export.format": (None, "trtllm"),
     "export.decoder_type": ("llama",),
@@ -190,6 +198,7 @@ _MINIMUM = {
     "model.global_batch_size": 1,
     "model.data.seq_length": 2,
     "quantization.num_calib_size": 1,
+    "quantization.calib_layers_at_once": 0,
     "quantization.fake_quant_after_n_steps": 0,
     "export.inference_tensor_parallel": 1,
     "export.inference_pipeline_parallel": 1,
@@ -236,6 +245,11 @@ def _check_values(config: RunConfig) -> None:
         raise ValueError(
             f"config: quantization.percentile={quantization.percentile} must be in (0, 100]; "
             "99.99 keeps all but one value in 10,000."
+        )
+    if quantization.sq_alpha is not None and not 0 <= quantization.sq_alpha <= 1:
+        raise ValueError(
+            f"config: quantization.sq_alpha={quantization.sq_alpha} must be in [0, 1], or null to "
+            "search for the best of every linear."
         )
 
 

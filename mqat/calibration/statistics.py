@@ -6,7 +6,7 @@ same sequences give bit-equal scales at any TP, PP, DP, with and without sequenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,7 @@ def calibrate(
     group: dist.ProcessGroup,
     method: str = "max",
     percentile: float = 99.9999,
+    weight_amax: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Freezes every quantizer of `model` at the scale found for it.
 
@@ -55,8 +56,9 @@ def calibrate(
         model: Chunk or list of chunks of this rank, with quantized linears.
         run_batches: Runs the forward passes of the calibration set (forward only, all ranks).
         group: All ranks that hold parts of the same layers: TP x DP x CP of one pipeline stage.
-        method: `max`, or `percentile` for inputs (weights always use their maximum).
+        method: For inputs: `max`, `percentile`, `mse` or `entropy`.
         percentile: In (0, 100].
+        weight_amax: Clipping points from `prepare_`, by linear; others use their maximum.
 
     Raises:
         ValueError: On every rank: NaN or infinite values, or a linear that no token reached; names
@@ -74,7 +76,8 @@ def calibrate(
             for name, linear in linears.items()
             if linear.overflow is not None
         }
-    amax = _weight_amax(linears)
+    given = weight_amax or {}
+    amax = _weight_amax({n: x for n, x in linears.items() if n not in given})
     observers = {
         name: linear.input_quantizer.observer
         for name, linear in observed.items()
@@ -83,7 +86,8 @@ def calibrate(
     spanning = [amax[name] for name in amax if weight_amax_spans_ranks(linears[name])]
     maxima = [*spanning, *overflow.values(), *(o.statistics for o in observers.values())]
     all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
-    if method == "percentile":
+    amax |= given
+    if method != "max":
         histograms = [observer.histogram for observer in observers.values()]
         all_reduce_fused_(histograms, dist.ReduceOp.SUM, group)
 
@@ -109,5 +113,5 @@ def calibrate(
         if linear.weight_quantizer is not None:
             linear.weight_quantizer.freeze_(amax[name])
         if linear.input_quantizer is not None:
-            share = percentile if method == "percentile" else None
-            linear.input_quantizer.freeze_(observers[name].amax(share))
+            fmt = linear.input_quantizer.scheme.format
+            linear.input_quantizer.freeze_(observers[name].calibrated_amax(fmt, percentile))

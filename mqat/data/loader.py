@@ -106,6 +106,11 @@ class Batches:
         rows = torch.arange(count) % len(self.data)
         return self._steps(rows, torch.ones(count))
 
+    def spread(self, count: int) -> list[list[Microbatch]]:
+        """Steps over `count` samples evenly spread over the data; otherwise like `first`."""
+        rows = torch.arange(count) * max(len(self.data), count) // count % len(self.data)
+        return self._steps(rows, torch.ones(count))
+
     def epoch(self) -> list[list[Microbatch]]:
         """Steps that cover every sample once; the last batch is filled up with weight-0 samples."""
         count = len(self.data)

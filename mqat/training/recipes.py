@@ -119,7 +119,7 @@ def _report(session: Session) -> None:
         "bf16": "unquantized",
         "bf16_finetuned": "unquantized, fine-tuned alike",
         "ptq": "PTQ",
-        "ptq_equalized": "PTQ after equalization",
+        "ptq_prepared": "PTQ with the recipe",
         "qat": "QAT",
     }
     table = Table(title=f"{session.plan.config.quantization.algorithm}: held-out perplexity")
@@ -141,15 +141,13 @@ def _report(session: Session) -> None:
 
 
 def _quantize(session: Session) -> None:
-    """PTQ as users know it, then (if asked for) equalization and calibration again."""
-    settings = session.plan.config.quantization
+    """PTQ as users know it, then (if asked for) with weights prepared by a recipe."""
     session.calibrate()
     session.measure("ptq")
-    if settings.equalize:
-        session.reset_quantizers()
-        session.equalize()
-        session.calibrate()
-        session.measure("ptq_equalized")
+    recipe = session.recipe()
+    if recipe.changes_anything:
+        session.calibrate(recipe)
+        session.measure("ptq_prepared")
 
 
 def run_sft(config: RunConfig) -> Path:

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from mqat.calibration.equalize import equalize_
+from mqat.calibration.prepare import prepare_
+from mqat.calibration.recipe import Recipe
 from mqat.calibration.statistics import calibrate
 from mqat.config import config_to_yaml
 from mqat.data.dataset import load_run_data
@@ -135,30 +136,46 @@ class Session:
     # -- quantization ----------------------------------------------------------------------------
 
     def _calibration_pass(self) -> Callable[[], None]:
-        size = self.plan.config.quantization.num_calib_size
-        steps = self.train.first(size)
+        settings = self.plan.config.quantization
+        choose = self.train.spread if settings.calib_spread else self.train.first
+        steps = choose(settings.num_calib_size)
         return lambda: void(evaluate(self.chunks, steps))
 
-    def equalize(self) -> None:
-        """Moves activation outliers into weights, without changing the function."""
-        equalize_(
-            self.chunks,
-            self._calibration_pass(),
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-            alpha=self.plan.config.quantization.equalize_alpha,
+    def recipe(self) -> Recipe:
+        """What the configuration asks to do to weights before scales are frozen."""
+        settings = self.plan.config.quantization
+        return Recipe(
+            equalize=settings.equalize,
+            alpha=settings.sq_alpha,
+            grid=settings.equalize_grid,
+            weight_method=settings.weight_calibrator,
+            rounding=settings.rounding,
+            layers_at_once=settings.calib_layers_at_once,
         )
 
-    def calibrate(self) -> None:
-        """Observes the calibration set and freezes every scale."""
+    def calibrate(self, recipe: Recipe | None = None) -> None:
+        """Prepares the weights if a recipe is given, observes inputs, and freezes every scale."""
         settings = self.plan.config.quantization
         self.reset_quantizers()
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        run_batches = self._calibration_pass()
+        weight_amax = None
+        if recipe is not None:
+            weight_amax = prepare_(
+                self.chunks,
+                run_batches,
+                recipe,
+                num_layers=self.plan.model.num_layers,
+                group=group,
+                dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            )
         calibrate(
             self.chunks,
-            self._calibration_pass(),
-            group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+            run_batches,
+            group=group,
             method=settings.calibrator,
             percentile=settings.percentile,
+            weight_amax=weight_amax,
         )
 
     # -- training --------------------------------------------------------------------------------

@@ -54,7 +54,13 @@ def _run(
     *,
     forward_only: bool,
 ) -> list[dict[str, Tensor]]:
-    """One pass over the microbatches of this data-parallel rank; results only on the last stage."""
+    """One pass over the microbatches of this data-parallel rank; results only on the last stage.
+
+    Forward only, a rank may have none: nothing in a model's forward pass waits for other
+    data-parallel ranks.
+    """
+    if forward_only and not microbatches:
+        return []
     tokens = microbatches[0]["tokens"]
     assert tokens is not None
     results: list[dict[str, Tensor]] = get_forward_backward_func()(

@@ -1,0 +1,214 @@
+"""Second moments of a linear's input, XᵀX, bit-equal on every layout, from one pass.
+
+With D the error of a quantized weight, the squared error of the layer's output over all calibration
+tokens is exactly tr(D XᵀX Dᵀ). So this one matrix replaces the repeated forward passes with
+re-quantized weights that AWQ (arXiv:2306.00978) and GPTQ (arXiv:2210.17323) searches otherwise need.
+
+Why it does not depend on the layout: the input channels are cut into `num_shards` tiles, whatever the
+tensor-parallel size; one tile of XᵀX over one microbatch is a GEMM of the same shape everywhere; and
+microbatches are added as 64-bit integers in units of 2**-FRACTION_BITS, in any order.
+
+| input X seen by a rank                    | made whole by       | rows of XᵀX it keeps | merged over |
+|-------------------------------------------|---------------------|----------------------|-------------|
+| column-parallel `[S, B, I]`               | -                   | I / tp               | DP          |
+| the same, sequence parallel `[S/tp, B, I]`| gather of sequence  | I / tp               | DP          |
+| row-parallel `[S, B, I/tp]`               | gather of channels  | I / tp               | DP          |
+
+Memory per rank: 8 I² / tp bytes for each watched linear; `peak_bytes` adds them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+
+from mqat.parallel.linear import QuantizedLinear, QuantRowParallelLinear
+from mqat.parallel.reduce import all_reduce_fused_
+
+# Resolution 2**-20 of one squared unit; sums of squares over all tokens must stay below 2**42.
+FRACTION_BITS = 20
+MAX_SUM = 2.0**42
+
+
+def tile_bounds(size: int, tiles: int) -> list[int]:
+    """Ends of `tiles` blocks of `size` elements, as even as possible, with a leading zero."""
+    return [i * size // tiles for i in range(tiles + 1)]
+
+
+def num_shards(linear: QuantizedLinear) -> int:
+    """Number of tiles over all ranks: the same on every layout."""
+    return int(linear.num_tiles * linear.tp_group.size())
+
+
+def whole_input(linear: QuantizedLinear, x: Tensor) -> Tensor:
+    """All tokens of the microbatch with all channels, float32 [S * B, I], on every tensor rank."""
+    if isinstance(linear, QuantRowParallelLinear):
+        x = gather_from_tensor_model_parallel_region(x, group=linear.tp_group)
+    elif linear.sequence_parallel:
+        x = gather_from_sequence_parallel_region(x, group=linear.tp_group)
+    return x.detach().reshape(-1, x.shape[-1]).float().contiguous()
+
+
+@dataclass
+class InputMoments:
+    """What one linear's input left on this rank.
+
+    Attributes:
+        gram: Fixed-point rows of XᵀX of this rank's channels, int64 [I/tp, I].
+        amax: Largest |x_j| of each channel, float32 [I].
+        tokens: Number of tokens, int64 (1,).
+        flag: float32 (): 1 if the input was not finite or the sum left the fixed-point range.
+        first_row: Global channel of `gram`'s first row.
+    """
+
+    gram: Tensor
+    amax: Tensor
+    tokens: Tensor
+    flag: Tensor
+    first_row: int
+
+    def observe_(self, linear: QuantizedLinear, x: Tensor, dp_size: int) -> None:
+        """Adds one microbatch, `x` as this rank's linear receives it."""
+        rows = whole_input(linear, x)
+        if rows.numel() == 0:
+            return
+        largest = rows.abs().amax(dim=0)
+        finite = largest.isfinite()
+        torch.maximum(self.amax, torch.where(finite, largest, 0.0), out=self.amax)
+        bad = ~finite.all()
+        bounds = tile_bounds(rows.shape[1], num_shards(linear))
+        first = linear.tp_group.rank() * linear.num_tiles
+        for tile in range(first, first + linear.num_tiles):
+            low, high = bounds[tile], bounds[tile + 1]
+            block = (rows[:, low:high].contiguous().t() @ rows).double()
+            bad |= ~(block.abs().amax() <= MAX_SUM / dp_size)
+            block.nan_to_num_(0.0).clamp_(-MAX_SUM, MAX_SUM).mul_(2.0**FRACTION_BITS).round_()
+            total = self.gram[low - self.first_row : high - self.first_row]
+            total += block.to(torch.int64)
+            # Diagonals bound everything else; each rank stays below its share of the range.
+            diagonal = total.diagonal(offset=low).double() * 2.0**-FRACTION_BITS
+            bad |= ~(diagonal.amax() <= MAX_SUM / dp_size)
+        torch.maximum(self.flag, bad.float(), out=self.flag)
+        self.tokens += rows.shape[0]
+
+    def matrix(self, linear: QuantizedLinear) -> Tensor:
+        """XᵀX, float64 [I, I], the same on every rank of the tensor-parallel group (a collective)."""
+        size = self.amax.numel()
+        whole = torch.zeros(size, size, dtype=torch.int64, device=self.gram.device)
+        whole[self.first_row : self.first_row + self.gram.shape[0]] = self.gram
+        all_reduce_fused_([whole], dist.ReduceOp.SUM, linear.tp_group)
+        return whole.double().mul_(2.0**-FRACTION_BITS)
+
+
+def peak_bytes(linears: Mapping[str, QuantizedLinear]) -> int:
+    """Bytes of statistics that this rank holds while it watches `linears` at once.
+
+    The search adds a few matrices [I, I] in float64 for one linear at a time.
+    """
+    total = 0
+    for linear in linears.values():
+        width = input_width(linear)
+        total += width * (8 * -(-width // linear.tp_group.size()) + 4)
+    return total
+
+
+def input_width(linear: QuantizedLinear) -> int:
+    """Global number of input features."""
+    cut = linear.tp_group.size() if isinstance(linear, QuantRowParallelLinear) else 1
+    return int(linear.weight.shape[1] * cut)
+
+
+def _empty(linears: Mapping[str, QuantizedLinear]) -> tuple[Tensor, dict[str, InputMoments]]:
+    """One flat integer buffer, so that merging needs no copy, and its views."""
+    extents: dict[str, tuple[int, int, int]] = {}
+    for name, linear in linears.items():
+        width = input_width(linear)
+        bounds = tile_bounds(width, num_shards(linear))
+        first = linear.tp_group.rank() * linear.num_tiles
+        extents[name] = (bounds[first], bounds[first + linear.num_tiles], width)
+    size = sum((last - first) * width + 1 for first, last, width in extents.values())
+    device = next((linear.weight.device for linear in linears.values()), torch.device("cpu"))
+    flat = torch.zeros(size, dtype=torch.int64, device=device)
+    moments, start = {}, 0
+    for name, (first, last, width) in extents.items():
+        end = start + (last - first) * width
+        moments[name] = InputMoments(
+            gram=flat[start:end].view(last - first, width),
+            amax=torch.zeros(width, device=device),
+            tokens=flat[end : end + 1],
+            flag=torch.zeros((), device=device),
+            first_row=first,
+        )
+        start = end + 1
+    return flat, moments
+
+
+@contextmanager
+def _watching(
+    linears: Mapping[str, QuantizedLinear], moments: Mapping[str, InputMoments], dp_size: int
+) -> Iterator[None]:
+    def hook_for(name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            moments[name].observe_(linears[name], inputs[0], dp_size)
+
+        return hook
+
+    handles = [linear.register_forward_pre_hook(hook_for(n)) for n, linear in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect_moments(
+    linears: Mapping[str, QuantizedLinear],
+    run_batches: Callable[[], None],
+    *,
+    group: dist.ProcessGroup,
+    dp_group: dist.ProcessGroup,
+) -> dict[str, InputMoments]:
+    """Runs the batches and merges: one SUM over `dp_group`, one MAX over `group`.
+
+    Args:
+        linears: The watched ones of this rank, already computing layout-exactly.
+        run_batches: The forward passes; a rank without batches just returns.
+        group: TP x DP x CP of this pipeline stage.
+        dp_group: DP x CP.
+    """
+    flat, moments = _empty(linears)
+    with _watching(linears, moments, dp_group.size()):
+        run_batches()
+    if linears and dp_group.size() > 1:
+        dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=dp_group)
+    maxima = [tensor for m in moments.values() for tensor in (m.amax, m.flag)]
+    for name, linear in linears.items():
+        if linear.overflow is not None:
+            torch.maximum(moments[name].flag, linear.overflow.float(), out=moments[name].flag)
+    all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
+    return moments
+
+
+def check_moments(moments: Mapping[str, InputMoments]) -> None:
+    """Raises ValueError, naming the layer, for an input that was never seen or is not usable."""
+    for name, moment in moments.items():
+        if not int(moment.tokens):
+            raise ValueError(
+                f"{name}: no calibration token reached this layer. Check that the calibration "
+                "batches run through the whole model."
+            )
+        if bool(moment.flag):
+            raise ValueError(
+                f"{name}: input or output is NaN, infinite or so large that sums of squares leave "
+                f"2**{MAX_SUM.hex().split('p+')[1]} during calibration. Check the checkpoint and the "
+                "calibration text, or calibrate with fewer sequences."
+            )

@@ -1,0 +1,82 @@
+"""What happens to weights before scales are frozen: rescaled inputs, clipping points, rounding.
+
+A recipe is carried out for all layers at once, or for a few layers at a time (`layers_at_once`): then
+later layers are calibrated behind earlier ones that are already rescaled and rounded, memory for
+statistics is bounded (`moments.peak_bytes`), and the batches run once for every such block. Blocks are
+cut by global layer number, so they are the same at any pipeline size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mqat.calibration.block import LayerBlock
+from mqat.calibration.moments import InputMoments, check_moments, collect_moments
+from mqat.calibration.recipe import Recipe
+from mqat.calibration.sites import find_sites, layer_number
+from mqat.calibration.statistics import exact_forward
+from mqat.parallel.linear import quantized_linears
+from mqat.runtime.groups import agree
+
+
+@torch.no_grad()
+def prepare_(
+    chunks: list[Any],
+    run_batches: Callable[[], None],
+    recipe: Recipe,
+    *,
+    num_layers: int,
+    group: dist.ProcessGroup,
+    dp_group: dist.ProcessGroup,
+) -> dict[str, Tensor]:
+    """Changes weights (and norms) in place as the recipe says, and chooses clipping points.
+
+    Args:
+        chunks: Model chunks of this rank, with quantized linears; not yet calibrated.
+        run_batches: Runs the calibration forward passes (all ranks); called once per block.
+        recipe: What to do.
+        num_layers: Of the whole model, over all pipeline stages.
+        group: TP x DP x CP of this pipeline stage.
+        dp_group: DP x CP.
+
+    Returns:
+        Calibrated maximum of each quantized weight of this rank, shaped like its scale.
+
+    Raises:
+        ValueError: On every rank: NaN or infinite values, a linear that no token reached, or a format
+            that the weight method does not know.
+    """
+    linears = {n: x for n, x in quantized_linears(chunks).items() if x.quantizers}
+    sites = find_sites(chunks, fold_values=recipe.fold_values) if recipe.equalize else {}
+    everything = quantized_linears(chunks)
+    size = recipe.layers_at_once or num_layers
+    amax: dict[str, Tensor] = {}
+    for start in range(0, num_layers, size):
+        own = {n: x for n, x in linears.items() if start <= layer_number(n) < start + size}
+        moments: dict[str, InputMoments] = {}
+        if recipe.needs_moments:
+            with exact_forward(everything):
+                moments = collect_moments(own, run_batches, group=group, dp_group=dp_group)
+        error: Exception | None = None
+        try:
+            check_moments(moments)
+        except ValueError as caught:
+            error = caught
+        agree(error)
+        block = LayerBlock(own, {n: s for n, s in sites.items() if n in own}, moments, recipe)
+        if recipe.equalize:
+            block.equalize_()
+        try:
+            tiles = block.clipping_points()
+            if recipe.rounding == "gptq":
+                block.round_(tiles)
+        except ValueError as caught:
+            error = caught
+        agree(error)
+        amax |= block.local_amax(tiles)
+    return amax

@@ -1,0 +1,56 @@
+"""A calibration recipe: which steps are taken before scales are frozen, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mqat.calibration.weights import METHODS
+
+GRIDS = ("power_of_two", "float")
+ROUNDINGS = ("nearest", "gptq")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are prepared.
+
+    Attributes:
+        equalize: Rescale inputs where the tensor before can take up the factor (`sites.py`).
+        alpha: SmoothQuant's strength; None: searched for every linear (`search.py`).
+        grid: `power_of_two` or `float` factors.
+        fold_values: Also rescale the input of `linear_proj`, through the value rows.
+        search_steps: Alphas tried between 0 and 1.
+        weight_method: Clipping points, one of `weights.METHODS`.
+        rounding: `nearest`, or `gptq`: weights are moved to grid points chosen together.
+        layers_at_once: Layers calibrated in one pass; 0: all.
+    """
+
+    equalize: bool = False
+    alpha: float | None = 0.8
+    grid: str = "power_of_two"
+    fold_values: bool = True
+    search_steps: int = 10
+    weight_method: str = "max"
+    rounding: str = "nearest"
+    layers_at_once: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown name or a number out of range."""
+        for key, known in (("grid", GRIDS), ("weight_method", METHODS),
+                           ("rounding", ROUNDINGS)):  # fmt: skip
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key}={getattr(self, key)!r} is unknown; known: {known}.")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"quantization.sq_alpha={self.alpha} must be in [0, 1], or null.")
+        if self.search_steps < 1 or self.layers_at_once < 0:
+            raise ValueError("search_steps must be at least 1 and layers_at_once at least 0.")
+
+    @property
+    def changes_anything(self) -> bool:
+        """Whether there is anything to do beyond each weight's maximum."""
+        return self.equalize or self.weight_method != "max" or self.rounding != "nearest"
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether it looks at inputs."""
+        return self.equalize or self.weight_method == "awq" or self.rounding == "gptq"

@@ -1,0 +1,128 @@
+"""Input scalings: SmoothQuant's for a given alpha, or the best of many by the layer's output error.
+
+    s_j = amax(x_j)**alpha / amax(W_j)**(1 - alpha)      SmoothQuant, arXiv:2211.10438, eq. 4
+    s_j = rms(x_j)**alpha                                AWQ, arXiv:2306.00978, eq. 5 (rms for mean |x|)
+
+A candidate's loss is the squared error of the layer's output over all calibration tokens:
+
+    tr(D XᵀX Dᵀ)                            rounding of the weight, D = (Q(W s) - W s) / s; exact
+    sum_j min(XᵀX_jj, T step² s_j² / 12) |W_j|²   rounding of a per-tensor integer input of that `step`:
+                                            uniform noise, but never more than losing the channel
+
+Legend: `I` input features, `C` candidates, `T` tokens; a tile is [rows, I] (`tiles.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mqat.calibration.sites import Site, round_scale
+from mqat.quant.functional import compute_amax, compute_scale, fake_quantize
+from mqat.quant.scheme import TensorScheme
+
+_FLOOR = 1e-5  # dead channels: keep their factor moderate
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Merged statistics of one linear's input, the same on every rank.
+
+    Attributes:
+        gram: XᵀX, float64 [I, I].
+        amax: Largest |x_j|, float32 [I].
+        tokens: T.
+    """
+
+    gram: Tensor
+    amax: Tensor
+    tokens: int
+
+
+def smoothquant_scale(input_amax: Tensor, weight_amax: Tensor, alpha: float) -> Tensor:
+    """SmoothQuant's factors before rounding, float32 [I].
+
+    Args:
+        input_amax: Largest |x_j| of each input channel, float32 [I].
+        weight_amax: Largest |W_oj| of each weight column, float32 [I].
+        alpha: 0 leaves activations alone, 1 moves all of their range into the weights.
+    """
+    return input_amax.clamp_min(_FLOOR) ** alpha / weight_amax.clamp_min(_FLOOR) ** (1 - alpha)
+
+
+def candidate_scales(
+    site: Site, inputs: InputStatistics, weight_amax: Tensor, *, steps: int, grid: str
+) -> Tensor:
+    """Factors to try, float32 [C, I]; the first row leaves everything as it is.
+
+    Args:
+        site: Says which channels share a factor.
+        inputs: Of the linear.
+        weight_amax: Largest |W_oj| of each column, float32 [I].
+        steps: Alphas tried between 0 and 1 in each of the two families.
+        grid: As for `round_scale`.
+    """
+    x, w = site.tied(inputs.amax), site.tied(weight_amax)
+    rms = site.tied((inputs.gram.diagonal() / inputs.tokens).sqrt().float())
+    rows = [torch.ones_like(x)]
+    for step in range(steps + 1):
+        alpha = step / steps
+        rows.append(smoothquant_scale(x, w, alpha))
+        rows.append(rms.clamp_min(_FLOOR) ** alpha)
+    return torch.unique_consecutive(round_scale(torch.stack(rows), grid), dim=0)
+
+
+def rounded(weight: Tensor, scheme: TensorScheme, amax: Tensor | None = None) -> Tensor:
+    """`weight` after its quantizer, float32; scales from its own maxima unless `amax` is given."""
+    amax = compute_amax(weight, scheme.granularity) if amax is None else amax
+    scale = compute_scale(amax, scheme.format, scale_dtype=scheme.scale_dtype)
+    return fake_quantize(weight, scale, scheme.format, scheme.granularity)
+
+
+def _input_noise(inputs: InputStatistics, scale: Tensor, scheme: TensorScheme) -> Tensor:
+    """Expected squared rounding error of input channel j over all tokens, in units of x; [I]."""
+    step = (inputs.amax / scale).amax().double() / scheme.format.max_value
+    uniform = inputs.tokens * step.square() / 12 * scale.double().square()
+    return torch.minimum(inputs.gram.diagonal(), uniform)
+
+
+def tile_losses(
+    tiles: Sequence[Tensor],
+    inputs: InputStatistics,
+    scales: Tensor,
+    weight: TensorScheme | None,
+    operand: TensorScheme | None,
+) -> Tensor:
+    """Output error of each candidate on each of this rank's tiles, float64 [C, tiles].
+
+    Args:
+        tiles: Of the weight, float32 [rows, I].
+        inputs: Of the linear.
+        scales: Candidates, float32 [C, I].
+        weight: Scheme of the weight; None: not quantized.
+        operand: Scheme of the input; None: not quantized.
+
+    Per-tensor weight formats are rounded with the scale of each tile, which orders candidates alike.
+    """
+    gram = inputs.gram.float()
+    losses = torch.zeros(len(scales), len(tiles), dtype=torch.float64, device=gram.device)
+    for i, scale in enumerate(scales):
+        noise = None
+        if operand is not None and not operand.format.is_float:
+            noise = _input_noise(inputs, scale, operand)
+        for j, tile in enumerate(tiles):
+            if weight is not None:
+                scaled = tile * scale
+                error = (rounded(scaled, weight) - scaled) / scale
+                losses[i, j] += ((error @ gram) * error).sum(dim=1).double().sum()
+            if noise is not None:
+                losses[i, j] += (tile.double().square().sum(dim=0) * noise).sum()
+    return losses
+
+
+def best_candidate(losses: Tensor) -> int:
+    """Row with the smallest total, summed over tiles in their global order; the first on a tie."""
+    return int(losses.sum(dim=1).argmin())
