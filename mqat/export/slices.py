@@ -2,12 +2,11 @@
 
 A `torch_dist` checkpoint is an index (`.metadata`, a pickle) and files of concatenated `torch.save`
 records, one per saved chunk. The index is read by an unpickler that knows only the index's own
-classes, the records with `weights_only=True`; only chunks that overlap the request are read.
+classes; of the records (`records.py`) only what overlaps the request is touched.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mqat.export.records import MappedFile
 from mqat.models.llama import LlamaConfig
 from mqat.models.manifest import DESCRIPTION, check_files, read_description
 from mqat.parallel.layout import linear_of
@@ -79,7 +79,7 @@ def _read_index(file: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
 
 
 class CheckpointReader:
-    """Read-only view of a checkpoint; holds at most one chunk in memory.
+    """Read-only view of a checkpoint; its files are mapped, not loaded.
 
     Attributes:
         description: Parsed `mqat.json`.
@@ -110,7 +110,8 @@ class CheckpointReader:
                 f"{path / DESCRIPTION}: damaged ({error!r}); use another checkpoint."
             ) from error
         self._tensors, self._records = _read_index(path / ".metadata")
-        self._last: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
+        self._files: dict[Path, MappedFile] = {}
+        self._chunks: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._check_shapes(self.model.checkpoint_shapes() | _scale_shapes(self.model, self.layers))
 
     def _check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -171,22 +172,21 @@ class CheckpointReader:
 
     def _chunk(self, key: str, chunk: Any) -> Tensor:
         name = (key, tuple(chunk.offsets))
-        if self._last is not None and self._last[0] == name:
-            return self._last[1]
+        if name in self._chunks:
+            return self._chunks[name]
         if name not in self._records:
             raise ValueError(f"{self.path}: no record of {key!r} at offset {name[1]}.")
         record = self._records[name]
         file = self.path / record.relative_path
         try:
-            with file.open("rb") as handle:
-                handle.seek(record.offset)
-                data = io.BytesIO(handle.read(record.length))
-            tensor = torch.load(data, map_location="cpu", weights_only=True)
-            if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+            if file not in self._files:
+                self._files[file] = MappedFile(file)
+            tensor = self._files[file].tensor(record.offset, record.length)
+            if tensor.shape != chunk.sizes:
                 raise ValueError(f"not a tensor of shape {tuple(chunk.sizes)}")
         except Exception as error:  # as for the index
             raise ValueError(f"{file}: record of {key!r} cannot be read ({error}).") from error
-        self._last = (name, tensor)
+        self._chunks[name] = tensor
         return tensor
 
 
