@@ -43,9 +43,14 @@ FORMATS = {
     ),
     "int8_wo": CompressedFormat("pack-quantized", _PACKED | {"weight_scale": content.column_scale}),
     "int4": CompressedFormat("pack-quantized", _PACKED | {"weight_scale": content.model_scale}),
+    # The package packs no weights whose inputs are integers too: a byte for each code.
     "int4_w_int8_a": CompressedFormat(
-        "pack-quantized",
-        _PACKED | {"weight_scale": content.model_scale, "input_scale": content.input_scale},
+        "int-quantized",
+        {
+            "weight": content.codes,
+            "weight_scale": content.model_scale,
+            "input_scale": content.input_scale,
+        },
     ),
     "fp8": CompressedFormat(
         "float-quantized",

@@ -59,18 +59,3 @@ def is_qnemo_tar(path: Path) -> bool:
         return False
     with tarfile.open(path) as archive:
         return {"./config.json", "./rank0.safetensors"} <= set(archive.getnames())
-
-
-def extract(path: Path, directory: Path) -> None:
-    """Unpacks an archive; members that would land outside `directory` are an error.
-
-    Raises:
-        ValueError: Not a `.qnemo` archive, or a damaged one.
-    """
-    if not is_qnemo_tar(path):
-        raise ValueError(f"{path}: not a .qnemo archive (config.json and rank0.safetensors).")
-    try:
-        with tarfile.open(path) as archive:
-            archive.extractall(directory, filter="data")
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{path}: cannot be unpacked ({error}).") from error
