@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from mqat.runtime.groups import command_line
 
 if TYPE_CHECKING:
     import torch
+
+    from mqat.verify import Report
 
 
 def recipe_config(default: Path) -> RunConfig:
@@ -55,31 +58,43 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from mqat.export import export_trtllm
+    from mqat.export import export_hf, export_trtllm
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    agree = {}
+    together: dict[str, Any] = {"rank": rank, "world_size": world_size}
     if world_size > 1:
         import torch.distributed as dist
 
-        from mqat.runtime.groups import agree as agree_
+        from mqat.runtime.groups import agree
 
         dist.init_process_group("gloo")
-        agree = {"agree": agree_}
-    export_trtllm(
-        args.checkpoint,
-        args.out,
-        tensor_parallel=args.inference_tp,
-        pipeline_parallel=args.inference_pp,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-        rank=rank,
-        world_size=world_size,
-        **agree,
-    )
+        together["agree"] = agree
+    together |= {"dtype": args.dtype, "overwrite": args.overwrite}
+    if args.format == "hf":
+        if args.qnemo or args.inference_tp * args.inference_pp > 1:
+            raise ValueError(
+                "--format hf: servers split the weights themselves, and a .qnemo holds a TensorRT-LLM "
+                "directory; leave out --inference-tp, --inference-pp and --qnemo."
+            )
+        shard_bytes = int(args.max_shard_gb * 1e9)
+        export_hf(
+            args.checkpoint, args.out, style=args.style, max_shard_bytes=shard_bytes, **together
+        )
+        what = f"Hugging Face directory, {args.style}"
+    else:
+        export_trtllm(
+            args.checkpoint,
+            args.out,
+            tensor_parallel=args.inference_tp,
+            pipeline_parallel=args.inference_pp,
+            allow_requantization=args.allow_requantization,
+            archive=args.qnemo,
+            **together,
+        )
+        what = f"TensorRT-LLM checkpoint, TP {args.inference_tp} x PP {args.inference_pp}"
     if rank == 0:
         print(
-            f"{args.out}: TensorRT-LLM checkpoint, TP {args.inference_tp} x PP {args.inference_pp}. "
+            f"{args.out}: {what}. "
             f"Check it with: mqat verify {args.out} --reference {args.checkpoint}"
         )
 
@@ -99,30 +114,10 @@ def _token_window(text: Path, tokenizer_dir: Path, length: int) -> torch.Tensor:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    import torch
+    from mqat.verify import unpacked
 
-    from mqat.verify import verify_trtllm
-
-    tokens = expected = None
-    config_file = args.directory / "config.json"
-    if args.text is not None:
-        tokens = _token_window(args.text, args.directory, args.tokens)
-    elif config_file.is_file():
-        # No text given: a fixed spread of token ids still exercises every tensor.
-        vocab = json.loads(config_file.read_text("utf-8")).get("vocab_size", 2)
-        tokens = torch.arange(32)[None] * 7919 % vocab
-    if args.reference is not None and tokens is not None:
-        from mqat.runtime import groups
-        from mqat.training.opened import open_model
-        from mqat.training.step import served_logits
-
-        dtype = json.loads(config_file.read_text("utf-8")).get("dtype", "float32")
-        model = open_model(args.reference)
-        expected = served_logits(model.chunks, tokens, dtype)
-        groups.finalize()
-    report = verify_trtllm(
-        args.directory, reference=args.reference, tokens=tokens, reference_logits=expected
-    )
+    with unpacked(args.directory) as directory:
+        report = _verified(directory, args)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
@@ -132,12 +127,42 @@ def _verify(args: argparse.Namespace) -> None:
     sys.exit(0 if report.ok else 1)
 
 
+def _verified(directory: Path, args: argparse.Namespace) -> Report:
+    import torch
+
+    from mqat.verify import verify_export
+
+    tokens = expected = None
+    config_file = directory / "config.json"
+    config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+    if args.text is not None:
+        tokens = _token_window(args.text, directory, args.tokens)
+    elif config:
+        # No text given: a fixed spread of token ids still exercises every tensor.
+        tokens = torch.arange(32)[None] * 7919 % config.get("vocab_size", 2)
+    if args.reference is not None and tokens is not None:
+        from mqat.runtime import groups
+        from mqat.training.opened import open_model
+        from mqat.training.step import served_logits
+
+        dtype = config.get("torch_dtype", config.get("dtype", "float32"))
+        model = open_model(args.reference)
+        expected = served_logits(model.chunks, tokens, dtype)
+        groups.finalize()
+    return verify_export(
+        directory, reference=args.reference, tokens=tokens, reference_logits=expected
+    )
+
+
 def _eval(args: argparse.Namespace) -> None:
     from mqat.training.perplexity import checkpoint_perplexity, export_perplexity
+    from mqat.verify import is_export, unpacked
 
-    is_export = any(args.model.glob("rank*.safetensors")) if args.model.is_dir() else False
-    measure = export_perplexity if is_export else checkpoint_perplexity
-    loss, tokens = measure(args.model, args.text, seq_length=args.seq_length)
+    with (
+        unpacked(args.model) if args.model.suffix == ".qnemo" else nullcontext(args.model) as model
+    ):
+        measure = export_perplexity if is_export(model) else checkpoint_perplexity
+        loss, tokens = measure(model, args.text, seq_length=args.seq_length)
     result = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     if args.json:
         print(json.dumps(result))
@@ -149,40 +174,14 @@ def _inspect(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mqat.export.slices import CheckpointReader
+    from mqat.report.inspect import COLUMNS, rows
+    from mqat.verify import unpacked
 
-    reader = CheckpointReader(args.checkpoint)
-    table = Table(title=str(args.checkpoint))
-    for column in (
-        "linear",
-        "shape",
-        "algorithm",
-        "weight",
-        "bits",
-        "weight scales",
-        "input scale",
-    ):
-        table.add_column(column)
-    for name, scheme in reader.layers.items():
-        assert scheme.weight is not None
-        scale = reader.read(f"quantizers.{name}.weight_scale")
-        shape = reader.model.linear_shape(name.split(".", 3)[3])
-        bits = scheme.weight.format.bits + 32 * scale.numel() / (shape[0] * shape[1])
-        step = (
-            f"{reader.read(f'quantizers.{name}.input_scale').item():.4g}" if scheme.input else "-"
-        )
-        table.add_row(
-            name,
-            "x".join(map(str, shape)),
-            scheme.name,
-            f"{scheme.weight.format.name} per {scheme.weight.granularity}",
-            f"{bits:.2f}",
-            f"{scale.min():.3g} .. {scale.max():.3g}",
-            step,
-        )
-    if not reader.layers:
-        table.caption = "unquantized"
-    Console(width=140).print(table)
+    table = Table(*COLUMNS, title=str(args.path))
+    with unpacked(args.path) as path:
+        for row in rows(path):
+            table.add_row(*row.cells())
+    Console(width=160).print(table)
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -211,9 +210,22 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("export", _export, "checkpoint -> directory for serving")
     add.add_argument("checkpoint", type=Path)
-    add.add_argument("--format", choices=("trtllm",), default="trtllm")
-    add.add_argument("--inference-tp", type=int, default=1)
-    add.add_argument("--inference-pp", type=int, default=1)
+    add.add_argument("--format", choices=("trtllm", "hf"), default="trtllm")
+    add.add_argument("--inference-tp", type=int, default=1, help="trtllm")
+    add.add_argument("--inference-pp", type=int, default=1, help="trtllm")
+    add.add_argument(
+        "--style", choices=("compressed-tensors", "modelopt"), default="compressed-tensors",
+        help="hf: how quantized tensors are stored",
+    )  # fmt: skip
+    add.add_argument("--max-shard-gb", type=float, default=5.0, help="hf: largest file, 1e9 bytes")
+    add.add_argument(
+        "--qnemo", nargs="?", choices=("directory", "tar"), const="directory",
+        help="trtllm: a .qnemo for NeMo, as a directory or (its older releases) as one file",
+    )  # fmt: skip
+    add.add_argument(
+        "--allow-requantization", action="store_true",
+        help="trtllm: accept that the loader rounds int8_wo weights a second time",
+    )  # fmt: skip
     dtypes = ("bfloat16", "float16", "float32")
     add.add_argument("--dtype", choices=dtypes, default="bfloat16")
     add.add_argument("--out", type=Path, required=True)
@@ -234,8 +246,8 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--seq-length", type=int, default=256)
     add.add_argument("--json", action="store_true")
 
-    add = command("inspect", _inspect, "schemes, scales and bits per weight of a checkpoint")
-    add.add_argument("checkpoint", type=Path)
+    add = command("inspect", _inspect, "formats, bits and scales of a checkpoint or an export")
+    add.add_argument("path", type=Path)
 
     add = command("plan", _plan, "check a configuration and estimate memory before queueing a job")
     add.add_argument("--config", type=Path, required=True)

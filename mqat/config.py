@@ -134,12 +134,14 @@ class QuantizationConfig:
 class ExportConfig:
     """The directory for serving; nothing is exported while `format` is null."""
 
-    format: str | None = "trtllm"
+    format: str | None = "trtllm"  # or "hf"
+    style: str = "compressed-tensors"  # of quantized tensors in "hf"; or "modelopt"
     decoder_type: str = "llama"
     inference_tensor_parallel: int = 1
     inference_pipeline_parallel: int = 1
     dtype: str = "bfloat16"
-    save_path: str | None = None  # default: <exp_dir>/trtllm
+    allow_requantization: bool = False  # int8_wo in "trtllm", whose loader rounds a second time
+    save_path: str | None = None  # default: <exp_dir>/<format>
     verify: bool = True
 
 
@@ -176,7 +178,8 @@ _CHOICES = {
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
     "quantization.calibrator": ("max", "percentile"),
     "quantization.decoder_type": ("llama",),
-    "export.format": (None, "trtllm"),
+    "export.format": (None, "trtllm", "hf"),
+    "export.style": ("compressed-tensors", "modelopt"),
     "export.decoder_type": ("llama",),
     "export.dtype": ("bfloat16", "float16", "float32"),
 }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def _raise_alone(error: Exception | None) -> None:
 class _Contents:
     """A directory before it exists: weight files planned when they are written, and small texts."""
 
-    weights: dict[str, Callable[[], list[TensorPlan]]]
+    weights: Mapping[str, Callable[[], list[TensorPlan]]]
     texts: dict[str, str]
     warning: str | None = None
 
@@ -82,10 +83,12 @@ def export_trtllm(
         trtllm.check_exportable(
             model, layers, tp=tp, pp=pp, allow_requantization=allow_requantization
         )
-        weights = {}
+        weights: dict[str, Callable[[], list[TensorPlan]]] = {}
         for index in range(tp * pp):
             position = InferenceRank(index % tp, tp, index // tp, pp)
-            weights[f"rank{index}.safetensors"] = _planner(reader, position, dtype)
+            weights[f"rank{index}.safetensors"] = partial(
+                plan_rank, reader, position, getattr(torch, dtype)
+            )
         texts = {"config.json": trtllm.config_json(model, layers, tp=tp, pp=pp, dtype=dtype)}
         mixed = trtllm.quant_cfg_json(model, layers, pp=pp)
         if mixed is not None:
@@ -96,12 +99,6 @@ def export_trtllm(
         return _Contents(weights, text, trtllm.loader_warning(layers))
 
     _export(checkpoint, out, contents, dtype, archive == "tar", overwrite, rank, world_size, agree)
-
-
-def _planner(
-    reader: CheckpointReader, position: InferenceRank, dtype: str
-) -> Callable[[], list[TensorPlan]]:
-    return lambda: plan_rank(reader, position, getattr(torch, dtype))
 
 
 def export_hf(
@@ -141,10 +138,9 @@ def export_hf(
         huggingface.check_exportable(reader.model, reader.layers, style=style)
         plans = huggingface.plan_tensors(reader, getattr(torch, dtype), style)
         shards = huggingface.shard(plans, max_shard_bytes)
-        weights = {name: lambda plans=plans: plans for name, plans in shards.items()}
         tokenizer = checkpoint / "tokenizer"
         texts = huggingface.texts(reader.model, reader.layers, dtype, style, tokenizer, shards)
-        return _Contents(weights, texts)
+        return _Contents({name: partial(list, plans) for name, plans in shards.items()}, texts)
 
     _export(checkpoint, out, contents, dtype, False, overwrite, rank, world_size, agree)
 

@@ -74,7 +74,7 @@ class ServedLinear:
         granularity = self.weight_scheme.granularity
         if isinstance(granularity, PerTensor):
             return self.reader.read(key)
-        columns = ()
+        columns: tuple[slice, ...] = ()
         if isinstance(granularity, PerGroup):
             size = granularity.size
             columns = (slice(self.cols.start // size, -(-self.cols.stop // size)),)

@@ -32,7 +32,9 @@ from mqat.models.llama import (
 )
 
 
-def plan_rank(reader: CheckpointReader, rank: InferenceRank, dtype: torch.dtype) -> list[TensorPlan]:
+def plan_rank(
+    reader: CheckpointReader, rank: InferenceRank, dtype: torch.dtype
+) -> list[TensorPlan]:
     """Everything in the file of `rank`."""
     model = reader.model
     plans = []

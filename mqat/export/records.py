@@ -64,7 +64,9 @@ class MappedFile:
             info = names[f"data/{key}"]
             header = start + info.header_offset
             # Local header: 30 bytes, the lengths of name and extra field at 26 and 28.
-            extra = sum(int.from_bytes(self._map[header + i : header + i + 2], "little") for i in (26, 28))
+            extra = sum(
+                int.from_bytes(self._map[header + i : header + i + 2], "little") for i in (26, 28)
+            )
             offset = header + 30 + extra
             if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > start + length:
                 raise ValueError(f"storage {key} is compressed or cut off")

@@ -135,6 +135,12 @@ class CheckpointReader:
             raise ValueError(f"{self.path}: tensor {key!r} is missing from the checkpoint.")
         return tuple(self._tensors[key].size)
 
+    def dtype(self, key: str) -> torch.dtype:
+        """Stored dtype."""
+        self.shape(key)
+        stored: torch.dtype = self._tensors[key].properties.dtype
+        return stored
+
     def read(self, key: str, region: Sequence[slice] = ()) -> Tensor:
         """A region of a tensor, in its stored dtype.
 

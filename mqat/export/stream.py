@@ -82,7 +82,7 @@ def write_safetensors(path: Path, plans: Sequence[TensorPlan]) -> None:
             for block in plan.blocks():
                 assert block.dtype == plan.dtype, f"{plan.name}: block is {block.dtype}"
                 data = block.contiguous().reshape(-1).view(torch.uint8).numpy()
-                _write_all(file.write, memoryview(data))
+                _write_all(file.write, data.data)
                 written += len(data)
             assert written == plan.num_bytes, f"{plan.name}: {written} of {plan.num_bytes} bytes"
 

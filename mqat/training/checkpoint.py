@@ -20,6 +20,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from mqat.data.tokenizer import save_tokenizer
 from mqat.models.llama import LlamaConfig
 from mqat.models.manifest import (
     DESCRIPTION,
@@ -206,7 +207,7 @@ def _finish(
 ) -> None:
     """Rank 0: tokenizer, checksums, description, then the rename that makes it real."""
     if tokenizer is not None:
-        tokenizer.save_pretrained(temporary / "tokenizer")
+        save_tokenizer(tokenizer, temporary / "tokenizer")
     names = [str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file()]
     description["files"] = describe_files(temporary, names)
     with (temporary / DESCRIPTION).open("w", encoding="utf-8") as file:

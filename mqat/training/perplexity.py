@@ -13,8 +13,7 @@ from mqat.data.tokenizer import load_tokenizer
 from mqat.runtime import groups
 from mqat.training.opened import open_model
 from mqat.training.step import logits
-from mqat.verify.layout import read_config
-from mqat.verify.reader import RankReader
+from mqat.verify import open_export
 
 
 def _windows(text: Path, tokenizer: object, seq_length: int) -> PackedDataset:
@@ -44,11 +43,7 @@ def export_perplexity(directory: Path, text: Path, *, seq_length: int) -> tuple[
     Raises:
         ValueError: The directory's config cannot be used; names the first problem.
     """
-    problems: list[str] = []
-    config = read_config(directory, problems)
-    if config is None:
-        raise ValueError(f"{directory}: {problems[0]}")
-    reader = RankReader(directory, config)
+    reader = open_export(directory)
     rows = _windows(text, load_tokenizer(directory), seq_length).tokens.long()
     loss = sum(_summed_loss(reader.logits(row[None, :-1]), row) for row in rows)
     return loss / (len(rows) * seq_length), len(rows) * seq_length

@@ -11,6 +11,7 @@ import torch
 
 from mqat.config import RunConfig
 from mqat.data.packaged import smollm2_gguf
+from mqat.export import huggingface
 from mqat.export.trtllm import check_exportable
 from mqat.models.llama import LINEARS, LlamaConfig
 from mqat.models.manifest import DESCRIPTION, read_description
@@ -174,7 +175,9 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     layers = policy.resolve(model)
     check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
     export = config.export
-    if export.format is not None:
+    if export.format == "hf":
+        huggingface.check_exportable(model, layers, style=export.style)
+    elif export.format is not None:
         inference = {
             "tp": export.inference_tensor_parallel,
             "pp": export.inference_pipeline_parallel,
@@ -182,7 +185,9 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         check_group_sizes(
             model, layers, tp=inference["tp"], purpose="export.inference_tensor_parallel"
         )
-        check_exportable(model, layers, **inference)
+        check_exportable(
+            model, layers, allow_requantization=export.allow_requantization, **inference
+        )
     return RunPlan(
         config, model, source, layers, resolve_dtype(config.trainer.precision), data_parallel
     )

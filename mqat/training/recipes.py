@@ -7,19 +7,20 @@ design documents: config, metrics, summary, checkpoints, and the exported model.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from rich.table import Table
 
 from mqat.config import RunConfig
-from mqat.export import export_trtllm
+from mqat.export import export_hf, export_trtllm
 from mqat.runtime import groups
 from mqat.runtime.groups import agree, is_main
 from mqat.training.loop import Phase
 from mqat.training.plan import RunPlan, make_plan
 from mqat.training.session import Session, open_session
 from mqat.training.step import served_logits
-from mqat.verify import verify_trtllm
+from mqat.verify import verify_export
 
 
 def _start(config: RunConfig) -> Session:
@@ -75,18 +76,25 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
     export = session.plan.config.export
     if export.format is None:
         return
-    out = Path(export.save_path) if export.save_path else session.plan.run_dir / "trtllm"
-    export_trtllm(
-        checkpoint,
-        out,
-        tensor_parallel=export.inference_tensor_parallel,
-        pipeline_parallel=export.inference_pipeline_parallel,
-        dtype=export.dtype,
-        overwrite=True,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        agree=agree,
-    )
+    out = Path(export.save_path) if export.save_path else session.plan.run_dir / export.format
+    together: dict[str, Any] = {
+        "dtype": export.dtype,
+        "overwrite": True,
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+        "agree": agree,
+    }
+    if export.format == "hf":
+        export_hf(checkpoint, out, style=export.style, **together)
+    else:
+        export_trtllm(
+            checkpoint,
+            out,
+            tensor_parallel=export.inference_tensor_parallel,
+            pipeline_parallel=export.inference_pipeline_parallel,
+            allow_requantization=export.allow_requantization,
+            **together,
+        )
     error: Exception | None = None
     session.summary["export"] = {"path": str(out), "verified": False}
     if export.verify:
@@ -94,7 +102,7 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
         expected = served_logits(session.chunks, tokens, export.dtype)
         if is_main():
             try:
-                report = verify_trtllm(
+                report = verify_export(
                     out, reference=checkpoint, tokens=tokens, reference_logits=expected.cpu()
                 )
                 session.summary["export"] |= report.to_dict() | {"verified": report.ok}

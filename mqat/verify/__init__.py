@@ -22,7 +22,16 @@ from mqat.verify.layout import read_config
 from mqat.verify.reader import RankReader
 from mqat.verify.roundtrip import compare_with_checkpoint
 
-__all__ = ["Report", "is_huggingface", "unpacked", "verify_export", "verify_hf", "verify_trtllm"]
+__all__ = [
+    "Report",
+    "is_export",
+    "is_huggingface",
+    "open_export",
+    "unpacked",
+    "verify_export",
+    "verify_hf",
+    "verify_trtllm",
+]
 
 # The reader and the training model sum in different orders. An activation on the boundary between two
 # codes may then fall on either side, and with static INT8 activations such flips grow over the layers
@@ -165,6 +174,34 @@ def is_huggingface(directory: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(raw, dict) and "model_type" in raw
+
+
+def is_export(directory: Path) -> bool:
+    """Whether only the readers here can run it: rank files, or quantized Hugging Face tensors."""
+    if not is_huggingface(directory):
+        return directory.is_dir() and any(directory.glob("rank*.safetensors"))
+    raw = json.loads((directory / "config.json").read_text("utf-8"))
+    return raw.get("quantization_config") is not None
+
+
+def open_export(directory: Path) -> RankReader | hf.HfReader:
+    """A reader that computes logits from an exported directory alone.
+
+    Raises:
+        ValueError: The directory is not complete; names the first problem.
+    """
+    problems: list[str] = []
+    if is_huggingface(directory):
+        hf_config = read_hf_config(directory, problems)
+        if hf_config is not None:
+            problems, files = hf.check_files(directory, hf_config)
+            if not problems:
+                return hf.HfReader(hf.HfDirectory(directory, hf_config, files))
+    else:
+        config = read_config(directory, problems)
+        if config is not None:
+            return RankReader(directory, config)
+    raise ValueError(f"{directory}: {problems[0]}")
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mqat.verify.layout import MODULES as LINEARS
-from mqat.verify.layout import ServedConfig
+from mqat.verify.layout import MODULES, ServedConfig
 
 ROW_PARALLEL = ("attention.dense", "mlp.proj")
 EMBEDDING = "transformer.vocab_embedding.weight"
@@ -85,7 +84,7 @@ def expected_tensors(config: ServedConfig, pp_rank: int) -> dict[str, Expected]:
         prefix = f"transformer.layers.{layer}."
         result[f"{prefix}input_layernorm.weight"] = norm
         result[f"{prefix}post_layernorm.weight"] = norm
-        for module in LINEARS:
+        for module in MODULES:
             for suffix, expected in _linear_tensors(config, prefix, module).items():
                 result[f"{prefix}{module}.{suffix}"] = expected
     if pp_rank == config.pp - 1:

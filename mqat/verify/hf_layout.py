@@ -224,5 +224,7 @@ def _storage_of(group: dict[str, Any], form: str | None) -> tuple[Storage | None
     size = weights.get("group_size")
     if strategy == "group" and not _is_size(size):
         return None, f"group_size={size!r}"
-    group_size = {"tensor": -1, "channel": 0}.get(strategy, size)
-    return Storage(bits, is_float, group_size, form == "pack-quantized", inputs is not None), ""
+    group_size = {"tensor": -1, "channel": 0}.get(str(strategy), size)
+    return Storage(
+        bits, is_float, int(group_size or 0), form == "pack-quantized", inputs is not None
+    ), ""

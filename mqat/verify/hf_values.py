@@ -95,9 +95,7 @@ def module_problems(
         yield f"{name}.{kind} uses codes up to {reach:g} only; its scale is too large"
 
 
-def fused_problems(
-    prefix: str, scales: Mapping[str, Tensor], config: HfConfig
-) -> Iterator[str]:
+def fused_problems(prefix: str, scales: Mapping[str, Tensor], config: HfConfig) -> Iterator[str]:
     """Scales that differ between projections which servers fuse, in one layer.
 
     Args:

@@ -91,7 +91,7 @@ def check_files(directory: Path, config: HfConfig) -> tuple[list[str], dict[str,
     for file in sorted(wanted):
         try:
             with safe_open(directory / file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                for name in handle.keys():
                     header = handle.get_slice(name)
                     entry = (header.get_dtype(), tuple(header.get_shape()))
                     found[name] = file
@@ -241,8 +241,8 @@ class HfReader:
         eps = float(self.config.raw["rms_norm_eps"])
         first, second = (self.directory.tensor(f"{prefix}{norm}.weight") for norm in NORMS)
         normed = rms_norm(x, first, eps)
-        parts = [self._linear(f"{prefix}self_attn.{p}_proj", normed) for p in "qkv"]
-        x = x + self._linear(f"{prefix}self_attn.o_proj", attend(*parts, rope))
+        q, k, v = (self._linear(f"{prefix}self_attn.{p}_proj", normed) for p in "qkv")
+        x = x + self._linear(f"{prefix}self_attn.o_proj", attend(q, k, v, rope))
         normed = rms_norm(x, second, eps)
         gate, up = (self._linear(f"{prefix}mlp.{p}_proj", normed) for p in ("gate", "up"))
         return x + self._linear(f"{prefix}mlp.down_proj", F.silu(gate) * up)

@@ -86,7 +86,8 @@ class RankReader:
         total = torch.zeros_like(x)
         for weights in ranks:
             qkv = _linear(config, weights, f"{prefix}attention.qkv", x)
-            merged = attend(*qkv.split([heads * d, kept * d, kept * d], dim=-1), rope)
+            q, k, v = qkv.split([heads * d, kept * d, kept * d], dim=-1)
+            merged = attend(q, k, v, rope)
             total += _linear(config, weights, f"{prefix}attention.dense", merged)
         return total
 

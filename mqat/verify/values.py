@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mqat.verify.expected import EMBEDDING, LINEARS, LM_HEAD, Expected, module_of
-from mqat.verify.layout import ServedConfig
+from mqat.verify.expected import EMBEDDING, LM_HEAD, Expected, module_of
+from mqat.verify.layout import MODULES, ServedConfig
 
 # File name -> its tensor, in the order of the ranks of one stage.
 Ranks = dict[str, Tensor]
@@ -38,7 +38,7 @@ def value_problems(
     yield from _padding_problems(name, ranks, config)
     yield from _copy_problems(name, ranks, config)
     module = name.removesuffix(".weight")
-    if module_of(name) in LINEARS and module != name and config.is_quantized(module):
+    if module_of(name) in MODULES and module != name and config.is_quantized(module):
         yield from _reach_problems(name, ranks, config)
 
 

@@ -30,9 +30,7 @@ BUILT_IN = [
 
 
 def check(algorithm, tp=1, pp=1, model=TINY):
-    check_exportable(
-        model, all_layers(algorithm, model), tp=tp, pp=pp, allow_requantization=True
-    )
+    check_exportable(model, all_layers(algorithm, model), tp=tp, pp=pp, allow_requantization=True)
 
 
 def test_config_json_of_a_llama3_model_in_fp8():
