@@ -156,7 +156,7 @@ def test_greedy_text_is_that_of_the_trained_model(loaded):
 
 
 def test_every_linear_is_in_one_group_or_ignored(loaded):
-    layers, directory, _ = loaded
+    _, directory, _ = loaded
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     if len(config["config_groups"]) == 1:
         return
