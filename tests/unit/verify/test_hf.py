@@ -175,7 +175,7 @@ CORRUPTIONS = {
     "gate and up": swap(GATE, UP),
     "query and key": swap(Q, K),
     "key and value": swap(K, V),
-    "two layers": swap(DOWN, "model.layers.0.mlp.down_proj"),
+    "two layers": swap(DOWN, "model.layers.3.mlp.down_proj"),
     "transposed": transpose,
     "scale x 2": scaled(DOWN, "weight_scale", lambda t: t * 2),
     "scale / 2": scaled(K, "weight_scale", lambda t: t / 2),
@@ -229,11 +229,11 @@ def test_files_and_index_that_do_not_fit(case, copy):
     assert any("is missing" in p for p in problems())
     first.write_bytes(moved)
     wrong = json.loads(saved)
-    owner = wrong["weight_map"]["model.norm.weight"]
+    owner = wrong["weight_map"]["lm_head.weight"]
     assert owner != first.name
-    wrong["weight_map"]["model.norm.weight"] = first.name
+    wrong["weight_map"]["lm_head.weight"] = first.name
     index.write_text(json.dumps(wrong))
-    assert any(f"model.norm.weight is in {owner}, not in {first.name}" in p for p in problems())
+    assert any(f"lm_head.weight is in {owner}, not in {first.name}" in p for p in problems())
     index.write_text("{")
     assert any(p.startswith("model.safetensors.index.json: unusable") for p in problems())
     index.write_text(saved)
