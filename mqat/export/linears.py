@@ -62,7 +62,8 @@ class ServedLinear:
 
     def _weight(self, rows: Rows) -> Tensor:
         key, lead = f"decoder.layers.{self.linear}.weight", slice(self.layer, self.layer + 1)
-        return torch.cat([self.reader.read(key, (lead, part, self.cols))[0] for part in rows])
+        parts = [self.reader.view(key, (lead, part, self.cols))[0] for part in rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def weights(self) -> Iterator[Tensor]:
         """The trained weight, block by block."""

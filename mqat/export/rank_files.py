@@ -60,7 +60,7 @@ def plan_table(
     def blocks() -> Iterator[Tensor]:
         for block in row_blocks([rows], width):
             for part in block:
-                yield reader.read(f"{module}.weight", (part,)).to(dtype)
+                yield reader.view(f"{module}.weight", (part,)).to(dtype)
         yield torch.zeros(padding, width, dtype=dtype)
 
     return TensorPlan(name, dtype, (rows.stop - rows.start + padding, width), blocks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ def _read_index(file: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
     except Exception as error:  # damaged pickles raise nearly anything
         raise ValueError(f"{file}: not a checkpoint index ({error}).") from error
     return tensors, records
+
+
+@dataclass(frozen=True)
+class _Overlaps:
+    """Shape of a region, and for each chunk that reaches into it: its place there, its own part."""
+
+    shape: list[int]
+    parts: list[tuple[Any, tuple[slice, ...], tuple[slice, ...]]]
 
 
 class CheckpointReader:
@@ -151,30 +160,45 @@ class CheckpointReader:
         Raises:
             ValueError: The tensor is missing, or its record cannot be read or is incomplete.
         """
-        shape = self.shape(key)
-        wanted = [
-            range(size)[part]
-            for size, part in zip(
-                shape, [*region, *[slice(None)] * (len(shape) - len(region))], strict=True
-            )
-        ]
-        result = torch.empty(
-            [len(span) for span in wanted], dtype=self._tensors[key].properties.dtype
-        )
+        found = self._overlaps(key, region)
+        result = torch.empty(found.shape, dtype=self.dtype(key))
         missing = result.numel()
+        for chunk, into, source in found.parts:
+            target = result[into]
+            target.copy_(self._chunk(key, chunk)[source])
+            missing -= target.numel()
+        if missing:
+            raise ValueError(f"{self.path}: the chunks of {key!r} do not cover the tensor.")
+        return result
+
+    def view(self, key: str, region: Sequence[slice] = ()) -> Tensor:
+        """As `read`, but where one chunk holds the region, it is not copied: do not change it."""
+        found = self._overlaps(key, region)
+        if len(found.parts) == 1:
+            chunk, _, source = found.parts[0]
+            part = self._chunk(key, chunk)[source]
+            if list(part.shape) == found.shape:
+                return part
+        return self.read(key, region)
+
+    def _overlaps(self, key: str, region: Sequence[slice]) -> _Overlaps:
+        shape = self.shape(key)
+        everything = [slice(None)] * (len(shape) - len(region))
+        wanted = [
+            range(size)[part] for size, part in zip(shape, [*region, *everything], strict=True)
+        ]
+        parts = []
         for chunk in self._tensors[key].chunks:
             into, source = [], []
             for span, offset, size in zip(wanted, chunk.offsets, chunk.sizes, strict=True):
                 start, stop = max(span.start, offset), min(span.stop, offset + size)
-                into.append(slice(start - span.start, max(stop, start) - span.start))
-                source.append(slice(start - offset, max(stop, start) - offset))
-            if all(part.stop > part.start for part in into):
-                target = result[tuple(into)]
-                target.copy_(self._chunk(key, chunk)[tuple(source)])
-                missing -= target.numel()
-        if missing:
-            raise ValueError(f"{self.path}: the chunks of {key!r} do not cover the tensor.")
-        return result
+                if stop <= start:
+                    break
+                into.append(slice(start - span.start, stop - span.start))
+                source.append(slice(start - offset, stop - offset))
+            else:
+                parts.append((chunk, tuple(into), tuple(source)))
+        return _Overlaps([len(span) for span in wanted], parts)
 
     def _chunk(self, key: str, chunk: Any) -> Tensor:
         name = (key, tuple(chunk.offsets))

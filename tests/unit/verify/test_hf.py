@@ -31,7 +31,7 @@ def case(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("hf")
     layers = mixture() if algorithm == "mixture" else all_layers(algorithm, UNTIED)
     checkpoint = write_checkpoint(root / "checkpoint", UNTIED, layers)
-    size = {"null": 6_000_000, "int4": 1_200_000}.get(algorithm, 2_000_000)
+    size = {"null": 6_000_000, "int4": 1_200_000, "mixture": 1_200_000}.get(algorithm, 2_000_000)
     export_hf(checkpoint, root / "out", style=style, max_shard_bytes=size, dtype="float32")
     return layers, checkpoint, root / "out"
 
