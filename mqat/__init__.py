@@ -1,3 +1,51 @@
-"""mqat: quantization-aware training for Megatron-Core."""
+"""mqat: quantization-aware training for Megatron-Core.
+
+The names below are loaded when they are first used: `import mqat` starts no CUDA and no process group,
+and Megatron-Core is imported only after `initialize` has prepared the device.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mqat.calibration.equalize import equalize_ as equalize_
+    from mqat.calibration.statistics import calibrate as calibrate
+    from mqat.config import load_config as load_config
+    from mqat.export import export_trtllm as export_trtllm
+    from mqat.quant.scheme import named_scheme as named_scheme
+    from mqat.runtime.groups import finalize as finalize
+    from mqat.runtime.groups import initialize as initialize
+    from mqat.specs.gpt import quantize_block_spec as quantize_block_spec
+    from mqat.specs.gpt import quantize_layer_spec as quantize_layer_spec
+    from mqat.specs.policy import Policy as Policy
+    from mqat.training.checkpoint import load_checkpoint as load_checkpoint
+    from mqat.training.checkpoint import save_checkpoint as save_checkpoint
+    from mqat.verify import verify_trtllm as verify_trtllm
+
+_HOME = {
+    "Policy": "mqat.specs.policy",
+    "calibrate": "mqat.calibration.statistics",
+    "equalize_": "mqat.calibration.equalize",
+    "export_trtllm": "mqat.export",
+    "finalize": "mqat.runtime.groups",
+    "initialize": "mqat.runtime.groups",
+    "load_checkpoint": "mqat.training.checkpoint",
+    "load_config": "mqat.config",
+    "named_scheme": "mqat.quant.scheme",
+    "quantize_block_spec": "mqat.specs.gpt",
+    "quantize_layer_spec": "mqat.specs.gpt",
+    "save_checkpoint": "mqat.training.checkpoint",
+    "verify_trtllm": "mqat.verify",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the module that defines it."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'mqat' has no attribute {name!r}; public: {__all__}.")
+    return getattr(import_module(_HOME[name]), name)

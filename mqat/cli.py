@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mqat.config import RunConfig, load_config
+from mqat.config import RunConfig, config_to_yaml, load_config
 from mqat.runtime.groups import command_line
 
 if TYPE_CHECKING:
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     from mqat.verify import Report
 
 
-def recipe_config(default: Path) -> RunConfig:
+def recipe_config(default: Path, description: str | None = None) -> RunConfig:
     """Configuration of an example script: `[--config FILE] [key=value ...]` from the command line."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="All keys, with their defaults:\n\n" + config_to_yaml(RunConfig()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", type=Path, default=default, help=f"default: {default.name}")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()

@@ -151,7 +151,10 @@ def _conversation(value: Any, place: str) -> Conversation:
 
 def _text_record(value: Any, place: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise ValueError("expected a JSON object with the string 'text'")
+        raise ValueError(
+            "expected a JSON object with the string 'text' (chat and input/output lines need "
+            "model.data.format=sft)"
+        )
     if not value["text"].strip():
         raise ValueError("'text' is empty")
     return str(value["text"])

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mqat.data.tokenizer import save_tokenizer
 from mqat.models.llama import LlamaConfig
@@ -167,38 +169,57 @@ def save_checkpoint(
     """
     quantized = bool(layers) and all_frozen(chunks)
     temporary = path.with_name(f".{path.name}.tmp")
-    if is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    error: Exception | None = None
-    try:
-        state = _sharded_state(chunks, training, is_loading=False, with_scales=quantized)
-        if training is not None:
-            state["scheduler"] = training.scheduler.state_dict()
-            state["rng"] = _rng_state()
-        dist_checkpointing.save(state, str(temporary), content_metadata={"format": "mqat"})
-        dist.barrier()
+    description = {
+        "format_version": FORMAT_VERSION,
+        "family": "llama",
+        "model": model.to_dict(),
+        "params_dtype": str(next(chunks[0].parameters()).dtype).removeprefix("torch."),
+        "iteration": training.step if training else 0,
+        "consumed_samples": training.consumed_samples if training else 0,
+        "has_training_state": training is not None,
+        "layout": _layout(),
+        "quantization": {
+            "algorithm": algorithm,
+            "layers": {name: scheme.to_dict() for name, scheme in layers.items()},
+        }
+        if quantized
+        else None,
+    }
+    state = _sharded_state(chunks, training, is_loading=False, with_scales=quantized)
+    if training is not None:
+        state["scheduler"] = training.scheduler.state_dict()
+        state["rng"] = _rng_state()
+
+    with _writing(path, temporary):
         if is_main():
-            description = {
-                "format_version": FORMAT_VERSION,
-                "family": "llama",
-                "model": model.to_dict(),
-                "params_dtype": str(next(chunks[0].parameters()).dtype).removeprefix("torch."),
-                "iteration": training.step if training else 0,
-                "consumed_samples": training.consumed_samples if training else 0,
-                "has_training_state": training is not None,
-                "layout": _layout(),
-                "quantization": {
-                    "algorithm": algorithm,
-                    "layers": {name: scheme.to_dict() for name, scheme in layers.items()},
-                }
-                if quantized
-                else None,
-            }
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    with _writing(path, temporary):
+        dist_checkpointing.save(state, str(temporary), content_metadata={"format": "mqat"})
+    with _writing(path, temporary):
+        if is_main():
             _finish(temporary, path, description, tokenizer)
-    except OSError as caught:
-        error = ValueError(f"{path}: writing the checkpoint failed: {caught}.")
+
+
+@contextmanager
+def _writing(path: Path, temporary: Path) -> Iterator[None]:
+    """One stage of saving: what fails on any rank ends all of them with one message."""
+    reason = None
+    try:
+        yield
+    except CheckpointException as caught:  # torch's collection of what failed on which rank
+        reason = "; ".join(
+            f"rank {rank}: {failure[0]}" for rank, failure in caught.failures.items()
+        )
+    except (OSError, RuntimeError, CheckpointingException) as caught:
+        reason = str(caught)
+    error = None
+    if reason is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        error = ValueError(
+            f"{path}: writing the checkpoint failed: {reason}. Check that the disk has space and can "
+            "be written; what was unfinished is removed, earlier checkpoints are whole."
+        )
     agree(error)
 
 
@@ -274,7 +295,11 @@ def load_checkpoint(
     for index, chunk in enumerate(_unwrapped(chunks)):
         chunk.load_state_dict(loaded[f"model{index}"], strict=False)
     if has_scales:
-        load_quantizer_state_(chunks, loaded["quantizers"])
+        try:
+            load_quantizer_state_(chunks, loaded["quantizers"])
+        except ValueError as caught:
+            error = caught
+        agree(error)
     if training is not None:
         _load_optimizer(training.optimizer, loaded["optimizer"])
         training.scheduler.num_steps = 0  # Megatron adds the loaded steps to those already taken

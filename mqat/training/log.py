@@ -62,7 +62,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """One line for people, from the first rank only."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
     def metrics(self, phase: str, step: int, values: dict[str, float]) -> None:
         """One line of `metrics.jsonl`, flushed, and the same values for TensorBoard."""

@@ -182,11 +182,11 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
             "tp": export.inference_tensor_parallel,
             "pp": export.inference_pipeline_parallel,
         }
-        check_group_sizes(
-            model, layers, tp=inference["tp"], purpose="export.inference_tensor_parallel"
-        )
         check_exportable(
             model, layers, allow_requantization=export.allow_requantization, **inference
+        )
+        check_group_sizes(
+            model, layers, tp=inference["tp"], purpose="export.inference_tensor_parallel"
         )
     return RunPlan(
         config, model, source, layers, resolve_dtype(config.trainer.precision), data_parallel

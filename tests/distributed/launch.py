@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def torchrun(
-    processes: int, script: Path, *arguments: object, timeout: float = 300
+    processes: int,
+    script: Path,
+    *arguments: object,
+    timeout: float = 300,
+    file_bytes: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script on `processes` ranks; `--standalone` picks a free port."""
+    """Runs a script on `processes` ranks; `--standalone` picks a free port.
+
+    With `file_bytes`, writing a file beyond that size fails, as it does on a full disk.
+    """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", str(processes), str(script), *map(str, arguments),
     ]  # fmt: skip
-    return _run(command, timeout)
+    return _run(command, timeout, file_bytes)
 
 
 def mqat(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -26,8 +34,16 @@ def mqat(*arguments: object, timeout: float = 300) -> subprocess.CompletedProces
     return _run([sys.executable, "-m", "mqat.cli", *map(str, arguments)], timeout)
 
 
-def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: list[str], timeout: float, file_bytes: int | None = None
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def limit() -> None:
+        if file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
-    )
+        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False,
+        preexec_fn=limit,
+    )  # fmt: skip

@@ -55,6 +55,48 @@ def test_ptq_then_generate_from_a_trained_checkpoint(trained, tmp_path):
     assert done.stdout.startswith("The")
 
 
+def _chat_lines(count: int) -> list[str]:
+    lines = []
+    for number in range(count):
+        question, answer = f"What is {number} plus {number}?", f"It is {2 * number}."
+        turns = [("user", question), ("assistant", answer)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        either = {"input": question, "output": answer}, {"messages": messages}
+        lines.append(json.dumps(either[number % 2]))
+    return lines
+
+
+def test_sft_on_answers_of_a_jsonl_file(tmp_path):
+    data, run = tmp_path / "chat.jsonl", tmp_path / "run"
+    data.write_text("\n".join(_chat_lines(400)) + "\n", encoding="utf-8")
+    done = torchrun(
+        2, SFT, "trainer.max_steps=12", "model.tensor_model_parallel_size=2",
+        "model.data.packaged=null", "model.data.format=sft", f"model.data.train=[{data}]",
+        f"model.data.validation=[{data}]", f"exp_manager.exp_dir={run}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    loss = json.loads((run / "summary.json").read_text())["loss"]
+    assert loss["bf16_finetuned"] < 0.8 * loss["bf16"]
+    assert "800 documents" in done.stdout  # both files
+
+
+def test_a_bad_line_names_file_and_line_or_is_counted(tmp_path):
+    data = tmp_path / "chat.jsonl"
+    lines = _chat_lines(200)
+    lines[16] = '{"input": "no answer"}'
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = [
+        "trainer.max_steps=1", "model.data.packaged=null", "model.data.format=sft",
+        f"model.data.train=[{data}]",
+        f"model.data.validation=[{data}]", f"exp_manager.exp_dir={tmp_path}/run",
+    ]  # fmt: skip
+    done = torchrun(2, SFT, *settings, timeout=120)
+    assert done.returncode != 0 and f"{data}:17" in done.stderr
+    done = torchrun(2, SFT, *settings, "model.data.bad_lines=skip", timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 bad lines skipped" in done.stdout  # in both files
+
+
 def test_export_verify_eval_and_inspect_commands(trained, tmp_path):
     checkpoint, out, text = trained / "checkpoint", tmp_path / "served", tmp_path / "text.txt"
     text.write_text("The def statement defines a function. " * 200, encoding="utf-8")
@@ -105,6 +147,18 @@ def test_bad_text_stops_every_rank(tmp_path, content, message):
         f"model.data.train=[{text}]", f"model.data.validation=[{text}]", timeout=120,
     )  # fmt: skip
     assert done.returncode != 0 and message in done.stderr
+
+
+def test_a_full_disk_ends_all_ranks_and_leaves_no_checkpoint(tmp_path):
+    done = torchrun(
+        2, SFT, "trainer.max_steps=2", "exp_manager.checkpoint_interval=1",
+        "model.tensor_model_parallel_size=2", f"exp_manager.exp_dir={tmp_path}",
+        timeout=120, file_bytes=1 << 20,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "step_00000001: writing the checkpoint failed: rank 0" in done.stderr
+    assert done.stderr.count("\nerror: ") == 1
+    assert list((tmp_path / "checkpoints" / "sft").iterdir()) == []
 
 
 def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):

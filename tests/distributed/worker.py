@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--algorithm", default="int8")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--resume", type=Path, help="training checkpoint of another layout")
     args = parser.parse_args()
     model = dataclasses.replace(MODEL, tie_word_embeddings=not args.untied)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -89,9 +90,16 @@ def main() -> None:
         args.out / "qat", chunks, model=model, layers=layers, algorithm=args.algorithm,
         training=state,
     )  # fmt: skip
-    ahead = [step(), step()]
+    result["ahead"] = [step(), step()]
     load_checkpoint(args.out / "qat", chunks, layers=layers, training=state)
-    result["resumed_alike"] = [step(), step()] == ahead
+    result["resumed_alike"] = [step(), step()] == result["ahead"]
+    if args.resume:
+        load_checkpoint(args.resume, chunks, layers=layers, training=state)
+        result["resumed"] = [step(), step()]
+        save_checkpoint(
+            args.out / "resumed", chunks, model=model, layers=layers, algorithm=args.algorithm,
+            training=state,
+        )  # fmt: skip
     if groups.is_main():
         (args.out / "result.json").write_text(json.dumps(result))
     groups.finalize()
