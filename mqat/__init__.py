@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mqat.calibration.equalize import equalize_ as equalize_
     from mqat.calibration.statistics import calibrate as calibrate
     from mqat.config import load_config as load_config
+    from mqat.export import export_hf as export_hf
     from mqat.export import export_trtllm as export_trtllm
     from mqat.quant.scheme import named_scheme as named_scheme
     from mqat.runtime.groups import finalize as finalize
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from mqat.specs.policy import Policy as Policy
     from mqat.training.checkpoint import load_checkpoint as load_checkpoint
     from mqat.training.checkpoint import save_checkpoint as save_checkpoint
+    from mqat.verify import verify_export as verify_export
     from mqat.verify import verify_trtllm as verify_trtllm
 
 _HOME = {
     "Policy": "mqat.specs.policy",
     "calibrate": "mqat.calibration.statistics",
     "equalize_": "mqat.calibration.equalize",
+    "export_hf": "mqat.export",
     "export_trtllm": "mqat.export",
     "finalize": "mqat.runtime.groups",
     "initialize": "mqat.runtime.groups",
@@ -39,6 +42,7 @@ _HOME = {
     "quantize_block_spec": "mqat.specs.gpt",
     "quantize_layer_spec": "mqat.specs.gpt",
     "save_checkpoint": "mqat.training.checkpoint",
+    "verify_export": "mqat.verify",
     "verify_trtllm": "mqat.verify",
 }
 __all__ = sorted(_HOME)
