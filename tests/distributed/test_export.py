@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from mqat.data.packaged import python_docs_documents
 from mqat.data.tokenizer import train_small_tokenizer
+from mqat.verify import verify_export
 from tests.distributed.launch import mqat, torchrun
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -87,22 +88,20 @@ def test_bytes_do_not_depend_on_the_training_layout_or_on_how_many_write(trained
     assert done.returncode == 0, done.stderr[-3000:]
     assert written["one"] == written["two"] == contents(out)
     assert sum(name.endswith(".safetensors") for name in written["one"]) > 2
-    done = mqat("verify", out, "--reference", trained / "one" / "ptq", "--json")
-    assert done.returncode == 0, done.stdout
-    report = json.loads(done.stdout)
-    assert report["compared_with_checkpoint"] and report["top1_agreement"] > 0.9
+    report = verify_export(out, reference=trained / "one" / "ptq", tokens=torch.arange(16)[None])
+    assert report.problems == [] and report.compared_with_checkpoint
     table = mqat("inspect", out).stdout
     assert "model.layers.3.mlp.down_proj" in table and "int8 per channel" in table
 
 
-def test_a_damaged_directory_has_status_1_and_names_the_tensor(trained, tmp_path):
-    out = tmp_path / "out"
-    assert mqat("export", trained / "one" / "ptq", "--format", "hf", "--out", out).returncode == 0
+def test_a_damaged_directory_has_status_1_and_names_the_tensor(imported, tmp_path):
+    checkpoint, out = imported / "checkpoint", tmp_path / "out"
+    assert mqat("export", checkpoint, "--format", "hf", "--out", out).returncode == 0
     data = bytearray((out / "model.safetensors").read_bytes())
-    data[-5] ^= 1
+    data[-6] ^= 1
     (out / "model.safetensors").write_bytes(data)
-    done = mqat("verify", out, "--reference", trained / "one" / "ptq")
-    assert done.returncode == 1 and "_proj.weight is not the checkpoint's" in done.stdout
+    done = mqat("verify", out, "--reference", checkpoint)
+    assert done.returncode == 1 and "model.norm.weight is not the checkpoint's" in done.stdout
 
 
 def test_options_that_do_not_belong_together_are_one_line(trained, tmp_path):
