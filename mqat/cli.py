@@ -164,13 +164,18 @@ def _inspect(args: argparse.Namespace) -> None:
     ):
         table.add_column(column)
     for name, scheme in reader.layers.items():
-        assert scheme.weight is not None
-        scale = reader.read(f"quantizers.{name}.weight_scale")
         shape = reader.model.linear_shape(name.split(".", 3)[3])
-        bits = scheme.weight.format.bits + 32 * scale.numel() / (shape[0] * shape[1])
-        step = (
-            f"{reader.read(f'quantizers.{name}.input_scale').item():.4g}" if scheme.input else "-"
-        )
+        if scheme.weight is None:
+            table.add_row(name, "x".join(map(str, shape)), scheme.name, "-", "-", "-", "-")
+            continue
+        scale = reader.read(f"quantizers.{name}.weight_scale")
+        stored = scheme.weight.format.bits if scheme.weight.is_asymmetric else 0
+        stored += 8 * scheme.weight.scale_dtype.itemsize
+        bits = scheme.weight.format.bits + stored * scale.numel() / (shape[0] * shape[1])
+        step = "-"
+        if scheme.input is not None:
+            key = f"quantizers.{name}.input_scale"
+            step = "dynamic" if scheme.input.is_dynamic else f"{reader.read(key).item():.4g}"
         table.add_row(
             name,
             "x".join(map(str, shape)),
