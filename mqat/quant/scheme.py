@@ -105,10 +105,12 @@ class TensorScheme:
 
         Dynamic scales follow x, so nothing is clipped for good. Scales on a coarse grid may be
         smaller than amax / max_value by nearly a factor of two; what they saturate at calibration
-        shall still be trained.
+        shall still be trained. For INT4_EVEN the maximum itself lies on the border of clipping.
         """
         if self.is_dynamic:
             return math.inf
+        if self.format == INT4_EVEN:
+            return 0.5 - self.format.qmin
         return 2.0 ** (self.format.max_exponent + 1) if self.scale_dtype in _COARSE else None
 
     def frozen_shapes(self, shape: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
