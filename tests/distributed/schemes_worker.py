@@ -10,10 +10,27 @@ import torch
 from mqat.config import ModelConfig, OptimizerConfig
 from mqat.models.random import RandomWeights
 from mqat.runtime import groups
-from mqat.specs.policy import Policy
+from mqat.specs.policy import Policy, Rule
 from tests.distributed.worker import MODEL
 
 SMALL = dataclasses.replace(MODEL, num_layers=2)
+# What no named algorithm has: squares, static and dynamic outputs, symmetric INT8 tokens.
+TOKEN = {"format": "fp8_e4m3", "granularity": "token", "dynamic": True}
+COMPOSED = (
+    Rule(
+        "*.mlp.linear_fc1",
+        operands={"weight": {"format": "fp8_e4m3", "granularity": "block:32"}, "output": TOKEN},
+    ),
+    Rule(
+        "*.linear_proj",
+        operands={
+            "weight": {"format": "int3", "granularity": "group:16"},
+            "input": {"format": "int8_full", "granularity": "token", "dynamic": True},
+            "output": {"format": "int8_full", "granularity": "tensor"},
+        },
+    ),
+    Rule("*", operands={"weight": {"format": "int8", "granularity": "block:32"}, "input": TOKEN}),
+)
 
 
 def parse() -> argparse.Namespace:
@@ -83,7 +100,9 @@ def run(algorithm: str, out: Path, args: argparse.Namespace) -> dict:
     from mqat.training.pretrained import load_pretrained_
     from mqat.training.step import evaluate, forward_backward
 
-    layers = Policy(algorithm, group_size=32).resolve(SMALL)
+    is_composed = algorithm == "composed"
+    policy = Policy("null", 32, COMPOSED) if is_composed else Policy(algorithm, 32)
+    layers = policy.resolve(SMALL)
     settings = ModelConfig(
         tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp,
         sequence_parallel=args.sp,
