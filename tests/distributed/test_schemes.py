@@ -13,7 +13,8 @@ from tests.distributed.launch import torchrun
 WORKER = Path(__file__).with_name("schemes_worker.py")
 QUANTIZED = [name for name in ALGORITHMS if name != "null"]
 # Dynamic tokens, two levels, powers of two, zero points.
-COMPARED = ["nvfp4", "mxfp8", "fp8_pc_pt", "8da4w", "w_uint4_asym"]
+# Squares, quantized outputs and symmetric tokens besides (schemes_worker.COMPOSED).
+COMPARED = ["nvfp4", "mxfp8", "fp8_pc_pt", "8da4w", "w_uint4_asym", "composed"]
 LAYOUTS = {"tp2-sp": (2, ["--tp", "2", "--sp"]), "pp2": (2, ["--pp", "2"])}
 
 
@@ -28,7 +29,7 @@ def run(out: Path, processes: int, algorithms: list[str], *options: str) -> dict
 def alone(tmp_path_factory):
     """Every algorithm on one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    return out, run(out, 1, QUANTIZED, "--guard")
+    return out, run(out, 1, [*QUANTIZED, "composed"], "--guard")
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -40,10 +41,11 @@ def elsewhere(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", QUANTIZED)
+@pytest.mark.parametrize("algorithm", [*QUANTIZED, "composed"])
 def test_weights_are_quantized_at_step_0_after_steps_and_after_resume(alone, algorithm):
     result = alone[1][algorithm]
-    limit = 2 ** named_scheme(algorithm).weight.format.bits
+    is_composed = algorithm == "composed"
+    limit = 2 ** (8 if is_composed else named_scheme(algorithm).weight.format.bits)
     assert len(result["levels"]) == 3 and max(result["levels"]) <= limit
     assert result["raw_levels"] > limit  # control: the weights themselves are not on the grid
     assert result["resumed_alike"]

@@ -85,6 +85,14 @@ def test_mistakes_in_rules_name_key_value_and_the_nearest(tmp_path, old, new, me
         plan(tmp_path, YAML.replace(old, new))
 
 
+@pytest.mark.parametrize("algorithm", ["8da4w", "mxfp8", "nf4", "w_uint4_asym"])
+def test_algorithms_that_the_export_format_lacks_are_refused_before_training(tmp_path, algorithm):
+    text = YAML.split("  rules:")[0].replace("int8", algorithm)
+    assert plan(tmp_path, text + "export: {format: null}").layers
+    with pytest.raises(ValueError, match=f"algorithm={algorithm} cannot be exported"):
+        plan(tmp_path, text)
+
+
 def test_every_format_can_be_composed_with_some_granularity():
     for name, fmt in FORMATS.items():
         settings = {"format": name, "granularity": "block:128", "asymmetric": fmt.is_unsigned}
