@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -78,6 +79,22 @@ def most_levels(chunks, *, raw: bool = False) -> int:
     )
 
 
+@contextmanager
+def unmerged(chunks):
+    """Tokens scaled by the maxima of this rank's own features; a control."""
+    from mqat.parallel.linear import quantized_linears
+
+    merged = [
+        q for x in quantized_linears(chunks).values() for q in x.quantizers.values() if q.merge_
+    ]
+    kept = [quantizer.merge_ for quantizer in merged]
+    for quantizer in merged:
+        quantizer.merge_ = None
+    yield
+    for quantizer, merge_ in zip(merged, kept, strict=True):
+        quantizer.merge_ = merge_
+
+
 def microbatches(rank: int, size: int) -> list[dict]:
     tokens = torch.randint(0, 301, (4, 2, 33), generator=torch.Generator().manual_seed(0))
     return [
@@ -117,6 +134,8 @@ def run(algorithm: str, out: Path, args: argparse.Namespace) -> dict:
     result = {"unquantized": evaluate(chunks, [batches])[0]}
     calibrate(chunks, lambda: evaluate(chunks, [batches]), group=group)
     result["quantized"] = evaluate(chunks, [batches])[0]
+    with unmerged(chunks):
+        result["unmerged"] = evaluate(chunks, [batches])[0]
     save_checkpoint(out / "ptq", chunks, model=SMALL, layers=layers, algorithm=algorithm)
     levels = [most_levels(chunks)] if args.guard else []
     optimizer, scheduler = build_optimizer(

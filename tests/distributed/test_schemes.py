@@ -15,6 +15,7 @@ QUANTIZED = [name for name in ALGORITHMS if name != "null"]
 # Dynamic tokens, two levels, powers of two, zero points.
 # Squares, quantized outputs and symmetric tokens besides (schemes_worker.COMPOSED).
 COMPARED = ["nvfp4", "mxfp8", "fp8_pc_pt", "8da4w", "w_uint4_asym", "composed"]
+CUT_TOKENS = ["fp8_pc_pt", "8da4w", "composed"]
 LAYOUTS = {"tp2-sp": (2, ["--tp", "2", "--sp"]), "pp2": (2, ["--pp", "2"])}
 
 
@@ -72,3 +73,14 @@ def test_losses_and_frozen_tensors_are_those_of_one_process(alone, elsewhere, al
     for key in keys:
         assert torch.equal(first.read(key), second.read(key)), key
     assert not torch.equal(first.read(keys[0]).amax(), first.read(keys[-1]).amax())  # control
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", CUT_TOKENS)
+def test_tokens_cut_over_ranks_share_the_largest_of_their_maxima(alone, elsewhere, algorithm):
+    expected, found = alone[1][algorithm]["quantized"], elsewhere[1][algorithm]
+    error, without = (abs(found[key] - expected) for key in ("quantized", "unmerged"))
+    if "tp2" in str(elsewhere[0]):
+        assert without > 5 * error and without > 1e-5 * expected  # the reduction does the work
+    else:
+        assert found["unmerged"] == found["quantized"]  # nothing is cut
