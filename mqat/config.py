@@ -106,11 +106,25 @@ class ModelConfig:
 
 
 @dataclass
+class OperandConfig:
+    """How one operand of a linear is quantized."""
+
+    format: str | None = None  # int2 .. int8, uint2 .. uint8, fp8_e4m3, fp8_e5m2, fp4_e2m1, nf4
+    granularity: str | None = None  # tensor, channel, token, group:<size> or block:<size>
+    scale: str = "float32"  # or bfloat16, e8m0 (MX), e4m3 (NVFP4: under a global scale)
+    dynamic: bool = False  # scales of every tensor that arrives (inputs and outputs)
+    asymmetric: bool = False  # with an integer zero point
+
+
+@dataclass
 class RuleConfig:
-    """A name pattern and the algorithm of the linears that match it; the first match wins."""
+    """Linears that match a name pattern, and their algorithm or operands; the first match wins."""
 
     pattern: str
     algorithm: str | None = None
+    weight: OperandConfig | None = None
+    input: OperandConfig | None = None
+    output: OperandConfig | None = None
 
 
 @dataclass
@@ -118,7 +132,7 @@ class QuantizationConfig:
     """What is quantized, how scales are found, and when fake quantization starts."""
 
     algorithm: str | None = "int8"
-    group_size: int = 128
+    group_size: int | None = None  # null: 128, for 8da4w 256
     rules: list[RuleConfig] = field(default_factory=list)
     calibrator: str = "max"  # or percentile
     percentile: float = 99.9999
@@ -206,11 +220,15 @@ def _check_keys(given: Any, schema: Any, path: str) -> None:
     known = {f.name: f for f in fields(schema)}
     for key, value in given.items():
         full = f"{path}{key}"
+        for index, rule in enumerate(value if full == "quantization.rules" and value else ()):
+            _check_keys(rule, RuleConfig(""), f"{full}[{index}].")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {path}{near[0]!s}?" if near else f"known keys: {sorted(known)}."
             raise ValueError(f"config: unknown key {full!r}; {hint}")
         nested: Any = ArchitectureConfig if full == "model.architecture" else None
+        if isinstance(schema, RuleConfig) and key in ("weight", "input", "output"):
+            nested = OperandConfig
         default = getattr(schema, key, None) if not isinstance(schema, type) else None
         if nested is None and is_dataclass(default):
             nested = type(default)

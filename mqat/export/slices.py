@@ -223,14 +223,11 @@ class CheckpointReader:
 def _scale_shapes(
     model: LlamaConfig, layers: Mapping[str, LinearScheme]
 ) -> dict[str, tuple[int, ...]]:
-    """Shape of every frozen scale that a quantized checkpoint must hold."""
+    """Shape of everything that the quantizers of a quantized checkpoint have frozen."""
     shapes = {}
     for name, scheme in layers.items():
-        if scheme.weight is not None:
-            weight = model.linear_shape(linear_of(name))
-            shapes[f"quantizers.{name}.weight_scale"] = scheme.weight.granularity.scale_shape(
-                weight
-            )
-        if scheme.input is not None:
-            shapes[f"quantizers.{name}.input_scale"] = (1,)
+        for kind, operand in scheme.operands.items():
+            weight = model.linear_shape(linear_of(name)) if kind == "weight" else None
+            for part, shape in operand.frozen_shapes(weight).items():
+                shapes[f"quantizers.{name}.{kind}_{part}"] = shape
     return shapes

@@ -7,6 +7,9 @@ A linear is in one of two modes:
 - normal: both operands pass through their quantizers (identity until frozen and enabled), then
   Megatron's GEMM with its autograd function; the straight-through gradient is the quantizers' own.
 - calibrating (no gradient): unquantized, layout-exact GEMMs (`exact.py`) under observation.
+
+Dynamic scales of tokens whose features are cut over TP (input of row-parallel, output of
+column-parallel) are the MAX over the group, one collective of a number a token ([S, B]) per call.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from mqat.parallel.exact import fixed_point_linear, from_fixed_point, tiled_linear
-from mqat.quant.granularity import PerChannel, PerGroup
+from mqat.parallel.reduce import all_reduce_fused_
+from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme
 
@@ -29,7 +34,8 @@ class QuantizedLinear(torch.nn.Module):
 
     Attributes:
         quantized_name: Global name, such as `decoder.layers.3.mlp.linear_fc1`.
-        weight_quantizer: None when the scheme leaves weights alone; likewise `input_quantizer`.
+        weight_quantizer: None when the scheme leaves weights alone; likewise
+            `input_quantizer` and `output_quantizer`.
         parts: Number of weights fused along the output rows that are cut separately (gate, up).
     """
 
@@ -58,17 +64,27 @@ class QuantizedLinear(torch.nn.Module):
         self.overflow: Tensor | None = None
         self.weight_quantizer: Quantizer | None = None
         self.input_quantizer: Quantizer | None = None
-        if scheme is not None and scheme.weight is not None:
-            shape = tuple(self.weight.shape)
-            self.weight_quantizer = Quantizer(scheme.weight, shape, f"{name}.weight")
-        if scheme is not None and scheme.input is not None:
-            self.input_quantizer = Quantizer(scheme.input, None, f"{name}.input")
+        self.output_quantizer: Quantizer | None = None
+        cut_over_tp = "input" if isinstance(self, RowParallelLinear) else "output"
+        for kind, operand in (scheme.operands if scheme else {}).items():
+            shape = tuple(self.weight.shape) if kind == "weight" else None
+            quantizer = Quantizer(operand, shape, f"{name}.{kind}")
+            if kind == cut_over_tp and isinstance(operand.granularity, PerToken):
+                quantizer.merge_ = self._merge_maxima_
+            setattr(self, f"{kind}_quantizer", quantizer)
         self.to(self.weight.device)
+
+    def _merge_maxima_(self, local: Tensor) -> None:
+        all_reduce_fused_([local], dist.ReduceOp.MAX, self.tp_group)
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
-        """The quantizers that exist: `weight`, `input`, or both."""
-        found = {"weight": self.weight_quantizer, "input": self.input_quantizer}
+        """The quantizers that exist among `weight`, `input` and `output`."""
+        found = {
+            "weight": self.weight_quantizer,
+            "input": self.input_quantizer,
+            "output": self.output_quantizer,
+        }
         return {kind: quantizer for kind, quantizer in found.items() if quantizer is not None}
 
     def begin_calibration(self) -> None:
@@ -88,6 +104,10 @@ class QuantizedLinear(torch.nn.Module):
         if self.weight_quantizer is not None:
             weight = self.weight_quantizer(weight)
         return x, weight
+
+    def quantized_output(self, output: Tensor) -> Tensor:
+        """The output after its quantizer; summed over ranks already, without bias."""
+        return output if self.output_quantizer is None else self.output_quantizer(output)
 
 
 class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type: ignore[misc]
@@ -123,6 +143,11 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
         return tiled_linear(input, weight, self.num_tiles * self.parts)
 
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's, then the output quantizer."""
+        output, bias = super().forward(*args, **kwargs)
+        return self.quantized_output(output), bias
+
 
 class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignore[misc]
     """`RowParallelLinear` with quantized operands; arguments as for `QuantColumnParallelLinear`."""
@@ -148,7 +173,7 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
         output, bias = super().forward(input_)
         if self.is_calibrating:
             output = from_fixed_point(output, input_.dtype)
-        return output, bias
+        return self.quantized_output(output), bias
 
 
 def quantized_linears(model: Any) -> dict[str, QuantizedLinear]:
@@ -166,11 +191,11 @@ def weight_amax_spans_ranks(linear: QuantizedLinear) -> bool:
     """Whether a weight's amax must be the maximum over the tensor-parallel group (style.md table).
 
     Per-tensor: always. Per output channel: only row-parallel, where a rank holds part of each row.
-    Groups along the input never cross ranks (`layout.check_group_sizes`).
+    Groups and squares never cross ranks (`layout.check_group_sizes`).
     """
     assert linear.weight_quantizer is not None
     granularity = linear.weight_quantizer.scheme.granularity
-    if isinstance(granularity, PerGroup):
+    if isinstance(granularity, PerGroup | PerBlock):
         return False
     if isinstance(granularity, PerChannel):
         return isinstance(linear, QuantRowParallelLinear)

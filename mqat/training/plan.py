@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mqat.config import RunConfig
+from mqat.config import RuleConfig, RunConfig
 from mqat.data.packaged import smollm2_gguf
 from mqat.export import huggingface
 from mqat.export.trtllm import check_exportable
@@ -137,6 +137,12 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
     return data_parallel
 
 
+def _rule(config: RuleConfig) -> Rule:
+    given = {"weight": config.weight, "input": config.input, "output": config.output}
+    operands = {kind: asdict(operand) for kind, operand in given.items() if operand is not None}
+    return Rule(config.pattern, config.algorithm, operands)
+
+
 def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     """Checks a configuration as a whole, on every rank alike, touching no process group.
 
@@ -170,7 +176,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     policy = Policy(
         quantization.algorithm or "null",
         quantization.group_size,
-        tuple(Rule(rule.pattern, rule.algorithm or "null") for rule in quantization.rules),
+        tuple(map(_rule, quantization.rules)),
     )
     layers = policy.resolve(model)
     check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
