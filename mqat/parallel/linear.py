@@ -2,9 +2,11 @@
 
 Sharding and collectives stay in Megatron's classes; the seam is `_forward_impl`. Per-tensor input
 scales make quantizing before the sequence-parallel gather give the same values for 1/tp of the work.
-A linear is in one of two modes:
+A linear is in one of three modes:
 
-- normal: both operands pass through their quantizers (identity until frozen and enabled), then
+- fast (`quantized_gemm.py`): frozen and enabled quantizers of a scheme that it serves; codes are
+  multiplied, and the weight's are kept for the optimizer step (`quantized_step.py`).
+- reference: both operands pass through their quantizers (identity until frozen and enabled), then
   Megatron's GEMM with its autograd function; the straight-through gradient is the quantizers' own.
 - calibrating (no gradient): unquantized, layout-exact GEMMs (`exact.py`) under observation.
 """
@@ -19,6 +21,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from mqat.parallel.exact import fixed_point_linear, from_fixed_point, tiled_linear
+from mqat.parallel.quantized_gemm import Gemm, GemmKind, gemm_kind, quantized_matmul
+from mqat.parallel.step_weights import WeightCache
 from mqat.quant.granularity import PerChannel, PerGroup
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme
@@ -31,6 +35,9 @@ class QuantizedLinear(torch.nn.Module):
         quantized_name: Global name, such as `decoder.layers.3.mlp.linear_fc1`.
         weight_quantizer: None when the scheme leaves weights alone; likewise `input_quantizer`.
         parts: Number of weights fused along the output rows that are cut separately (gate, up).
+        gemm_kind: Fast path of the scheme; None: there is only the reference path.
+        weight_cache: Present inside `quantized_step`.
+        is_reference: Stay on the reference path, for comparisons.
     """
 
     weight: Tensor
@@ -56,6 +63,9 @@ class QuantizedLinear(torch.nn.Module):
         self.num_tiles = num_shards // self.tp_group.size()
         self.is_calibrating = False
         self.overflow: Tensor | None = None
+        self.gemm_kind: GemmKind | None = gemm_kind(scheme)
+        self.weight_cache: WeightCache | None = None
+        self.is_reference = False
         self.weight_quantizer: Quantizer | None = None
         self.input_quantizer: Quantizer | None = None
         if scheme is not None and scheme.weight is not None:
@@ -89,6 +99,56 @@ class QuantizedLinear(torch.nn.Module):
             weight = self.weight_quantizer(weight)
         return x, weight
 
+    def _is_fast(self) -> bool:
+        """Whether codes exist for every quantized operand: scales final, quantization on."""
+        return (
+            self.gemm_kind is not None
+            and not self.is_reference
+            and all(
+                q.is_frozen and q.is_enabled and q.observer is None and not q.scale.requires_grad
+                for q in self.quantizers.values()
+            )
+        )
+
+    def quantized_gemm(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        *,
+        bias: Tensor | None,
+        gradient_accumulation_fusion: bool,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: Any,
+        grad_output_buffer: Any = None,
+        wgrad_deferral_limit: Any = None,
+    ) -> Tensor:
+        """The fast path behind Megatron's `_forward_impl`, whose arguments these are.
+
+        Raises:
+            ValueError: The weight gradient is to be deferred, which would need the float input.
+        """
+        if grad_output_buffer is not None:
+            raise ValueError(
+                f"{self.quantized_name}: defer_embedding_wgrad_compute keeps the float input of a "
+                "linear, which a quantized linear does not have; set it to False."
+            )
+        kind, quantizer = self.gemm_kind, self.weight_quantizer
+        assert kind is not None and quantizer is not None, "_is_fast() holds"
+        cache = self.weight_cache if weight is self.weight else None
+        used = (cache or WeightCache(for_backward=False)).get(weight, quantizer, kind)
+        gemm = Gemm(
+            kind,
+            None if self.input_quantizer is None else self.input_quantizer.scheme,
+            allreduce_dgrad=allreduce_dgrad,
+            sequence_parallel=sequence_parallel,
+            tp_group=tp_group,
+            keeps_graph=torch.is_grad_enabled(),
+        )
+        scale = None if self.input_quantizer is None else self.input_quantizer.scale
+        output = quantized_matmul(input, weight, scale, used, gemm)
+        return output if bias is None else output + bias
+
 
 class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type: ignore[misc]
     """`ColumnParallelLinear` with quantized operands; takes the same arguments, and four more.
@@ -116,6 +176,8 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrating:
+            if self._is_fast():
+                return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
         if self.input_quantizer is not None:
             self.input_quantizer(input)
@@ -135,6 +197,8 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrating:
+            if self._is_fast():
+                return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
         if self.input_quantizer is not None:
             self.input_quantizer(input)
