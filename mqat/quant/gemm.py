@@ -31,7 +31,7 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """dtype in which to multiply operands of `dtype`; GEMMs add in float32 in either case."""
+    """The dtype in which to multiply operands of `dtype`; GEMMs add in float32 in either case."""
     is_emulated = dtype == torch.bfloat16 and not has_bf16_units(device)
     return torch.float32 if is_emulated else dtype
 
@@ -78,8 +78,11 @@ def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     word, shift = (torch.int32, 20) if dtype == torch.float32 else (torch.int16, 4)
     sign_exponent_mantissa = (-0x80 << (shift + 4)) | (0x7F << shift)
     bits = codes.view(torch.int8).to(word)
-    return bits.bitwise_left_shift_(shift).bitwise_and_(sign_exponent_mantissa).view(dtype).mul_(
-        2.0**120
+    return (
+        bits.bitwise_left_shift_(shift)
+        .bitwise_and_(sign_exponent_mantissa)
+        .view(dtype)
+        .mul_(2.0**120)
     )
 
 
