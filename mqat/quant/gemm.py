@@ -25,6 +25,7 @@ def has_bf16_units(device: torch.device) -> bool:
     """Whether bfloat16 GEMMs are faster there than float32 ones."""
     return device.type == "cuda" or (
         device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         and torch.cpu._is_avx512_bf16_supported()
     )

@@ -11,35 +11,40 @@ from torch import Tensor
 from mqat.quant.formats import QuantFormat
 from mqat.quant.granularity import Granularity, PerTensor, grouped_view
 
-# Multiplying 8 bytes of 0 or 1, read as one little-endian word, by this gathers them in its top byte.
-_GATHER_BITS = 0x0102040810204080
-
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Eight bools in a byte, the first in the lowest bit; uint8, flat, padded with zeros."""
+    """Eight bools in a byte; uint8, flat, padded with zeros.
+
+    Bit `i` of byte `j` is element `i * n + j` of the flattened mask, `n` being the number of bytes: each
+    bit position is then a contiguous eighth of the tensor, and shifts and products are vectorized.
+    """
     flat = F.pad(mask.reshape(-1).view(torch.uint8), (0, -mask.numel() % 8))
-    words = flat.view(torch.int64)
-    return words.mul(_GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
+    packed = torch.zeros(flat.numel() // 8, dtype=torch.uint8, device=mask.device)
+    for position, plane in enumerate(flat.view(8, -1)):
+        packed.bitwise_or_(plane.bitwise_left_shift(position))
+    return packed
+
+
+def _plane(packed: Tensor, position: int) -> Tensor:
+    """One eighth of the mask, as zeros and ones."""
+    return packed.bitwise_right_shift(position).bitwise_and_(1)
 
 
 def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of `pack_mask`, as uint8 zeros and ones: bytes multiply faster than bools."""
-    byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
-    position = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    table = byte[:, None].bitwise_right_shift(position).bitwise_and_(1).view(torch.int64)
-    words = torch.index_select(table.view(-1), 0, packed.int())
-    numel = torch.Size(shape).numel()
-    return words.view(torch.uint8)[:numel].view(shape)
+    """Inverse of `pack_mask`, as uint8 zeros and ones."""
+    flat = torch.cat([_plane(packed, position) for position in range(8)])
+    return flat[: torch.Size(shape).numel()].view(shape)
 
 
 def apply_mask_(x: Tensor, packed: Tensor) -> Tensor:
     """Zeroes the elements of `x` whose bit is 0, in place."""
-    mask = unpack_mask(packed, tuple(x.shape))
-    if x.dtype in (torch.bfloat16, torch.float16):
-        # Times one or zero is the same for the bits as for the number, and vectorized on CPUs.
-        x.view(torch.int16).mul_(mask)
-    else:
-        x.mul_(mask)
+    if x.numel() % 8 or not x.is_contiguous():
+        return x.mul_(unpack_mask(packed, tuple(x.shape)))
+    # Bits times one or zero give the same as the number times it, and are vectorized on CPUs, where a
+    # product of different dtypes is not.
+    is_half = x.element_size() == 2
+    for position, eighth in enumerate((x.view(torch.int16) if is_half else x).view(8, -1)):
+        eighth.mul_(_plane(packed, position).to(eighth.dtype))
     return x
 
 
