@@ -140,8 +140,14 @@ def _eval(args: argparse.Namespace) -> None:
     from mqat.training.perplexity import checkpoint_perplexity, export_perplexity
 
     is_export = any(args.model.glob("rank*.safetensors")) if args.model.is_dir() else False
-    measure = export_perplexity if is_export else checkpoint_perplexity
-    loss, tokens = measure(args.model, args.text, seq_length=args.seq_length)
+    if is_export and args.lowered:
+        raise ValueError(f"{args.model}: --lowered is for checkpoints; this is an export.")
+    if is_export:
+        loss, tokens = export_perplexity(args.model, args.text, seq_length=args.seq_length)
+    else:
+        loss, tokens = checkpoint_perplexity(
+            args.model, args.text, seq_length=args.seq_length, lowered=args.lowered
+        )
     result = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     if args.json:
         print(json.dumps(result))
@@ -236,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("model", type=Path)
     add.add_argument("--text", type=Path, required=True)
     add.add_argument("--seq-length", type=int, default=256)
+    add.add_argument("--lowered", action="store_true", help="run with low-precision weights")
     add.add_argument("--json", action="store_true")
 
     add = command("inspect", _inspect, "schemes, scales and bits per weight of a checkpoint")

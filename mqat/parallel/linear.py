@@ -2,12 +2,13 @@
 
 Sharding and collectives stay in Megatron's classes; the seam is `_forward_impl`. Per-tensor input
 scales make quantizing before the sequence-parallel gather give the same values for 1/tp of the work.
-A linear is in one of three modes:
+A linear is in one of four modes:
 
 - fast (`quantized_gemm.py`): frozen and enabled quantizers of a scheme that it serves; codes are
   multiplied, and the weight's are kept for the optimizer step (`quantized_step.py`).
 - reference: both operands pass through their quantizers (identity until frozen and enabled), then
   Megatron's GEMM with its autograd function; the straight-through gradient is the quantizers' own.
+- lowered (`lowering.py`): inference with stored codes; there are no float weights any more.
 - calibrating (no gradient): unquantized, layout-exact GEMMs (`exact.py`) under observation.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from mqat.parallel.exact import fixed_point_linear, from_fixed_point, tiled_linear
 from mqat.parallel.quantized_gemm import Gemm, GemmKind, gemm_kind, quantized_matmul
 from mqat.parallel.step_weights import WeightCache
+from mqat.quant.gemm_lowered import LoweredWeight, lowered_matmul
 from mqat.quant.granularity import PerChannel, PerGroup
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme
@@ -38,6 +40,7 @@ class QuantizedLinear(torch.nn.Module):
         gemm_kind: Fast path of the scheme; None: there is only the reference path.
         weight_cache: Present inside `quantized_step`.
         is_reference: Stay on the reference path, for comparisons.
+        lowered: Present once the model has been lowered for inference.
     """
 
     weight: Tensor
@@ -66,6 +69,8 @@ class QuantizedLinear(torch.nn.Module):
         self.gemm_kind: GemmKind | None = gemm_kind(scheme)
         self.weight_cache: WeightCache | None = None
         self.is_reference = False
+        self.scheme = scheme
+        self.lowered: LoweredWeight | None = None
         self.weight_quantizer: Quantizer | None = None
         self.input_quantizer: Quantizer | None = None
         if scheme is not None and scheme.weight is not None:
@@ -98,6 +103,17 @@ class QuantizedLinear(torch.nn.Module):
         if self.weight_quantizer is not None:
             weight = self.weight_quantizer(weight)
         return x, weight
+
+    def lowered_gemm(
+        self, input: Tensor, *, bias: Tensor | None, sequence_parallel: bool, **_: Any
+    ) -> Tensor:
+        """Inference behind Megatron's `_forward_impl`; other arguments concern gradients."""
+        assert self.lowered is not None, "lower_() has been called"
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        scale = None if self.input_quantizer is None else self.input_quantizer.scale
+        output = lowered_matmul(input, scale, self.lowered)
+        return output if bias is None else output + bias
 
     def _is_fast(self) -> bool:
         """Whether codes exist for every quantized operand: scales final, quantization on."""
@@ -176,6 +192,8 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrating:
+            if self.lowered is not None:
+                return self.lowered_gemm(input, **kwargs)
             if self._is_fast():
                 return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
@@ -197,6 +215,8 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrating:
+            if self.lowered is not None:
+                return self.lowered_gemm(input, **kwargs)
             if self._is_fast():
                 return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
