@@ -104,7 +104,9 @@ def scaled_matmul(
     if x_NI.dtype == torch.int8:
         product = int8_matmul(x_NI, w_OI)
     else:
-        product = decode(x_NI, torch.float32) @ decode(w_OI, torch.float32).t()
+        # Where bfloat16 is native its GEMM rounds the sum once more than this function promises.
+        wide = compute_dtype(dtype, x_NI.device)
+        product = (decode(x_NI, wide) @ decode(w_OI, wide).t()).float()
     scaled = product.mul_(scale) if product.dtype == torch.float32 else product * scale
     return scaled.to(dtype)
 
