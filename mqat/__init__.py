@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mqat.config import load_config as load_config
     from mqat.export import export_hf as export_hf
     from mqat.export import export_trtllm as export_trtllm
+    from mqat.parallel.quantized_step import quantized_step as quantized_step
     from mqat.quant.scheme import named_scheme as named_scheme
     from mqat.runtime.groups import finalize as finalize
     from mqat.runtime.groups import initialize as initialize
@@ -41,6 +42,7 @@ _HOME = {
     "named_scheme": "mqat.quant.scheme",
     "quantize_block_spec": "mqat.specs.gpt",
     "quantize_layer_spec": "mqat.specs.gpt",
+    "quantized_step": "mqat.parallel.quantized_step",
     "save_checkpoint": "mqat.training.checkpoint",
     "verify_export": "mqat.verify",
     "verify_trtllm": "mqat.verify",

@@ -162,11 +162,16 @@ def _eval(args: argparse.Namespace) -> None:
     from mqat.training.perplexity import checkpoint_perplexity, export_perplexity
     from mqat.verify import is_export, unpacked
 
-    with (
-        unpacked(args.model) if args.model.suffix == ".qnemo" else nullcontext(args.model) as model
-    ):
-        measure = export_perplexity if is_export(model) else checkpoint_perplexity
-        loss, tokens = measure(model, args.text, seq_length=args.seq_length)
+    is_archive = args.model.suffix == ".qnemo"
+    with unpacked(args.model) if is_archive else nullcontext(args.model) as model:
+        if is_export(model) and args.lowered:
+            raise ValueError(f"{args.model}: --lowered is for checkpoints; this is an export.")
+        if is_export(model):
+            loss, tokens = export_perplexity(model, args.text, seq_length=args.seq_length)
+        else:
+            loss, tokens = checkpoint_perplexity(
+                model, args.text, seq_length=args.seq_length, lowered=args.lowered
+            )
     result = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     if args.json:
         print(json.dumps(result))
@@ -248,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("model", type=Path)
     add.add_argument("--text", type=Path, required=True)
     add.add_argument("--seq-length", type=int, default=256)
+    add.add_argument("--lowered", action="store_true", help="run with low-precision weights")
     add.add_argument("--json", action="store_true")
 
     add = command("inspect", _inspect, "formats, bits and scales of a checkpoint or an export")

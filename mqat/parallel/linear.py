@@ -2,10 +2,13 @@
 
 Sharding and collectives stay in Megatron's classes; the seam is `_forward_impl`. Per-tensor input
 scales make quantizing before the sequence-parallel gather give the same values for 1/tp of the work.
-A linear is in one of two modes:
+A linear is in one of four modes:
 
-- normal: both operands pass through their quantizers (identity until frozen and enabled), then
+- fast (`quantized_gemm.py`): frozen and enabled quantizers of a scheme that it serves; codes are
+  multiplied, and the weight's are kept for the optimizer step (`quantized_step.py`).
+- reference: both operands pass through their quantizers (identity until frozen and enabled), then
   Megatron's GEMM with its autograd function; the straight-through gradient is the quantizers' own.
+- lowered (`lowering.py`): inference with stored codes; there are no float weights any more.
 - calibrating (no gradient): unquantized, layout-exact GEMMs (`exact.py`) under observation.
 
 Dynamic scales of tokens whose features are cut over TP (input of row-parallel, output of
@@ -23,7 +26,10 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from mqat.parallel.exact import fixed_point_linear, from_fixed_point, tiled_linear
+from mqat.parallel.quantized_gemm import Gemm, GemmKind, gemm_kind, quantized_matmul
 from mqat.parallel.reduce import all_reduce_fused_
+from mqat.parallel.step_weights import WeightCache
+from mqat.quant.gemm_lowered import LoweredWeight, lowered_matmul
 from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme
@@ -37,6 +43,10 @@ class QuantizedLinear(torch.nn.Module):
         weight_quantizer: None when the scheme leaves weights alone; likewise
             `input_quantizer` and `output_quantizer`.
         parts: Number of weights fused along the output rows that are cut separately (gate, up).
+        gemm_kind: Fast path of the scheme; None: there is only the reference path.
+        weight_cache: Present inside `quantized_step`.
+        is_reference: Stay on the reference path, for comparisons.
+        lowered: Present once the model has been lowered for inference.
     """
 
     weight: Tensor
@@ -62,6 +72,11 @@ class QuantizedLinear(torch.nn.Module):
         self.num_tiles = num_shards // self.tp_group.size()
         self.is_calibrating = False
         self.overflow: Tensor | None = None
+        self.gemm_kind: GemmKind | None = gemm_kind(scheme)
+        self.weight_cache: WeightCache | None = None
+        self.is_reference = False
+        self.scheme = scheme
+        self.lowered: LoweredWeight | None = None
         self.weight_quantizer: Quantizer | None = None
         self.input_quantizer: Quantizer | None = None
         self.output_quantizer: Quantizer | None = None
@@ -109,6 +124,67 @@ class QuantizedLinear(torch.nn.Module):
         """The output after its quantizer; summed over ranks already, without bias."""
         return output if self.output_quantizer is None else self.output_quantizer(output)
 
+    def lowered_gemm(
+        self, input: Tensor, *, bias: Tensor | None, sequence_parallel: bool, **_: Any
+    ) -> Tensor:
+        """Inference behind Megatron's `_forward_impl`; other arguments concern gradients."""
+        assert self.lowered is not None, "lower_() has been called"
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        scale = None if self.input_quantizer is None else self.input_quantizer.scale
+        output = lowered_matmul(input, scale, self.lowered)
+        return output if bias is None else output + bias
+
+    def _is_fast(self) -> bool:
+        """Whether codes exist for every quantized operand: scales final, quantization on."""
+        return (
+            self.gemm_kind is not None
+            and not self.is_reference
+            and all(
+                q.is_frozen and q.is_enabled and q.observer is None and not q.scale.requires_grad
+                for q in self.quantizers.values()
+            )
+        )
+
+    def quantized_gemm(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        *,
+        bias: Tensor | None,
+        gradient_accumulation_fusion: bool,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: Any,
+        grad_output_buffer: Any = None,
+        wgrad_deferral_limit: Any = None,
+    ) -> Tensor:
+        """The fast path behind Megatron's `_forward_impl`, whose arguments these are.
+
+        Raises:
+            ValueError: The weight gradient is to be deferred, which would need the float input.
+        """
+        if grad_output_buffer is not None:
+            raise ValueError(
+                f"{self.quantized_name}: defer_embedding_wgrad_compute keeps the float input of a "
+                "linear, which a quantized linear does not have; set it to False."
+            )
+        kind, quantizer = self.gemm_kind, self.weight_quantizer
+        assert kind is not None and quantizer is not None, "_is_fast() holds"
+        cache = self.weight_cache if weight is self.weight else None
+        used = (cache or WeightCache(for_backward=False)).get(weight, quantizer, kind)
+        gemm = Gemm(
+            kind,
+            None if self.input_quantizer is None else self.input_quantizer.scheme,
+            allreduce_dgrad=allreduce_dgrad,
+            sequence_parallel=sequence_parallel,
+            tp_group=tp_group,
+            keeps_graph=torch.is_grad_enabled(),
+        )
+        scale = None if self.input_quantizer is None else self.input_quantizer.scale
+        output = quantized_matmul(input, weight, scale, used, gemm)
+        return output if bias is None else output + bias
+
 
 class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type: ignore[misc]
     """`ColumnParallelLinear` with quantized operands; takes the same arguments, and four more.
@@ -136,6 +212,10 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrating:
+            if self.lowered is not None:
+                return self.lowered_gemm(input, **kwargs)
+            if self._is_fast():
+                return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
         if self.input_quantizer is not None:
             self.input_quantizer(input)
@@ -160,6 +240,10 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrating:
+            if self.lowered is not None:
+                return self.lowered_gemm(input, **kwargs)
+            if self._is_fast():
+                return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
         if self.input_quantizer is not None:
             self.input_quantizer(input)

@@ -84,10 +84,13 @@ def _checkpoint_rows(path: Path) -> Iterator[Row]:
                 yield Row("", name, form, 8 * stored.itemsize, shape)
                 continue
             scale = reader.read(f"quantizers.{name}.weight_scale")
-            step = reader.read(f"quantizers.{name}.input_scale") if scheme.input else None
+            operand, step = scheme.input, None
+            if operand is not None and not operand.is_dynamic:
+                step = reader.read(f"quantizers.{name}.input_scale")
             form = f"{scheme.name}: {scheme.weight.format.name} per {scheme.weight.granularity}"
-            if scheme.input is not None:
-                form += f", inputs {scheme.input.format.name}"
+            if operand is not None:
+                kind = "dynamic " if operand.is_dynamic else ""
+                form += f", {kind}inputs {operand.format.name}"
             bits = _bits(shape, scheme.weight.format.bits, scale, step)
             yield Row("", name, form, bits, shape, scale, step)
 

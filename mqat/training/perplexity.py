@@ -24,13 +24,15 @@ def _summed_loss(scores: torch.Tensor, row: torch.Tensor) -> float:
     return float(F.cross_entropy(scores[0].float(), row[1:], reduction="sum"))
 
 
-def checkpoint_perplexity(path: Path, text: Path, *, seq_length: int) -> tuple[float, int]:
+def checkpoint_perplexity(
+    path: Path, text: Path, *, seq_length: int, lowered: bool = False
+) -> tuple[float, int]:
     """Mean loss per token in nats, and the number of tokens; also reads HF directories and GGUF.
 
     Raises:
         ValueError: As `open_model` and `read_texts`.
     """
-    model = open_model(path)
+    model = open_model(path, lowered=lowered)
     rows = _windows(text, model.tokenizer, seq_length).tokens.long()
     loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]), row) for row in rows)
     groups.finalize()

@@ -18,7 +18,9 @@ from mqat.models.manifest import DESCRIPTION, read_description
 from mqat.models.random import RandomWeights
 from mqat.models.source import PretrainedSource, open_pretrained
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
+from mqat.quant.gemm import has_bf16_units
 from mqat.quant.scheme import LinearScheme
+from mqat.runtime.groups import device
 from mqat.specs.policy import Policy, Rule
 
 
@@ -56,11 +58,7 @@ def resolve_dtype(precision: str) -> torch.dtype:
     """
     if precision == "32":
         return torch.float32
-    native = torch.cuda.is_available() or (
-        torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and torch.cpu._is_avx512_bf16_supported()
-    )
+    native = has_bf16_units(device())
     return torch.bfloat16 if precision == "bf16" or native else torch.float32
 
 

@@ -18,6 +18,10 @@ VARIANTS = {
     "untied-pp2": (2, ["--untied", "--pp", "2"]),
     "bf16-tp2-sp": (2, ["--bf16", "--tp", "2", "--sp"]),
     "bf16-dp2": (2, ["--bf16"]),
+    "w4a8": (1, ["--algorithm", "int4_w_int8_a"]),
+    "w4a8-tp2-sp": (2, ["--algorithm", "int4_w_int8_a", "--tp", "2", "--sp"]),
+    "fp8": (1, ["--algorithm", "fp8"]),
+    "fp8-tp2-sp": (2, ["--algorithm", "fp8", "--tp", "2", "--sp"]),
 }
 LAYOUTS = {
     "tp1": (1, []),
@@ -62,6 +66,15 @@ def test_untied_embeddings_train_alike_and_are_another_model(layouts):
     assert staged["unquantized"] == pytest.approx(alone["unquantized"], rel=1e-6)
     assert staged["losses"] == pytest.approx(alone["losses"], rel=2e-3)
     assert tied["losses"] != pytest.approx(alone["losses"], rel=2e-3)  # control
+
+
+@pytest.mark.parametrize("algorithm", ["w4a8", "fp8"])
+def test_other_algorithms_equal_one_process_under_sequence_parallelism(layouts, algorithm):
+    expected, found = layouts[algorithm][1], layouts[f"{algorithm}-tp2-sp"][1]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
+    int8 = layouts["tp1"][1]
+    assert found["losses"] != pytest.approx(int8["losses"], rel=1e-6)  # control: another algorithm
 
 
 @pytest.mark.parametrize("name", ["bf16-tp2-sp", "bf16-dp2"])
