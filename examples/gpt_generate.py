@@ -30,6 +30,8 @@ def main() -> None:
             tensor_parallel=args.tensor_parallel,
             pipeline_parallel=args.pipeline_parallel,
         )
+        if "" in args.prompt:
+            raise ValueError("the prompt is empty; give at least one word to continue.")
         for prompt in args.prompt:
             ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
             stop = model.tokenizer.eos_token_id

@@ -39,6 +39,8 @@ def _import(args: argparse.Namespace) -> None:
     from mqat.training.checkpoint import save_checkpoint
     from mqat.training.opened import open_model
 
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists already; choose another path, or delete it first.")
     model = open_model(
         args.source,
         tensor_parallel=args.tensor_parallel,
@@ -122,7 +124,7 @@ def _verify(args: argparse.Namespace) -> None:
 
         dtype = json.loads(config_file.read_text("utf-8")).get("dtype", "float32")
         model = open_model(args.reference)
-        expected = served_logits(model.chunks, tokens, dtype)
+        expected = served_logits(model.chunks, tokens, dtype).cpu()
         groups.finalize()
     report = verify_trtllm(
         args.directory, reference=args.reference, tokens=tokens, reference_logits=expected
@@ -138,6 +140,9 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     from mqat.training.perplexity import checkpoint_perplexity, export_perplexity
+
+    if args.seq_length < 1:
+        raise ValueError(f"--seq-length={args.seq_length} must be at least 1.")
 
     is_export = any(args.model.glob("rank*.safetensors")) if args.model.is_dir() else False
     measure = export_perplexity if is_export else checkpoint_perplexity

@@ -69,7 +69,12 @@ def open_model(
     if source is None:
         load_checkpoint(path, chunks, layers=layers)
     else:
-        load_pretrained_(chunks, source)
+        error: Exception | None = None
+        try:
+            load_pretrained_(chunks, source)
+        except ValueError as caught:
+            error = caught
+        groups.agree(error)
     for chunk in chunks:
         chunk.eval()
     return OpenedModel(list(chunks), config, tokenizer)
