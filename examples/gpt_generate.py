@@ -32,6 +32,8 @@ def main() -> None:
             pipeline_parallel=args.pipeline_parallel,
             lowered=args.lowered,
         )
+        if "" in args.prompt:
+            raise ValueError("the prompt is empty; give at least one word to continue.")
         for prompt in args.prompt:
             ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
             stop = model.tokenizer.eos_token_id

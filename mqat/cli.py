@@ -42,6 +42,8 @@ def _import(args: argparse.Namespace) -> None:
     from mqat.training.checkpoint import save_checkpoint
     from mqat.training.opened import open_model
 
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists already; choose another path, or delete it first.")
     model = open_model(
         args.source,
         tensor_parallel=args.tensor_parallel,
@@ -131,14 +133,26 @@ def _verify(args: argparse.Namespace) -> None:
     sys.exit(0 if report.ok else 1)
 
 
+def _json_object(file: Path) -> dict[str, Any]:
+    """Contents of a JSON file; empty if it is missing, which verification reports itself."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
 def _verified(directory: Path, args: argparse.Namespace) -> Report:
     import torch
 
     from mqat.verify import verify_export
 
     tokens = expected = None
-    config_file = directory / "config.json"
-    config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+    config = _json_object(directory / "config.json")
     if args.text is not None:
         tokens = _token_window(args.text, directory, args.tokens)
     elif config:
@@ -150,8 +164,12 @@ def _verified(directory: Path, args: argparse.Namespace) -> Report:
         from mqat.training.step import served_logits
 
         dtype = config.get("torch_dtype", config.get("dtype", "float32"))
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(
+                f"{directory / 'config.json'}: dtype={dtype!r} is not one mqat writes."
+            )
         model = open_model(args.reference)
-        expected = served_logits(model.chunks, tokens, dtype)
+        expected = served_logits(model.chunks, tokens, dtype).cpu()
         groups.finalize()
     return verify_export(
         directory, reference=args.reference, tokens=tokens, reference_logits=expected
@@ -162,6 +180,8 @@ def _eval(args: argparse.Namespace) -> None:
     from mqat.training.perplexity import checkpoint_perplexity, export_perplexity
     from mqat.verify import is_export, unpacked
 
+    if args.seq_length < 1:
+        raise ValueError(f"--seq-length={args.seq_length} must be at least 1.")
     is_archive = args.model.suffix == ".qnemo"
     with unpacked(args.model) if is_archive else nullcontext(args.model) as model:
         if is_export(model) and args.lowered:

@@ -7,6 +7,7 @@ is an error that suggests the nearest one.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -201,12 +202,24 @@ _CHOICES = {
 _MINIMUM = {
     "trainer.max_steps": 0,
     "trainer.num_nodes": 1,
+    "trainer.limit_val_samples": 1,
+    "trainer.gradient_clip_val": 0,
+    "trainer.val_check_interval": 0,
+    "model.optim.lr": 0,
+    "model.optim.weight_decay": 0,
+    "model.optim.sched.warmup_steps": 0,
+    "model.optim.sched.min_lr": 0,
+    "model.pretrain.max_steps": 0,
+    "model.pretrain.lr": 0,
+    "exp_manager.checkpoint_interval": 0,
+    "exp_manager.sample_tokens": 0,
     "model.tensor_model_parallel_size": 1,
     "model.pipeline_model_parallel_size": 1,
     "model.micro_batch_size": 1,
     "model.global_batch_size": 1,
     "model.data.seq_length": 2,
     "quantization.num_calib_size": 1,
+    "quantization.group_size": 1,
     "quantization.fake_quant_after_n_steps": 0,
     "export.inference_tensor_parallel": 1,
     "export.inference_pipeline_parallel": 1,
@@ -250,14 +263,41 @@ def _check_values(config: RunConfig) -> None:
             allowed = ", ".join("null" if choice is None else choice for choice in choices)
             raise ValueError(f"config: {key}={value!r} is not one of: {allowed}.")
     for key, minimum in _MINIMUM.items():
-        if _lookup(config, key) < minimum:
-            raise ValueError(f"config: {key}={_lookup(config, key)} must be at least {minimum}.")
+        value = _lookup(config, key)
+        if value is not None and not minimum <= value < math.inf:  # NaN fails both
+            raise ValueError(f"config: {key}={value} must be a number of at least {minimum}.")
+    _check_optimizer(config)
     quantization = config.quantization
+    if not 0 <= quantization.equalize_alpha <= 1:
+        raise ValueError(
+            f"config: quantization.equalize_alpha={quantization.equalize_alpha} must be in [0, 1]."
+        )
     if not 0 < quantization.percentile <= 100:
         raise ValueError(
             f"config: quantization.percentile={quantization.percentile} must be in (0, 100]; "
             "99.99 keeps all but one value in 10,000."
         )
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    optim = config.model.optim
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ValueError(f"config: model.optim.betas={optim.betas} must be two numbers in [0, 1).")
+    phases = {
+        "trainer.max_steps": (config.trainer.max_steps, optim.lr),
+        "model.pretrain.max_steps": (config.model.pretrain.max_steps, config.model.pretrain.lr),
+    }
+    for key, (steps, lr) in phases.items():
+        if 0 < steps <= optim.sched.warmup_steps:
+            raise ValueError(
+                f"config: model.optim.sched.warmup_steps={optim.sched.warmup_steps} must be below "
+                f"{key}={steps}, or the learning rate never reaches its peak."
+            )
+        if steps and optim.sched.min_lr > lr:
+            raise ValueError(
+                f"config: model.optim.sched.min_lr={optim.sched.min_lr} exceeds the learning rate "
+                f"{lr} of {key.removesuffix('.max_steps')}."
+            )
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:

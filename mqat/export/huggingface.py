@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mqat import __version__
 from mqat.export import compressed, modelopt
 from mqat.export.linears import Maker, ServedLinear, unquantized
 from mqat.export.rank_files import plan_norm, plan_table
@@ -153,7 +154,7 @@ def texts(
 ) -> dict[str, str]:
     """The JSON files beside the weights, by name."""
     special = special_tokens(tokenizer)
-    config = model.to_hf(dtype) | special
+    config = model.to_hf(dtype) | special | {"producer": {"name": "mqat", "version": __version__}}
     result: dict[str, Any] = {"config.json": config}
     if not (tokenizer / "generation_config.json").is_file():
         result["generation_config.json"] = {"_from_model_config": True} | special

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,14 @@ from pathlib import Path
 from mqat.export.qnemo import is_qnemo_tar, write_tar
 from mqat.export.stream import TensorPlan, write_safetensors
 
-# Every exported directory has one, whatever the format; nothing else is ever replaced.
-_MARK = "config.json"
+
+def _is_export(directory: Path) -> bool:
+    """Whether mqat wrote this directory: nothing else is ever replaced."""
+    try:
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+        return bool(config["producer"]["name"] == "mqat")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class AtomicDirectory:
@@ -43,11 +50,11 @@ class AtomicDirectory:
         if as_tar:
             is_replaceable = is_qnemo_tar(self.target)
         else:
-            is_replaceable = is_empty or (self.target / _MARK).is_file()
+            is_replaceable = is_empty or _is_export(self.target)
         if not is_replaceable:
             raise ValueError(
-                f"{target} exists and does not look like an export (no {_MARK} in it), so it is not "
-                "overwritten; choose another directory."
+                f"{target} exists and is not an export of mqat (its config.json does not name mqat as "
+                "producer), so it is not overwritten; choose another directory."
             )
 
     def create(self) -> None:

@@ -95,15 +95,15 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that no layout can make work."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"model.{field.name}={value}: must be at least 1.")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.num_query_groups} (num_key_value_heads in Hugging Face)."
             )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"model.{field.name}={value}: must be at least 1.")
 
     @property
     def qkv_out_features(self) -> int:
@@ -191,6 +191,8 @@ class LlamaConfig:
             ValueError: Not a Llama-architecture model, or it uses a feature that is not built
                 (attention or MLP biases, another activation).
         """
+        if not isinstance(hf, Mapping):
+            raise ValueError(f"config.json: expected a JSON object, found {type(hf).__name__}.")
         if hf.get("model_type") != "llama":
             raise ValueError(
                 f"model_type={hf.get('model_type')!r}: only the Llama family ('llama') is "

@@ -75,7 +75,12 @@ def open_model(
     if source is None:
         load_checkpoint(path, chunks, layers=layers)
     else:
-        load_pretrained_(chunks, source)
+        error: Exception | None = None
+        try:
+            load_pretrained_(chunks, source)
+        except ValueError as caught:
+            error = caught
+        groups.agree(error)
     if lowered:
         if not layers:
             raise ValueError(f"{path}: is not quantized, so there is nothing to lower.")

@@ -34,7 +34,7 @@ def checkpoint_perplexity(
     """
     model = open_model(path, lowered=lowered)
     rows = _windows(text, model.tokenizer, seq_length).tokens.long()
-    loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]), row) for row in rows)
+    loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]).cpu(), row) for row in rows)
     groups.finalize()
     return loss / (len(rows) * seq_length), len(rows) * seq_length
 

@@ -76,6 +76,13 @@ def _source(config: RunConfig) -> tuple[LlamaConfig, PretrainedSource | RandomWe
         )
     if settings.architecture is not None:
         sizes = settings.architecture
+        if sizes.head_dim is None and (
+            sizes.num_attention_heads < 1 or sizes.hidden_size % sizes.num_attention_heads
+        ):
+            raise ValueError(
+                f"model.architecture: hidden_size={sizes.hidden_size} is not a multiple of "
+                f"num_attention_heads={sizes.num_attention_heads}; change one, or set head_dim."
+            )
         model = LlamaConfig(
             vocab_size=sizes.vocab_size,
             hidden_size=sizes.hidden_size,
@@ -99,6 +106,8 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
     """Data-parallel size; refuses world and batch sizes that do not fit together."""
     settings = config.model
     trainer = config.trainer
+    if world_size < 1:
+        raise ValueError(f"world size {world_size} must be at least 1.")
     if trainer.devices is not None and trainer.devices * trainer.num_nodes != world_size:
         raise ValueError(
             f"world size {world_size} does not match trainer.devices={trainer.devices} x "
@@ -125,13 +134,18 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
             f"of micro_batch_size={settings.micro_batch_size} x data-parallel size "
             f"{data_parallel}; the same sequences must be seen on every layout."
         )
-    virtual = settings.virtual_pipeline_model_parallel_size
-    microbatches = settings.global_batch_size // per_step
-    if virtual and microbatches % settings.pipeline_model_parallel_size:
-        raise ValueError(
-            f"interleaved pipeline: {microbatches} microbatches a step must be a multiple of "
-            f"pipeline_model_parallel_size={settings.pipeline_model_parallel_size}."
-        )
+    sizes = {
+        "model.global_batch_size": settings.global_batch_size,
+        "quantization.num_calib_size": config.quantization.num_calib_size,
+    }
+    for key, size in sizes.items():
+        stages = settings.pipeline_model_parallel_size
+        if settings.virtual_pipeline_model_parallel_size and size // per_step % stages:
+            raise ValueError(
+                f"interleaved pipeline: {key}={size} gives {size // per_step} microbatches, not a "
+                f"multiple of pipeline_model_parallel_size={stages}; make it a multiple of "
+                f"{per_step * stages}."
+            )
     return data_parallel
 
 
@@ -169,6 +183,12 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         raise ValueError(
             f"model.data.seq_length={settings.data.seq_length} exceeds the model's "
             f"max_position_embeddings={model.max_position_embeddings}."
+        )
+    data = settings.data
+    if data.packaged is None and not (data.train and data.validation):
+        raise ValueError(
+            "config: model.data.train and model.data.validation must each name at least one file "
+            "(hold out whole documents), or set model.data.packaged."
         )
     quantization = config.quantization
     policy = Policy(

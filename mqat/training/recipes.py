@@ -23,8 +23,13 @@ from mqat.training.step import served_logits
 from mqat.verify import verify_export
 
 
-def _start(config: RunConfig) -> Session:
+def _start(config: RunConfig, *, quantizes: bool) -> Session:
     plan = make_plan(config)
+    if quantizes and not plan.layers:
+        raise ValueError(
+            "quantization.algorithm=null and no rule quantizes anything; choose an algorithm, or run "
+            "examples/gpt_sft.py for unquantized training."
+        )
     settings = config.model
     groups.initialize(
         tensor_parallel=settings.tensor_model_parallel_size,
@@ -130,7 +135,8 @@ def _report(session: Session) -> None:
         "ptq_equalized": "PTQ after equalization",
         "qat": "QAT",
     }
-    table = Table(title=f"{session.plan.config.quantization.algorithm}: held-out perplexity")
+    algorithm = session.plan.config.quantization.algorithm or "unquantized"
+    table = Table(title=f"{algorithm}: held-out perplexity")
     table.add_column("model")
     table.add_column("perplexity", justify="right")
     for key, title in titles.items():
@@ -162,7 +168,7 @@ def _quantize(session: Session) -> None:
 
 def run_sft(config: RunConfig) -> Path:
     """Unquantized fine-tuning; returns the checkpoint."""
-    session = _start(config)
+    session = _start(config, quantizes=False)
     with session.log:
         session.measure("bf16")
         session.train_phase(_phase(session.plan, "sft", config.trainer.max_steps, quantized=False))
@@ -176,7 +182,7 @@ def run_sft(config: RunConfig) -> Path:
 
 def run_ptq(config: RunConfig) -> Path:
     """Calibration, checkpoint, export, verification; returns the checkpoint."""
-    session = _start(config)
+    session = _start(config, quantizes=True)
     with session.log:
         _pretrain(session)
         session.measure("bf16")
@@ -196,7 +202,7 @@ def run_qat(config: RunConfig) -> Path:
     fine-tuned unquantized, for a fair comparison -> PTQ -> QAT -> export -> verification.
     Each finished step is recorded, so that an interrupted run continues where it was.
     """
-    session = _start(config)
+    session = _start(config, quantizes=True)
     steps = config.trainer.max_steps
     with session.log:
         pretrained = _pretrain(session)

@@ -106,20 +106,53 @@ def test_training_resumed_from_a_checkpoint_continues_bit_for_bit(layouts, name)
 
 
 @pytest.mark.parametrize(
-    ("saved", "processes", "options"),
-    [("tp2-sp", 1, []), ("tp1", 2, ["--pp", "2"]), ("pp2-interleaved", 2, ["--tp", "2"])],
+    ("saved", "layout"),
+    [
+        ("tp1", "tp1"),
+        ("dp2", "dp2"),
+        ("tp2-sp", "tp1"),
+        ("tp1", "pp2"),
+        ("pp2-interleaved", "tp2"),
+    ],
 )
-def test_training_resumes_at_another_layout(layouts, tmp_path, saved, processes, options):
+def test_a_new_process_resumes_at_any_layout(layouts, tmp_path, saved, layout):
     root, whole = layouts[saved]
+    processes, options = LAYOUTS[layout]
     found = run(tmp_path / "other", processes, [*options, "--resume", str(root / "qat")])
     # float32 sums in another order flip single INT8 codes, as in the comparison of losses above
-    assert found["resumed"] == pytest.approx(whole["ahead"], rel=2e-3)
-    assert found["resumed"] != pytest.approx(whole["losses"], rel=2e-3)  # control: not steps 1, 2
-    before, after = CheckpointReader(root / "qat"), CheckpointReader(tmp_path / "other" / "resumed")
+    assert found["losses"] == pytest.approx(whole["ahead"], rel=2e-3)
+    assert found["losses"] != pytest.approx(whole["losses"], rel=2e-3)  # control: not steps 1, 2
+    if layout == saved:
+        assert found["losses"] == whole["ahead"]
+    before, after = CheckpointReader(root / "qat"), CheckpointReader(tmp_path / "other" / "qat")
     for linear in before.layers:
         for kind in ("weight", "input"):
             key = f"quantizers.{linear}.{kind}_scale"
             assert torch.equal(before.read(key), after.read(key)), key
+
+
+@pytest.fixture(scope="module")
+def equalized(tmp_path_factory):
+    root = tmp_path_factory.mktemp("equalized")
+    return {
+        name: (root / name, run(root / name, LAYOUTS[name][0], [*LAYOUTS[name][1], "--equalize"]))
+        for name in ("tp1", "tp2-sp", "pp2", "dp2")
+    }
+
+
+@pytest.mark.parametrize("name", ["tp1", "tp2-sp", "pp2", "dp2"])
+def test_equalization_keeps_the_function_and_is_bit_equal_on_every_layout(layouts, equalized, name):
+    root, found = equalized[name]
+    assert found["equalized"] == pytest.approx(found["unquantized"], rel=1e-5)
+    reference, other = CheckpointReader(equalized["tp1"][0] / "ptq"), CheckpointReader(root / "ptq")
+    plain = CheckpointReader(layouts["tp1"][0] / "ptq")
+    for linear in reference.layers:
+        for kind in ("weight", "input"):
+            key = f"quantizers.{linear}.{kind}_scale"
+            assert torch.equal(reference.read(key), other.read(key)), key
+    for norm in ("input_layernorm", "pre_mlp_layernorm"):
+        key = f"decoder.layers.{norm}.weight"
+        assert not torch.equal(reference.read(key), plain.read(key))  # control: norms were rescaled
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS)[1:])

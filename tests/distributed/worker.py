@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--algorithm", default="int8")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--equalize", action="store_true")
     parser.add_argument("--resume", type=Path, help="training checkpoint of another layout")
     args = parser.parse_args()
     model = dataclasses.replace(MODEL, tie_word_embeddings=not args.untied)
@@ -37,6 +38,7 @@ def main() -> None:
     groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp)
     from megatron.core import parallel_state
 
+    from mqat.calibration.equalize import equalize_
     from mqat.calibration.statistics import calibrate
     from mqat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
     from mqat.training.model import build_model
@@ -67,6 +69,13 @@ def main() -> None:
     ][rank::size]  # fmt: skip
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     result = {"unquantized": evaluate(chunks, [batches])[0]}
+    if args.equalize:
+        equalize_(
+            chunks, lambda: evaluate(chunks, [batches]),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )  # fmt: skip
+        result["equalized"] = evaluate(chunks, [batches])[0]
     calibrate(chunks, lambda: evaluate(chunks, [batches]), group=group, method="percentile")
     result["quantized"] = evaluate(chunks, [batches])[0]
     save_checkpoint(args.out / "ptq", chunks, model=model, layers=layers, algorithm=args.algorithm)
@@ -74,6 +83,8 @@ def main() -> None:
         chunks, OptimizerConfig(lr=1e-3), max_steps=10, clip_grad=1.0
     )
     state = TrainingState(optimizer, scheduler)
+    if args.resume:  # before any step: a process that resumes has an optimizer without state
+        load_checkpoint(args.resume, chunks, layers=layers, training=state)
 
     def step() -> float:
         for chunk in chunks:
@@ -85,7 +96,7 @@ def main() -> None:
         result.setdefault("grad_norms", []).append(float(norm))
         return loss / count
 
-    result["losses"] = [step(), step()]
+    result["losses"] = [step(), step()]  # after --resume: those that follow the checkpoint
     save_checkpoint(
         args.out / "qat", chunks, model=model, layers=layers, algorithm=args.algorithm,
         training=state,
@@ -93,13 +104,6 @@ def main() -> None:
     result["ahead"] = [step(), step()]
     load_checkpoint(args.out / "qat", chunks, layers=layers, training=state)
     result["resumed_alike"] = [step(), step()] == result["ahead"]
-    if args.resume:
-        load_checkpoint(args.resume, chunks, layers=layers, training=state)
-        result["resumed"] = [step(), step()]
-        save_checkpoint(
-            args.out / "resumed", chunks, model=model, layers=layers, algorithm=args.algorithm,
-            training=state,
-        )  # fmt: skip
     if groups.is_main():
         (args.out / "result.json").write_text(json.dumps(result))
     groups.finalize()

@@ -78,7 +78,7 @@ def test_a_damaged_archive_is_found(huggingface, tmp_path):
 
 def test_files_of_others_are_not_replaced_and_a_tokenizer_is_needed(huggingface, tiny, tmp_path):
     (tmp_path / "thesis").write_text("years of work")
-    with pytest.raises(ValueError, match="does not look like an export"):
+    with pytest.raises(ValueError, match="is not an export of mqat"):
         export_trtllm(
             huggingface, tmp_path / "thesis", tensor_parallel=1, archive="tar", overwrite=True
         )

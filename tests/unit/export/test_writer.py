@@ -76,7 +76,7 @@ def test_what_is_not_an_export_is_never_replaced(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     for target in (tmp_path / "home", tmp_path / "home" / "thesis.txt"):
-        with pytest.raises(ValueError, match="does not look like an export"):
+        with pytest.raises(ValueError, match="is not an export of mqat"):
             export(target, overwrite=True)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
 

@@ -93,7 +93,7 @@ def test_only_schemes_the_fast_path_knows_are_served():
     assert gemm_kind(named_scheme("int4")) is GemmKind.VALUES
     assert gemm_kind(named_scheme("int4_w_int8_a")) is GemmKind.VALUES
     assert gemm_kind(None) is None
-    per_token = LinearScheme("new", weight, TensorScheme(INT8, PerGroup(64)))
+    per_token = LinearScheme("new", weight, TensorScheme(INT8, PerGroup(64), is_dynamic=True))
     assert gemm_kind(per_token) is None
     fp8_weight_only = LinearScheme("new", named_scheme("fp8").weight, None)
     assert gemm_kind(fp8_weight_only) is None
