@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 from mqat.export.stream import TensorPlan, write_safetensors
 from mqat.export.writer import AtomicDirectory
 
+OLD, NEW = (f'{{"producer": {{"name": "mqat", "version": "{v}"}}}}' for v in ("1", "2"))
+
 
 @contextmanager
 def largest_file(size):
@@ -64,11 +66,11 @@ def test_nothing_is_visible_before_the_commit(tmp_path):
 
 
 def test_an_existing_directory_is_replaced_only_on_request(tmp_path):
-    export(tmp_path / "out", "old")
+    export(tmp_path / "out", OLD)
     with pytest.raises(ValueError, match="exists already"):
-        export(tmp_path / "out", "new")
-    export(tmp_path / "out", "new", overwrite=True)
-    assert (tmp_path / "out" / "config.json").read_text() == "new"
+        export(tmp_path / "out", NEW)
+    export(tmp_path / "out", NEW, overwrite=True)
+    assert (tmp_path / "out" / "config.json").read_text() == NEW
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
@@ -79,6 +81,14 @@ def test_what_is_not_an_export_is_never_replaced(tmp_path):
         with pytest.raises(ValueError, match="is not an export of mqat"):
             export(target, overwrite=True)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_model_somebody_else_wrote_is_never_replaced(tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="is not an export of mqat"):
+        export(tmp_path / "hub", overwrite=True)
+    assert (tmp_path / "hub" / "config.json").read_text() == '{"model_type": "llama"}'
 
 
 def test_an_empty_directory_may_be_used_as_target(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ MODEL = LlamaConfig(
 YAML = """
 model:
   architecture: {hidden_size: 128, intermediate_size: 256, num_layers: 2, num_query_groups: 4}
+  data: {packaged: python_docs}
 quantization:
   algorithm: int8
   rules:
