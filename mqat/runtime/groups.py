@@ -101,7 +101,11 @@ def initialize(
 
 
 def finalize() -> None:
-    """Leaves the process groups; `initialize` may be called again with another layout."""
+    """Leaves the process groups for good.
+
+    Under torchrun a process can join once: the job's store still holds the addresses of the first time.
+    For another layout of the same world, destroy Megatron's groups only and call `initialize` again.
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

@@ -33,21 +33,42 @@ LAYOUTS = {
     "tp2-recompute": (2, ["--tp", "2", "--recompute", "full"]),
     "tp2-sp-selective": (2, ["--tp", "2", "--sp", "--recompute", "selective"]),
 }
+EQUALIZED = ["tp1", "tp2-sp", "pp2", "dp2"]
+# Layout that saved, layout that resumes.
+RESUMED = [
+    ("tp1", "tp1"), ("dp2", "dp2"), ("tp2-sp", "tp1"), ("tp1", "pp2"), ("pp2-interleaved", "tp2"),
+]  # fmt: skip
 
 
-def run(out: Path, processes: int, options: list[str]) -> dict:
-    out.mkdir(parents=True)
-    done = torchrun(processes, WORKER, out, *options)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((out / "result.json").read_text())
+def run(root: Path, jobs: dict[str, tuple[int, list[str]]]) -> dict[str, tuple[Path, dict]]:
+    """Directory and result of every job: (number of processes, options)."""
+    for processes in {count for count, _ in jobs.values()}:
+        file = root / f"jobs{processes}.json"
+        lines = [[str(root / n), *how] for n, (count, how) in jobs.items() if count == processes]
+        file.write_text(json.dumps(lines))
+        done = torchrun(processes, WORKER, file)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return {name: (root / name, json.loads((root / name / "result.json").read_text()))
+            for name in jobs}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    root = tmp_path_factory.mktemp("layouts")
-    return {
-        name: (root / name, run(root / name, *how)) for name, how in (LAYOUTS | VARIANTS).items()
-    }
+    equalized = {f"{n}-equalized": (LAYOUTS[n][0], [*LAYOUTS[n][1], "--equalize"])
+                 for n in EQUALIZED}  # fmt: skip
+    return run(tmp_path_factory.mktemp("layouts"), LAYOUTS | VARIANTS | equalized)
+
+
+@pytest.fixture(scope="module")
+def resumed(layouts, tmp_path_factory):
+    """Other processes that go on from the checkpoints of the first."""
+    jobs = {
+        f"{saved}-{layout}": (
+            LAYOUTS[layout][0], [*LAYOUTS[layout][1], "--resume", str(layouts[saved][0] / "qat")]
+        )
+        for saved, layout in RESUMED
+    }  # fmt: skip
+    return run(tmp_path_factory.mktemp("resumed"), jobs)
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS)[1:])
@@ -105,53 +126,36 @@ def test_training_resumed_from_a_checkpoint_continues_bit_for_bit(layouts, name)
     assert layouts[name][1]["resumed_alike"]
 
 
-@pytest.mark.parametrize(
-    ("saved", "layout"),
-    [
-        ("tp1", "tp1"),
-        ("dp2", "dp2"),
-        ("tp2-sp", "tp1"),
-        ("tp1", "pp2"),
-        ("pp2-interleaved", "tp2"),
-    ],
-)
-def test_a_new_process_resumes_at_any_layout(layouts, tmp_path, saved, layout):
+@pytest.mark.parametrize(("saved", "layout"), RESUMED)
+def test_a_new_process_resumes_at_any_layout(layouts, resumed, saved, layout):
     root, whole = layouts[saved]
-    processes, options = LAYOUTS[layout]
-    found = run(tmp_path / "other", processes, [*options, "--resume", str(root / "qat")])
+    directory, found = resumed[f"{saved}-{layout}"]
     # float32 sums in another order flip single INT8 codes, as in the comparison of losses above
     assert found["losses"] == pytest.approx(whole["ahead"], rel=2e-3)
     assert found["losses"] != pytest.approx(whole["losses"], rel=2e-3)  # control: not steps 1, 2
     if layout == saved:
         assert found["losses"] == whole["ahead"]
-    before, after = CheckpointReader(root / "qat"), CheckpointReader(tmp_path / "other" / "qat")
+    before, after = CheckpointReader(root / "qat"), CheckpointReader(directory / "qat")
     for linear in before.layers:
         for kind in ("weight", "input"):
             key = f"quantizers.{linear}.{kind}_scale"
             assert torch.equal(before.read(key), after.read(key)), key
 
 
-@pytest.fixture(scope="module")
-def equalized(tmp_path_factory):
-    root = tmp_path_factory.mktemp("equalized")
-    return {
-        name: (root / name, run(root / name, LAYOUTS[name][0], [*LAYOUTS[name][1], "--equalize"]))
-        for name in ("tp1", "tp2-sp", "pp2", "dp2")
-    }
-
-
-@pytest.mark.parametrize("name", ["tp1", "tp2-sp", "pp2", "dp2"])
-def test_equalization_keeps_the_function_and_is_bit_equal_on_every_layout(layouts, equalized, name):
-    root, found = equalized[name]
+@pytest.mark.parametrize("name", EQUALIZED)
+def test_equalization_keeps_the_function_and_is_bit_equal_on_every_layout(layouts, name):
+    _, found = layouts[f"{name}-equalized"]
     assert found["equalized"] == pytest.approx(found["unquantized"], rel=1e-5)
-    reference, other = CheckpointReader(equalized["tp1"][0] / "ptq"), CheckpointReader(root / "ptq")
+    reference, other = (
+        CheckpointReader(layouts[n][0] / "ptq") for n in ("tp1-equalized", f"{name}-equalized")
+    )
     plain = CheckpointReader(layouts["tp1"][0] / "ptq")
     for linear in reference.layers:
         for kind in ("weight", "input"):
             key = f"quantizers.{linear}.{kind}_scale"
             assert torch.equal(reference.read(key), other.read(key)), key
-    for norm in ("input_layernorm", "pre_mlp_layernorm"):
-        key = f"decoder.layers.{norm}.weight"
+    for linear in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        key = f"decoder.layers.{linear}.layer_norm_weight"
         assert not torch.equal(reference.read(key), plain.read(key))  # control: norms were rescaled
 
 

@@ -1,8 +1,13 @@
-"""Run by torchrun: calibrates, trains two steps and saves a tiny model; prints what it measured."""
+"""Run by torchrun: calibrates, trains two steps and saves a tiny model, once for each job.
+
+The argument is a JSON file with a list of jobs, each a list of options. Importing Megatron-Core takes
+longer than a job, so all jobs of one world size share the processes; each has groups of its own.
+"""
 
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +25,12 @@ MODEL = LlamaConfig(
 
 
 def main() -> None:
+    for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
+        run(parse(job))
+    groups.finalize()
+
+
+def parse(options: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--tp", type=int, default=1)
@@ -32,7 +43,10 @@ def main() -> None:
     parser.add_argument("--untied", action="store_true")
     parser.add_argument("--equalize", action="store_true")
     parser.add_argument("--resume", type=Path, help="training checkpoint of another layout")
-    args = parser.parse_args()
+    return parser.parse_args(options)
+
+
+def run(args: argparse.Namespace) -> None:
     model = dataclasses.replace(MODEL, tie_word_embeddings=not args.untied)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp)
@@ -105,8 +119,9 @@ def main() -> None:
     load_checkpoint(args.out / "qat", chunks, layers=layers, training=state)
     result["resumed_alike"] = [step(), step()] == result["ahead"]
     if groups.is_main():
+        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "result.json").write_text(json.dumps(result))
-    groups.finalize()
+    parallel_state.destroy_model_parallel()  # the next job has another layout of the same world
 
 
 if __name__ == "__main__":
