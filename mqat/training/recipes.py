@@ -159,7 +159,7 @@ def _quantize(session: Session) -> None:
     settings = session.plan.config.quantization
     session.calibrate()
     session.measure("ptq")
-    if settings.equalize:
+    if settings.equalize or settings.algorithm == "int8_sq":
         session.reset_quantizers()
         session.equalize()
         session.calibrate()

@@ -68,8 +68,9 @@ def trained(tmp_path_factory):
     """The same quantized model from two training layouts."""
     root = tmp_path_factory.mktemp("trained")
     for name, processes, options in (("one", 1, []), ("two", 2, ["--tp", "2", "--sp"])):
-        (root / name).mkdir()
-        done = torchrun(processes, WORKER, root / name, *options)
+        jobs = root / f"{name}.json"
+        jobs.write_text(json.dumps([[str(root / name), *options]]))
+        done = torchrun(processes, WORKER, jobs)
         assert done.returncode == 0, done.stderr[-4000:]
     return root
 
