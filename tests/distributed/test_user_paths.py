@@ -203,21 +203,3 @@ def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):
     assert steps("killed")[first_part]["step"] > 2  # it went on, it did not start over
     by_step = {line["step"]: line["loss"] for line in steps("killed")}
     assert by_step == {line["step"]: line["loss"] for line in steps("whole")}
-
-
-def test_a_new_run_in_a_used_directory_does_not_touch_the_earlier_one(tmp_path):
-    settings = [
-        "trainer.max_steps=2", "exp_manager.checkpoint_interval=1", "trainer.limit_val_samples=4",
-        "trainer.seed=7", f"exp_manager.exp_dir={tmp_path}",
-    ]  # fmt: skip
-    assert torchrun(1, SFT, *settings).returncode == 0
-    resumed = torchrun(
-        1, SFT, *settings, "exp_manager.resume_if_exists=true", "model.optim.lr=0.001"
-    )
-    assert resumed.returncode != 0
-    assert "the run to resume had model.optim.lr=0.003, this one has 0.001" in resumed.stderr
-    assert torchrun(1, SFT, *settings).returncode == 0
-    earlier, later = tmp_path / "run_0", tmp_path
-    assert (earlier / "checkpoint" / "mqat.json").is_file()
-    assert (earlier / "metrics.jsonl").read_text() != ""
-    assert len((later / "metrics.jsonl").read_text().splitlines()) == 2
