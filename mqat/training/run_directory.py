@@ -25,6 +25,11 @@ _MAY_CHANGE = (
     "export.",
     "exp_manager.",
 )
+# What a run writes: only this is ever moved, whatever else the directory holds.
+_FILES = (
+    "config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "checkpoint",
+    "trtllm", "hf",
+)  # fmt: skip
 
 
 def open_run_directory(directory: Path, config: RunConfig) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def open_run_directory(directory: Path, config: RunConfig) -> dict[str, Any]:
     summary = _previous_summary(directory)
     file = directory / "config.yaml"
     text = config_to_yaml(config)
-    if file.is_file():
+    if config.exp_manager.resume_if_exists and file.is_file():
         _check_same_run(file, yaml.safe_load(file.read_text("utf-8")), yaml.safe_load(text))
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
@@ -54,7 +59,7 @@ def open_run_directory(directory: Path, config: RunConfig) -> dict[str, Any]:
 def _put_aside(directory: Path) -> None:
     if not directory.is_dir():
         return
-    earlier = [entry for entry in directory.iterdir() if not entry.name.startswith("run_")]
+    earlier = [directory / name for name in _FILES if (directory / name).exists()]
     if not earlier:
         return
     number = 0

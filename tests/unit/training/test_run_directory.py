@@ -21,7 +21,9 @@ def finished_run(directory):
 
 def test_a_new_run_moves_an_earlier_one_aside_whole(tmp_path):
     finished_run(tmp_path)
+    (tmp_path / "thesis.txt").write_text("years of work")
     assert open_run_directory(tmp_path, config())["done"] == []
+    assert (tmp_path / "thesis.txt").is_file()  # not a file of a run: it stays
     assert {f.name for f in (tmp_path / "run_0").iterdir()} == {
         "config.yaml", "checkpoints", "metrics.jsonl", "summary.json",
     }  # fmt: skip
