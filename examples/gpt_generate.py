@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)
+    parser.add_argument("--lowered", action="store_true", help="run with low-precision weights")
     args = parser.parse_args()
     with command_line():
         from mqat.training.opened import open_model
@@ -29,7 +30,10 @@ def main() -> None:
             args.checkpoint,
             tensor_parallel=args.tensor_parallel,
             pipeline_parallel=args.pipeline_parallel,
+            lowered=args.lowered,
         )
+        if "" in args.prompt:
+            raise ValueError("the prompt is empty; give at least one word to continue.")
         for prompt in args.prompt:
             ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
             stop = model.tokenizer.eos_token_id

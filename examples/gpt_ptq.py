@@ -13,7 +13,7 @@ from mqat.runtime.groups import command_line
 def main() -> None:
     """Runs `conf/ptq_tiny.yaml` unless told otherwise."""
     with command_line():
-        config = recipe_config(Path(__file__).parent.parent / "conf" / "ptq_tiny.yaml")
+        config = recipe_config(Path(__file__).parent.parent / "conf" / "ptq_tiny.yaml", __doc__)
         from mqat.training.recipes import run_ptq
 
         run_ptq(config)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from mqat.calibration.recipe import Recipe as Recipe
     from mqat.calibration.statistics import calibrate as calibrate
     from mqat.config import load_config as load_config
+    from mqat.export import export_hf as export_hf
     from mqat.export import export_trtllm as export_trtllm
+    from mqat.parallel.quantized_step import quantized_step as quantized_step
     from mqat.quant.scheme import named_scheme as named_scheme
     from mqat.runtime.groups import finalize as finalize
     from mqat.runtime.groups import initialize as initialize
@@ -25,12 +27,14 @@ if TYPE_CHECKING:
     from mqat.specs.policy import Policy as Policy
     from mqat.training.checkpoint import load_checkpoint as load_checkpoint
     from mqat.training.checkpoint import save_checkpoint as save_checkpoint
+    from mqat.verify import verify_export as verify_export
     from mqat.verify import verify_trtllm as verify_trtllm
 
 _HOME = {
     "Policy": "mqat.specs.policy",
     "Recipe": "mqat.calibration.recipe",
     "calibrate": "mqat.calibration.statistics",
+    "export_hf": "mqat.export",
     "export_trtllm": "mqat.export",
     "finalize": "mqat.runtime.groups",
     "initialize": "mqat.runtime.groups",
@@ -40,7 +44,9 @@ _HOME = {
     "prepare_": "mqat.calibration.prepare",
     "quantize_block_spec": "mqat.specs.gpt",
     "quantize_layer_spec": "mqat.specs.gpt",
+    "quantized_step": "mqat.parallel.quantized_step",
     "save_checkpoint": "mqat.training.checkpoint",
+    "verify_export": "mqat.verify",
     "verify_trtllm": "mqat.verify",
 }
 __all__ = sorted(_HOME)

@@ -11,19 +11,26 @@ import json
 import math
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mqat.config import RunConfig, load_config
+from mqat.config import RunConfig, config_to_yaml, load_config
 from mqat.runtime.groups import command_line
 
 if TYPE_CHECKING:
     import torch
 
+    from mqat.verify import Report
 
-def recipe_config(default: Path) -> RunConfig:
+
+def recipe_config(default: Path, description: str | None = None) -> RunConfig:
     """Configuration of an example script: `[--config FILE] [key=value ...]` from the command line."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="All keys, with their defaults:\n\n" + config_to_yaml(RunConfig()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", type=Path, default=default, help=f"default: {default.name}")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -35,6 +42,8 @@ def _import(args: argparse.Namespace) -> None:
     from mqat.training.checkpoint import save_checkpoint
     from mqat.training.opened import open_model
 
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists already; choose another path, or delete it first.")
     model = open_model(
         args.source,
         tensor_parallel=args.tensor_parallel,
@@ -55,31 +64,43 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from mqat.export import export_trtllm
+    from mqat.export import export_hf, export_trtllm
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    agree = {}
+    together: dict[str, Any] = {"rank": rank, "world_size": world_size}
     if world_size > 1:
         import torch.distributed as dist
 
-        from mqat.runtime.groups import agree as agree_
+        from mqat.runtime.groups import agree
 
         dist.init_process_group("gloo")
-        agree = {"agree": agree_}
-    export_trtllm(
-        args.checkpoint,
-        args.out,
-        tensor_parallel=args.inference_tp,
-        pipeline_parallel=args.inference_pp,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-        rank=rank,
-        world_size=world_size,
-        **agree,
-    )
+        together["agree"] = agree
+    together |= {"dtype": args.dtype, "overwrite": args.overwrite}
+    if args.format == "hf":
+        if args.qnemo or args.inference_tp * args.inference_pp > 1:
+            raise ValueError(
+                "--format hf: servers split the weights themselves, and a .qnemo holds a TensorRT-LLM "
+                "directory; leave out --inference-tp, --inference-pp and --qnemo."
+            )
+        shard_bytes = int(args.max_shard_gb * 1e9)
+        export_hf(
+            args.checkpoint, args.out, style=args.style, max_shard_bytes=shard_bytes, **together
+        )
+        what = f"Hugging Face directory, {args.style}"
+    else:
+        export_trtllm(
+            args.checkpoint,
+            args.out,
+            tensor_parallel=args.inference_tp,
+            pipeline_parallel=args.inference_pp,
+            allow_requantization=args.allow_requantization,
+            archive=args.qnemo,
+            **together,
+        )
+        what = f"TensorRT-LLM checkpoint, TP {args.inference_tp} x PP {args.inference_pp}"
     if rank == 0:
         print(
-            f"{args.out}: TensorRT-LLM checkpoint, TP {args.inference_tp} x PP {args.inference_pp}. "
+            f"{args.out}: {what}. "
             f"Check it with: mqat verify {args.out} --reference {args.checkpoint}"
         )
 
@@ -99,30 +120,10 @@ def _token_window(text: Path, tokenizer_dir: Path, length: int) -> torch.Tensor:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    import torch
+    from mqat.verify import unpacked
 
-    from mqat.verify import verify_trtllm
-
-    tokens = expected = None
-    config_file = args.directory / "config.json"
-    if args.text is not None:
-        tokens = _token_window(args.text, args.directory, args.tokens)
-    elif config_file.is_file():
-        # No text given: a fixed spread of token ids still exercises every tensor.
-        vocab = json.loads(config_file.read_text("utf-8")).get("vocab_size", 2)
-        tokens = torch.arange(32)[None] * 7919 % vocab
-    if args.reference is not None and tokens is not None:
-        from mqat.runtime import groups
-        from mqat.training.opened import open_model
-        from mqat.training.step import served_logits
-
-        dtype = json.loads(config_file.read_text("utf-8")).get("dtype", "float32")
-        model = open_model(args.reference)
-        expected = served_logits(model.chunks, tokens, dtype)
-        groups.finalize()
-    report = verify_trtllm(
-        args.directory, reference=args.reference, tokens=tokens, reference_logits=expected
-    )
+    with unpacked(args.directory) as directory:
+        report = _verified(directory, args)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
@@ -132,12 +133,65 @@ def _verify(args: argparse.Namespace) -> None:
     sys.exit(0 if report.ok else 1)
 
 
+def _json_object(file: Path) -> dict[str, Any]:
+    """Contents of a JSON file; empty if it is missing, which verification reports itself."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def _verified(directory: Path, args: argparse.Namespace) -> Report:
+    import torch
+
+    from mqat.verify import verify_export
+
+    tokens = expected = None
+    config = _json_object(directory / "config.json")
+    if args.text is not None:
+        tokens = _token_window(args.text, directory, args.tokens)
+    elif config:
+        # No text given: a fixed spread of token ids still exercises every tensor.
+        tokens = torch.arange(32)[None] * 7919 % config.get("vocab_size", 2)
+    if args.reference is not None and tokens is not None:
+        from mqat.runtime import groups
+        from mqat.training.opened import open_model
+        from mqat.training.step import served_logits
+
+        dtype = config.get("torch_dtype", config.get("dtype", "float32"))
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(
+                f"{directory / 'config.json'}: dtype={dtype!r} is not one mqat writes."
+            )
+        model = open_model(args.reference)
+        expected = served_logits(model.chunks, tokens, dtype).cpu()
+        groups.finalize()
+    return verify_export(
+        directory, reference=args.reference, tokens=tokens, reference_logits=expected
+    )
+
+
 def _eval(args: argparse.Namespace) -> None:
     from mqat.training.perplexity import checkpoint_perplexity, export_perplexity
+    from mqat.verify import is_export, unpacked
 
-    is_export = any(args.model.glob("rank*.safetensors")) if args.model.is_dir() else False
-    measure = export_perplexity if is_export else checkpoint_perplexity
-    loss, tokens = measure(args.model, args.text, seq_length=args.seq_length)
+    if args.seq_length < 1:
+        raise ValueError(f"--seq-length={args.seq_length} must be at least 1.")
+    is_archive = args.model.suffix == ".qnemo"
+    with unpacked(args.model) if is_archive else nullcontext(args.model) as model:
+        if is_export(model) and args.lowered:
+            raise ValueError(f"{args.model}: --lowered is for checkpoints; this is an export.")
+        if is_export(model):
+            loss, tokens = export_perplexity(model, args.text, seq_length=args.seq_length)
+        else:
+            loss, tokens = checkpoint_perplexity(
+                model, args.text, seq_length=args.seq_length, lowered=args.lowered
+            )
     result = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     if args.json:
         print(json.dumps(result))
@@ -149,40 +203,14 @@ def _inspect(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mqat.export.slices import CheckpointReader
+    from mqat.report.inspect import COLUMNS, rows
+    from mqat.verify import unpacked
 
-    reader = CheckpointReader(args.checkpoint)
-    table = Table(title=str(args.checkpoint))
-    for column in (
-        "linear",
-        "shape",
-        "algorithm",
-        "weight",
-        "bits",
-        "weight scales",
-        "input scale",
-    ):
-        table.add_column(column)
-    for name, scheme in reader.layers.items():
-        assert scheme.weight is not None
-        scale = reader.read(f"quantizers.{name}.weight_scale")
-        shape = reader.model.linear_shape(name.split(".", 3)[3])
-        bits = scheme.weight.format.bits + 32 * scale.numel() / (shape[0] * shape[1])
-        step = (
-            f"{reader.read(f'quantizers.{name}.input_scale').item():.4g}" if scheme.input else "-"
-        )
-        table.add_row(
-            name,
-            "x".join(map(str, shape)),
-            scheme.name,
-            f"{scheme.weight.format.name} per {scheme.weight.granularity}",
-            f"{bits:.2f}",
-            f"{scale.min():.3g} .. {scale.max():.3g}",
-            step,
-        )
-    if not reader.layers:
-        table.caption = "unquantized"
-    Console(width=140).print(table)
+    table = Table(*COLUMNS, title=str(args.path))
+    with unpacked(args.path) as path:
+        for row in rows(path):
+            table.add_row(*row.cells())
+    Console(width=160).print(table)
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -211,9 +239,22 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("export", _export, "checkpoint -> directory for serving")
     add.add_argument("checkpoint", type=Path)
-    add.add_argument("--format", choices=("trtllm",), default="trtllm")
-    add.add_argument("--inference-tp", type=int, default=1)
-    add.add_argument("--inference-pp", type=int, default=1)
+    add.add_argument("--format", choices=("trtllm", "hf"), default="trtllm")
+    add.add_argument("--inference-tp", type=int, default=1, help="trtllm")
+    add.add_argument("--inference-pp", type=int, default=1, help="trtllm")
+    add.add_argument(
+        "--style", choices=("compressed-tensors", "modelopt"), default="compressed-tensors",
+        help="hf: how quantized tensors are stored",
+    )  # fmt: skip
+    add.add_argument("--max-shard-gb", type=float, default=5.0, help="hf: largest file, 1e9 bytes")
+    add.add_argument(
+        "--qnemo", nargs="?", choices=("directory", "tar"), const="directory",
+        help="trtllm: a .qnemo for NeMo, as a directory or (its older releases) as one file",
+    )  # fmt: skip
+    add.add_argument(
+        "--allow-requantization", action="store_true",
+        help="trtllm: accept that the loader rounds int8_wo weights a second time",
+    )  # fmt: skip
     dtypes = ("bfloat16", "float16", "float32")
     add.add_argument("--dtype", choices=dtypes, default="bfloat16")
     add.add_argument("--out", type=Path, required=True)
@@ -232,10 +273,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("model", type=Path)
     add.add_argument("--text", type=Path, required=True)
     add.add_argument("--seq-length", type=int, default=256)
+    add.add_argument("--lowered", action="store_true", help="run with low-precision weights")
     add.add_argument("--json", action="store_true")
 
-    add = command("inspect", _inspect, "schemes, scales and bits per weight of a checkpoint")
-    add.add_argument("checkpoint", type=Path)
+    add = command("inspect", _inspect, "formats, bits and scales of a checkpoint or an export")
+    add.add_argument("path", type=Path)
 
     add = command("plan", _plan, "check a configuration and estimate memory before queueing a job")
     add.add_argument("--config", type=Path, required=True)

@@ -7,6 +7,7 @@ is an error that suggests the nearest one.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -106,11 +107,25 @@ class ModelConfig:
 
 
 @dataclass
+class OperandConfig:
+    """How one operand of a linear is quantized."""
+
+    format: str | None = None  # int2 .. int8, uint2 .. uint8, fp8_e4m3, fp8_e5m2, fp4_e2m1, nf4
+    granularity: str | None = None  # tensor, channel, token, group:<size> or block:<size>
+    scale: str = "float32"  # or bfloat16, e8m0 (MX), e4m3 (NVFP4: under a global scale)
+    dynamic: bool = False  # scales of every tensor that arrives (inputs and outputs)
+    asymmetric: bool = False  # with an integer zero point
+
+
+@dataclass
 class RuleConfig:
-    """A name pattern and the algorithm of the linears that match it; the first match wins."""
+    """Linears that match a name pattern, and their algorithm or operands; the first match wins."""
 
     pattern: str
     algorithm: str | None = None
+    weight: OperandConfig | None = None
+    input: OperandConfig | None = None
+    output: OperandConfig | None = None
 
 
 @dataclass
@@ -118,7 +133,7 @@ class QuantizationConfig:
     """What is quantized, how scales are found, and when fake quantization starts."""
 
     algorithm: str | None = "int8"
-    group_size: int = 128
+    group_size: int | None = None  # null: 128, for 8da4w 256
     rules: list[RuleConfig] = field(default_factory=list)
     calibrator: str = "max"  # of inputs: max, percentile, mse or entropy
     percentile: float = 99.9999
@@ -139,12 +154,14 @@ class QuantizationConfig:
 class ExportConfig:
     """The directory for serving; nothing is exported while `format` is null."""
 
-    format: str | None = "trtllm"
+    format: str | None = "trtllm"  # or "hf"
+    style: str = "compressed-tensors"  # of quantized tensors in "hf"; or "modelopt"
     decoder_type: str = "llama"
     inference_tensor_parallel: int = 1
     inference_pipeline_parallel: int = 1
     dtype: str = "bfloat16"
-    save_path: str | None = None  # default: <exp_dir>/trtllm
+    allow_requantization: bool = False  # int8_wo in "trtllm", whose loader rounds a second time
+    save_path: str | None = None  # default: <exp_dir>/<format>
     verify: bool = True
 
 
@@ -184,7 +201,8 @@ _CHOICES = {
     "quantization.equalize_grid": ("power_of_two", "float"),
     "quantization.rounding": ("nearest", "gptq"),
     "quantization.decoder_type": ("llama",),
-    "export.format": (None, "trtllm"),
+    "export.format": (None, "trtllm", "hf"),
+    "export.style": ("compressed-tensors", "modelopt"),
     "export.decoder_type": ("llama",),
     "export.dtype": ("bfloat16", "float16", "float32"),
 }
@@ -192,6 +210,17 @@ _CHOICES = {
 _MINIMUM = {
     "trainer.max_steps": 0,
     "trainer.num_nodes": 1,
+    "trainer.limit_val_samples": 1,
+    "trainer.gradient_clip_val": 0,
+    "trainer.val_check_interval": 0,
+    "model.optim.lr": 0,
+    "model.optim.weight_decay": 0,
+    "model.optim.sched.warmup_steps": 0,
+    "model.optim.sched.min_lr": 0,
+    "model.pretrain.max_steps": 0,
+    "model.pretrain.lr": 0,
+    "exp_manager.checkpoint_interval": 0,
+    "exp_manager.sample_tokens": 0,
     "model.tensor_model_parallel_size": 1,
     "model.pipeline_model_parallel_size": 1,
     "model.micro_batch_size": 1,
@@ -199,6 +228,7 @@ _MINIMUM = {
     "model.data.seq_length": 2,
     "quantization.num_calib_size": 1,
     "quantization.calib_layers_at_once": 0,
+    "quantization.group_size": 1,
     "quantization.fake_quant_after_n_steps": 0,
     "export.inference_tensor_parallel": 1,
     "export.inference_pipeline_parallel": 1,
@@ -212,11 +242,15 @@ def _check_keys(given: Any, schema: Any, path: str) -> None:
     known = {f.name: f for f in fields(schema)}
     for key, value in given.items():
         full = f"{path}{key}"
+        for index, rule in enumerate(value if full == "quantization.rules" and value else ()):
+            _check_keys(rule, RuleConfig(""), f"{full}[{index}].")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {path}{near[0]!s}?" if near else f"known keys: {sorted(known)}."
             raise ValueError(f"config: unknown key {full!r}; {hint}")
         nested: Any = ArchitectureConfig if full == "model.architecture" else None
+        if isinstance(schema, RuleConfig) and key in ("weight", "input", "output"):
+            nested = OperandConfig
         default = getattr(schema, key, None) if not isinstance(schema, type) else None
         if nested is None and is_dataclass(default):
             nested = type(default)
@@ -238,8 +272,10 @@ def _check_values(config: RunConfig) -> None:
             allowed = ", ".join("null" if choice is None else choice for choice in choices)
             raise ValueError(f"config: {key}={value!r} is not one of: {allowed}.")
     for key, minimum in _MINIMUM.items():
-        if _lookup(config, key) < minimum:
-            raise ValueError(f"config: {key}={_lookup(config, key)} must be at least {minimum}.")
+        value = _lookup(config, key)
+        if value is not None and not minimum <= value < math.inf:  # NaN fails both
+            raise ValueError(f"config: {key}={value} must be a number of at least {minimum}.")
+    _check_optimizer(config)
     quantization = config.quantization
     if not 0 < quantization.percentile <= 100:
         raise ValueError(
@@ -251,6 +287,27 @@ def _check_values(config: RunConfig) -> None:
             f"config: quantization.sq_alpha={quantization.sq_alpha} must be in [0, 1], or null to "
             "search for the best of every linear."
         )
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    optim = config.model.optim
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ValueError(f"config: model.optim.betas={optim.betas} must be two numbers in [0, 1).")
+    phases = {
+        "trainer.max_steps": (config.trainer.max_steps, optim.lr),
+        "model.pretrain.max_steps": (config.model.pretrain.max_steps, config.model.pretrain.lr),
+    }
+    for key, (steps, lr) in phases.items():
+        if 0 < steps <= optim.sched.warmup_steps:
+            raise ValueError(
+                f"config: model.optim.sched.warmup_steps={optim.sched.warmup_steps} must be below "
+                f"{key}={steps}, or the learning rate never reaches its peak."
+            )
+        if steps and optim.sched.min_lr > lr:
+            raise ValueError(
+                f"config: model.optim.sched.min_lr={optim.sched.min_lr} exceeds the learning rate "
+                f"{lr} of {key.removesuffix('.max_steps')}."
+            )
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mqat.calibration.weights import METHODS
 
@@ -44,6 +44,18 @@ class Recipe:
             raise ValueError(f"quantization.sq_alpha={self.alpha} must be in [0, 1], or null.")
         if self.search_steps < 1 or self.layers_at_once < 0:
             raise ValueError("search_steps must be at least 1 and layers_at_once at least 0.")
+
+    def including(self, algorithm: str | None) -> Recipe:
+        """This recipe with the steps that an algorithm's name promises.
+
+        `int8_sq`: SmoothQuant. `int4_awq`, `w4a8_awq`: AWQ's search of scales and of clipping points.
+        """
+        if algorithm == "int8_sq":
+            return replace(self, equalize=True)
+        if algorithm in ("int4_awq", "w4a8_awq"):
+            method = "awq" if self.weight_method == "max" else self.weight_method
+            return replace(self, equalize=True, alpha=None, grid="float", weight_method=method)
+        return self
 
     @property
     def changes_anything(self) -> bool:

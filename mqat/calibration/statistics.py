@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mqat.parallel.linear import QuantizedLinear, quantized_linears, weight_amax_spans_ranks
 from mqat.parallel.reduce import all_reduce_fused_
-from mqat.quant.functional import compute_amax
 from mqat.runtime.groups import agree
 
 
@@ -35,7 +34,7 @@ def exact_forward(linears: dict[str, QuantizedLinear]) -> Iterator[None]:
 
 def _weight_amax(linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
     return {
-        name: compute_amax(linear.weight, linear.weight_quantizer.scheme.granularity)
+        name: linear.weight_quantizer.statistic(linear.weight)
         for name, linear in linears.items()
         if linear.weight_quantizer is not None
     }
@@ -65,10 +64,14 @@ def calibrate(
             the linear.
     """
     linears = quantized_linears(model)
-    observed = {n: x for n, x in linears.items() if x.input_quantizer is not None}
-    for linear in observed.values():
-        assert linear.input_quantizer is not None
-        linear.input_quantizer.start_observing(method)
+    activations = {
+        quantizer.name: quantizer
+        for linear in linears.values()
+        for kind, quantizer in linear.quantizers.items()
+        if kind != "weight"
+    }
+    for quantizer in activations.values():
+        quantizer.start_observing(method)
     with exact_forward(linears):
         run_batches()
         overflow = {
@@ -76,26 +79,26 @@ def calibrate(
             for name, linear in linears.items()
             if linear.overflow is not None
         }
-    given = weight_amax or {}
-    amax = _weight_amax({n: x for n, x in linears.items() if n not in given})
-    observers = {
-        name: linear.input_quantizer.observer
-        for name, linear in observed.items()
-        if linear.input_quantizer is not None and linear.input_quantizer.observer is not None
-    }
+    amax = _weight_amax(linears) | dict(weight_amax or {})
+    whole = {name: local.amax().reshape(1) for name, local in amax.items()}  # of two-level scales
+    observers = {name: q.observer for name, q in activations.items() if q.observer is not None}
     spanning = [amax[name] for name in amax if weight_amax_spans_ranks(linears[name])]
-    maxima = [*spanning, *overflow.values(), *(o.statistics for o in observers.values())]
+    maxima = [
+        *spanning,
+        *whole.values(),
+        *overflow.values(),
+        *(o.statistics for o in observers.values()),
+    ]
     all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
-    amax |= given
     if method != "max":
         histograms = [observer.histogram for observer in observers.values()]
         all_reduce_fused_(histograms, dist.ReduceOp.SUM, group)
 
     error: Exception | None = None
     try:
+        for name, observer in observers.items():
+            observer.check(name)
         for name in linears:
-            if name in observers:
-                observers[name].check(name)
             if overflow[name].item():
                 raise ValueError(
                     f"{name}: output is NaN, infinite or above 2**20 during calibration. Check the "
@@ -111,7 +114,7 @@ def calibrate(
 
     for name, linear in linears.items():
         if linear.weight_quantizer is not None:
-            linear.weight_quantizer.freeze_(amax[name])
-        if linear.input_quantizer is not None:
-            fmt = linear.input_quantizer.scheme.format
-            linear.input_quantizer.freeze_(observers[name].calibrated_amax(fmt, percentile))
+            linear.weight_quantizer.freeze_(amax[name], whole[name])
+    for name, quantizer in activations.items():
+        fmt = quantizer.scheme.format
+        quantizer.freeze_(observers[name].calibrated_amax(fmt, percentile))

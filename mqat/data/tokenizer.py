@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+GENERATION_CONFIG = "generation_config.json"
 _END = "<|endoftext|>"
 # Conversations of models that bring no template of their own.
 _CHAT_TEMPLATE = (
@@ -57,9 +59,15 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Writes the files that `load_tokenizer` reads into `directory`, which is created."""
+    """Writes the files that `load_tokenizer` reads into `directory`, which is created.
+
+    The generation settings beside the tokenizer's own files come along: they say where a model stops.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(directory))
+    settings = Path(tokenizer.name_or_path) / GENERATION_CONFIG
+    if settings.is_file():
+        shutil.copyfile(settings, directory / GENERATION_CONFIG)
 
 
 def train_small_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

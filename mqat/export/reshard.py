@@ -10,11 +10,15 @@ where a parallel layout enters the export. Row order of the fused weights:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mqat.models.llama import LlamaConfig
 
 Rows = list[slice]
+
+# Enough to keep the arithmetic vectorized, few enough to stay in the cache.
+_BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -52,21 +56,40 @@ def key_value_heads(model: LlamaConfig, rank: InferenceRank) -> range:
     return range(rank.tp_rank * per_rank, (rank.tp_rank + 1) * per_rank)
 
 
-def qkv_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
-    """Checkpoint rows of this rank's fused qkv, in TensorRT-LLM's order."""
+def query_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+    """Checkpoint rows of this rank's query heads, in order."""
     d = model.head_dim
     per_group = model.num_attention_heads // model.num_query_groups
-    stride = (per_group + 2) * d
     per_rank = model.num_attention_heads // rank.tp
     rows = []
     for head in range(rank.tp_rank * per_rank, (rank.tp_rank + 1) * per_rank):
-        start = head // per_group * stride + head % per_group * d
+        start = (head // per_group * (per_group + 2) + head % per_group) * d
         rows.append(slice(start, start + d))
-    for part in (0, 1):  # keys, values
-        for group in key_value_heads(model, rank):
-            start = group * stride + (per_group + part) * d
-            rows.append(slice(start, start + d))
     return rows
+
+
+def _head_rows(model: LlamaConfig, rank: InferenceRank, part: int) -> Rows:
+    d = model.head_dim
+    per_group = model.num_attention_heads // model.num_query_groups
+    starts = [
+        (group * (per_group + 2) + per_group + part) * d for group in key_value_heads(model, rank)
+    ]
+    return [slice(start, start + d) for start in starts]
+
+
+def key_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+    """Checkpoint rows of this rank's key heads."""
+    return _head_rows(model, rank, 0)
+
+
+def value_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+    """Checkpoint rows of this rank's value heads."""
+    return _head_rows(model, rank, 1)
+
+
+def qkv_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+    """Checkpoint rows of this rank's fused qkv, in TensorRT-LLM's order."""
+    return [*query_rows(model, rank), *key_rows(model, rank), *value_rows(model, rank)]
 
 
 def even_part(size: int, rank: InferenceRank) -> slice:
@@ -93,3 +116,29 @@ def vocab_rows(model: LlamaConfig, rank: InferenceRank) -> tuple[slice, int]:
     start = min(rank.tp_rank * share, model.vocab_size)
     stop = min(start + share, model.vocab_size)
     return slice(start, stop), share - (stop - start)
+
+
+def row_blocks(rows: Rows, width: int) -> Iterator[Rows]:
+    """Cuts rows of `width` elements into consecutive blocks; all but the last have an even length.
+
+    A tensor is read, converted and written one such block at a time.
+    """
+    limit = max(_BLOCK_ELEMENTS // max(width, 1) // 2 * 2, 2)
+    block: Rows = []
+    room = limit
+    for part in rows:
+        start = part.start
+        while start < part.stop:
+            taken = min(room, part.stop - start)
+            block.append(slice(start, start + taken))
+            start, room = start + taken, room - taken
+            if room == 0:
+                yield block
+                block, room = [], limit
+    if block:
+        yield block
+
+
+def count(rows: Rows) -> int:
+    """Number of rows."""
+    return sum(part.stop - part.start for part in rows)

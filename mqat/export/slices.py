@@ -2,20 +2,21 @@
 
 A `torch_dist` checkpoint is an index (`.metadata`, a pickle) and files of concatenated `torch.save`
 records, one per saved chunk. The index is read by an unpickler that knows only the index's own
-classes, the records with `weights_only=True`; only chunks that overlap the request are read.
+classes; of the records (`records.py`) only what overlaps the request is touched.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mqat.export.records import MappedFile
 from mqat.models.llama import LlamaConfig
 from mqat.models.manifest import DESCRIPTION, check_files, read_description
 from mqat.parallel.layout import linear_of
@@ -78,8 +79,16 @@ def _read_index(file: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
     return tensors, records
 
 
+@dataclass(frozen=True)
+class _Overlaps:
+    """Shape of a region, and for each chunk that reaches into it: its place there, its own part."""
+
+    shape: list[int]
+    parts: list[tuple[Any, tuple[slice, ...], tuple[slice, ...]]]
+
+
 class CheckpointReader:
-    """Read-only view of a checkpoint; holds at most one chunk in memory.
+    """Read-only view of a checkpoint; its files are mapped, not loaded.
 
     Attributes:
         description: Parsed `mqat.json`.
@@ -110,7 +119,8 @@ class CheckpointReader:
                 f"{path / DESCRIPTION}: damaged ({error!r}); use another checkpoint."
             ) from error
         self._tensors, self._records = _read_index(path / ".metadata")
-        self._last: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
+        self._files: dict[Path, MappedFile] = {}
+        self._chunks: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._check_shapes(self.model.checkpoint_shapes() | _scale_shapes(self.model, self.layers))
 
     def _check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -134,6 +144,12 @@ class CheckpointReader:
             raise ValueError(f"{self.path}: tensor {key!r} is missing from the checkpoint.")
         return tuple(self._tensors[key].size)
 
+    def dtype(self, key: str) -> torch.dtype:
+        """Stored dtype."""
+        self.shape(key)
+        stored: torch.dtype = self._tensors[key].properties.dtype
+        return stored
+
     def read(self, key: str, region: Sequence[slice] = ()) -> Tensor:
         """A region of a tensor, in its stored dtype.
 
@@ -144,63 +160,74 @@ class CheckpointReader:
         Raises:
             ValueError: The tensor is missing, or its record cannot be read or is incomplete.
         """
-        shape = self.shape(key)
-        wanted = [
-            range(size)[part]
-            for size, part in zip(
-                shape, [*region, *[slice(None)] * (len(shape) - len(region))], strict=True
-            )
-        ]
-        result = torch.empty(
-            [len(span) for span in wanted], dtype=self._tensors[key].properties.dtype
-        )
+        found = self._overlaps(key, region)
+        result = torch.empty(found.shape, dtype=self.dtype(key))
         missing = result.numel()
-        for chunk in self._tensors[key].chunks:
-            into, source = [], []
-            for span, offset, size in zip(wanted, chunk.offsets, chunk.sizes, strict=True):
-                start, stop = max(span.start, offset), min(span.stop, offset + size)
-                into.append(slice(start - span.start, max(stop, start) - span.start))
-                source.append(slice(start - offset, max(stop, start) - offset))
-            if all(part.stop > part.start for part in into):
-                target = result[tuple(into)]
-                target.copy_(self._chunk(key, chunk)[tuple(source)])
-                missing -= target.numel()
+        for chunk, into, source in found.parts:
+            target = result[into]
+            target.copy_(self._chunk(key, chunk)[source])
+            missing -= target.numel()
         if missing:
             raise ValueError(f"{self.path}: the chunks of {key!r} do not cover the tensor.")
         return result
 
+    def view(self, key: str, region: Sequence[slice] = ()) -> Tensor:
+        """As `read`, but where one chunk holds the region, it is not copied: do not change it."""
+        found = self._overlaps(key, region)
+        if len(found.parts) == 1:
+            chunk, _, source = found.parts[0]
+            part = self._chunk(key, chunk)[source]
+            if list(part.shape) == found.shape:
+                return part
+        return self.read(key, region)
+
+    def _overlaps(self, key: str, region: Sequence[slice]) -> _Overlaps:
+        shape = self.shape(key)
+        everything = [slice(None)] * (len(shape) - len(region))
+        wanted = [
+            range(size)[part] for size, part in zip(shape, [*region, *everything], strict=True)
+        ]
+        parts = []
+        for chunk in self._tensors[key].chunks:
+            into, source = [], []
+            for span, offset, size in zip(wanted, chunk.offsets, chunk.sizes, strict=True):
+                start, stop = max(span.start, offset), min(span.stop, offset + size)
+                if stop <= start:
+                    break
+                into.append(slice(start - span.start, stop - span.start))
+                source.append(slice(start - offset, stop - offset))
+            else:
+                parts.append((chunk, tuple(into), tuple(source)))
+        return _Overlaps([len(span) for span in wanted], parts)
+
     def _chunk(self, key: str, chunk: Any) -> Tensor:
         name = (key, tuple(chunk.offsets))
-        if self._last is not None and self._last[0] == name:
-            return self._last[1]
+        if name in self._chunks:
+            return self._chunks[name]
         if name not in self._records:
             raise ValueError(f"{self.path}: no record of {key!r} at offset {name[1]}.")
         record = self._records[name]
         file = self.path / record.relative_path
         try:
-            with file.open("rb") as handle:
-                handle.seek(record.offset)
-                data = io.BytesIO(handle.read(record.length))
-            tensor = torch.load(data, map_location="cpu", weights_only=True)
-            if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+            if file not in self._files:
+                self._files[file] = MappedFile(file)
+            tensor = self._files[file].tensor(record.offset, record.length)
+            if tensor.shape != chunk.sizes:
                 raise ValueError(f"not a tensor of shape {tuple(chunk.sizes)}")
         except Exception as error:  # as for the index
             raise ValueError(f"{file}: record of {key!r} cannot be read ({error}).") from error
-        self._last = (name, tensor)
+        self._chunks[name] = tensor
         return tensor
 
 
 def _scale_shapes(
     model: LlamaConfig, layers: Mapping[str, LinearScheme]
 ) -> dict[str, tuple[int, ...]]:
-    """Shape of every frozen scale that a quantized checkpoint must hold."""
+    """Shape of everything that the quantizers of a quantized checkpoint have frozen."""
     shapes = {}
     for name, scheme in layers.items():
-        if scheme.weight is not None:
-            weight = model.linear_shape(linear_of(name))
-            shapes[f"quantizers.{name}.weight_scale"] = scheme.weight.granularity.scale_shape(
-                weight
-            )
-        if scheme.input is not None:
-            shapes[f"quantizers.{name}.input_scale"] = (1,)
+        for kind, operand in scheme.operands.items():
+            weight = model.linear_shape(linear_of(name)) if kind == "weight" else None
+            for part, shape in operand.frozen_shapes(weight).items():
+                shapes[f"quantizers.{name}.{kind}_{part}"] = shape
     return shapes

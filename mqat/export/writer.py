@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from mqat.export.qnemo import is_qnemo_tar, write_tar
+from mqat.export.stream import TensorPlan, write_safetensors
 
-# Every exported directory has one, whatever the format; nothing else is ever replaced.
-_MARK = "config.json"
+
+def _is_export(directory: Path) -> bool:
+    """Whether mqat wrote this directory: nothing else is ever replaced."""
+    try:
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+        return bool(config["producer"]["name"] == "mqat")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class AtomicDirectory:
@@ -24,14 +30,16 @@ class AtomicDirectory:
     Args:
         target: Directory that will exist after `commit`.
         overwrite: Replace an existing export; otherwise that is an error.
+        as_tar: The target is one file, a `.qnemo` archive of the directory.
 
     Raises:
         ValueError: The target exists and must not be replaced.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool) -> None:
+    def __init__(self, target: Path, *, overwrite: bool, as_tar: bool = False) -> None:
         self.target = Path(os.path.abspath(target))  # "." and "a/.." have no name to derive from
         self.temporary = self.target.with_name(f".{self.target.name}.tmp")
+        self.as_tar = as_tar
         if not self.target.exists():
             return
         if not overwrite:
@@ -39,10 +47,14 @@ class AtomicDirectory:
                 f"{target} exists already; choose another directory, or allow overwriting it."
             )
         is_empty = self.target.is_dir() and not any(self.target.iterdir())
-        if not is_empty and not (self.target / _MARK).is_file():
+        if as_tar:
+            is_replaceable = is_qnemo_tar(self.target)
+        else:
+            is_replaceable = is_empty or _is_export(self.target)
+        if not is_replaceable:
             raise ValueError(
-                f"{target} exists and does not look like an export (no {_MARK} in it), so it is not "
-                "overwritten; choose another directory."
+                f"{target} exists and is not an export of mqat (its config.json does not name mqat as "
+                "producer), so it is not overwritten; choose another directory."
             )
 
     def create(self) -> None:
@@ -51,11 +63,11 @@ class AtomicDirectory:
         with _clear_errors(self.temporary):
             self.temporary.mkdir(parents=True)
 
-    def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """One safetensors file, flushed to disk."""
+    def write_tensors(self, name: str, plans: Sequence[TensorPlan]) -> None:
+        """One safetensors file, a block of rows at a time, flushed to disk."""
         path = self.temporary / name
         with _clear_errors(path):
-            save_file(tensors, str(path), metadata={"format": "pt"})
+            write_safetensors(path, plans)
             _flush(path)
 
     def write_text(self, name: str, text: str) -> None:
@@ -77,7 +89,10 @@ class AtomicDirectory:
                     _flush(path)
 
     def commit(self) -> None:
-        """Makes the directory visible, replacing an older one."""
+        """Makes the directory (or archive) visible, replacing an older one."""
+        if self.as_tar:
+            self._commit_tar()
+            return
         old = self.target.with_name(f".{self.target.name}.old")
         with _clear_errors(self.target):
             shutil.rmtree(old, ignore_errors=True)
@@ -88,9 +103,22 @@ class AtomicDirectory:
             _flush(self.target.parent)
         shutil.rmtree(old, ignore_errors=True)
 
+    def _commit_tar(self) -> None:
+        with _clear_errors(self._tar):
+            write_tar(self.temporary, self._tar)
+            _flush(self._tar)
+            self._tar.rename(self.target)
+            _flush(self.target.parent)
+        self.discard()
+
+    @property
+    def _tar(self) -> Path:
+        return self.target.with_name(f".{self.target.name}.tar.tmp")
+
     def discard(self) -> None:
         """Removes everything written so far."""
         shutil.rmtree(self.temporary, ignore_errors=True)
+        self._tar.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -98,7 +126,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
     """Turns a failure to write into a ValueError that names the file."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ValueError(f"{path}: writing failed ({error}); is the disk full?") from error
 
 

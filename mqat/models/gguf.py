@@ -73,6 +73,12 @@ class GgufCheckpoint:
         architecture = value("general.architecture")
         if architecture != "llama":
             raise ValueError(f"{self.path}: architecture {architecture!r}; only 'llama' is read.")
+        scaling = value("llama.rope.scaling.type", "none")
+        if scaling != "none" or "rope_freqs.weight" in self._tensors:
+            raise ValueError(
+                f"{self.path}: scaled rotary positions (rope scaling {scaling!r}) are not read from "
+                "GGUF; use the Hugging Face directory of this model."
+            )
         heads = int(value("llama.attention.head_count"))
         hidden = int(value("llama.embedding_length"))
         return LlamaConfig(

@@ -30,6 +30,9 @@ HF_LAYER_TENSORS: dict[str, tuple[str, ...]] = {
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
 
+HF_ARCHITECTURE = "LlamaForCausalLM"
+HF_MODEL_TYPE = "llama"
+
 # The linears of a layer, in the order of the forward pass; quantization policies name these.
 LINEARS = (
     "self_attention.linear_qkv",
@@ -38,6 +41,17 @@ LINEARS = (
     "mlp.linear_fc2",
 )
 
+# Megatron-Core linear -> Hugging Face modules (after `HF_LAYER`), in row order.
+HF_LINEARS: dict[str, tuple[str, ...]] = {
+    linear: tuple(name.removesuffix(".weight") for name in HF_LAYER_TENSORS[f"{linear}.weight"])
+    for linear in LINEARS
+}
+
+# Megatron-Core linear that a norm feeds -> Hugging Face norm (after `HF_LAYER`).
+HF_NORMS: dict[str, str] = {
+    "self_attention.linear_qkv": "input_layernorm",
+    "mlp.linear_fc1": "post_attention_layernorm",
+}
 
 TRTLLM_ARCHITECTURE = "LlamaForCausalLM"
 TRTLLM_EMBEDDING = "transformer.vocab_embedding"
@@ -81,15 +95,15 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that no layout can make work."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"model.{field.name}={value}: must be at least 1.")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.num_query_groups} (num_key_value_heads in Hugging Face)."
             )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"model.{field.name}={value}: must be at least 1.")
 
     @property
     def qkv_out_features(self) -> int:
@@ -141,6 +155,34 @@ class LlamaConfig:
         except TypeError as error:
             raise ValueError(f"model: {error}.") from error
 
+    def to_hf(self, dtype: str) -> dict[str, Any]:
+        """The Hugging Face `config.json` object, in the spelling that transformers 4 and 5 read.
+
+        Args:
+            dtype: Of unquantized tensors, such as `bfloat16`.
+        """
+        return {
+            "architectures": [HF_ARCHITECTURE],
+            "model_type": HF_MODEL_TYPE,
+            "torch_dtype": dtype,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_query_groups,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": self.rope_scaling,
+            "max_position_embeddings": self.max_position_embeddings,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "use_cache": True,
+        }
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
         """From a Hugging Face `config.json` object (transformers 4 and 5 spellings of RoPE).
@@ -149,6 +191,8 @@ class LlamaConfig:
             ValueError: Not a Llama-architecture model, or it uses a feature that is not built
                 (attention or MLP biases, another activation).
         """
+        if not isinstance(hf, Mapping):
+            raise ValueError(f"config.json: expected a JSON object, found {type(hf).__name__}.")
         if hf.get("model_type") != "llama":
             raise ValueError(
                 f"model_type={hf.get('model_type')!r}: only the Llama family ('llama') is "

@@ -1,19 +1,22 @@
-"""Quantizer scales as sharded checkpoint tensors, so that TP, PP and DP may change on load.
+"""Quantizer state as sharded checkpoint tensors, so that TP, PP and DP may change on load.
 
-They live beside the model under `quantizers.<linear>.{weight,input}_scale`; the model's own keys
-stay exactly Megatron's, and such a checkpoint still loads into an unquantized Megatron model.
+It lives beside the model under `quantizers.<linear>.<operand>_<part>` (operand: weight, input or
+output; part: scale, zero_point or global_scale; dynamic scales have none); the model's own keys stay
+exactly Megatron's, and such a checkpoint still loads into an unquantized Megatron model.
 
-| scale of                     | global shape      | cut over TP                               |
+| scale (zero point) of        | global shape      | cut over TP                               |
 |------------------------------|-------------------|-------------------------------------------|
-| any input, per-tensor weight | (1,)              | replicated                                |
+| input, output, tensor, global| (1,)              | replicated                                |
 | column-parallel, per channel | (O,)              | dim 0, gate and up separately             |
 | column-parallel, per group   | (O, G)            | dim 0, gate and up separately             |
 | row-parallel, per channel    | (O,)              | replicated                                |
 | row-parallel, per group      | (O, G)            | dim 1                                     |
+| either, per square           | (O/size, I/size)  | as the weight                             |
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -22,23 +25,23 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
 
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantizedLinear, quantized_linears
-from mqat.quant.granularity import PerGroup, PerTensor
+from mqat.quant.granularity import PerBlock, PerGroup, PerTensor
 
 
-def _tp_axis(linear: QuantizedLinear, kind: str) -> int | None:
-    """Dimension of the scale that is cut over TP; None when every rank holds the same scale."""
-    if kind == "input":
+def _tp_axis(linear: QuantizedLinear, kind: str, part: str) -> int | None:
+    """Dimension of the tensor that is cut over TP; None when every rank holds the same one."""
+    if kind != "weight" or part == "global_scale":
         return None
     granularity = linear.quantizers[kind].scheme.granularity
     if isinstance(granularity, PerTensor):
         return None
     if isinstance(linear, QuantColumnParallelLinear):
         return 0
-    return 1 if isinstance(granularity, PerGroup) else None
+    return 1 if isinstance(granularity, PerGroup | PerBlock) else None
 
 
 def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[str, Any]:
-    """Sharded entries for the scales of every frozen quantizer in `model` (or list of chunks).
+    """Sharded entries for what is frozen of every quantizer in `model` (or list of chunks).
 
     Args:
         model: Holds quantized linears.
@@ -51,13 +54,13 @@ def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[
     state: dict[str, Any] = {}
     for name, linear in quantized_linears(model).items():
         tp_rank, tp_size = linear.tp_group.rank(), linear.tp_group.size()
-        for kind, quantizer in linear.quantizers.items():
-            key = f"quantizers.{name}.{kind}_scale"
-            axis = _tp_axis(linear, kind)
+        for kind, part, tensor in _frozen_tensors(linear):
+            key = f"quantizers.{name}.{kind}_{part}"
+            axis = _tp_axis(linear, kind, part)
             offsets = [] if axis is None else [(axis, tp_rank, tp_size)]
             entry = ShardedTensor.from_rank_offsets(
                 key,
-                quantizer.scale,
+                tensor,
                 *offsets,
                 replica_id=(0, tp_rank if axis is None else 0, dp_group.rank()),
             )
@@ -68,7 +71,15 @@ def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[
 
 
 def load_quantizer_state_(model: Any, state: dict[str, Tensor]) -> None:
-    """Freezes every quantizer at the scale loaded for it; the inverse of the above."""
+    """Freezes every quantizer at what was loaded for it; the inverse of the above."""
     for name, linear in quantized_linears(model).items():
         for kind, quantizer in linear.quantizers.items():
-            quantizer.load_scale_(state[f"quantizers.{name}.{kind}_scale"])
+            prefix = f"quantizers.{name}.{kind}_"
+            quantizer.load_({part: state[prefix + part] for part in quantizer.frozen_tensors})
+
+
+def _frozen_tensors(linear: QuantizedLinear) -> Iterator[tuple[str, str, Tensor]]:
+    """Operand, part and tensor of everything that a linear's quantizers have frozen."""
+    for kind, quantizer in linear.quantizers.items():
+        for part, tensor in quantizer.frozen_tensors.items():
+            yield kind, part, tensor

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mqat.models.llama import LINEARS, LlamaConfig
-from mqat.quant.granularity import PerGroup
+from mqat.quant.granularity import PerBlock, PerGroup
 from mqat.quant.scheme import LinearScheme
 
 ROW_PARALLEL = ("self_attention.linear_proj", "mlp.linear_fc2")
@@ -85,7 +85,7 @@ def check_parallel_sizes(model: LlamaConfig, *, tp: int, pp: int, virtual_pp: in
 def check_group_sizes(
     model: LlamaConfig, layers: Mapping[str, LinearScheme], *, tp: int, purpose: str
 ) -> None:
-    """Refuses weight groups that would cross a row-parallel cut at tensor-parallel size `tp`.
+    """Refuses groups and squares that would cross a cut at tensor-parallel size `tp`.
 
     Args:
         model: Global sizes.
@@ -97,19 +97,44 @@ def check_group_sizes(
         ValueError: Names the linear, its local width, and the group sizes that fit.
     """
     for name, scheme in layers.items():
-        granularity = scheme.weight.granularity if scheme.weight else None
         linear = linear_of(name)
         if linear not in LINEARS:
             raise ValueError(f"{name}: not a linear of this model; known are {list(LINEARS)}.")
-        if not isinstance(granularity, PerGroup) or linear not in ROW_PARALLEL or tp == 1:
-            continue
-        in_features = model.linear_shape(linear)[1]
-        local = in_features // tp
-        if local % granularity.size:
-            fitting = [size for size in (32, 64, 128, 256) if local % size == 0]
+        for kind, operand in scheme.operands.items():
+            granularity = operand.granularity
+            if isinstance(granularity, PerGroup | PerBlock) and linear in ROW_PARALLEL:
+                in_features = model.linear_shape(linear)[1]
+                _check_columns(f"{name}.{kind}", granularity, in_features, tp, purpose)
+            if isinstance(granularity, PerBlock):
+                _check_rows(f"{name}.{kind}", granularity, model, linear, tp, purpose)
+
+
+def _check_columns(
+    name: str, granularity: PerGroup | PerBlock, in_features: int, tp: int, purpose: str
+) -> None:
+    local = in_features // tp
+    if tp == 1 or local % granularity.size == 0:
+        return
+    fitting = [size for size in (32, 64, 128, 256) if local % size == 0]
+    raise ValueError(
+        f"{name}: group_size={granularity.size} does not divide in_features_per_partition={local} "
+        f"(in_features={in_features}, {purpose}={tp}). Groups of a row-parallel linear may not cross "
+        f"ranks; choose a group size that divides {local} (of the usual ones: {fitting or 'none'}), "
+        f"or a smaller {purpose}."
+    )
+
+
+def _check_rows(
+    name: str, granularity: PerBlock, model: LlamaConfig, linear: str, tp: int, purpose: str
+) -> None:
+    """Squares may cross neither ranks nor fused parts, which are stored and served apart."""
+    if linear in ROW_PARALLEL:
+        return
+    for piece in local_pieces(model, linear, 0, tp):
+        rows = piece.rows.stop - piece.rows.start
+        if rows % granularity.size:
             raise ValueError(
-                f"{name}: group_size={granularity.size} does not divide "
-                f"in_features_per_partition={local} (in_features={in_features}, {purpose}={tp}). "
-                "Groups of a row-parallel weight may not cross ranks; choose a group size that "
-                f"divides {local} (of the usual ones: {fitting or 'none'}), or a smaller {purpose}."
+                f"{name}: squares of {granularity.size} rows do not divide the {rows} rows of part "
+                f"{piece.part} of {linear} on a rank ({purpose}={tp}). Squares may cross neither ranks "
+                "nor the parts of a fused weight; choose granularity 'channel' or 'group:<size>'."
             )

@@ -2,11 +2,17 @@
 
 Sharding and collectives stay in Megatron's classes; the seam is `_forward_impl`. Per-tensor input
 scales make quantizing before the sequence-parallel gather give the same values for 1/tp of the work.
-A linear is in one of two modes:
+A linear is in one of four modes:
 
-- normal: both operands pass through their quantizers (identity until frozen and enabled), then
+- fast (`quantized_gemm.py`): frozen and enabled quantizers of a scheme that it serves; codes are
+  multiplied, and the weight's are kept for the optimizer step (`quantized_step.py`).
+- reference: both operands pass through their quantizers (identity until frozen and enabled), then
   Megatron's GEMM with its autograd function; the straight-through gradient is the quantizers' own.
+- lowered (`lowering.py`): inference with stored codes; there are no float weights any more.
 - calibrating (no gradient): unquantized, layout-exact GEMMs (`exact.py`) under observation.
+
+Dynamic scales of tokens whose features are cut over TP (input of row-parallel, output of
+column-parallel) are the MAX over the group, one collective of a number a token ([S, B]) per call.
 """
 
 from __future__ import annotations
@@ -14,12 +20,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from mqat.parallel.exact import fixed_point_linear, from_fixed_point, tiled_linear
-from mqat.quant.granularity import PerChannel, PerGroup
+from mqat.parallel.quantized_gemm import Gemm, GemmKind, gemm_kind, quantized_matmul
+from mqat.parallel.reduce import all_reduce_fused_
+from mqat.parallel.step_weights import WeightCache
+from mqat.quant.gemm_lowered import LoweredWeight, lowered_matmul
+from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme
 
@@ -29,8 +40,13 @@ class QuantizedLinear(torch.nn.Module):
 
     Attributes:
         quantized_name: Global name, such as `decoder.layers.3.mlp.linear_fc1`.
-        weight_quantizer: None when the scheme leaves weights alone; likewise `input_quantizer`.
+        weight_quantizer: None when the scheme leaves weights alone; likewise
+            `input_quantizer` and `output_quantizer`.
         parts: Number of weights fused along the output rows that are cut separately (gate, up).
+        gemm_kind: Fast path of the scheme; None: there is only the reference path.
+        weight_cache: Present inside `quantized_step`.
+        is_reference: Stay on the reference path, for comparisons.
+        lowered: Present once the model has been lowered for inference.
     """
 
     weight: Tensor
@@ -56,19 +72,34 @@ class QuantizedLinear(torch.nn.Module):
         self.num_tiles = num_shards // self.tp_group.size()
         self.is_calibrating = False
         self.overflow: Tensor | None = None
+        self.gemm_kind: GemmKind | None = gemm_kind(scheme)
+        self.weight_cache: WeightCache | None = None
+        self.is_reference = False
+        self.scheme = scheme
+        self.lowered: LoweredWeight | None = None
         self.weight_quantizer: Quantizer | None = None
         self.input_quantizer: Quantizer | None = None
-        if scheme is not None and scheme.weight is not None:
-            shape = tuple(self.weight.shape)
-            self.weight_quantizer = Quantizer(scheme.weight, shape, f"{name}.weight")
-        if scheme is not None and scheme.input is not None:
-            self.input_quantizer = Quantizer(scheme.input, None, f"{name}.input")
+        self.output_quantizer: Quantizer | None = None
+        cut_over_tp = "input" if isinstance(self, RowParallelLinear) else "output"
+        for kind, operand in (scheme.operands if scheme else {}).items():
+            shape = tuple(self.weight.shape) if kind == "weight" else None
+            quantizer = Quantizer(operand, shape, f"{name}.{kind}")
+            if kind == cut_over_tp and isinstance(operand.granularity, PerToken):
+                quantizer.merge_ = self._merge_maxima_
+            setattr(self, f"{kind}_quantizer", quantizer)
         self.to(self.weight.device)
+
+    def _merge_maxima_(self, local: Tensor) -> None:
+        all_reduce_fused_([local], dist.ReduceOp.MAX, self.tp_group)
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
-        """The quantizers that exist: `weight`, `input`, or both."""
-        found = {"weight": self.weight_quantizer, "input": self.input_quantizer}
+        """The quantizers that exist among `weight`, `input` and `output`."""
+        found = {
+            "weight": self.weight_quantizer,
+            "input": self.input_quantizer,
+            "output": self.output_quantizer,
+        }
         return {kind: quantizer for kind, quantizer in found.items() if quantizer is not None}
 
     def begin_calibration(self) -> None:
@@ -88,6 +119,71 @@ class QuantizedLinear(torch.nn.Module):
         if self.weight_quantizer is not None:
             weight = self.weight_quantizer(weight)
         return x, weight
+
+    def quantized_output(self, output: Tensor) -> Tensor:
+        """The output after its quantizer; summed over ranks already, without bias."""
+        return output if self.output_quantizer is None else self.output_quantizer(output)
+
+    def lowered_gemm(
+        self, input: Tensor, *, bias: Tensor | None, sequence_parallel: bool, **_: Any
+    ) -> Tensor:
+        """Inference behind Megatron's `_forward_impl`; other arguments concern gradients."""
+        assert self.lowered is not None, "lower_() has been called"
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        scale = None if self.input_quantizer is None else self.input_quantizer.scale
+        output = lowered_matmul(input, scale, self.lowered)
+        return output if bias is None else output + bias
+
+    def _is_fast(self) -> bool:
+        """Whether codes exist for every quantized operand: scales final, quantization on."""
+        return (
+            self.gemm_kind is not None
+            and not self.is_reference
+            and all(
+                q.is_frozen and q.is_enabled and q.observer is None and not q.scale.requires_grad
+                for q in self.quantizers.values()
+            )
+        )
+
+    def quantized_gemm(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        *,
+        bias: Tensor | None,
+        gradient_accumulation_fusion: bool,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: Any,
+        grad_output_buffer: Any = None,
+        wgrad_deferral_limit: Any = None,
+    ) -> Tensor:
+        """The fast path behind Megatron's `_forward_impl`, whose arguments these are.
+
+        Raises:
+            ValueError: The weight gradient is to be deferred, which would need the float input.
+        """
+        if grad_output_buffer is not None:
+            raise ValueError(
+                f"{self.quantized_name}: defer_embedding_wgrad_compute keeps the float input of a "
+                "linear, which a quantized linear does not have; set it to False."
+            )
+        kind, quantizer = self.gemm_kind, self.weight_quantizer
+        assert kind is not None and quantizer is not None, "_is_fast() holds"
+        cache = self.weight_cache if weight is self.weight else None
+        used = (cache or WeightCache(for_backward=False)).get(weight, quantizer, kind)
+        gemm = Gemm(
+            kind,
+            None if self.input_quantizer is None else self.input_quantizer.scheme,
+            allreduce_dgrad=allreduce_dgrad,
+            sequence_parallel=sequence_parallel,
+            tp_group=tp_group,
+            keeps_graph=torch.is_grad_enabled(),
+        )
+        scale = None if self.input_quantizer is None else self.input_quantizer.scale
+        output = quantized_matmul(input, weight, scale, used, gemm)
+        return output if bias is None else output + bias
 
 
 class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type: ignore[misc]
@@ -116,12 +212,21 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrating:
+            if self.lowered is not None:
+                return self.lowered_gemm(input, **kwargs)
+            if self._is_fast():
+                return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
         if self.input_quantizer is not None:
             self.input_quantizer(input)
         if self.sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
         return tiled_linear(input, weight, self.num_tiles * self.parts)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's, then the output quantizer."""
+        output, bias = super().forward(*args, **kwargs)
+        return self.quantized_output(output), bias
 
 
 class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignore[misc]
@@ -135,6 +240,10 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrating:
+            if self.lowered is not None:
+                return self.lowered_gemm(input, **kwargs)
+            if self._is_fast():
+                return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
         if self.input_quantizer is not None:
             self.input_quantizer(input)
@@ -148,7 +257,7 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
         output, bias = super().forward(input_)
         if self.is_calibrating:
             output = from_fixed_point(output, input_.dtype)
-        return output, bias
+        return self.quantized_output(output), bias
 
 
 def quantized_linears(model: Any) -> dict[str, QuantizedLinear]:
@@ -166,11 +275,11 @@ def weight_amax_spans_ranks(linear: QuantizedLinear) -> bool:
     """Whether a weight's amax must be the maximum over the tensor-parallel group (style.md table).
 
     Per-tensor: always. Per output channel: only row-parallel, where a rank holds part of each row.
-    Groups along the input never cross ranks (`layout.check_group_sizes`).
+    Groups and squares never cross ranks (`layout.check_group_sizes`).
     """
     assert linear.weight_quantizer is not None
     granularity = linear.weight_quantizer.scheme.granularity
-    if isinstance(granularity, PerGroup):
+    if isinstance(granularity, PerGroup | PerBlock):
         return False
     if isinstance(granularity, PerChannel):
         return isinstance(linear, QuantRowParallelLinear)

@@ -3,10 +3,11 @@
 Every statistic is a maximum or an integer count, so the result does not depend on the layout. All
 ranks of a pipeline stage that hold part of the same layers (TP x DP x CP) form one group.
 
-| tensor                       | per tensor        | per channel (out) | per group (along in) |
+| tensor                       | per tensor        | per channel (out) | per group or square  |
 |------------------------------|-------------------|-------------------|----------------------|
 | column-parallel weight       | MAX over TP       | local             | local                |
 | row-parallel weight          | MAX over TP       | MAX over TP       | local                |
+| global scale of two levels   | MAX over TP       |                   |                      |
 | input of either              | MAX over TP, DP, CP (histograms: SUM)                            |
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ class QuantFormat:
         max_value: `scale = amax / max_value`.
         storage_dtype: dtype of unpacked codes.
         is_float: Whether codes are floating-point values rather than integers.
+        levels: Value of every code, where `storage_dtype` cannot say it (uint8 codes of 4 bits).
     """
 
     name: str
@@ -28,6 +30,27 @@ class QuantFormat:
     max_value: float
     storage_dtype: torch.dtype
     is_float: bool = False
+    levels: tuple[float, ...] = ()
+
+    @property
+    def is_unsigned(self) -> bool:
+        """Codes start at 0, so that negative values need a zero point."""
+        return self.qmin == 0
+
+    @property
+    def max_exponent(self) -> int:
+        """floor(log2(max_value)): what MX shared exponents are lowered by."""
+        return math.frexp(self.max_value)[1] - 1
+
+
+def _signed(bits: int) -> QuantFormat:
+    top = 2 ** (bits - 1) - 1
+    return QuantFormat(f"int{bits}", bits, -top - 1, top, top, torch.int8)
+
+
+def _unsigned(bits: int) -> QuantFormat:
+    top = 2**bits - 1
+    return QuantFormat(f"uint{bits}", bits, 0, top, top, torch.uint8)
 
 
 # Weights: symmetric, so that -w has the code -q.
@@ -36,7 +59,36 @@ INT8 = QuantFormat("int8", 8, -127, 127, 127, torch.int8)
 INT8_FULL = QuantFormat("int8_full", 8, -128, 127, 127, torch.int8)
 # The grid on which TensorRT-LLM's loader puts weight-only INT8 (symmetric_quantize_last_axis).
 INT8_LOADER = QuantFormat("int8_loader", 8, -128, 127, 128, torch.int8)
-INT4 = QuantFormat("int4", 4, -8, 7, 7, torch.int8)
-FP8_E4M3 = QuantFormat("fp8_e4m3", 8, -448, 448, 448, torch.float8_e4m3fn, is_float=True)
+INT4 = _signed(4)
+# torchao's and Quark's symmetric INT4: 15 steps span -amax..amax, so +amax rounds half a step down.
+INT4_EVEN = QuantFormat("int4_even", 4, -8, 7, 7.5, torch.int8)
+UINT4 = _unsigned(4)
 
-FORMATS = {f.name: f for f in (INT8, INT8_FULL, INT8_LOADER, INT4, FP8_E4M3)}
+FP8_E4M3 = QuantFormat("fp8_e4m3", 8, -448, 448, 448, torch.float8_e4m3fn, is_float=True)
+FP8_E5M2 = QuantFormat("fp8_e5m2", 8, -57344, 57344, 57344, torch.float8_e5m2, is_float=True)
+
+# Code = sign bit, two exponent bits, one mantissa bit (OCP Microscaling Formats 1.0, section 5.3.3).
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FP4_E2M1 = QuantFormat(
+    "fp4_e2m1", 4, -6, 6, 6, torch.uint8, is_float=True, levels=(*_E2M1, *(-v for v in _E2M1))
+)
+# Quantiles of a normal distribution, an exact zero among them (QLoRA, arXiv:2305.14314, appendix E).
+NF4 = QuantFormat(
+    "nf4", 4, -1, 1, 1, torch.uint8, is_float=True,
+    levels=(
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+)  # fmt: skip
+
+FORMATS = {
+    f.name: f
+    for f in (
+        *(_signed(bits) for bits in (2, 3, 5, 6, 7)),
+        *(_unsigned(bits) for bits in range(2, 9)),
+        *(INT8, INT8_FULL, INT8_LOADER, INT4, INT4_EVEN),
+        *(FP8_E4M3, FP8_E5M2, FP4_E2M1, NF4),
+    )
+}

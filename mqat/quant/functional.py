@@ -1,90 +1,123 @@
 """Quantization arithmetic on one tensor.
 
-`scale` is always the dequantization step: x ~= q * scale. Codes are computed in float32 with a true
-division and round-half-to-even, so they can be checked by hand and do not depend on the device.
+`scale` is always the dequantization step: x ~= q * scale, or (q - zero_point) * scale with a zero
+point. Codes are computed in float32 with a true division and round-half-to-even, so they can be
+checked by hand and do not depend on the device. Values beyond the last code saturate, infinities
+too; NaN stays NaN in fake quantization, although not every code could hold it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mqat.quant.formats import QuantFormat
+from mqat.quant.formats import FP4_E2M1, QuantFormat
 from mqat.quant.granularity import Granularity, grouped_view
+from mqat.quant.scales import compute_amax as compute_amax
+from mqat.quant.scales import compute_scale as compute_scale
+
+Limit = Any  # a float, or a tensor that broadcasts
 
 
-def compute_amax(x: Tensor, granularity: Granularity) -> Tensor:
-    """Largest |x| of each quantization group, float32, shape `granularity.scale_shape(x.shape)`."""
-    return granularity.amax(x)
+def _levels(fmt: QuantFormat, device: torch.device) -> Tensor:
+    return torch.tensor(fmt.levels, dtype=torch.float32, device=device)
 
 
-def compute_scale(
-    amax: Tensor,
-    fmt: QuantFormat,
-    *,
-    scale_dtype: torch.dtype = torch.float32,
-    eps: float = 2.0**-24,
-) -> Tensor:
-    """Dequantization step for a calibrated maximum, symmetric around zero.
+def _round_e2m1_(ratio: Tensor) -> Tensor:
+    """Nearest E2M1 number, ties to the even mantissa; the step is 1/2 below 2, 1 below 4, then 2."""
+    ratio.clamp_(FP4_E2M1.qmin, FP4_E2M1.qmax)
+    magnitude = ratio.abs()
+    unit = torch.where(magnitude < 4, torch.where(magnitude < 2, 0.5, 1.0), 2.0)
+    return ratio.div_(unit).round_().mul_(unit)
 
-    Args:
-        amax: Largest |x| per group, float32. Must already be the maximum over every rank that holds
-            part of the group; no rank can check that.
-        fmt: Target format; only `fmt.max_value` is used.
-        scale_dtype: float32, or bfloat16: rounded up to the next number that both bfloat16 and
-            float16 hold, so that the copy a server keeps in either is the same number and nothing
-            is clipped by the rounding. (float16 ends at 65504; export refuses larger scales.)
-        eps: Smallest step returned, so that an all-zero group stays exactly zero.
 
-    Returns:
-        Scale, float32, shaped like `amax`, in units of x per code.
+def _nearest_level(ratio: Tensor, fmt: QuantFormat) -> Tensor:
+    """Index of the nearest of ascending levels, the lower one in ties (as bitsandbytes decides)."""
+    levels = _levels(fmt, ratio.device).double()
+    middle = ((levels[1:] + levels[:-1]) / 2).float()
+    return torch.bucketize(ratio.contiguous(), middle)
 
-    Raises:
-        ValueError: `amax` is not float32, or `scale_dtype` is neither of the two.
 
-    Reference:
-        Krishnamoorthi 2018, arXiv:1806.08342, section 2.2.
+def _round_values_(ratio: Tensor, fmt: QuantFormat, low: Limit, high: Limit) -> Tensor:
+    """`x / scale` -> the nearest value of the format, float32, in place where it allows.
+
+    `low` and `high` are the range of the format, less the zero point if there is one.
     """
-    if amax.dtype != torch.float32:
-        raise ValueError(f"amax must be float32, not {amax.dtype}.")
-    scale = (amax / fmt.max_value).clamp_min(eps)
-    if scale_dtype == torch.float32:
-        return scale
-    if scale_dtype != torch.bfloat16:
-        raise ValueError(f"scale_dtype={scale_dtype}: only float32 and bfloat16 are supported.")
-    # Positive floats order like their bits; bfloat16 is the upper half of the word.
-    bfloat16_grid = ((scale.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
-    # Below 2**-17 float16 is the coarser of the two: its subnormals are multiples of 2**-24.
-    float16_grid = (scale * 2.0**24).ceil() * 2.0**-24
-    return torch.where(bfloat16_grid < 2.0**-17, float16_grid, bfloat16_grid)
+    if not fmt.is_float:
+        return torch.clamp(ratio.round_(), low, high, out=ratio)
+    if fmt == FP4_E2M1:
+        return _round_e2m1_(ratio)
+    if fmt.levels:
+        nearest = _levels(fmt, ratio.device)[_nearest_level(ratio, fmt)]
+        return torch.where(ratio.isnan(), ratio, nearest)
+    return ratio.clamp_(fmt.qmin, fmt.qmax).to(fmt.storage_dtype).float()
 
 
-def _round_codes_(ratio: Tensor, fmt: QuantFormat) -> Tensor:
-    """`x / scale` -> codes, as float32 values, in place where the format allows."""
-    if fmt.is_float:
-        return ratio.clamp_(fmt.qmin, fmt.qmax).to(fmt.storage_dtype).float()
-    return ratio.round_().clamp_(fmt.qmin, fmt.qmax)
+def _to_codes(values: Tensor, fmt: QuantFormat) -> Tensor:
+    """Values of the format -> codes in its storage dtype."""
+    if fmt == FP4_E2M1:
+        twice = values.abs().mul_(2).nan_to_num_(0.0).long()  # 0 1 2 3 4 6 8 12 -> 0 .. 7
+        index = twice - (twice > 5).long() - (twice > 7).long() - 3 * (twice > 11).long()
+        return (index + 8 * values.signbit()).to(torch.uint8)
+    return (_nearest_level(values, fmt) if fmt.levels else values).to(fmt.storage_dtype)
 
 
-def quantize(x: Tensor, scale: Tensor, fmt: QuantFormat, granularity: Granularity) -> Tensor:
-    """Codes of `x` in `fmt.storage_dtype`, shaped like `x`."""
-    groups, steps = grouped_view(x.detach().float(), scale, granularity)
-    return _round_codes_(groups / steps, fmt).to(fmt.storage_dtype).view(x.shape)
+def _limits(
+    x: Tensor, fmt: QuantFormat, granularity: Granularity, zero_point: Tensor | None
+) -> tuple[Limit, Limit]:
+    """Range of codes less the zero point, broadcasting against `grouped_view(x, ...)`."""
+    if zero_point is None:
+        return fmt.qmin, fmt.qmax
+    _, zero = grouped_view(x, zero_point, granularity)
+    return fmt.qmin - zero.float(), fmt.qmax - zero.float()
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    fmt: QuantFormat,
+    granularity: Granularity,
+    *,
+    zero_point: Tensor | None = None,
+) -> Tensor:
+    """Codes of `x` in `fmt.storage_dtype`, shaped like `x`; `zero_point` is shaped like `scale`."""
+    x = x.detach().float()
+    groups, steps = grouped_view(x, scale, granularity)
+    low, high = _limits(x, fmt, granularity, zero_point)
+    values = _round_values_(groups / steps, fmt, low, high)
+    if zero_point is not None:
+        values += fmt.qmin - low  # the zero point, broadcast
+    return _to_codes(values, fmt).view(x.shape)
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, granularity: Granularity, dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    granularity: Granularity,
+    dtype: torch.dtype,
+    *,
+    zero_point: Tensor | None = None,
+    fmt: QuantFormat | None = None,
 ) -> Tensor:
-    """`codes * scale`, multiplied in float32 and rounded once to `dtype`."""
-    groups, steps = grouped_view(codes.float(), scale, granularity)
+    """`(codes - zero_point) * scale`, multiplied in float32 and rounded once to `dtype`.
+
+    `fmt` is needed for formats whose codes are indices of levels.
+    """
+    values = _levels(fmt, codes.device)[codes.int()] if fmt and fmt.levels else codes.float()
+    groups, steps = grouped_view(values, scale, granularity)
+    if zero_point is not None:
+        groups = groups - grouped_view(values, zero_point, granularity)[1]
     return (groups * steps).view(codes.shape).to(dtype)
 
 
-def _quantize_dequantize_(ratio: Tensor, steps: Tensor, fmt: QuantFormat) -> Tensor:
+def _quantize_dequantize_(
+    ratio: Tensor, steps: Tensor, fmt: QuantFormat, low: Limit, high: Limit
+) -> Tensor:
     """`x / scale` -> what `dequantize` makes of its codes, float32; overwrites `ratio`."""
-    values = _round_codes_(ratio, fmt).mul_(steps)
+    values = _round_values_(ratio, fmt, low, high).mul_(steps)
     # Small negative values round to -0.0, which integer codes cannot store; -0.0 + 0.0 is 0.0.
     return values if fmt.is_float else values.add_(0.0)
 
@@ -94,34 +127,67 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, fmt: QuantFormat, granularity: Granularity
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        fmt: QuantFormat,
+        granularity: Granularity,
+        zero_point: Tensor | None,
+        reach: float | None,
     ) -> Tensor:
-        groups, steps = grouped_view(x.float(), scale, granularity)
+        values = x.float()
+        groups, steps = grouped_view(values, scale, granularity)
         ratio = groups / steps
-        # Integers: values up to half a step beyond the last code count as not clipped.
-        slack = 0.0 if fmt.is_float else 0.5
-        # Compared as floats: comparisons that write bools are not vectorized on CPUs.
-        inside = ratio.clamp(fmt.qmin - slack, fmt.qmax + slack).eq_(ratio).bool()
-        ctx.save_for_backward(inside.view(x.shape))
-        return _quantize_dequantize_(ratio, steps, fmt).view(x.shape).to(x.dtype)
+        low, high = _limits(values, fmt, granularity, zero_point)
+        ctx.is_masked = reach is None or math.isfinite(reach)
+        if ctx.is_masked:
+            # Integers: values up to half a step beyond the last code count as not clipped.
+            slack = 0.0 if fmt.is_float else 0.5
+            first, last = (low - slack, high + slack) if reach is None else (-reach, reach)
+            # Compared as floats: comparisons that write bools are not vectorized on CPUs.
+            inside = torch.clamp(ratio, first, last).eq_(ratio).bool()
+            ctx.save_for_backward(inside.view(x.shape))
+        return _quantize_dequantize_(ratio, steps, fmt, low, high).view(x.shape).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grad * inside.view(torch.uint8), None, None, None  # bytes multiply faster than bools
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        if ctx.is_masked:
+            (inside,) = ctx.saved_tensors
+            grad = grad * inside.view(torch.uint8)  # bytes multiply faster than bools
+        return grad, None, None, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, fmt: QuantFormat, granularity: Granularity) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    fmt: QuantFormat,
+    granularity: Granularity,
+    *,
+    zero_point: Tensor | None = None,
+    reach: float | None = None,
+) -> Tensor:
     """`dequantize(quantize(x))` bit for bit, in the dtype of `x`, with a straight-through gradient.
 
-    The scale is frozen and gets no gradient. One bool per element is saved for backward, nothing
-    where no gradient is wanted. NaN stays NaN, although integer codes could not hold it.
+    The scale gets no gradient. One bool per element is saved for backward, nothing where no gradient
+    is wanted or nothing counts as clipped.
+
+    Args:
+        x: Float tensor.
+        scale: As for `quantize`.
+        fmt: Target format.
+        granularity: Which elements share a scale.
+        zero_point: As for `quantize`.
+        reach: Largest |x / scale| that lets the gradient pass; None: the range of the format (half a
+            step more for integers); infinity: everything.
 
     Reference:
         Bengio et al. 2013, arXiv:1308.3432; the clipped form is Jacob et al. 2018, arXiv:1712.05877.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
-        groups, steps = grouped_view(x.detach().float(), scale, granularity)
-        return _quantize_dequantize_(groups / steps, steps, fmt).view(x.shape).to(x.dtype)
-    result: Tensor = _FakeQuantize.apply(x, scale, fmt, granularity)  # type: ignore[no-untyped-call]
+        values = x.detach().float()
+        groups, steps = grouped_view(values, scale, granularity)
+        low, high = _limits(values, fmt, granularity, zero_point)
+        ratio = groups / steps
+        return _quantize_dequantize_(ratio, steps, fmt, low, high).view(x.shape).to(x.dtype)
+    result: Tensor = _FakeQuantize.apply(x, scale, fmt, granularity, zero_point, reach)  # type: ignore[no-untyped-call]
     return result

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -21,9 +21,9 @@ class PerTensor:
         """Scale in a shape that broadcasts against a tensor of `shape`."""
         return scale
 
-    def amax(self, x: Tensor) -> Tensor:
-        """Largest |x|, float32 (1,)."""
-        return x.detach().abs().amax().float().reshape(1)
+    def largest(self, x: Tensor) -> Tensor:
+        """Largest element of `x`, float32 (1,)."""
+        return x.amax().float().reshape(1)
 
     def __str__(self) -> str:
         """Name used in checkpoints."""
@@ -36,15 +36,15 @@ class PerChannel:
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """(O,)."""
-        return (shape[0],)
+        return tuple(shape[:-1])
 
     def expand(self, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
         """(O, 1)."""
-        return scale[:, None]
+        return scale[..., None]
 
-    def amax(self, x: Tensor) -> Tensor:
-        """Largest |x| of each row, float32 (O,)."""
-        return x.detach().abs().amax(dim=1).float()
+    def largest(self, x: Tensor) -> Tensor:
+        """Largest element of each row, float32 (O,)."""
+        return x.amax(dim=-1).float()
 
     def __str__(self) -> str:
         """Name used in checkpoints."""
@@ -52,8 +52,17 @@ class PerChannel:
 
 
 @dataclass(frozen=True)
+class PerToken(PerChannel):
+    """One scale per token of [..., I], shape [...]: rows again, but known only when they arrive."""
+
+    def __str__(self) -> str:
+        """Name used in checkpoints."""
+        return "token"
+
+
+@dataclass(frozen=True)
 class PerGroup:
-    """One scale per `size` consecutive elements of a row of [O, I], shape (O, ceil(I / size)).
+    """One scale per `size` consecutive elements of a row of [..., I], shape (..., ceil(I / size)).
 
     If `size` does not divide I, the last group of each row is shorter, everywhere alike.
     """
@@ -66,41 +75,80 @@ class PerGroup:
             raise ValueError(f"group_size={self.size} must be at least 1.")
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """(O, G)."""
-        return (shape[0], -(-shape[1] // self.size))
+        """(..., G)."""
+        return (*shape[:-1], -(-shape[-1] // self.size))
 
     def expand(self, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """(O, I): every scale repeated over its group."""
-        repeated = scale[:, :, None].expand(-1, -1, self.size)
-        return repeated.reshape(scale.shape[0], -1)[:, : shape[1]]
+        """(..., I): every scale repeated over its group."""
+        return scale.repeat_interleave(self.size, dim=-1)[..., : shape[-1]]
 
-    def amax(self, x: Tensor) -> Tensor:
-        """Largest |x| of each group, float32 (O, G)."""
-        magnitude = F.pad(x.detach().abs(), (0, -x.shape[1] % self.size))
-        return magnitude.reshape(*self.scale_shape(tuple(x.shape)), self.size).amax(dim=2).float()
+    def largest(self, x: Tensor) -> Tensor:
+        """Largest element of each group, float32 (..., G); at least 0 where a group is short."""
+        padded = F.pad(x, (0, -x.shape[-1] % self.size))
+        return padded.reshape(*self.scale_shape(tuple(x.shape)), self.size).amax(dim=-1).float()
 
     def __str__(self) -> str:
         """Name used in checkpoints."""
         return f"group:{self.size}"
 
 
-Granularity = PerTensor | PerChannel | PerGroup
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale per square of `size` x `size` of [O, I]; squares at the ends may be cut."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a size below one."""
+        if self.size < 1:
+            raise ValueError(f"block size {self.size} must be at least 1.")
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """(ceil(O / size), ceil(I / size))."""
+        rows, cols = shape
+        return (-(-rows // self.size), -(-cols // self.size))
+
+    def expand(self, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(O, I): every scale repeated over its square."""
+        rows = scale.repeat_interleave(self.size, dim=0)[: shape[0]]
+        return rows.repeat_interleave(self.size, dim=1)[:, : shape[1]]
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Largest element of each square, float32; at least 0 where a square is cut."""
+        rows, cols = self.scale_shape(tuple(x.shape))
+        padded = F.pad(x, (0, -x.shape[1] % self.size, 0, -x.shape[0] % self.size))
+        return padded.reshape(rows, self.size, cols, self.size).amax(dim=(1, 3)).float()
+
+    def __str__(self) -> str:
+        """Name used in checkpoints."""
+        return f"block:{self.size}"
+
+
+Granularity = PerTensor | PerChannel | PerToken | PerGroup | PerBlock
+
+_PLAIN: dict[str, Granularity] = {
+    str(kind): kind for kind in (PerTensor(), PerChannel(), PerToken())
+}
+_SIZED: dict[str, type[PerGroup] | type[PerBlock]] = {"group": PerGroup, "block": PerBlock}
 
 
 def granularity_from_str(text: str) -> Granularity:
     """Inverse of `str(granularity)`.
 
     Raises:
-        ValueError: Not one of `tensor`, `channel`, `group:<size>`.
+        ValueError: Not one of `tensor`, `channel`, `token`, `group:<size>`, `block:<size>`.
     """
-    if text == "tensor":
-        return PerTensor()
-    if text == "channel":
-        return PerChannel()
+    if text in _PLAIN:
+        return _PLAIN[text]
     kind, _, size = text.partition(":")
-    if kind == "group" and size.isdigit():
-        return PerGroup(int(size))
-    raise ValueError(f"granularity {text!r}: expected 'tensor', 'channel' or 'group:<size>'.")
+    if kind in _SIZED and size.isdigit():
+        return _SIZED[kind](int(size))
+    near = difflib.get_close_matches(kind, [*_PLAIN, *_SIZED], n=1)
+    hint = f"did you mean '{near[0]}{':<size>' if near[0] in _SIZED else ''}'? " if near else ""
+    raise ValueError(
+        f"granularity {text!r}: {hint}Expected 'tensor', 'channel', 'token', 'group:<size>' or "
+        "'block:<size>'."
+    )
 
 
 def grouped_view(x: Tensor, scale: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
@@ -108,8 +156,3 @@ def grouped_view(x: Tensor, scale: Tensor, granularity: Granularity) -> tuple[Te
     if isinstance(granularity, PerGroup) and x.shape[-1] % granularity.size == 0:
         return x.reshape(*scale.shape, granularity.size), scale[..., None]
     return x, granularity.expand(scale, tuple(x.shape))
-
-
-def empty_scale(granularity: Granularity, shape: tuple[int, ...] | None) -> Tensor:
-    """Zero-filled scale for a tensor of `shape`; None stands for any activation shape."""
-    return torch.zeros((1,) if shape is None else granularity.scale_shape(shape))

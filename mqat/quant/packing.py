@@ -1,4 +1,4 @@
-"""Two INT4 codes in one byte, in TensorRT-LLM's order, and back."""
+"""Two 4-bit codes in one byte, and back: row pairs as in TensorRT-LLM's INT4, or neighbours."""
 
 from __future__ import annotations
 
@@ -43,3 +43,38 @@ def unpack_int4(packed: Tensor) -> Tensor:
     low = (packed << 4) >> 4  # arithmetic shifts of int8 extend the sign
     high = packed >> 4
     return torch.stack([low, high], dim=1).flatten(0, 1)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Packs neighbours along the last dimension: the even one in the low nibble (FP4, NF4).
+
+    Args:
+        codes: uint8 [..., n] with values in 0..15; n must be even.
+
+    Returns:
+        uint8 [..., n/2].
+
+    Raises:
+        ValueError: Wrong dtype, odd n, or a code that four bits cannot hold.
+    """
+    if codes.dtype != torch.uint8 or codes.dim() < 1 or codes.shape[-1] % 2:
+        raise ValueError(
+            f"pack_nibbles needs uint8 codes with an even last dimension, got {codes.dtype} "
+            f"{tuple(codes.shape)}."
+        )
+    if codes.numel() and int(codes.amax()) > 15:
+        raise ValueError(f"pack_nibbles: code {int(codes.amax())}, but four bits hold 0..15.")
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`: uint8 [..., n/2] -> uint8 [..., n].
+
+    Raises:
+        ValueError: Wrong dtype (shifts of signed bytes would extend the sign).
+    """
+    if packed.dtype != torch.uint8:
+        raise ValueError(
+            f"unpack_nibbles needs uint8, got {packed.dtype}; use `.view(torch.uint8)`."
+        )
+    return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)

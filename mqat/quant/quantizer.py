@@ -1,30 +1,45 @@
-"""A quantizer's life: idle, observing, frozen at a scale; then on or off."""
+"""A quantizer's life: idle, observing, frozen; then on or off."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from mqat.quant.functional import compute_scale, dequantize, fake_quantize, quantize
-from mqat.quant.granularity import empty_scale
+from mqat.quant.functional import dequantize, fake_quantize, quantize
 from mqat.quant.observers import ActivationObserver
+from mqat.quant.scales import (
+    compute_affine,
+    compute_amax,
+    compute_global_scale,
+    compute_range,
+    compute_scale,
+)
 from mqat.quant.scheme import TensorScheme
 
 
 class Quantizer(nn.Module):
     """Fake-quantizes one operand of a linear once its scale is known.
 
+    Frozen tensors are not part of `state_dict()`: checkpoints hold them as sharded tensors.
+
     Attributes:
-        scheme: Format, granularity and grid of scales.
+        scheme: Format, granularity, grid of scales, zero point, static or dynamic.
         name: Global name, for messages.
-        scale: float32 step, zero until frozen. Not part of `state_dict()`: checkpoints hold it as a
-            sharded tensor of its own.
-        is_frozen: The scale is final.
+        scale: float32 step, zero until frozen; empty when dynamic.
+        zero_point: int32, shaped like `scale`; None when symmetric or dynamic.
+        global_scale: float32 (1,), zero until frozen; None without two levels.
+        is_frozen: Calibrated: what is static is final.
         is_enabled: Off: `forward` is the identity (delayed fake quantization).
         observer: Present while observing (activations only).
+        merge_: Of dynamic quantizers whose rows are cut over ranks: replaces maxima by those of all
+            ranks. Handed in by the layer that knows the ranks.
     """
 
     scale: Tensor
+    zero_point: Tensor | None
+    global_scale: Tensor | None
 
     def __init__(self, scheme: TensorScheme, shape: tuple[int, ...] | None, name: str) -> None:
         super().__init__()
@@ -33,60 +48,137 @@ class Quantizer(nn.Module):
         self.is_frozen = False
         self.is_enabled = True
         self.observer: ActivationObserver | None = None
-        self.register_buffer("scale", empty_scale(scheme.granularity, shape), persistent=False)
+        self.merge_: Callable[[Tensor], None] | None = None
+        shapes = {"scale": (0,), "zero_point": None, "global_scale": None}
+        for part, size in (shapes | scheme.frozen_shapes(shape)).items():
+            dtype = torch.int32 if part == "zero_point" else torch.float32
+            empty = None if size is None else torch.zeros(size, dtype=dtype)
+            self.register_buffer(part, empty, persistent=False)
+
+    @property
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """What calibration fixes and checkpoints hold: `scale`, `zero_point`, `global_scale`."""
+        shape = tuple(self.scale.shape)
+        return {part: getattr(self, part) for part in self.scheme.frozen_shapes(shape)}
 
     def start_observing(self, method: str = "max") -> None:
         """Forgets the scale and collects statistics of what passes through, unchanged."""
         self.is_frozen = False
         self.observer = ActivationObserver(method).to(self.scale.device)
 
-    def freeze_(self, amax: Tensor) -> None:
-        """Fixes the scale for `amax`, already merged over ranks; observing ends."""
-        fmt, scale_dtype = self.scheme.format, self.scheme.scale_dtype
-        self.load_scale_(compute_scale(amax, fmt, scale_dtype=scale_dtype))
+    def statistic(self, x: Tensor) -> Tensor:
+        """What scales are made of: amax per group, or (2, ...) ranges; ranks merge it by MAX."""
+        compute = compute_range if self.scheme.is_asymmetric else compute_amax
+        return compute(x, self.scheme.granularity)
 
-    def load_scale_(self, scale: Tensor) -> None:
-        """Fixes the scale itself, as read from a checkpoint.
+    def freeze_(self, statistic: Tensor, global_amax: Tensor | None = None) -> None:
+        """Fixes what is static; observing ends.
+
+        Args:
+            statistic: From `statistic` (weights) or an observer's amax (1,), merged over ranks.
+            global_amax: Largest |x| of the whole tensor, float32 (1,), if there are two levels and
+                `statistic` is not already that.
+        """
+        scheme = self.scheme
+        loaded: dict[str, Tensor] = {}
+        if scheme.has_global_scale:
+            amax = statistic if global_amax is None else global_amax
+            loaded["global_scale"] = compute_global_scale(amax, scheme.format)
+        if not scheme.is_dynamic:
+            scale, zero_point = self._steps(statistic, loaded.get("global_scale"))
+            loaded["scale"] = scale
+            if zero_point is not None:
+                loaded["zero_point"] = zero_point
+        self.load_(loaded)
+
+    def _steps(
+        self, statistic: Tensor, global_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        fmt, scale_dtype = self.scheme.format, self.scheme.scale_dtype
+        if self.scheme.is_asymmetric:
+            return compute_affine(statistic, fmt, scale_dtype=scale_dtype)
+        scale = compute_scale(statistic, fmt, scale_dtype=scale_dtype, global_scale=global_scale)
+        return scale, None
+
+    def load_(self, tensors: dict[str, Tensor]) -> None:
+        """Fixes the frozen tensors themselves, as read from a checkpoint.
 
         Raises:
-            ValueError: Other shape than this quantizer's, or a step that is not positive and finite.
+            ValueError: Other shapes than this quantizer's, or a step that is not positive and finite.
         """
-        if scale.shape != self.scale.shape:
-            raise ValueError(
-                f"{self.name}: scale has shape {tuple(scale.shape)}, expected "
-                f"{tuple(self.scale.shape)}."
-            )
-        # Waits for the device, once per calibration or load: a step of zero or NaN trains silently.
-        bad = ~((scale > 0) & scale.isfinite())
-        if bool(bad.any()):
-            raise ValueError(
-                f"{self.name}: {int(bad.sum())} of {scale.numel()} scales are not positive finite "
-                f"numbers (first: {float(scale[bad][0])}). Calibrate again, or restore another "
-                "checkpoint."
-            )
-        self.scale.copy_(scale)
+        for part, current in self.frozen_tensors.items():
+            self._check(part, tensors[part], tuple(current.shape))
+        for part, current in self.frozen_tensors.items():
+            current.copy_(tensors[part])
         self.observer = None
         self.is_frozen = True
 
+    def load_scale_(self, scale: Tensor) -> None:
+        """`load_` of a quantizer that has nothing but a scale."""
+        self.load_({"scale": scale})
+
+    def _check(self, part: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{self.name}: {part} has shape {tuple(tensor.shape)}, expected {shape}."
+            )
+        if part == "zero_point":
+            fmt = self.scheme.format
+            if (
+                tensor.numel()
+                and not fmt.qmin <= int(tensor.min()) <= int(tensor.max()) <= fmt.qmax
+            ):
+                raise ValueError(f"{self.name}: a zero point is not a code of {fmt.name}.")
+            return
+        # Waits for the device, once per calibration or load: a step of zero or NaN trains silently.
+        bad = ~((tensor > 0) & tensor.isfinite())
+        if bool(bad.any()):
+            raise ValueError(
+                f"{self.name}: {int(bad.sum())} of {tensor.numel()} {part}s are not positive finite "
+                f"numbers (first: {float(tensor[bad][0])}). Calibrate again, or restore another "
+                "checkpoint."
+            )
+
     def reset(self) -> None:
         """Back to uncalibrated: `forward` is the identity again."""
-        self.scale.zero_()
+        for tensor in self.frozen_tensors.values():
+            tensor.zero_()
         self.observer = None
         self.is_frozen = False
+
+    def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point for `x`: the frozen ones, or, when dynamic, its own."""
+        if not self.scheme.is_dynamic:
+            return self.scale, self.zero_point
+        statistic = self.statistic(x)
+        if self.merge_ is not None:
+            self.merge_(statistic)
+        return self._steps(statistic, self.global_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Observes, fake-quantizes, or passes `x` through, according to the state."""
         if self.observer is not None:
             self.observer.observe_(x)
             return x
-        if self.is_frozen and self.is_enabled:
-            return fake_quantize(x, self.scale, self.scheme.format, self.scheme.granularity)
-        return x
+        if not (self.is_frozen and self.is_enabled):
+            return x
+        scale, zero_point = self.steps(x)
+        fmt, granularity = self.scheme.format, self.scheme.granularity
+        return fake_quantize(
+            x, scale, fmt, granularity, zero_point=zero_point, reach=self.scheme.reach
+        )
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of `x`."""
-        return quantize(x, self.scale, self.scheme.format, self.scheme.granularity)
+        scale, zero_point = self.steps(x)
+        return quantize(
+            x, scale, self.scheme.format, self.scheme.granularity, zero_point=zero_point
+        )
 
     def dequantize(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values of `codes`."""
-        return dequantize(codes, self.scale, self.scheme.granularity, dtype)
+        """Values of `codes` on the frozen grid."""
+        assert not self.scheme.is_dynamic, "the scales of these codes were not kept"
+        fmt, granularity = self.scheme.format, self.scheme.granularity
+        return dequantize(
+            codes, self.scale, granularity, dtype, zero_point=self.zero_point, fmt=fmt
+        )

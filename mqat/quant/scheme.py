@@ -1,25 +1,47 @@
-"""What a named algorithm means for the weight and the input of a linear."""
+"""How the tensors of a linear are quantized, by name or by parts, and how checkpoints say it."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from mqat.quant.formats import FORMATS, FP8_E4M3, INT4, INT8, INT8_FULL, INT8_LOADER, QuantFormat
+from mqat.quant.formats import (
+    FORMATS,
+    FP4_E2M1,
+    FP8_E4M3,
+    INT4,
+    INT4_EVEN,
+    INT8,
+    INT8_FULL,
+    INT8_LOADER,
+    NF4,
+    UINT4,
+    QuantFormat,
+)
 from mqat.quant.granularity import (
     Granularity,
     PerChannel,
     PerGroup,
     PerTensor,
+    PerToken,
     granularity_from_str,
 )
+from mqat.quant.scales import SCALE_DTYPES
 
-ALGORITHMS = ("int8", "int8_wo", "int4", "int4_w_int8_a", "fp8", "null")
-SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BF16, _E8M0, _E4M3 = torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn
+_COARSE = (_E8M0, _E4M3)
+
+
+def nearest_hint(value: object, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name."""
+    known = list(known)
+    near = difflib.get_close_matches(str(value), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
 
 
 @dataclass(frozen=True)
@@ -29,36 +51,109 @@ class TensorScheme:
     Attributes:
         format: Codes.
         granularity: Which elements share a scale.
-        scale_dtype: Grid of the scales (`functional.compute_scale`).
+        scale_dtype: Grid of the scales (`scales.compute_scale`); E4M3 stands for two levels.
+        is_dynamic: Scales are computed from every tensor that arrives; nothing is frozen but the
+            global scale of two levels.
+        is_asymmetric: Codes are shifted by an integer zero point.
     """
 
     format: QuantFormat
     granularity: Granularity
     scale_dtype: torch.dtype = torch.float32
+    is_dynamic: bool = False
+    is_asymmetric: bool = False
 
-    def to_dict(self) -> dict[str, str]:
-        """JSON-safe form."""
+    def __post_init__(self) -> None:
+        """Raises ValueError for combinations without a meaning."""
+        fmt, granularity = self.format, self.granularity
+        if fmt.is_unsigned and not self.is_asymmetric:
+            raise ValueError(
+                f"format {fmt.name!r} has no negative codes: set asymmetric, or use "
+                f"{fmt.name.removeprefix('u')!r}."
+            )
+        if self.is_asymmetric and (fmt.is_float or self.scale_dtype in _COARSE):
+            raise ValueError(
+                f"asymmetric needs an integer format with float32 or bfloat16 scales, not "
+                f"{fmt.name!r} with {self.scale_name!r}."
+            )
+        if self.has_global_scale and not isinstance(granularity, PerGroup):
+            raise ValueError(
+                f"scale {self.scale_name!r} stands under a global scale and needs granularity "
+                f"'group:<size>', not {str(granularity)!r}."
+            )
+        if isinstance(granularity, PerToken) and not self.is_dynamic:
+            raise ValueError("granularity 'token' is known only at run time: set dynamic.")
+        if self.is_dynamic and not isinstance(granularity, PerToken | PerGroup):
+            raise ValueError(
+                f"dynamic scales need granularity 'token' or 'group:<size>', not {str(granularity)!r}: "
+                "a wider one would depend on how tokens are spread over ranks and microbatches."
+            )
+
+    @property
+    def scale_name(self) -> str:
+        """Name of `scale_dtype`."""
+        return str(self.scale_dtype).removeprefix("torch.")
+
+    @property
+    def has_global_scale(self) -> bool:
+        """Block scales are E4M3 under one float32 scale (NVFP4)."""
+        return self.scale_dtype == torch.float8_e4m3fn
+
+    @property
+    def reach(self) -> float | None:
+        """Largest |x / scale| that lets gradients pass (`functional.fake_quantize`).
+
+        Dynamic scales follow x, so nothing is clipped for good. Scales on a coarse grid may be
+        smaller than amax / max_value by nearly a factor of two; what they saturate at calibration
+        shall still be trained. For INT4_EVEN the maximum itself lies on the border of clipping.
+        """
+        if self.is_dynamic:
+            return math.inf
+        if self.format == INT4_EVEN:
+            return 0.5 - self.format.qmin
+        return 2.0 ** (self.format.max_exponent + 1) if self.scale_dtype in _COARSE else None
+
+    def frozen_shapes(self, shape: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that calibration fixes and checkpoints hold.
+
+        Args:
+            shape: Of the quantized tensor; None for activations.
+        """
+        names = (
+            () if self.is_dynamic else ("scale", *(["zero_point"] if self.is_asymmetric else []))
+        )
+        scale_shape = (1,) if shape is None else self.granularity.scale_shape(shape)
+        shapes = dict.fromkeys(names, scale_shape)
+        return shapes | ({"global_scale": (1,)} if self.has_global_scale else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form; flags only where they are set, so that old descriptions stay equal."""
+        flags = {"is_dynamic": self.is_dynamic, "is_asymmetric": self.is_asymmetric}
         return {
             "format": self.format.name,
             "granularity": str(self.granularity),
-            "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
-        }
+            "scale_dtype": self.scale_name,
+        } | {name: True for name, is_set in flags.items() if is_set}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, str]) -> TensorScheme:
+    def from_dict(cls, values: Mapping[str, Any]) -> TensorScheme:
         """Inverse of `to_dict`; an unknown format, granularity or dtype is a ValueError."""
         name = values["format"]
         if name not in FORMATS:
-            raise ValueError(f"quantization format {name!r} is unknown; known: {sorted(FORMATS)}.")
+            raise ValueError(
+                f"quantization format {name!r} is unknown; {nearest_hint(name, FORMATS)}"
+            )
         scale_dtype = values["scale_dtype"]
         if scale_dtype not in SCALE_DTYPES:
             raise ValueError(
-                f"scale_dtype {scale_dtype!r} is unknown; known: {list(SCALE_DTYPES)}."
+                f"scale_dtype {scale_dtype!r} is unknown; {nearest_hint(scale_dtype, SCALE_DTYPES)}"
             )
         return cls(
             FORMATS[name],
             granularity_from_str(values["granularity"]),
             SCALE_DTYPES[scale_dtype],
+            bool(values.get("is_dynamic", False)),
+            bool(values.get("is_asymmetric", False)),
         )
 
 
@@ -69,60 +164,129 @@ class LinearScheme:
     name: str
     weight: TensorScheme | None
     input: TensorScheme | None
+    output: TensorScheme | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for operands that cannot be quantized that way."""
+        if self.weight is not None and self.weight.is_dynamic:
+            raise ValueError(
+                "weight: dynamic scales are for inputs and outputs; weights are frozen."
+            )
+        for kind, scheme in (("input", self.input), ("output", self.output)):
+            if scheme is None or scheme.is_dynamic:
+                continue
+            if not isinstance(scheme.granularity, PerTensor) or scheme.is_asymmetric:
+                raise ValueError(
+                    f"{kind}: static scales are symmetric with granularity 'tensor', not "
+                    f"{str(scheme.granularity)!r}{' asymmetric' * scheme.is_asymmetric}; set dynamic."
+                )
+        if self.output is not None and isinstance(self.output.granularity, PerGroup):
+            raise ValueError("output: granularity must be 'tensor', or 'token' with dynamic.")
+
+    @property
+    def operands(self) -> dict[str, TensorScheme]:
+        """The quantized ones among `weight`, `input` and `output`."""
+        found = {"weight": self.weight, "input": self.input, "output": self.output}
+        return {kind: scheme for kind, scheme in found.items() if scheme is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form."""
-        return {
-            "name": self.name,
-            "weight": self.weight.to_dict() if self.weight else None,
-            "input": self.input.to_dict() if self.input else None,
-        }
+        empty: dict[str, Any] = {"name": self.name, "weight": None, "input": None}
+        return empty | {kind: scheme.to_dict() for kind, scheme in self.operands.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LinearScheme:
         """Inverse of `to_dict`."""
-        weight, operand = values["weight"], values["input"]
-        return cls(
-            values["name"],
-            TensorScheme.from_dict(weight) if weight else None,
-            TensorScheme.from_dict(operand) if operand else None,
-        )
+        kinds = ("weight", "input", "output")
+        given = {"output": None, **values}
+        parts = {kind: TensorScheme.from_dict(given[kind]) for kind in kinds if given[kind]}
+        return cls(values["name"], parts.get("weight"), parts.get("input"), parts.get("output"))
 
 
-def named_scheme(algorithm: str, *, group_size: int = 128) -> LinearScheme | None:
+_INT8_STATIC = TensorScheme(INT8_FULL, PerTensor())
+_FP8_STATIC = TensorScheme(FP8_E4M3, PerTensor(), _BF16)
+_FP8_TOKEN = TensorScheme(FP8_E4M3, PerToken(), is_dynamic=True)
+_INT8_TOKEN = TensorScheme(INT8_FULL, PerToken(), is_dynamic=True, is_asymmetric=True)
+
+# Algorithm -> weight, input.
+_FIXED: dict[str, tuple[TensorScheme, TensorScheme | None]] = {
+    "int8": (TensorScheme(INT8, PerChannel()), _INT8_STATIC),
+    "int8_sq": (TensorScheme(INT8, PerChannel()), _INT8_STATIC),
+    "int8_wo": (TensorScheme(INT8_LOADER, PerChannel()), None),
+    "fp8": (_FP8_STATIC, _FP8_STATIC),
+    "fp8_pc_pt": (TensorScheme(FP8_E4M3, PerChannel()), _FP8_TOKEN),
+    "nvfp4": (
+        TensorScheme(FP4_E2M1, PerGroup(16), _E4M3),
+        TensorScheme(FP4_E2M1, PerGroup(16), _E4M3, is_dynamic=True),
+    ),
+    "mxfp4": (
+        TensorScheme(FP4_E2M1, PerGroup(32), _E8M0),
+        TensorScheme(FP4_E2M1, PerGroup(32), _E8M0, is_dynamic=True),
+    ),
+    "mxfp8": (
+        TensorScheme(FP8_E4M3, PerGroup(32), _E8M0),
+        TensorScheme(FP8_E4M3, PerGroup(32), _E8M0, is_dynamic=True),
+    ),
+    "nf4": (TensorScheme(NF4, PerGroup(64)), None),
+}
+# The same with a group size that callers may choose.
+_GROUPED: dict[str, tuple[TensorScheme, TensorScheme | None]] = {
+    "int4": (TensorScheme(INT4, PerGroup(128), _BF16), None),
+    "int4_awq": (TensorScheme(INT4, PerGroup(128), _BF16), None),
+    "w4a8_awq": (TensorScheme(INT4, PerGroup(128), _BF16), _FP8_STATIC),
+    "int4_w_int8_a": (TensorScheme(INT4, PerGroup(128), _BF16), _INT8_STATIC),
+    "8da4w": (TensorScheme(INT4_EVEN, PerGroup(256)), _INT8_TOKEN),
+    "w_int4_sym": (TensorScheme(INT4_EVEN, PerGroup(128), _BF16), None),
+    "w_uint4_asym": (TensorScheme(UINT4, PerGroup(128), _BF16, is_asymmetric=True), None),
+}
+ALGORITHMS = (*_FIXED, *_GROUPED, "null")
+
+
+def named_scheme(algorithm: str, *, group_size: int | None = None) -> LinearScheme | None:
     """The scheme of a named algorithm; `null` is None.
 
-    | algorithm       | weight                         | input                       |
-    |-----------------|--------------------------------|-----------------------------|
-    | `int8`          | INT8 per output channel        | INT8 per tensor, static     |
-    | `int8_wo`       | INT8 on TensorRT-LLM's grid    | -                           |
-    | `int4`          | INT4 groups of `group_size`    | -                           |
-    | `int4_w_int8_a` | INT4 groups of `group_size`    | INT8 per tensor, static     |
-    | `fp8`           | FP8 E4M3 per tensor            | FP8 E4M3 per tensor, static |
+    | algorithm       | weight                             | input                                   |
+    |-----------------|------------------------------------|-----------------------------------------|
+    | `int8`          | INT8 per output channel            | INT8 per tensor, static                 |
+    | `int8_sq`       | the same, after SmoothQuant        | the same                                |
+    | `int8_wo`       | INT8 on TensorRT-LLM's grid        | -                                       |
+    | `fp8`           | FP8 E4M3 per tensor                | FP8 E4M3 per tensor, static             |
+    | `fp8_pc_pt`     | FP8 E4M3 per output channel        | FP8 E4M3 per token, dynamic             |
+    | `nvfp4`         | E2M1, blocks of 16, two levels     | the same, dynamic under a static global |
+    | `mxfp4`         | E2M1, blocks of 32, powers of two  | the same, dynamic                       |
+    | `mxfp8`         | E4M3, blocks of 32, powers of two  | the same, dynamic                       |
+    | `nf4`           | NF4, blocks of 64                  | -                                       |
+    | `int4`          | INT4 groups                        | -                                       |
+    | `int4_awq`      | the same, after AWQ                | -                                       |
+    | `w4a8_awq`      | the same, after AWQ                | FP8 E4M3 per tensor, static             |
+    | `int4_w_int8_a` | INT4 groups                        | INT8 per tensor, static                 |
+    | `8da4w`         | INT4 groups, step amax / 7.5       | INT8 per token, asymmetric, dynamic     |
+    | `w_int4_sym`    | INT4 groups, step amax / 7.5       | -                                       |
+    | `w_uint4_asym`  | UINT4 groups with zero points      | -                                       |
 
-    INT4 and FP8 scales lie on the bfloat16 grid, because servers keep them in the model's dtype.
+    SmoothQuant and AWQ change weights before their scales are found: they are steps of the
+    calibration, and what is quantized afterwards is what this table says.
+
+    INT4, UINT4 and static FP8 scales lie on the bfloat16 grid, because servers keep them in the
+    model's dtype; ExecuTorch keeps those of `8da4w` in float32.
+
+    Args:
+        algorithm: A name of the table.
+        group_size: Elements per group of the integer-group algorithms; None: 128, for `8da4w` 256.
+            The other formats fix their blocks.
 
     Raises:
         ValueError: Unknown name; suggests the nearest.
     """
-    bf16 = torch.bfloat16
-    activation = TensorScheme(INT8_FULL, PerTensor())
     if algorithm == "null":
         return None
-    if algorithm == "int8":
-        return LinearScheme(algorithm, TensorScheme(INT8, PerChannel()), activation)
-    if algorithm == "int8_wo":
-        return LinearScheme(algorithm, TensorScheme(INT8_LOADER, PerChannel()), None)
-    if algorithm == "int4":
-        return LinearScheme(algorithm, TensorScheme(INT4, PerGroup(group_size), bf16), None)
-    if algorithm == "int4_w_int8_a":
-        weight = TensorScheme(INT4, PerGroup(group_size), bf16)
-        return LinearScheme(algorithm, weight, activation)
-    if algorithm == "fp8":
-        per_tensor = TensorScheme(FP8_E4M3, PerTensor(), bf16)
-        return LinearScheme(algorithm, per_tensor, per_tensor)
-    near = difflib.get_close_matches(algorithm, ALGORITHMS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(
-        f"quantization algorithm {algorithm!r} is unknown{hint} Known: {', '.join(ALGORITHMS)}."
-    )
+    if algorithm in _FIXED:
+        return LinearScheme(algorithm, *_FIXED[algorithm])
+    if algorithm not in _GROUPED:
+        raise ValueError(
+            f"quantization algorithm {algorithm!r} is unknown; {nearest_hint(algorithm, ALGORITHMS)}"
+        )
+    weight, operand = _GROUPED[algorithm]
+    if group_size is not None:
+        weight = replace(weight, granularity=PerGroup(group_size))
+    return LinearScheme(algorithm, weight, operand)

@@ -101,7 +101,11 @@ def initialize(
 
 
 def finalize() -> None:
-    """Leaves the process groups; `initialize` may be called again with another layout."""
+    """Leaves the process groups for good.
+
+    Under torchrun a process can join once: the job's store still holds the addresses of the first time.
+    For another layout of the same world, destroy Megatron's groups only and call `initialize` again.
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -130,18 +134,33 @@ def agree(error: Exception | None) -> None:
         raise ValueError(first) from error
 
 
+def _is_first_to_fail() -> bool:
+    """Whether no other process of this job has printed its error; torchrun's own store knows."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return int(os.environ.get("RANK", "0")) == 0
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch._C._distributed_c10d.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=20),
+    )
+    return bool(store.add(f"mqat/errors/{attempt}", 1) == 1)
+
+
 @contextmanager
 def command_line() -> Iterator[None]:
     """Around a script's main function: quiet dependencies, and errors as people want them.
 
-    A ValueError (which every rank raises alike, see `agree`) becomes one line from rank 0 and exit
-    status 2 on all ranks. Warnings that users cannot act on are hidden: Megatron uses what newer torch
-    calls deprecated, and reports the absence of optional packages.
+    A ValueError (which every rank raises alike, see `agree`) becomes one line from the first rank that
+    gets here and exit status 2 on all ranks: torchrun ends the others as soon as one has exited.
+    Warnings that users cannot act on are hidden: Megatron uses what newer torch calls deprecated, and
+    reports the absence of optional packages.
     """
     warnings.filterwarnings("ignore", module=r"(torch\.distributed|torch\.utils|megatron)\b.*")
     try:
         yield
-    except ValueError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+    except (ValueError, OSError) as error:
+        if _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -2,40 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from mqat.models.llama import LINEARS, LlamaConfig
-from mqat.quant.scheme import LinearScheme, named_scheme
+from mqat.quant.formats import FORMATS
+from mqat.quant.granularity import granularity_from_str
+from mqat.quant.scales import SCALE_DTYPES
+from mqat.quant.scheme import (
+    LinearScheme,
+    TensorScheme,
+    named_scheme,
+    nearest_hint,
+)
+
+# Shorter spellings of scale grids in configurations.
+_SCALES = SCALE_DTYPES | {
+    "e8m0": SCALE_DTYPES["float8_e8m0fnu"],
+    "e4m3": SCALE_DTYPES["float8_e4m3fn"],
+}
+_KEYS = ("format", "granularity", "scale", "dynamic", "asymmetric")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Linears whose global name matches `pattern` (shell style) use `algorithm`."""
+    """How linears whose global name matches `pattern` (shell style) are quantized.
+
+    Attributes:
+        pattern: Such as `decoder.layers.0.*` or `*.mlp.linear_fc2`.
+        algorithm: Of `named_scheme`; or None, with
+        operands: `weight`, `input`, `output` -> settings (see `tensor_scheme`).
+    """
 
     pattern: str
-    algorithm: str
+    algorithm: str | None = None
+    operands: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
+    """One operand's scheme from a configuration, such as `{format: int4, granularity: group:64}`.
+
+    Args:
+        settings: `format` (a name of `formats.FORMATS`), `granularity` (tensor, channel, token,
+            group:<size>, block:<size>), and optionally `scale` (float32, bfloat16, e8m0, e4m3),
+            `dynamic`, `asymmetric`.
+        path: Key in the configuration, for messages.
+
+    Raises:
+        ValueError: Missing or unknown key or value, or a combination without a meaning; names the
+            key, the value and the nearest valid one.
+    """
+    for key in settings:
+        if key not in _KEYS:
+            raise ValueError(f"config: unknown key {f'{path}.{key}'!r}; {nearest_hint(key, _KEYS)}")
+    for key in ("format", "granularity"):
+        if settings.get(key) is None:
+            raise ValueError(f"config: {path}.{key} is missing.")
+    name, scale = settings["format"], settings.get("scale") or "float32"
+    if name not in FORMATS:
+        raise ValueError(
+            f"config: {path}.format={name!r} is unknown; {nearest_hint(name, FORMATS)}"
+        )
+    if scale not in _SCALES:
+        raise ValueError(
+            f"config: {path}.scale={scale!r} is unknown; {nearest_hint(scale, _SCALES)}"
+        )
+    flags = {key: settings.get(key) or False for key in ("dynamic", "asymmetric")}
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"config: {path}.{key}={value!r} must be true or false.")
+    try:
+        return TensorScheme(
+            FORMATS[name],
+            granularity_from_str(str(settings["granularity"])),
+            _SCALES[scale],
+            is_dynamic=flags["dynamic"],
+            is_asymmetric=flags["asymmetric"],
+        )
+    except ValueError as error:
+        raise ValueError(f"config: {path}: {error}") from error
 
 
 @dataclass(frozen=True)
 class Policy:
     """Default algorithm for every linear of the decoder; the first matching rule overrides it.
 
-    The embedding and the output layer are never quantized.
+    The embedding and the output layer are never quantized. `group_size` None: each algorithm's own.
     """
 
     algorithm: str
-    group_size: int = 128
+    group_size: int | None = None
     rules: Sequence[Rule] = field(default=())
 
     def resolve(self, model: LlamaConfig) -> dict[str, LinearScheme]:
         """Global linear name -> scheme, in model order; unquantized linears are absent.
 
         Raises:
-            ValueError: Unknown algorithm, or a rule that no linear matches.
+            ValueError: Unknown algorithm or operand settings, or a rule that no linear matches.
         """
         names = [f"decoder.layers.{i}.{n}" for i in range(model.num_layers) for n in LINEARS]
+        default = named_scheme(self.algorithm, group_size=self.group_size)
+        schemes = [self._scheme(index, rule) for index, rule in enumerate(self.rules)]
         for rule in self.rules:
             if not any(fnmatchcase(name, rule.pattern) for name in names):
                 raise ValueError(
@@ -44,11 +113,37 @@ class Policy:
                 )
         resolved = {}
         for name in names:
-            algorithm = next(
-                (rule.algorithm for rule in self.rules if fnmatchcase(name, rule.pattern)),
-                self.algorithm,
+            matching = (
+                scheme
+                for rule, scheme in zip(self.rules, schemes, strict=True)
+                if fnmatchcase(name, rule.pattern)
             )
-            scheme = named_scheme(algorithm, group_size=self.group_size)
+            scheme = next(matching, default)
             if scheme is not None:
                 resolved[name] = scheme
         return resolved
+
+    def _scheme(self, index: int, rule: Rule) -> LinearScheme | None:
+        path = f"quantization.rules[{index}]"
+        if rule.algorithm is not None and rule.operands:
+            raise ValueError(
+                f"config: {path} has both algorithm={rule.algorithm!r} and "
+                f"{', '.join(rule.operands)}; a rule names an algorithm or composes its own."
+            )
+        if not rule.operands:
+            return named_scheme(rule.algorithm or "null", group_size=self.group_size)
+        kinds = ("weight", "input", "output")
+        for kind in rule.operands:
+            if kind not in kinds:
+                hint = nearest_hint(kind, kinds)
+                raise ValueError(f"config: unknown key {f'{path}.{kind}'!r}; {hint}")
+        parts = {
+            kind: tensor_scheme(settings, f"{path}.{kind}")
+            for kind, settings in rule.operands.items()
+        }
+        try:
+            return LinearScheme(
+                "custom", parts.get("weight"), parts.get("input"), parts.get("output")
+            )
+        except ValueError as error:
+            raise ValueError(f"config: {path}.{error}") from error

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mqat.data.tokenizer import save_tokenizer
 from mqat.models.llama import LlamaConfig
 from mqat.models.manifest import (
     DESCRIPTION,
@@ -60,6 +61,15 @@ def _metadata() -> dict[str, Any]:
     }
 
 
+def _create_optimizer_state(optimizer: Any) -> None:
+    """Gives an optimizer that has not stepped yet the state that a checkpoint is loaded into."""
+    (distributed,) = optimizer.chained_optimizers
+    distributed.init_state_fn(distributed.optimizer, distributed.config)
+    if isinstance(distributed.optimizer, torch.optim.AdamW):  # others count steps per group
+        for values in distributed.optimizer.state.values():
+            values.setdefault("step", torch.tensor(0.0))
+
+
 def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """Loads the distributed optimizer, whose torch AdamW needs help with its step counts.
 
@@ -70,7 +80,7 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     tensors = state.pop("param_state")
     optimizer.load_state_dict(state)
     states = distributed.optimizer.state
-    steps = {parameter: values.pop("step") for parameter, values in states.items()}
+    steps = {p: values.pop("step") for p, values in states.items() if "step" in values}
     distributed.load_parameter_state_from_fully_reshardable(tensors)
     for parameter, step in steps.items():
         states[parameter]["step"] = step.clone()
@@ -166,6 +176,12 @@ def save_checkpoint(
         tokenizer: Saved as Hugging Face files under `tokenizer/`.
         training: Also save optimizer, scheduler, RNG and data position.
     """
+    error: Exception | None = None
+    if path.exists() and not (path / DESCRIPTION).is_file():
+        error = ValueError(
+            f"{path} exists and is not an mqat checkpoint, so it is not replaced; choose another path."
+        )
+    agree(error)
     quantized = bool(layers) and all_frozen(chunks)
     temporary = path.with_name(f".{path.name}.tmp")
     description = {
@@ -227,7 +243,7 @@ def _finish(
 ) -> None:
     """Rank 0: tokenizer, checksums, description, then the rename that makes it real."""
     if tokenizer is not None:
-        tokenizer.save_pretrained(temporary / "tokenizer")
+        save_tokenizer(tokenizer, temporary / "tokenizer")
     names = [str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file()]
     description["files"] = describe_files(temporary, names)
     with (temporary / DESCRIPTION).open("w", encoding="utf-8") as file:
@@ -281,6 +297,8 @@ def load_checkpoint(
         error = caught
     agree(error)
 
+    if training is not None:
+        _create_optimizer_state(training.optimizer)
     has_scales = description["quantization"] is not None and bool(layers)
     state = _sharded_state(chunks, training, is_loading=True, with_scales=has_scales)
     same_layout = description["layout"] == _layout()

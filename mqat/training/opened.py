@@ -28,7 +28,12 @@ class OpenedModel:
 
 
 def open_model(
-    path: Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1, precision: str = "32"
+    path: Path,
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    precision: str = "32",
+    lowered: bool = False,
 ) -> OpenedModel:
     """Creates process groups and loads an mqat checkpoint, Hugging Face directory or GGUF file.
 
@@ -39,6 +44,7 @@ def open_model(
         tensor_parallel: Of this session.
         pipeline_parallel: Of this session.
         precision: `32` or `bf16`.
+        lowered: Store and multiply low-precision weights (`parallel.lowering`).
 
     Raises:
         ValueError: Nothing readable there, or sizes that do not fit; on every rank.
@@ -69,7 +75,18 @@ def open_model(
     if source is None:
         load_checkpoint(path, chunks, layers=layers)
     else:
-        load_pretrained_(chunks, source)
+        error: Exception | None = None
+        try:
+            load_pretrained_(chunks, source)
+        except ValueError as caught:
+            error = caught
+        groups.agree(error)
+    if lowered:
+        if not layers:
+            raise ValueError(f"{path}: is not quantized, so there is nothing to lower.")
+        from mqat.parallel.lowering import lower_
+
+        lower_(chunks)
     for chunk in chunks:
         chunk.eval()
     return OpenedModel(list(chunks), config, tokenizer)

@@ -70,8 +70,8 @@ def build_optimizer(
         # The first step of a warm-up already moves: Megatron counts from zero.
         init_lr=peak / (settings.sched.warmup_steps + 1),
         max_lr=peak,
-        min_lr=min(settings.sched.min_lr, peak),
-        lr_warmup_steps=min(settings.sched.warmup_steps, max(max_steps - 1, 0)),
+        min_lr=settings.sched.min_lr,
+        lr_warmup_steps=settings.sched.warmup_steps,
         lr_decay_steps=max(max_steps, 1),
         lr_decay_style="cosine" if cosine else "constant",
         start_wd=settings.weight_decay,

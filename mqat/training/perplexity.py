@@ -13,8 +13,7 @@ from mqat.data.tokenizer import load_tokenizer
 from mqat.runtime import groups
 from mqat.training.opened import open_model
 from mqat.training.step import logits
-from mqat.verify.layout import read_config
-from mqat.verify.reader import RankReader
+from mqat.verify import open_export
 
 
 def _windows(text: Path, tokenizer: object, seq_length: int) -> PackedDataset:
@@ -25,15 +24,17 @@ def _summed_loss(scores: torch.Tensor, row: torch.Tensor) -> float:
     return float(F.cross_entropy(scores[0].float(), row[1:], reduction="sum"))
 
 
-def checkpoint_perplexity(path: Path, text: Path, *, seq_length: int) -> tuple[float, int]:
+def checkpoint_perplexity(
+    path: Path, text: Path, *, seq_length: int, lowered: bool = False
+) -> tuple[float, int]:
     """Mean loss per token in nats, and the number of tokens; also reads HF directories and GGUF.
 
     Raises:
         ValueError: As `open_model` and `read_texts`.
     """
-    model = open_model(path)
+    model = open_model(path, lowered=lowered)
     rows = _windows(text, model.tokenizer, seq_length).tokens.long()
-    loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]), row) for row in rows)
+    loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]).cpu(), row) for row in rows)
     groups.finalize()
     return loss / (len(rows) * seq_length), len(rows) * seq_length
 
@@ -44,11 +45,7 @@ def export_perplexity(directory: Path, text: Path, *, seq_length: int) -> tuple[
     Raises:
         ValueError: The directory's config cannot be used; names the first problem.
     """
-    problems: list[str] = []
-    config = read_config(directory, problems)
-    if config is None:
-        raise ValueError(f"{directory}: {problems[0]}")
-    reader = RankReader(directory, config)
+    reader = open_export(directory)
     rows = _windows(text, load_tokenizer(directory), seq_length).tokens.long()
     loss = sum(_summed_loss(reader.logits(row[None, :-1]), row) for row in rows)
     return loss / (len(rows) * seq_length), len(rows) * seq_length

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mqat.config import RunConfig
+from mqat.config import RuleConfig, RunConfig
 from mqat.data.packaged import smollm2_gguf
+from mqat.export import huggingface
 from mqat.export.trtllm import check_exportable
 from mqat.models.llama import LINEARS, LlamaConfig
 from mqat.models.manifest import DESCRIPTION, read_description
 from mqat.models.random import RandomWeights
 from mqat.models.source import PretrainedSource, open_pretrained
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
+from mqat.quant.gemm import has_bf16_units
 from mqat.quant.scheme import LinearScheme
+from mqat.runtime.groups import device
 from mqat.specs.policy import Policy, Rule
 
 
@@ -55,11 +58,7 @@ def resolve_dtype(precision: str) -> torch.dtype:
     """
     if precision == "32":
         return torch.float32
-    native = torch.cuda.is_available() or (
-        torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and torch.cpu._is_avx512_bf16_supported()
-    )
+    native = has_bf16_units(device())
     return torch.bfloat16 if precision == "bf16" or native else torch.float32
 
 
@@ -77,6 +76,13 @@ def _source(config: RunConfig) -> tuple[LlamaConfig, PretrainedSource | RandomWe
         )
     if settings.architecture is not None:
         sizes = settings.architecture
+        if sizes.head_dim is None and (
+            sizes.num_attention_heads < 1 or sizes.hidden_size % sizes.num_attention_heads
+        ):
+            raise ValueError(
+                f"model.architecture: hidden_size={sizes.hidden_size} is not a multiple of "
+                f"num_attention_heads={sizes.num_attention_heads}; change one, or set head_dim."
+            )
         model = LlamaConfig(
             vocab_size=sizes.vocab_size,
             hidden_size=sizes.hidden_size,
@@ -100,6 +106,8 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
     """Data-parallel size; refuses world and batch sizes that do not fit together."""
     settings = config.model
     trainer = config.trainer
+    if world_size < 1:
+        raise ValueError(f"world size {world_size} must be at least 1.")
     if trainer.devices is not None and trainer.devices * trainer.num_nodes != world_size:
         raise ValueError(
             f"world size {world_size} does not match trainer.devices={trainer.devices} x "
@@ -126,14 +134,25 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
             f"of micro_batch_size={settings.micro_batch_size} x data-parallel size "
             f"{data_parallel}; the same sequences must be seen on every layout."
         )
-    virtual = settings.virtual_pipeline_model_parallel_size
-    microbatches = settings.global_batch_size // per_step
-    if virtual and microbatches % settings.pipeline_model_parallel_size:
-        raise ValueError(
-            f"interleaved pipeline: {microbatches} microbatches a step must be a multiple of "
-            f"pipeline_model_parallel_size={settings.pipeline_model_parallel_size}."
-        )
+    sizes = {
+        "model.global_batch_size": settings.global_batch_size,
+        "quantization.num_calib_size": config.quantization.num_calib_size,
+    }
+    for key, size in sizes.items():
+        stages = settings.pipeline_model_parallel_size
+        if settings.virtual_pipeline_model_parallel_size and size // per_step % stages:
+            raise ValueError(
+                f"interleaved pipeline: {key}={size} gives {size // per_step} microbatches, not a "
+                f"multiple of pipeline_model_parallel_size={stages}; make it a multiple of "
+                f"{per_step * stages}."
+            )
     return data_parallel
+
+
+def _rule(config: RuleConfig) -> Rule:
+    given = {"weight": config.weight, "input": config.input, "output": config.output}
+    operands = {kind: asdict(operand) for kind, operand in given.items() if operand is not None}
+    return Rule(config.pattern, config.algorithm, operands)
 
 
 def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
@@ -165,21 +184,31 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
             f"model.data.seq_length={settings.data.seq_length} exceeds the model's "
             f"max_position_embeddings={model.max_position_embeddings}."
         )
+    data = settings.data
+    if data.packaged is None and not (data.train and data.validation):
+        raise ValueError(
+            "config: model.data.train and model.data.validation must each name at least one file "
+            "(hold out whole documents), or set model.data.packaged."
+        )
     quantization = config.quantization
     policy = Policy(
         quantization.algorithm or "null",
         quantization.group_size,
-        tuple(Rule(rule.pattern, rule.algorithm or "null") for rule in quantization.rules),
+        tuple(map(_rule, quantization.rules)),
     )
     layers = policy.resolve(model)
     check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
     export = config.export
-    if export.format is not None:
+    if export.format == "hf":
+        huggingface.check_exportable(model, layers, style=export.style)
+    elif export.format is not None:
         inference = {
             "tp": export.inference_tensor_parallel,
             "pp": export.inference_pipeline_parallel,
         }
-        check_exportable(model, layers, **inference)
+        check_exportable(
+            model, layers, allow_requantization=export.allow_requantization, **inference
+        )
         check_group_sizes(
             model, layers, tp=inference["tp"], purpose="export.inference_tensor_parallel"
         )

@@ -7,23 +7,29 @@ design documents: config, metrics, summary, checkpoints, and the exported model.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from rich.table import Table
 
 from mqat.config import RunConfig
-from mqat.export import export_trtllm
+from mqat.export import export_hf, export_trtllm
 from mqat.runtime import groups
 from mqat.runtime.groups import agree, is_main
 from mqat.training.loop import Phase
 from mqat.training.plan import RunPlan, make_plan
 from mqat.training.session import Session, open_session
 from mqat.training.step import served_logits
-from mqat.verify import verify_trtllm
+from mqat.verify import verify_export
 
 
-def _start(config: RunConfig) -> Session:
+def _start(config: RunConfig, *, quantizes: bool) -> Session:
     plan = make_plan(config)
+    if quantizes and not plan.layers:
+        raise ValueError(
+            "quantization.algorithm=null and no rule quantizes anything; choose an algorithm, or run "
+            "examples/gpt_sft.py for unquantized training."
+        )
     settings = config.model
     groups.initialize(
         tensor_parallel=settings.tensor_model_parallel_size,
@@ -75,18 +81,25 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
     export = session.plan.config.export
     if export.format is None:
         return
-    out = Path(export.save_path) if export.save_path else session.plan.run_dir / "trtllm"
-    export_trtllm(
-        checkpoint,
-        out,
-        tensor_parallel=export.inference_tensor_parallel,
-        pipeline_parallel=export.inference_pipeline_parallel,
-        dtype=export.dtype,
-        overwrite=True,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        agree=agree,
-    )
+    out = Path(export.save_path) if export.save_path else session.plan.run_dir / export.format
+    together: dict[str, Any] = {
+        "dtype": export.dtype,
+        "overwrite": True,
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+        "agree": agree,
+    }
+    if export.format == "hf":
+        export_hf(checkpoint, out, style=export.style, **together)
+    else:
+        export_trtllm(
+            checkpoint,
+            out,
+            tensor_parallel=export.inference_tensor_parallel,
+            pipeline_parallel=export.inference_pipeline_parallel,
+            allow_requantization=export.allow_requantization,
+            **together,
+        )
     error: Exception | None = None
     session.summary["export"] = {"path": str(out), "verified": False}
     if export.verify:
@@ -94,7 +107,7 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
         expected = served_logits(session.chunks, tokens, export.dtype)
         if is_main():
             try:
-                report = verify_trtllm(
+                report = verify_export(
                     out, reference=checkpoint, tokens=tokens, reference_logits=expected.cpu()
                 )
                 session.summary["export"] |= report.to_dict() | {"verified": report.ok}
@@ -122,7 +135,8 @@ def _report(session: Session) -> None:
         "ptq_prepared": "PTQ with the recipe",
         "qat": "QAT",
     }
-    table = Table(title=f"{session.plan.config.quantization.algorithm}: held-out perplexity")
+    algorithm = session.plan.config.quantization.algorithm or "unquantized"
+    table = Table(title=f"{algorithm}: held-out perplexity")
     table.add_column("model")
     table.add_column("perplexity", justify="right")
     for key, title in titles.items():
@@ -152,7 +166,7 @@ def _quantize(session: Session) -> None:
 
 def run_sft(config: RunConfig) -> Path:
     """Unquantized fine-tuning; returns the checkpoint."""
-    session = _start(config)
+    session = _start(config, quantizes=False)
     with session.log:
         session.measure("bf16")
         session.train_phase(_phase(session.plan, "sft", config.trainer.max_steps, quantized=False))
@@ -166,7 +180,7 @@ def run_sft(config: RunConfig) -> Path:
 
 def run_ptq(config: RunConfig) -> Path:
     """Calibration, checkpoint, export, verification; returns the checkpoint."""
-    session = _start(config)
+    session = _start(config, quantizes=True)
     with session.log:
         _pretrain(session)
         session.measure("bf16")
@@ -186,7 +200,7 @@ def run_qat(config: RunConfig) -> Path:
     fine-tuned unquantized, for a fair comparison -> PTQ -> QAT -> export -> verification.
     Each finished step is recorded, so that an interrupted run continues where it was.
     """
-    session = _start(config)
+    session = _start(config, quantizes=True)
     steps = config.trainer.max_steps
     with session.log:
         pretrained = _pretrain(session)

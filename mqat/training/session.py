@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from megatron.core import parallel_state
 from mqat.calibration.prepare import prepare_
 from mqat.calibration.recipe import Recipe
 from mqat.calibration.statistics import calibrate
-from mqat.config import config_to_yaml
 from mqat.data.dataset import load_run_data
 from mqat.data.loader import Batches
 from mqat.parallel.linear import quantized_linears
@@ -37,6 +35,7 @@ from mqat.training.model import build_model
 from mqat.training.optimizer import build_optimizer, wrap_for_training
 from mqat.training.plan import RunPlan, describe
 from mqat.training.pretrained import load_pretrained_
+from mqat.training.run_directory import open_run_directory
 from mqat.training.step import evaluate, generate_greedy
 
 
@@ -117,7 +116,12 @@ class Session:
     def validation_loss(self) -> float:
         """Loss per token on the held-out data."""
         loss, tokens = evaluate(self.chunks, self.validation.epoch())
-        return loss / max(tokens, 1.0)
+        if tokens == 0:
+            raise ValueError(
+                "validation: the held-out data has no token that counts; name other files in "
+                "model.data.validation, or raise trainer.limit_val_samples."
+            )
+        return loss / tokens
 
     def measure(self, name: str) -> None:
         """Perplexity, loss and greedy samples of the present model, into the summary."""
@@ -131,7 +135,9 @@ class Session:
             answer = generate_greedy(self.chunks, ids, manager.sample_tokens, stop=stop)
             text = self.tokenizer.decode(answer, skip_special_tokens=True)
             self.summary["samples"].setdefault(prompt, {})[name] = text
-        self.log.say(f"  {name:>16}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+        self.log.say(
+            f"  {name:>16}: validation loss {loss:.4f}, perplexity {self.summary['ppl'][name]:.2f}"
+        )
 
     # -- quantization ----------------------------------------------------------------------------
 
@@ -144,7 +150,7 @@ class Session:
     def recipe(self) -> Recipe:
         """What the configuration asks to do to weights before scales are frozen."""
         settings = self.plan.config.quantization
-        return Recipe(
+        configured = Recipe(
             equalize=settings.equalize,
             alpha=settings.sq_alpha,
             grid=settings.equalize_grid,
@@ -152,6 +158,7 @@ class Session:
             rounding=settings.rounding,
             layers_at_once=settings.calib_layers_at_once,
         )
+        return configured.including(settings.algorithm)
 
     def calibrate(self, recipe: Recipe | None = None) -> None:
         """Prepares the weights if a recipe is given, observes inputs, and freezes every scale."""
@@ -214,26 +221,6 @@ def void(_: object) -> None:
     """Drops a result: callers only want the side effect of observing."""
 
 
-def _previous_summary(run_dir: Path, resume: bool) -> dict[str, Any]:
-    fresh: dict[str, Any] = {
-        "done": [],
-        "loss": {},
-        "ppl": {},
-        "samples": {},
-        "tokens": {},
-        "seconds": 0.0,
-    }
-    file = run_dir / "summary.json"
-    if not resume or not file.is_file():
-        return fresh
-    try:
-        previous = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: damaged ({error}); delete it to start over.") from error
-    previous["seconds_before"] = previous.get("seconds", 0.0)
-    return dict(fresh | previous)
-
-
 def open_session(plan: RunPlan) -> Session:
     """Creates the run directory, loads data and weights, and wraps the model for training.
 
@@ -241,6 +228,7 @@ def open_session(plan: RunPlan) -> Session:
     """
     config = plan.config
     error: Exception | None = None
+    summaries: list[dict[str, Any]] = [{}]
     try:
         data = load_run_data(
             config.model.data,
@@ -248,16 +236,12 @@ def open_session(plan: RunPlan) -> Session:
             source=None if isinstance(plan.source, Path) else plan.source.tokenizer_source,
             checkpoint=plan.source if isinstance(plan.source, Path) else None,
         )
-        summary = _previous_summary(plan.run_dir, config.exp_manager.resume_if_exists)
         if is_main():
-            (plan.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (plan.run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-            if not config.exp_manager.resume_if_exists:
-                (plan.run_dir / "metrics.jsonl").unlink(missing_ok=True)
+            summaries[0] = open_run_directory(plan.run_dir, config)
     except (ValueError, OSError) as caught:
         error = caught
     agree(error)
-    dist.barrier()
+    dist.broadcast_object_list(summaries, src=0)  # also: the directory exists now
     log = RunLog(
         plan.run_dir, enabled=is_main(), tensorboard=config.exp_manager.create_tensorboard_logger
     )
@@ -283,7 +267,7 @@ def open_session(plan: RunPlan) -> Session:
             shuffle=False,
             **layout,
         ),
-        summary=summary,
+        summary=summaries[0],
     )
     session.restore_source()
     return session

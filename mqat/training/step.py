@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from mqat.parallel.quantized_step import quantized_step
 from mqat.runtime.groups import device
 
 Microbatch = dict[str, Tensor | None]
@@ -100,7 +101,9 @@ def forward_backward(
     Returns:
         Loss summed over the global batch's counted tokens, and their number, on every rank.
     """
-    return _totals(_run(_forward_loss, chunks, microbatches, forward_only=False))
+    with quantized_step(chunks):
+        results = _run(_forward_loss, chunks, microbatches, forward_only=False)
+    return _totals(results)
 
 
 @torch.no_grad()
@@ -110,9 +113,10 @@ def evaluate(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> tu
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    for microbatches in steps:
-        part = _totals(_run(_forward_loss, chunks, microbatches, forward_only=True))
-        loss, tokens = loss + part[0], tokens + part[1]
+    with quantized_step(chunks, for_backward=False):
+        for microbatches in steps:
+            part = _totals(_run(_forward_loss, chunks, microbatches, forward_only=True))
+            loss, tokens = loss + part[0], tokens + part[1]
     for chunk, training in zip(chunks, was_training, strict=True):
         chunk.train(training)
     return loss, tokens
@@ -141,7 +145,8 @@ def logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
     vocab = getattr(chunks[-1], "module", chunks[-1]).true_vocab_size
     # An interleaved pipeline needs one microbatch per stage; the copies' results are not used.
     copies = 1 if len(chunks) == 1 else parallel_state.get_pipeline_model_parallel_world_size()
-    results = _run(_forward_logits, chunks, [batch] * copies, forward_only=True)
+    with quantized_step(chunks, for_backward=False):
+        results = _run(_forward_logits, chunks, [batch] * copies, forward_only=True)
     full = torch.empty(*tokens.shape, vocab, device=device())
     if results:
         local = results[0]["logits"]

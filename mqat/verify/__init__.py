@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,12 +15,23 @@ import torch
 from torch import Tensor
 
 from mqat.export.slices import CheckpointReader
+from mqat.verify import huggingface as hf
 from mqat.verify.checks import check_files
-from mqat.verify.layout import ServedConfig, read_config
+from mqat.verify.hf_layout import read_hf_config
+from mqat.verify.layout import read_config
 from mqat.verify.reader import RankReader
 from mqat.verify.roundtrip import compare_with_checkpoint
 
-__all__ = ["Report", "verify_trtllm"]
+__all__ = [
+    "Report",
+    "is_export",
+    "is_huggingface",
+    "open_export",
+    "unpacked",
+    "verify_export",
+    "verify_hf",
+    "verify_trtllm",
+]
 
 # The reader and the training model sum in different orders. An activation on the boundary between two
 # codes may then fall on either side, and with static INT8 activations such flips grow over the layers
@@ -31,7 +47,7 @@ class Report:
 
     Attributes:
         problems: Empty if all is well; each names a file or tensor.
-        num_files: Rank files.
+        num_files: Files with weights.
         compared_with_checkpoint: Every tensor was compared bit for bit.
         mean_kl: Mean Kullback-Leibler divergence from the training model's next-token distribution
             to the exported one's, in nats.
@@ -59,7 +75,7 @@ class Report:
         """One line for people."""
         if not self.ok:
             return f"FAILED, {len(self.problems)} problems, first: {self.problems[0]}"
-        parts = [f"verified, {self.num_files} rank files"]
+        parts = [f"verified, {self.num_files} files of weights"]
         if self.compared_with_checkpoint:
             parts.append("every tensor equal to the checkpoint")
         if self.mean_kl is not None and self.top1_agreement is not None:
@@ -114,17 +130,122 @@ def verify_trtllm(
         report.problems += compare_with_checkpoint(directory, config, checkpoint)
         report.compared_with_checkpoint = True
     if tokens is not None:
-        _check_tokens(config, tokens, reference_logits)
-        served = RankReader(directory, config).logits(tokens)
-        if not torch.isfinite(served).all():
-            report.problems.append("logits hold NaN or infinity")
-        elif reference_logits is not None:
-            compare_logits(report, served, reference_logits)
+        _check_tokens(int(config.raw["vocab_size"]), tokens, reference_logits)
+        _judge_logits(report, RankReader(directory, config).logits(tokens), reference_logits)
     return report
 
 
-def _check_tokens(config: ServedConfig, tokens: Tensor, reference_logits: Tensor | None) -> None:
-    vocab = int(config.raw["vocab_size"])
+def verify_hf(
+    directory: Path,
+    *,
+    reference: Path | None = None,
+    tokens: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+) -> Report:
+    """The same for a Hugging Face directory; arguments and errors as for `verify_trtllm`."""
+    report = Report()
+    config = read_hf_config(directory, report.problems)
+    if config is None:
+        return report
+    problems, files = hf.check_files(directory, config)
+    report.problems += problems
+    report.num_files = len(set(files.values()))
+    if report.problems:
+        return report
+    tensors = hf.HfDirectory(directory, config, files)
+    report.problems += hf.check_values(tensors)
+    if report.problems and reference is None:
+        return report
+    if reference is not None:
+        checkpoint = CheckpointReader(reference)
+        different = list(hf.compare_config(config, checkpoint))
+        report.problems += different or hf.compare_tensors(tensors, checkpoint)
+        report.compared_with_checkpoint = True
+    if tokens is not None:
+        _check_tokens(int(config.raw["vocab_size"]), tokens, reference_logits)
+        _judge_logits(report, hf.HfReader(tensors).logits(tokens), reference_logits)
+    return report
+
+
+def is_huggingface(directory: Path) -> bool:
+    """Whether `config.json` is that of a Hugging Face model (TensorRT-LLM's has no `model_type`)."""
+    try:
+        raw = json.loads((directory / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and "model_type" in raw
+
+
+def is_export(directory: Path) -> bool:
+    """Whether only the readers here can run it: rank files, or quantized Hugging Face tensors."""
+    if not is_huggingface(directory):
+        return directory.is_dir() and any(directory.glob("rank*.safetensors"))
+    raw = json.loads((directory / "config.json").read_text("utf-8"))
+    return raw.get("quantization_config") is not None
+
+
+def open_export(directory: Path) -> RankReader | hf.HfReader:
+    """A reader that computes logits from an exported directory alone.
+
+    Raises:
+        ValueError: The directory is not complete; names the first problem.
+    """
+    problems: list[str] = []
+    if is_huggingface(directory):
+        hf_config = read_hf_config(directory, problems)
+        if hf_config is not None:
+            problems, files = hf.check_files(directory, hf_config)
+            if not problems:
+                return hf.HfReader(hf.HfDirectory(directory, hf_config, files))
+    else:
+        config = read_config(directory, problems)
+        if config is not None:
+            return RankReader(directory, config)
+    raise ValueError(f"{directory}: {problems[0]}")
+
+
+@contextmanager
+def unpacked(export: Path) -> Iterator[Path]:
+    """An export as a directory: itself, or a `.qnemo` archive's content for as long as it is used.
+
+    Raises:
+        ValueError: A file that is not such an archive.
+    """
+    if not export.is_file():
+        yield export
+        return
+    with tempfile.TemporaryDirectory(dir=export.parent, prefix=".mqat-") as temporary:
+        try:
+            with tarfile.open(export) as archive:
+                archive.extractall(temporary, filter="data")
+        except (tarfile.TarError, OSError) as error:
+            raise ValueError(f"{export}: not a .qnemo archive ({error}).") from error
+        yield Path(temporary)
+
+
+def verify_export(export: Path, **arguments: Any) -> Report:
+    """Checks whatever `mqat export` wrote: a directory of either kind, or a `.qnemo` archive.
+
+    Args:
+        export: What to check.
+        **arguments: As for `verify_trtllm`.
+
+    Raises:
+        ValueError: As `verify_trtllm`, or an unreadable archive.
+    """
+    with unpacked(export) as directory:
+        verify = verify_hf if is_huggingface(directory) else verify_trtllm
+        return verify(directory, **arguments)
+
+
+def _judge_logits(report: Report, served: Tensor, reference_logits: Tensor | None) -> None:
+    if not torch.isfinite(served).all():
+        report.problems.append("logits hold NaN or infinity")
+    elif reference_logits is not None:
+        compare_logits(report, served, reference_logits)
+
+
+def _check_tokens(vocab: int, tokens: Tensor, reference_logits: Tensor | None) -> None:
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
         raise ValueError(
             f"tokens reach from {int(tokens.min())} to {int(tokens.max())}, but the exported model "

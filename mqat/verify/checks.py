@@ -18,7 +18,7 @@ def check_files(directory: Path, config: ServedConfig) -> list[str]:
     found = {file.name for file in directory.glob("*.safetensors")}
     problems = [f"{name}: missing" for name in sorted(wanted - found)]
     problems += [f"{name}: stale file of another layout" for name in sorted(found - wanted)]
-    if (directory / "quant_cfg.json").exists():
+    if (directory / "quant_cfg.json").exists() and config.algorithm != "MIXED_PRECISION":
         problems.append("quant_cfg.json: stale, quant_algo is not MIXED_PRECISION")
     if wanted - found:
         return problems
@@ -72,14 +72,15 @@ def _shared_input_problems(
     handles: dict[str, safe_open], expected: dict[str, Expected], config: ServedConfig
 ) -> list[str]:
     """`fc` and `gate` read the same input; fused kernels also need one FP8 weight scale."""
-    suffixes = ["activation_scaling_factor"]
-    if config.algorithm == "FP8":
-        suffixes.append("weights_scaling_factor")
     handle = next(iter(handles.values()))
     problems = []
     for name in expected:
-        suffix = name.rpartition(".")[2]
-        if ".mlp.fc." not in name or suffix not in suffixes:
+        module, _, suffix = name.rpartition(".")
+        is_fp8 = config.algorithm_of(module) == "FP8"
+        shared = suffix == "activation_scaling_factor" or (
+            suffix == "weights_scaling_factor" and is_fp8
+        )
+        if ".mlp.fc." not in name or not shared:
             continue
         other = name.replace(".mlp.fc.", ".mlp.gate.")
         if other in expected and not bool(

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mqat.verify.layout import ServedConfig
+from mqat.verify.layout import MODULES, ServedConfig
 
-LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 ROW_PARALLEL = ("attention.dense", "mlp.proj")
 EMBEDDING = "transformer.vocab_embedding.weight"
 LM_HEAD = "lm_head.weight"
@@ -48,7 +47,7 @@ def linear_shape(config: ServedConfig, module: str) -> tuple[int, int]:
 def _linear_tensors(config: ServedConfig, prefix: str, module: str) -> dict[str, Expected]:
     out, width = linear_shape(config, module)
     row = module in ROW_PARALLEL
-    algorithm = config.algorithm if config.is_quantized(prefix + module) else None
+    algorithm = config.algorithm_of(prefix + module)
     dtype = config.dtype
     if algorithm in (None, "W8A16"):
         return {"weight": Expected((out, width), dtype, False)}
@@ -65,7 +64,7 @@ def _linear_tensors(config: ServedConfig, prefix: str, module: str) -> dict[str,
             "activation_scaling_factor": Expected((1,), "F32", True),
             "prequant_scaling_factor": Expected((width,), dtype, not row),
         }
-    groups = width // config.group_size
+    groups = width // config.group_size_of(prefix + module)
     return {
         "weight": Expected((out // 2, width), "I8", False),
         "weights_scaling_factor": Expected((out, groups), dtype, False),
@@ -85,7 +84,7 @@ def expected_tensors(config: ServedConfig, pp_rank: int) -> dict[str, Expected]:
         prefix = f"transformer.layers.{layer}."
         result[f"{prefix}input_layernorm.weight"] = norm
         result[f"{prefix}post_layernorm.weight"] = norm
-        for module in LINEARS:
+        for module in MODULES:
             for suffix, expected in _linear_tensors(config, prefix, module).items():
                 result[f"{prefix}{module}.{suffix}"] = expected
     if pp_rank == config.pp - 1:

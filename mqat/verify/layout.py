@@ -12,8 +12,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+MODULES = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_ALGORITHMS = (None, "FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W8A16")
+_LINEAR_ALGORITHMS = ("FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ")  # also in a mixture
+_ALGORITHMS = (None, *_LINEAR_ALGORITHMS, "W8A16", "MIXED_PRECISION")
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_size", "vocab_size", "max_position_embeddings",
@@ -58,6 +60,7 @@ class ServedConfig:
     algorithm: str | None
     group_size: int
     excluded: tuple[str, ...]
+    mixed: dict[str, dict[str, Any]]
 
     @property
     def dtype(self) -> str:
@@ -89,11 +92,21 @@ class ServedConfig:
         """Rows of the padded table on each rank."""
         return -(-int(self.raw["vocab_size"]) // self.tp)
 
+    def algorithm_of(self, module: str) -> str | None:
+        """Algorithm of a module such as `transformer.layers.0.mlp.fc`; None: unquantized."""
+        if self.algorithm == "MIXED_PRECISION":
+            return self.mixed.get(module, {}).get("quant_algo")
+        if any(fnmatchcase(module, pattern) for pattern in self.excluded):
+            return None
+        return self.algorithm
+
+    def group_size_of(self, module: str) -> int:
+        """Elements that share a scale in a group-wise quantized module."""
+        return int(self.mixed.get(module, {}).get("group_size", self.group_size))
+
     def is_quantized(self, module: str) -> bool:
-        """Whether a module such as `transformer.layers.0.mlp.fc` holds quantized tensors."""
-        if self.algorithm is None:
-            return False
-        return not any(fnmatchcase(module, pattern) for pattern in self.excluded)
+        """Whether a module holds quantized tensors."""
+        return self.algorithm_of(module) is not None
 
 
 def read_config(directory: Path, problems: list[str]) -> ServedConfig | None:
@@ -107,6 +120,12 @@ def read_config(directory: Path, problems: list[str]) -> ServedConfig | None:
         problems.append("config.json: not a JSON object")
         return None
     found = [*_model_problems(raw), *_mapping_problems(raw), *_quantization_problems(raw)]
+    mixed: dict[str, dict[str, Any]] = {}
+    if not found and raw["quantization"]["quant_algo"] == "MIXED_PRECISION":
+        unusable = list(_read_mixed(directory, raw, mixed))
+        problems += unusable
+        if unusable:
+            return None
     if not found:
         quantization = raw["quantization"]
         excluded = quantization.get("exclude_modules")
@@ -117,10 +136,50 @@ def read_config(directory: Path, problems: list[str]) -> ServedConfig | None:
             algorithm=quantization["quant_algo"],
             group_size=quantization.get("group_size", 128),
             excluded=tuple(_BUILT_IN_EXCLUSIONS if excluded is None else excluded),
+            mixed=mixed,
         )
         found = list(_size_problems(config))
     problems += [f"config.json: {problem}" for problem in found]
     return None if found else config
+
+
+def _read_mixed(
+    directory: Path, raw: dict[str, Any], mixed: dict[str, dict[str, Any]]
+) -> Iterator[str]:
+    """Fills `mixed` from `quant_cfg.json`; yields what is wrong with it."""
+    name = "quant_cfg.json"
+    try:
+        found = json.loads((directory / name).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        yield f"{name}: unreadable ({error})"
+        return
+    layers = found.get("quantized_layers") if isinstance(found, dict) else None
+    if not isinstance(layers, dict) or found.get("quant_algo") != "MIXED_PRECISION":
+        yield f"{name}: expected quant_algo MIXED_PRECISION and quantized_layers"
+        return
+    per_stage = raw["num_hidden_layers"] // raw["mapping"]["pp_size"]
+    names = {f"transformer.layers.{i}.{m}" for i in range(per_stage) for m in MODULES}
+    for module, entry in layers.items():
+        if module not in names:
+            yield f"{name}: {module} is not a linear of this model"
+        elif not isinstance(entry, dict) or entry.get("quant_algo") not in _LINEAR_ALGORITHMS:
+            yield f"{name}: {module} needs a quant_algo of {_LINEAR_ALGORITHMS}"
+        else:
+            yield from (f"{name}: {module}: {text}" for text in _awq_problems(entry))
+            mixed[module] = entry
+
+
+def _awq_problems(entry: dict[str, Any]) -> Iterator[str]:
+    """Options that the group-wise INT4 kernels need."""
+    if entry["quant_algo"] != "W4A16_AWQ":
+        return
+    for key, allowed in (
+        ("pre_quant_scale", (True,)),
+        ("has_zero_point", (False,)),
+        ("group_size", (64, 128)),
+    ):
+        if entry.get(key) not in allowed:
+            yield f"quantization.{key}={entry.get(key)!r}, expected one of {allowed}"
 
 
 def _is_size(value: Any) -> bool:
@@ -185,14 +244,7 @@ def _quantization_problems(raw: dict[str, Any]) -> Iterator[str]:
         yield f"quant_algo={algorithm!r} is not verified here; known are {_ALGORITHMS}"
     if quantization.get("kv_cache_quant_algo") is not None:
         yield "kv_cache_quant_algo is not verified here"
-    if algorithm == "W4A16_AWQ":
-        for key, allowed in (
-            ("pre_quant_scale", (True,)),
-            ("has_zero_point", (False,)),
-            ("group_size", (64, 128)),
-        ):
-            if quantization.get(key) not in allowed:
-                yield f"quantization.{key}={quantization.get(key)!r}, expected one of {allowed}"
+    yield from _awq_problems(quantization)
     excluded = quantization.get("exclude_modules")
     if algorithm is None or excluded is None:
         return
@@ -213,9 +265,12 @@ def _size_problems(config: ServedConfig) -> Iterator[str]:
         yield f"tp_size={t} does not fit heads {heads}, key/value heads {groups}, MLP {branch}"
     if raw["num_hidden_layers"] % config.pp:
         yield f"pp_size={config.pp} does not divide num_hidden_layers={raw['num_hidden_layers']}"
-    if config.algorithm != "W4A16_AWQ":
+    sizes = [entry["group_size"] for entry in config.mixed.values() if "group_size" in entry]
+    if config.algorithm == "W4A16_AWQ":
+        sizes.append(config.group_size)
+    if not sizes:
         return
-    multiple = max(64, config.group_size) * t
+    multiple = max(64, min(sizes)) * t  # of a mixture, what its smallest groups need
     qkv = (heads + 2 * max(groups, t)) * d
     for name, size in (
         ("qkv", qkv),

@@ -7,7 +7,6 @@ Sources: TensorRT-LLM `layers/attention.py`, `layers/mlp.py`, `quantization/laye
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -15,34 +14,10 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mqat.verify.decoder import Rope, attend, rms_norm
 from mqat.verify.layout import ServedConfig
 
 Weights = dict[str, Tensor]
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
-
-
-def _inverse_frequencies(config: ServedConfig) -> Tensor:
-    """RoPE frequencies [d/2], with Llama 3's scaling where the config has it."""
-    raw = config.raw
-    d = int(raw["head_size"])
-    inverse = 1.0 / float(raw["rotary_base"]) ** (torch.arange(0, d, 2).float() / d)
-    scaling = raw["rotary_scaling"]
-    if scaling is None:
-        return inverse
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    context = scaling["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / inverse
-    smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * inverse / scaling["factor"] + smooth * inverse
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """GPT-NeoX half rotation of [b, heads, s, d]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def _int4_values(packed: Tensor, scale: Tensor) -> Tensor:
@@ -66,16 +41,17 @@ def _reload_w8a16(weight: Tensor) -> Tensor:
 def _linear(config: ServedConfig, weights: Weights, module: str, x: Tensor) -> Tensor:
     """One rank's linear, without the sum over ranks."""
     weight = weights[f"{module}.weight"]
-    if not config.is_quantized(module):
+    algorithm = config.algorithm_of(module)
+    if algorithm is None:
         return x @ weight.float().t()
-    if config.algorithm == "W8A16":
+    if algorithm == "W8A16":
         return x @ _reload_w8a16(weight).t()
     scale = weights[f"{module}.weights_scaling_factor"]
-    if config.algorithm == "W4A16_AWQ":
+    if algorithm == "W4A16_AWQ":
         x = x * weights[f"{module}.prequant_scaling_factor"].float()
         return x @ _int4_values(weight, scale).t()
     step = weights[f"{module}.activation_scaling_factor"]
-    if config.algorithm == "FP8":
+    if algorithm == "FP8":
         codes = (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float()
         return (codes * step) @ (weight.float() * scale).t()
     x = x * weights[f"{module}.prequant_scaling_factor"].float()
@@ -105,22 +81,13 @@ class RankReader:
     def _attention(self, ranks: list[Weights], prefix: str, x: Tensor) -> Tensor:
         config = self.config
         d = int(config.raw["head_size"])
-        batch, length, _ = x.shape
-        angles = torch.arange(length).float()[:, None] * _inverse_frequencies(config)
-        cos, sin = (f(torch.cat([angles, angles], dim=-1)) for f in (torch.cos, torch.sin))
         heads, kept = config.heads_per_rank, config.key_value_heads_per_rank
+        rope = Rope(d, config.raw["rotary_base"], config.raw["rotary_scaling"])
         total = torch.zeros_like(x)
         for weights in ranks:
             qkv = _linear(config, weights, f"{prefix}attention.qkv", x)
-            q, k, v = (
-                part.view(batch, length, -1, d).transpose(1, 2)
-                for part in qkv.split([heads * d, kept * d, kept * d], dim=-1)
-            )
-            k, v = (t.repeat_interleave(heads // kept, dim=1) for t in (k, v))
-            context = F.scaled_dot_product_attention(
-                _rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True
-            )
-            merged = context.transpose(1, 2).reshape(batch, length, -1)
+            q, k, v = qkv.split([heads * d, kept * d, kept * d], dim=-1)
+            merged = attend(q, k, v, rope)
             total += _linear(config, weights, f"{prefix}attention.dense", merged)
         return total
 
@@ -147,9 +114,9 @@ class RankReader:
             for layer in range(config.layers_per_stage):
                 prefix = f"transformer.layers.{layer}."
                 norm = ranks[0][f"{prefix}input_layernorm.weight"]
-                x = x + self._attention(ranks, prefix, _rms_norm(x, norm, eps))
+                x = x + self._attention(ranks, prefix, rms_norm(x, norm, eps))
                 norm = ranks[0][f"{prefix}post_layernorm.weight"]
-                x = x + self._mlp(ranks, prefix, _rms_norm(x, norm, eps))
-        x = _rms_norm(x, ranks[0]["transformer.ln_f.weight"], eps)
+                x = x + self._mlp(ranks, prefix, rms_norm(x, norm, eps))
+        x = rms_norm(x, ranks[0]["transformer.ln_f.weight"], eps)
         head = torch.cat([weights["lm_head.weight"].float() for weights in ranks])
         return (x @ head.t())[..., : int(config.raw["vocab_size"])]

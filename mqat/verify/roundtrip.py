@@ -19,6 +19,7 @@ from mqat.export.slices import CheckpointReader
 from mqat.quant.scheme import LinearScheme
 from mqat.verify.expected import EMBEDDING, FINAL_NORM, LM_HEAD, ROW_PARALLEL
 from mqat.verify.layout import ServedConfig
+from mqat.verify.trained import TrainedLinear
 from mqat.verify.values import int4_codes, same_bytes
 
 # TensorRT-LLM module -> Megatron linear, and which of its row blocks the module is (None: all).
@@ -50,8 +51,9 @@ def compare_with_checkpoint(
         ranks = handles[stage * config.tp : (stage + 1) * config.tp]
         prefix = f"transformer.layers.{local}."
         found = list(_compare_norms(ranks, checkpoint, prefix, layer))
-        for module in _OWNERS:
-            found += _Linear(ranks, config, checkpoint, prefix, layer, module).compare()
+        for module, (linear, _) in _OWNERS.items():
+            trained = TrainedLinear(checkpoint, layer, linear)
+            found += _Linear(ranks, config, trained, prefix, module).compare()
         problems += [f"stage {stage}: {problem}" for problem in found]
     return problems
 
@@ -79,6 +81,8 @@ def _compare_config(config: ServedConfig, checkpoint: CheckpointReader) -> Itera
     for key, value in expected.items():
         if config.raw.get(key) != value:
             yield f"config.json: {key}={config.raw.get(key)!r}, but the checkpoint has {value!r}"
+    if config.algorithm == "MIXED_PRECISION":
+        return
     names = {scheme.name for scheme in checkpoint.layers.values()}
     served = {_SCHEMES[config.algorithm]} if config.algorithm else set()
     if names != served:
@@ -122,43 +126,39 @@ class _Linear:
 
     ranks: list[safe_open]
     config: ServedConfig
-    checkpoint: CheckpointReader
+    trained: TrainedLinear
     prefix: str
-    layer: int
     module: str
 
     def compare(self) -> Iterator[str]:
         """What differs, bit for bit."""
-        full = self.prefix + self.module
-        linear, _ = _OWNERS[self.module]
-        name = f"decoder.layers.{self.layer}.{linear}"
-        scheme = self.checkpoint.layers.get(name)
-        if self.config.is_quantized(full) != (scheme is not None):
+        full, trained = self.prefix + self.module, self.trained
+        scheme, algorithm = trained.scheme, self.config.algorithm_of(full)
+        if (algorithm is not None) != (scheme is not None):
             yield f"{full}: quantized in only one of checkpoint and export"
             return
-        key = f"decoder.layers.{linear}.weight"
-        trained = self.checkpoint.read(key, (slice(self.layer, self.layer + 1),))[0].float()
         served = [handle.get_tensor(f"{full}.weight") for handle in self.ranks]
         if scheme is None:
-            if not self._matches(served, trained.to(served[0].dtype)):
+            if not self._matches(served, trained.weight().to(served[0].dtype)):
                 yield f"{full}.weight is not the checkpoint's"
             return
-        scale = self.checkpoint.read(f"quantizers.{name}.weight_scale")
-        steps = _steps(scale, scheme, trained.shape[1])
-        codes = _codes(trained / steps, scheme.name)
+        if _SCHEMES.get(algorithm or "") != scheme.name:
+            yield f"{full}: served as {algorithm}, trained as {scheme.name}"
+            return
+        codes = trained.codes()
         if scheme.name == "int8_wo":
-            if not self._matches(served, (codes.float() * steps).to(served[0].dtype)):
+            values = codes.float() * trained.steps(codes.shape[1])
+            if not self._matches(served, values.to(served[0].dtype)):
                 yield f"{full}.weight is not the checkpoint's weight on its grid"
             return
         if scheme.name == "int4":
             served = [int4_codes(tensor) for tensor in served]
         if not self._matches(served, codes):
             yield f"{full}.weight is not the checkpoint's weight on its grid"
-        yield from self._compare_scales(full, name, scheme, scale)
+        yield from self._compare_scales(full, scheme)
 
-    def _compare_scales(
-        self, full: str, name: str, scheme: LinearScheme, scale: Tensor
-    ) -> Iterator[str]:
+    def _compare_scales(self, full: str, scheme: LinearScheme) -> Iterator[str]:
+        scale = self.trained.scale()
         factors = [r.get_tensor(f"{full}.weights_scaling_factor").float() for r in self.ranks]
         if scheme.name == "fp8":
             same = all(same_bytes(factor, scale) for factor in factors)
@@ -168,7 +168,7 @@ class _Linear:
             yield f"{full}.weights_scaling_factor is not the frozen scale"
         if scheme.input is None:
             return
-        frozen = self.checkpoint.read(f"quantizers.{name}.input_scale")
+        frozen = self.trained.input_scale()
         for handle in self.ranks:
             if not same_bytes(handle.get_tensor(f"{full}.activation_scaling_factor"), frozen):
                 yield f"{full}.activation_scaling_factor is not the frozen scale"
@@ -184,14 +184,8 @@ class _Linear:
     def _split(self, tensor: Tensor) -> list[Tensor]:
         """Row blocks of a trained tensor that are served apart: [q, k, v], [gate], [up], [all]."""
         _, part = _OWNERS[self.module]
-        if part is not None:
-            return [tensor.chunk(2, dim=0)[part]]
-        if self.module != "attention.qkv":
-            return [tensor]
-        model = self.checkpoint.model
-        per_group = model.num_attention_heads // model.num_query_groups
-        grouped = tensor.unflatten(0, (model.num_query_groups, per_group + 2, model.head_dim))
-        return [block.flatten(0, 2) for block in grouped.split([per_group, 1, 1], dim=1)]
+        blocks = self.trained.blocks(tensor)
+        return blocks if part is None else [blocks[part]]
 
     def _join(self, tensors: list[Tensor]) -> list[Tensor]:
         """The ranks' tensors as the same row blocks, each key/value head once."""
@@ -207,20 +201,3 @@ class _Linear:
         stride = config.key_value_copies
         key, value = (torch.cat([part[i] for part in split[::stride]]) for i in (1, 2))
         return [query, key, value]
-
-
-def _steps(scale: Tensor, scheme: LinearScheme, width: int) -> Tensor:
-    """Scale in a shape that broadcasts over the weight's columns."""
-    if scale.dim() == 2:
-        assert scheme.weight is not None
-        group_size = int(str(scheme.weight.granularity).removeprefix("group:"))
-        return scale.repeat_interleave(group_size, dim=1)[:, :width]
-    return scale[:, None] if scheme.name != "fp8" else scale
-
-
-def _codes(ratio: Tensor, algorithm: str) -> Tensor:
-    """Round-half-to-even codes of weight / step."""
-    if algorithm == "fp8":
-        return ratio.clamp(-448, 448).to(torch.float8_e4m3fn)
-    low, high = {"int8": (-127, 127), "int8_wo": (-128, 127), "int4": (-8, 7)}[algorithm]
-    return ratio.round().clamp(low, high).to(torch.int8)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mqat.verify.expected import EMBEDDING, LINEARS, LM_HEAD, Expected, module_of
-from mqat.verify.layout import ServedConfig
+from mqat.verify.expected import EMBEDDING, LM_HEAD, Expected, module_of
+from mqat.verify.layout import MODULES, ServedConfig
 
 # File name -> its tensor, in the order of the ranks of one stage.
 Ranks = dict[str, Tensor]
@@ -38,7 +38,7 @@ def value_problems(
     yield from _padding_problems(name, ranks, config)
     yield from _copy_problems(name, ranks, config)
     module = name.removesuffix(".weight")
-    if module_of(name) in LINEARS and module != name and config.is_quantized(module):
+    if module_of(name) in MODULES and module != name and config.is_quantized(module):
         yield from _reach_problems(name, ranks, config)
 
 
@@ -62,8 +62,8 @@ def _number_problem(name: str, tensor: Tensor, config: ServedConfig) -> str | No
         return "holds a scale that is not positive"
     if name.endswith("prequant_scaling_factor") and not (values == 1).all():
         return "is not all ones, but mqat folds smoothing into the weights"
-    is_code = tensor.dtype == torch.int8
-    if is_code and config.algorithm == "W8A8_SQ_PER_CHANNEL" and (tensor == -128).any():
+    is_int8 = config.algorithm_of(name.rpartition(".")[0]) == "W8A8_SQ_PER_CHANNEL"
+    if tensor.dtype == torch.int8 and is_int8 and (tensor == -128).any():
         return "holds the code -128, outside -127..127"
     return None
 
@@ -97,10 +97,11 @@ def _copy_problems(name: str, ranks: Ranks, config: ServedConfig) -> Iterator[st
 
 
 def _reach_problems(name: str, ranks: Ranks, config: ServedConfig) -> Iterator[str]:
-    least = _LEAST_REACH.get(config.algorithm or "")
+    algorithm = config.algorithm_of(name.removesuffix(".weight")) or ""
+    least = _LEAST_REACH.get(algorithm)
     if least is None:
         return
-    codes = [int4_codes(t) if config.algorithm == "W4A16_AWQ" else t for t in ranks.values()]
+    codes = [int4_codes(t) if algorithm == "W4A16_AWQ" else t for t in ranks.values()]
     reach = max(float(tensor.float().abs().max()) for tensor in codes)
     if 0 < reach < least:  # an all-zero weight has no codes to reach
         yield f"{name} uses codes up to {reach:g} only on all ranks; its scale is too large"

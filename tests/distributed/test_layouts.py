@@ -18,6 +18,10 @@ VARIANTS = {
     "untied-pp2": (2, ["--untied", "--pp", "2"]),
     "bf16-tp2-sp": (2, ["--bf16", "--tp", "2", "--sp"]),
     "bf16-dp2": (2, ["--bf16"]),
+    "w4a8": (1, ["--algorithm", "int4_w_int8_a"]),
+    "w4a8-tp2-sp": (2, ["--algorithm", "int4_w_int8_a", "--tp", "2", "--sp"]),
+    "fp8": (1, ["--algorithm", "fp8"]),
+    "fp8-tp2-sp": (2, ["--algorithm", "fp8", "--tp", "2", "--sp"]),
 }
 LAYOUTS = {
     "tp1": (1, []),
@@ -29,21 +33,42 @@ LAYOUTS = {
     "tp2-recompute": (2, ["--tp", "2", "--recompute", "full"]),
     "tp2-sp-selective": (2, ["--tp", "2", "--sp", "--recompute", "selective"]),
 }
+EQUALIZED = ["tp1", "tp2-sp", "pp2", "dp2"]
+# Layout that saved, layout that resumes.
+RESUMED = [
+    ("tp1", "tp1"), ("dp2", "dp2"), ("tp2-sp", "tp1"), ("tp1", "pp2"), ("pp2-interleaved", "tp2"),
+]  # fmt: skip
 
 
-def run(out: Path, processes: int, options: list[str]) -> dict:
-    out.mkdir(parents=True)
-    done = torchrun(processes, WORKER, out, *options)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((out / "result.json").read_text())
+def run(root: Path, jobs: dict[str, tuple[int, list[str]]]) -> dict[str, tuple[Path, dict]]:
+    """Directory and result of every job: (number of processes, options)."""
+    for processes in {count for count, _ in jobs.values()}:
+        file = root / f"jobs{processes}.json"
+        lines = [[str(root / n), *how] for n, (count, how) in jobs.items() if count == processes]
+        file.write_text(json.dumps(lines))
+        done = torchrun(processes, WORKER, file)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return {name: (root / name, json.loads((root / name / "result.json").read_text()))
+            for name in jobs}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    root = tmp_path_factory.mktemp("layouts")
-    return {
-        name: (root / name, run(root / name, *how)) for name, how in (LAYOUTS | VARIANTS).items()
-    }
+    equalized = {f"{n}-equalized": (LAYOUTS[n][0], [*LAYOUTS[n][1], "--equalize"])
+                 for n in EQUALIZED}  # fmt: skip
+    return run(tmp_path_factory.mktemp("layouts"), LAYOUTS | VARIANTS | equalized)
+
+
+@pytest.fixture(scope="module")
+def resumed(layouts, tmp_path_factory):
+    """Other processes that go on from the checkpoints of the first."""
+    jobs = {
+        f"{saved}-{layout}": (
+            LAYOUTS[layout][0], [*LAYOUTS[layout][1], "--resume", str(layouts[saved][0] / "qat")]
+        )
+        for saved, layout in RESUMED
+    }  # fmt: skip
+    return run(tmp_path_factory.mktemp("resumed"), jobs)
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS)[1:])
@@ -62,6 +87,15 @@ def test_untied_embeddings_train_alike_and_are_another_model(layouts):
     assert staged["unquantized"] == pytest.approx(alone["unquantized"], rel=1e-6)
     assert staged["losses"] == pytest.approx(alone["losses"], rel=2e-3)
     assert tied["losses"] != pytest.approx(alone["losses"], rel=2e-3)  # control
+
+
+@pytest.mark.parametrize("algorithm", ["w4a8", "fp8"])
+def test_other_algorithms_equal_one_process_under_sequence_parallelism(layouts, algorithm):
+    expected, found = layouts[algorithm][1], layouts[f"{algorithm}-tp2-sp"][1]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
+    int8 = layouts["tp1"][1]
+    assert found["losses"] != pytest.approx(int8["losses"], rel=1e-6)  # control: another algorithm
 
 
 @pytest.mark.parametrize("name", ["bf16-tp2-sp", "bf16-dp2"])
@@ -92,21 +126,37 @@ def test_training_resumed_from_a_checkpoint_continues_bit_for_bit(layouts, name)
     assert layouts[name][1]["resumed_alike"]
 
 
-@pytest.mark.parametrize(
-    ("saved", "processes", "options"),
-    [("tp2-sp", 1, []), ("tp1", 2, ["--pp", "2"]), ("pp2-interleaved", 2, ["--tp", "2"])],
-)
-def test_training_resumes_at_another_layout(layouts, tmp_path, saved, processes, options):
+@pytest.mark.parametrize(("saved", "layout"), RESUMED)
+def test_a_new_process_resumes_at_any_layout(layouts, resumed, saved, layout):
     root, whole = layouts[saved]
-    found = run(tmp_path / "other", processes, [*options, "--resume", str(root / "qat")])
+    directory, found = resumed[f"{saved}-{layout}"]
     # float32 sums in another order flip single INT8 codes, as in the comparison of losses above
-    assert found["resumed"] == pytest.approx(whole["ahead"], rel=2e-3)
-    assert found["resumed"] != pytest.approx(whole["losses"], rel=2e-3)  # control: not steps 1, 2
-    before, after = CheckpointReader(root / "qat"), CheckpointReader(tmp_path / "other" / "resumed")
+    assert found["losses"] == pytest.approx(whole["ahead"], rel=2e-3)
+    assert found["losses"] != pytest.approx(whole["losses"], rel=2e-3)  # control: not steps 1, 2
+    if layout == saved:
+        assert found["losses"] == whole["ahead"]
+    before, after = CheckpointReader(root / "qat"), CheckpointReader(directory / "qat")
     for linear in before.layers:
         for kind in ("weight", "input"):
             key = f"quantizers.{linear}.{kind}_scale"
             assert torch.equal(before.read(key), after.read(key)), key
+
+
+@pytest.mark.parametrize("name", EQUALIZED)
+def test_equalization_keeps_the_function_and_is_bit_equal_on_every_layout(layouts, name):
+    _, found = layouts[f"{name}-equalized"]
+    assert found["equalized"] == pytest.approx(found["unquantized"], rel=1e-5)
+    reference, other = (
+        CheckpointReader(layouts[n][0] / "ptq") for n in ("tp1-equalized", f"{name}-equalized")
+    )
+    plain = CheckpointReader(layouts["tp1"][0] / "ptq")
+    for linear in reference.layers:
+        for kind in ("weight", "input"):
+            key = f"quantizers.{linear}.{kind}_scale"
+            assert torch.equal(reference.read(key), other.read(key)), key
+    for linear in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        key = f"decoder.layers.{linear}.layer_norm_weight"
+        assert not torch.equal(reference.read(key), plain.read(key))  # control: norms were rescaled
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS)[1:])

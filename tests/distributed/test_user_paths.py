@@ -1,6 +1,7 @@
 """What users type, end to end, and what they see when the input is bad."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -162,34 +163,43 @@ def test_a_full_disk_ends_all_ranks_and_leaves_no_checkpoint(tmp_path):
 
 
 def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
     def command(run: str) -> list[str]:
         return [
             sys.executable, str(SFT), "trainer.max_steps=8", "exp_manager.checkpoint_interval=1",
-            "exp_manager.resume_if_exists=true", f"exp_manager.exp_dir={tmp_path / run}",
+            "exp_manager.resume_if_exists=true", "trainer.limit_val_samples=4",
+            f"exp_manager.exp_dir={tmp_path / run}",
         ]  # fmt: skip
 
-    def losses(run: str) -> list[float]:
+    def finish(run: str) -> str:
+        done = subprocess.run(
+            command(run), env=environment, check=True, capture_output=True, text=True, timeout=200
+        )
+        return done.stdout
+
+    def steps(run: str) -> list[dict]:
         lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
-        by_step = {json.loads(line)["step"]: json.loads(line)["loss"] for line in lines}
-        return [by_step[step] for step in range(1, 9)]
+        return [json.loads(line) for line in lines]
 
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    import os
+    def checkpoints() -> set[str]:
+        return {path.name for path in (tmp_path / "killed").glob("checkpoints/sft/step_*")}
 
-    environment = os.environ | environment
-    subprocess.run(command("whole"), env=environment, check=True, capture_output=True, timeout=200)
+    finish("whole")
     moment = random.Random(0)
     for _ in range(2):
+        before, start = checkpoints(), time.monotonic()
         process = subprocess.Popen(
             command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        metrics = tmp_path / "killed" / "metrics.jsonl"
-        start, before = time.monotonic(), metrics.read_text() if metrics.exists() else ""
-        while not metrics.exists() or metrics.read_text() == before:
+        while len(checkpoints() - before) < 1:
             assert time.monotonic() - start < 100 and process.poll() is None
-            time.sleep(0.05)
-        time.sleep(moment.uniform(0.0, 1.0))  # within a step or while a checkpoint is written
+            time.sleep(0.02)
+        time.sleep(moment.uniform(0.0, 1.0))  # within a step or while the next one is written
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run(command("killed"), env=environment, check=True, capture_output=True, timeout=200)
-    assert losses("killed") == losses("whole")
+    first_part = len(steps("killed"))
+    assert "resumed from" in finish("killed")
+    assert steps("killed")[first_part]["step"] > 2  # it went on, it did not start over
+    by_step = {line["step"]: line["loss"] for line in steps("killed")}
+    assert by_step == {line["step"]: line["loss"] for line in steps("whole")}

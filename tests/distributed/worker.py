@@ -1,8 +1,13 @@
-"""Run by torchrun: calibrates, trains two steps and saves a tiny model; prints what it measured."""
+"""Run by torchrun: calibrates, trains two steps and saves a tiny model, once for each job.
+
+The argument is a JSON file with a list of jobs, each a list of options. Importing Megatron-Core takes
+longer than a job, so all jobs of one world size share the processes; each has groups of its own.
+"""
 
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +25,12 @@ MODEL = LlamaConfig(
 
 
 def main() -> None:
+    for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
+        run(parse(job))
+    groups.finalize()
+
+
+def parse(options: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--tp", type=int, default=1)
@@ -30,13 +41,20 @@ def main() -> None:
     parser.add_argument("--algorithm", default="int8")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--recipe", type=json.loads, help="settings of mqat.Recipe, JSON")
+    parser.add_argument("--calibrator", default="percentile")
     parser.add_argument("--resume", type=Path, help="training checkpoint of another layout")
-    args = parser.parse_args()
+    return parser.parse_args(options)
+
+
+def run(args: argparse.Namespace) -> None:
     model = dataclasses.replace(MODEL, tie_word_embeddings=not args.untied)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp)
     from megatron.core import parallel_state
 
+    from mqat.calibration.prepare import prepare_
+    from mqat.calibration.recipe import Recipe
     from mqat.calibration.statistics import calibrate
     from mqat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
     from mqat.training.model import build_model
@@ -67,13 +85,26 @@ def main() -> None:
     ][rank::size]  # fmt: skip
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     result = {"unquantized": evaluate(chunks, [batches])[0]}
-    calibrate(chunks, lambda: evaluate(chunks, [batches]), group=group, method="percentile")
+    weight_amax = None
+    if args.recipe:
+        weight_amax = prepare_(
+            chunks, lambda: evaluate(chunks, [batches]), Recipe(**args.recipe),
+            num_layers=model.num_layers, group=group,
+            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )  # fmt: skip
+        result["prepared"] = evaluate(chunks, [batches])[0]
+    calibrate(
+        chunks, lambda: evaluate(chunks, [batches]), group=group, method=args.calibrator,
+        weight_amax=weight_amax,
+    )  # fmt: skip
     result["quantized"] = evaluate(chunks, [batches])[0]
     save_checkpoint(args.out / "ptq", chunks, model=model, layers=layers, algorithm=args.algorithm)
     optimizer, scheduler = build_optimizer(
         chunks, OptimizerConfig(lr=1e-3), max_steps=10, clip_grad=1.0
     )
     state = TrainingState(optimizer, scheduler)
+    if args.resume:  # before any step: a process that resumes has an optimizer without state
+        load_checkpoint(args.resume, chunks, layers=layers, training=state)
 
     def step() -> float:
         for chunk in chunks:
@@ -85,7 +116,7 @@ def main() -> None:
         result.setdefault("grad_norms", []).append(float(norm))
         return loss / count
 
-    result["losses"] = [step(), step()]
+    result["losses"] = [step(), step()]  # after --resume: those that follow the checkpoint
     save_checkpoint(
         args.out / "qat", chunks, model=model, layers=layers, algorithm=args.algorithm,
         training=state,
@@ -93,16 +124,10 @@ def main() -> None:
     result["ahead"] = [step(), step()]
     load_checkpoint(args.out / "qat", chunks, layers=layers, training=state)
     result["resumed_alike"] = [step(), step()] == result["ahead"]
-    if args.resume:
-        load_checkpoint(args.resume, chunks, layers=layers, training=state)
-        result["resumed"] = [step(), step()]
-        save_checkpoint(
-            args.out / "resumed", chunks, model=model, layers=layers, algorithm=args.algorithm,
-            training=state,
-        )  # fmt: skip
     if groups.is_main():
+        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "result.json").write_text(json.dumps(result))
-    groups.finalize()
+    parallel_state.destroy_model_parallel()  # the next job has another layout of the same world
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def contents(directory):
 
 
 def export(checkpoint, out, tp=1, pp=1, **kwargs):
+    kwargs = {"allow_requantization": True} | kwargs
     export_trtllm(checkpoint, out, tensor_parallel=tp, pipeline_parallel=pp, **kwargs)
     return contents(out)
 

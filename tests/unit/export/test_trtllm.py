@@ -2,7 +2,13 @@ from dataclasses import replace
 
 import pytest
 
-from mqat.export.trtllm import check_exportable, config_json, excluded_modules, loader_warning
+from mqat.export.trtllm import (
+    check_exportable,
+    config_json,
+    excluded_modules,
+    loader_warning,
+    quant_cfg_json,
+)
 from mqat.quant.scheme import named_scheme
 from tests.unit.export.checkpoints import EXPORTABLE, TINY, all_layers
 
@@ -24,7 +30,7 @@ BUILT_IN = [
 
 
 def check(algorithm, tp=1, pp=1, model=TINY):
-    check_exportable(model, all_layers(algorithm, model), tp=tp, pp=pp)
+    check_exportable(model, all_layers(algorithm, model), tp=tp, pp=pp, allow_requantization=True)
 
 
 def test_config_json_of_a_llama3_model_in_fp8():
@@ -101,18 +107,55 @@ def test_an_algorithm_without_a_form_is_refused_with_what_to_use_instead():
         check("int4_w_int8_a")
 
 
-def test_two_algorithms_in_one_model_are_refused():
-    layers = all_layers("int8") | {"decoder.layers.0.mlp.linear_fc2": named_scheme("fp8")}
-    with pytest.raises(ValueError, match=r"mix \['fp8', 'int8'\]"):
-        check_exportable(TINY, layers, tp=1, pp=1)
+def test_weight_only_int8_needs_consent_because_the_loader_rounds_again():
+    with pytest.raises(ValueError, match=r"int8_wo cannot be exported .* exactly.*format=hf"):
+        check_exportable(TINY, all_layers("int8_wo"), tp=1, pp=1)
+    check_exportable(TINY, all_layers("int8_wo"), tp=1, pp=1, allow_requantization=True)
 
 
-def test_two_group_sizes_in_one_model_are_refused():
-    layers = all_layers("int4") | {
-        "decoder.layers.0.mlp.linear_fc2": named_scheme("int4", group_size=128)
-    }
-    with pytest.raises(ValueError, match=r"group_size differs between layers: \[64, 128\]"):
-        check_exportable(TINY, layers, tp=1, pp=1)
+def mixture():
+    """Layer 0 keeps its MLP in FP8, layer 1 its attention unquantized, all else in INT4."""
+    layers = all_layers("int4")
+    for linear in ("mlp.linear_fc1", "mlp.linear_fc2"):
+        layers[f"decoder.layers.0.{linear}"] = named_scheme("fp8")
+    del layers["decoder.layers.1.self_attention.linear_qkv"]
+    layers["decoder.layers.3.mlp.linear_fc2"] = named_scheme("int4", group_size=128)
+    return layers
+
+
+def test_several_algorithms_or_group_sizes_become_mixed_precision():
+    config = config_json(TINY, mixture(), tp=1, pp=1, dtype="bfloat16")
+    assert config["quantization"] == {
+        "quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None
+    }  # fmt: skip
+    mixed = quant_cfg_json(TINY, mixture(), pp=1)
+    assert {key: value for key, value in mixed.items() if key != "quantized_layers"} == {
+        "quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None
+    }  # fmt: skip
+    layers = mixed["quantized_layers"]
+    assert len(layers) == 4 * 5 - 1 and "transformer.layers.1.attention.qkv" not in layers
+    assert layers["transformer.layers.0.mlp.fc"] == {"quant_algo": "FP8"}
+    awq = {"quant_algo": "W4A16_AWQ", "has_zero_point": False, "pre_quant_scale": True}
+    assert layers["transformer.layers.2.mlp.gate"] == awq | {"group_size": 64}
+    assert layers["transformer.layers.3.mlp.proj"] == awq | {"group_size": 128}
+    assert quant_cfg_json(TINY, all_layers("int4"), pp=1) is None
+
+
+def test_mixtures_need_the_same_pattern_in_every_stage():
+    check_exportable(TINY, mixture(), tp=2, pp=1)
+    with pytest.raises(ValueError, match="treat layers of different stages differently"):
+        check_exportable(TINY, mixture(), tp=2, pp=2)
+    layers = all_layers("int8")
+    for index in (0, 2):
+        layers[f"decoder.layers.{index}.mlp.linear_fc2"] = named_scheme("fp8")
+    check_exportable(TINY, layers, tp=1, pp=2)
+    assert len(quant_cfg_json(TINY, layers, pp=2)["quantized_layers"]) == 2 * 5
+
+
+def test_weight_only_int8_is_refused_in_a_mixture():
+    layers = all_layers("int8") | {"decoder.layers.0.mlp.linear_fc2": named_scheme("int8_wo")}
+    with pytest.raises(ValueError, match=r"mix \['int8', 'int8_wo'\].*no mixture with W8A16"):
+        check_exportable(TINY, layers, tp=1, pp=1, allow_requantization=True)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +215,7 @@ def test_stages_that_leave_different_layers_unquantized_are_refused():
     layers = all_layers("int8")
     del layers["decoder.layers.0.mlp.linear_fc1"]
     check_exportable(TINY, layers, tp=1, pp=1)
-    with pytest.raises(ValueError, match=r"quantization\.rules leave different layers"):
+    with pytest.raises(ValueError, match=r"quantization\.rules treat layers of different"):
         check_exportable(TINY, layers, tp=1, pp=2)
 
 

@@ -3,7 +3,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mqat.quant.formats import FORMATS, FP8_E4M3, INT4, INT8, INT8_FULL, INT8_LOADER
+from mqat.quant.formats import (
+    FORMATS,
+    FP4_E2M1,
+    FP8_E4M3,
+    FP8_E5M2,
+    INT4,
+    INT4_EVEN,
+    INT8,
+    INT8_FULL,
+    INT8_LOADER,
+    NF4,
+    UINT4,
+)
 from mqat.quant.functional import (
     compute_amax,
     compute_scale,
@@ -11,7 +23,8 @@ from mqat.quant.functional import (
     fake_quantize,
     quantize,
 )
-from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
+from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from mqat.quant.scales import compute_affine, compute_range
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -78,14 +91,16 @@ def test_fp8_codes_are_torchs_own_cast_of_the_clamped_ratio():
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=label)
 def test_every_code_is_a_fixed_point(fmt):
-    if fmt.is_float:
+    if fmt.levels:
+        codes = torch.arange(16, dtype=torch.uint8)
+    elif fmt.is_float:
         codes = torch.arange(256, dtype=torch.uint8).view(fmt.storage_dtype)
         codes = codes[codes.float().isfinite()]
     else:
         codes = torch.arange(int(fmt.qmin), int(fmt.qmax) + 1).to(fmt.storage_dtype)
     for step in (0.01, 1 / 3, 7.0):
         scale = torch.tensor([step])
-        values = dequantize(codes, scale, PerTensor(), torch.float32)
+        values = dequantize(codes, scale, PerTensor(), torch.float32, fmt=fmt)
         again = quantize(values, scale, fmt, PerTensor())
         assert torch.equal(again.view(torch.uint8), codes.view(torch.uint8))
 
@@ -101,13 +116,19 @@ def test_every_code_is_a_fixed_point(fmt):
         (INT4, PerGroup(32)),
         (INT4, PerGroup(48)),
         (FP8_E4M3, PerTensor()),
+        (FP8_E4M3, PerToken()),
+        (FP8_E5M2, PerBlock(64)),
+        (INT4_EVEN, PerGroup(48)),
+        (FP4_E2M1, PerGroup(16)),
+        (NF4, PerGroup(64)),
     ],
     ids=label,
 )
 def test_fake_quantize_equals_dequantized_codes_bit_for_bit(fmt, granularity, dtype, scale_dtype):
     x = randn(8, 160).to(dtype)
     scale = compute_scale(compute_amax(x, granularity), fmt, scale_dtype=scale_dtype) * 0.75
-    served = dequantize(quantize(x, scale, fmt, granularity), scale, granularity, dtype)
+    codes = quantize(x, scale, fmt, granularity)
+    served = dequantize(codes, scale, granularity, dtype, fmt=fmt)
     trained = fake_quantize(x.clone().requires_grad_(), scale, fmt, granularity)
     assert same_bits(trained.detach(), served)
     assert same_bits(fake_quantize(x, scale, fmt, granularity), served)
@@ -168,7 +189,7 @@ def test_the_border_of_clipping_belongs_to_the_inside(fmt, low, high):
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=label)
 def test_nan_stays_visible_and_gets_no_gradient(fmt):
     x = torch.tensor([float("nan"), 1.0], requires_grad=True)
-    result = fake_quantize(x, torch.tensor([0.5]), fmt, PerTensor())
+    result = fake_quantize(x, torch.tensor([1.0]), fmt, PerTensor())
     result[1].backward()
     assert result.isnan().tolist() == [True, False]
     assert x.grad.tolist() == [0.0, 1.0]
@@ -238,5 +259,49 @@ def test_bfloat16_scales_are_exact_in_bfloat16_and_float16_and_clip_nothing():
 def test_scales_of_other_dtypes_are_refused():
     with pytest.raises(ValueError, match="amax must be float32"):
         compute_scale(torch.ones(1, dtype=torch.bfloat16), INT8)
-    with pytest.raises(ValueError, match="only float32 and bfloat16"):
+    with pytest.raises(ValueError, match="only float32, bfloat16"):
         compute_scale(torch.ones(1), INT8, scale_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=label)
+@pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(32), PerGroup(48)], ids=label)
+def test_zero_points_give_the_same_values_in_training_and_from_codes(granularity, dtype):
+    x = (randn(8, 160) + 0.5).to(dtype)
+    scale, zero = compute_affine(compute_range(x, granularity), UINT4)
+    scale = scale * 0.75  # some values clip
+    codes = quantize(x, scale, UINT4, granularity, zero_point=zero)
+    assert int(codes.min()) == 0 and int(codes.max()) == 15
+    served = dequantize(codes, scale, granularity, dtype, zero_point=zero)
+    trained = fake_quantize(x.clone().requires_grad_(), scale, UINT4, granularity, zero_point=zero)
+    assert same_bits(trained.detach(), served)
+    assert same_bits(fake_quantize(x, scale, UINT4, granularity, zero_point=zero), served)
+    assert not torch.equal(dequantize(codes, scale, granularity, dtype), served)  # control
+
+
+def test_zero_stays_zero_under_a_zero_point_and_the_range_is_covered_by_hand():
+    x = torch.tensor([[-1.0, 0.0, 0.3, 4.0]])
+    scale, zero = compute_affine(compute_range(x, PerChannel()), UINT4)
+    assert scale.tolist() == (torch.tensor([5.0]) / 15).tolist() and zero.tolist() == [3]
+    codes = quantize(x, scale, UINT4, PerChannel(), zero_point=zero)
+    assert codes.tolist() == [[0, 3, 4, 15]]
+    one_sided, start = compute_affine(compute_range(x + 1, PerChannel()), UINT4)
+    assert start.tolist() == [0] and one_sided.tolist() == scale.tolist()
+
+
+def test_the_gradient_of_asymmetric_codes_stops_at_both_ends():
+    x = torch.tensor([-3.6, -3.4, 12.4, 12.6], requires_grad=True)
+    scale, zero = torch.tensor([1.0]), torch.tensor([3], dtype=torch.int32)
+    fake_quantize(x, scale, UINT4, PerTensor(), zero_point=zero).sum().backward()
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+def test_reach_widens_the_range_that_is_trained():
+    x = torch.tensor([5.0, 6.5, 8.0, 8.1], requires_grad=True)
+    grads = {}
+    for reach in (None, 8.0, float("inf")):
+        (grads[reach],) = torch.autograd.grad(
+            fake_quantize(x, torch.tensor([1.0]), FP4_E2M1, PerTensor(), reach=reach).sum(), x
+        )
+    assert grads[None].tolist() == [1, 0, 0, 0]
+    assert grads[8.0].tolist() == [1, 1, 1, 0]
+    assert grads[float("inf")].tolist() == [1, 1, 1, 1]

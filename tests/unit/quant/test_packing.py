@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mqat.quant.packing import pack_int4, unpack_int4
+from mqat.quant.packing import pack_int4, pack_nibbles, unpack_int4, unpack_nibbles
 
 
 def test_even_rows_are_in_the_low_nibble():
@@ -38,3 +38,24 @@ def test_other_dtypes_are_refused_in_both_directions():
 def test_codes_beyond_four_bits_are_refused_not_cut(code):
     with pytest.raises(ValueError, match=r"four bits hold -8\.\.7"):
         pack_int4(torch.tensor([[0], [code]], dtype=torch.int8))
+
+
+def test_even_columns_are_in_the_low_nibble_of_neighbours():
+    assert pack_nibbles(torch.tensor([1, 15, 8, 0], dtype=torch.uint8)).tolist() == [0xF1, 0x08]
+
+
+def test_neighbours_are_unpacked_as_packed():
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2, 3).view(3, 2, 16)
+    assert pack_nibbles(codes).shape == (3, 2, 8)
+    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+
+
+def test_wrong_neighbours_are_refused():
+    with pytest.raises(ValueError, match="even last dimension"):
+        pack_nibbles(torch.zeros(4, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="uint8 codes"):
+        pack_nibbles(torch.zeros(4, dtype=torch.int8))
+    with pytest.raises(ValueError, match="code 16"):
+        pack_nibbles(torch.tensor([0, 16], dtype=torch.uint8))
+    with pytest.raises(ValueError, match="needs uint8"):
+        unpack_nibbles(torch.zeros(1, dtype=torch.int8))

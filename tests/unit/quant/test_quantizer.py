@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mqat.quant.quantizer import Quantizer
-from mqat.quant.scheme import named_scheme
+from mqat.quant.scheme import ALGORITHMS, named_scheme
 
 INT8 = named_scheme("int8")
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
@@ -93,3 +93,47 @@ def test_a_step_that_is_not_positive_and_finite_is_refused_and_leaves_the_old_on
 def test_a_maximum_that_is_not_finite_cannot_be_frozen(bad):
     with pytest.raises(ValueError, match=r"fc1\.input: 1 of 1 scales"):
         input_quantizer().freeze_(torch.tensor([bad]))
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "null"])
+def test_weights_of_every_algorithm_are_what_their_codes_mean_and_survive_loading(algorithm):
+    w = torch.randn(8, 512, generator=torch.Generator().manual_seed(3)) * 0.1 + 0.01
+    scheme = named_scheme(algorithm).weight
+    quantizer, loaded = (Quantizer(scheme, tuple(w.shape), "w") for _ in range(2))
+    assert quantizer(w) is w
+    quantizer.freeze_(quantizer.statistic(w), w.abs().amax().reshape(1))
+    values = quantizer(w)
+    assert torch.equal(values, quantizer.dequantize(quantizer.quantize(w), w.dtype))
+    assert torch.equal(quantizer(values), values)
+    loaded.load_({part: tensor.clone() for part, tensor in quantizer.frozen_tensors.items()})
+    assert torch.equal(loaded(w), values) and not torch.equal(values, w)
+    assert not quantizer.state_dict()
+    quantizer.reset()
+    assert quantizer(w) is w and not any(t.any() for t in quantizer.frozen_tensors.values())
+
+
+def test_dynamic_scales_follow_the_input_and_pass_every_gradient():
+    quantizer = Quantizer(named_scheme("fp8_pc_pt").input, None, "x")
+    assert quantizer(X) is X  # not before calibration
+    quantizer.freeze_(torch.ones(1))
+    assert torch.equal(quantizer(X * 1024), quantizer(X) * 1024)
+    x = (X * 1e4).requires_grad_()
+    quantizer(x).sum().backward()
+    assert (x.grad == 1).all()
+
+
+def test_dynamic_maxima_are_merged_before_use():
+    quantizer = Quantizer(named_scheme("8da4w").input, None, "x")
+    quantizer.freeze_(torch.ones(1))
+    whole, left = quantizer(X), X[:, :16]
+    other = quantizer.statistic(X[:, 16:])
+    assert not torch.equal(quantizer(left), whole[:, :16])  # control
+    quantizer.merge_ = lambda local: local.copy_(torch.maximum(local, other))
+    assert torch.equal(quantizer(left), whole[:, :16])
+
+
+def test_a_zero_point_that_is_no_code_is_refused():
+    quantizer = Quantizer(named_scheme("w_uint4_asym").weight, (2, 64), "w")
+    zero = torch.tensor([[3], [16]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="w: a zero point is not a code of uint4"):
+        quantizer.load_({"scale": torch.ones(2, 1), "zero_point": zero})

@@ -24,8 +24,9 @@ def exported(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 export_trtllm(
-                    tiny(algorithm), out, tensor_parallel=tp, pipeline_parallel=pp, dtype=dtype
-                )
+                    tiny(algorithm), out, tensor_parallel=tp, pipeline_parallel=pp, dtype=dtype,
+                    allow_requantization=True,
+                )  # fmt: skip
             made[key] = out
         return made[key]
 

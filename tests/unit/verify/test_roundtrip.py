@@ -51,7 +51,10 @@ def test_bfloat16_checkpoints_untied_heads_and_unquantized_layers(algorithm, tmp
     checkpoint = write_checkpoint(tmp_path / "checkpoint", UNTIED, layers, dtype=torch.bfloat16)
     for dtype in ("bfloat16", "float16"):
         out = tmp_path / dtype
-        export_trtllm(checkpoint, out, tensor_parallel=2, pipeline_parallel=2, dtype=dtype)
+        export_trtllm(
+            checkpoint, out, tensor_parallel=2, pipeline_parallel=2, dtype=dtype,
+            allow_requantization=True,
+        )  # fmt: skip
         assert verify_trtllm(out, reference=checkpoint).problems == []
 
 

@@ -1,0 +1,206 @@
+"""What served tensors of a linear are made of: codes, packed codes, scales.
+
+A served format is a table from tensor names to the functions at the end of this file; a further
+format is a further table (`trtllm.FORMATS`, `compressed_tensors.FORMATS`), and at most a function.
+Weights pass through in blocks of rows; scales are always the frozen ones, never recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mqat.export.reshard import Rows, count, row_blocks
+from mqat.export.slices import CheckpointReader
+from mqat.export.stream import TensorPlan
+from mqat.export.words import pack_words
+from mqat.quant.functional import dequantize, quantize
+from mqat.quant.granularity import PerGroup, PerTensor
+from mqat.quant.packing import pack_int4
+from mqat.quant.scheme import TensorScheme
+
+
+@dataclass(frozen=True)
+class ServedLinear:
+    """Rows and columns of a trained linear that form one module of the exported model.
+
+    Attributes:
+        reader: The checkpoint.
+        layer: Global number.
+        linear: `self_attention.linear_qkv`, ...
+        rows: Of the trained weight, in served order.
+        cols: Of the trained weight, with start and stop.
+        dtype: Of unquantized tensors.
+    """
+
+    reader: CheckpointReader
+    layer: int
+    linear: str
+    rows: Rows
+    cols: slice
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """Global name in the checkpoint."""
+        return f"decoder.layers.{self.layer}.{self.linear}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the served weight."""
+        return count(self.rows), self.cols.stop - self.cols.start
+
+    @property
+    def weight_scheme(self) -> TensorScheme:
+        """How the weight is quantized."""
+        scheme = self.reader.layers[self.name].weight
+        assert scheme is not None, self.name
+        return scheme
+
+    def _weight(self, rows: Rows) -> Tensor:
+        key, lead = f"decoder.layers.{self.linear}.weight", slice(self.layer, self.layer + 1)
+        parts = [self.reader.view(key, (lead, part, self.cols))[0] for part in rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def weights(self) -> Iterator[Tensor]:
+        """The trained weight, block by block."""
+        return (self._weight(rows) for rows in row_blocks(self.rows, self.shape[1]))
+
+    def scale(self, rows: Rows | None = None) -> Tensor:
+        """The frozen scale of some of the rows (default: all), in the shape of its granularity."""
+        key, rows = f"quantizers.{self.name}.weight_scale", self.rows if rows is None else rows
+        granularity = self.weight_scheme.granularity
+        if isinstance(granularity, PerTensor):
+            return self.reader.read(key)
+        columns: tuple[slice, ...] = ()
+        if isinstance(granularity, PerGroup):
+            size = granularity.size
+            columns = (slice(self.cols.start // size, -(-self.cols.stop // size)),)
+        return torch.cat([self.reader.read(key, (part, *columns)) for part in rows])
+
+    def codes(self) -> Iterator[Tensor]:
+        """Codes of the trained weight on its frozen grid, block by block."""
+        scheme = self.weight_scheme
+        for rows in row_blocks(self.rows, self.shape[1]):
+            yield quantize(self._weight(rows), self.scale(rows), scheme.format, scheme.granularity)
+
+    def values(self) -> Iterator[Tensor]:
+        """What training multiplied by, rounded once to the model's dtype."""
+        granularity = self.weight_scheme.granularity
+        for rows, codes in zip(row_blocks(self.rows, self.shape[1]), self.codes(), strict=True):
+            yield dequantize(codes, self.scale(rows), granularity, self.dtype)
+
+    def read_input_scale(self) -> Tensor:
+        """The frozen scale of the input, float32 (1,)."""
+        return self.reader.read(f"quantizers.{self.name}.input_scale")
+
+
+@dataclass(frozen=True)
+class Content:
+    """A served tensor without its name."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[Tensor]]
+
+    def named(self, name: str) -> TensorPlan:
+        """With its name in the file."""
+        return TensorPlan(name, self.dtype, self.shape, self.blocks)
+
+
+Maker = Callable[[ServedLinear], Content]
+
+
+def unquantized(part: ServedLinear) -> Content:
+    """The trained weight in the model's dtype."""
+    return Content(part.dtype, part.shape, lambda: (w.to(part.dtype) for w in part.weights()))
+
+
+def dequantized(part: ServedLinear) -> Content:
+    """The weight on its grid, in the model's dtype."""
+    return Content(part.dtype, part.shape, part.values)
+
+
+def codes(part: ServedLinear) -> Content:
+    """One code per element."""
+    return Content(part.weight_scheme.format.storage_dtype, part.shape, part.codes)
+
+
+def row_pairs(part: ServedLinear) -> Content:
+    """Two INT4 codes of neighbouring rows in a byte."""
+    out, width = part.shape
+    return Content(torch.int8, (out // 2, width), lambda: map(pack_int4, part.codes()))
+
+
+def words(part: ServedLinear) -> Content:
+    """Integer codes of neighbouring columns in a 32-bit word."""
+    (out, width), bits = part.shape, part.weight_scheme.format.bits
+    return Content(
+        torch.int32,
+        (out, -(-width * bits // 32)),
+        lambda: (pack_words(block, bits) for block in part.codes()),
+    )
+
+
+def _lazily(dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Content:
+    """A tensor that is small enough to be made at once, when its turn comes."""
+    return Content(dtype, shape, lambda: iter([make().reshape(shape)]))
+
+
+def _scale_shape(part: ServedLinear) -> tuple[int, ...]:
+    return part.weight_scheme.granularity.scale_shape(part.shape)
+
+
+def frozen_scale(part: ServedLinear) -> Content:
+    """Weight scale, float32, in the shape of its granularity."""
+    return _lazily(torch.float32, _scale_shape(part), part.scale)
+
+
+def column_scale(part: ServedLinear) -> Content:
+    """Weight scale per output channel, float32 (out, 1)."""
+    return _lazily(torch.float32, (part.shape[0], 1), part.scale)
+
+
+def scalar_scale(part: ServedLinear) -> Content:
+    """Weight scale per tensor, float32 ()."""
+    return _lazily(torch.float32, (), part.scale)
+
+
+def model_scale(part: ServedLinear) -> Content:
+    """Weight scale in the model's dtype, in which servers keep it; it must lose nothing."""
+
+    def exact() -> Tensor:
+        scale = part.scale()
+        served = scale.to(part.dtype)
+        if not torch.equal(served.float(), scale):
+            raise ValueError(
+                f"{part.name}: weight scales do not fit export.dtype={part.dtype} exactly "
+                f"(smallest {scale.min():.3g}); use bfloat16 or float32."
+            )
+        return served
+
+    return _lazily(part.dtype, _scale_shape(part), exact)
+
+
+def input_scale(part: ServedLinear) -> Content:
+    """Input scale, float32 (1,)."""
+    return _lazily(torch.float32, (1,), part.read_input_scale)
+
+
+def scalar_input_scale(part: ServedLinear) -> Content:
+    """Input scale, float32 ()."""
+    return _lazily(torch.float32, (), part.read_input_scale)
+
+
+def ones(part: ServedLinear) -> Content:
+    """Factor of each input channel, in the model's dtype: smoothing is folded into the weights."""
+    width = part.shape[1]
+    return _lazily(part.dtype, (width,), lambda: torch.ones(width, dtype=part.dtype))
+
+
+def full_shape(part: ServedLinear) -> Content:
+    """Shape of the unpacked weight, int64 (2,)."""
+    return _lazily(torch.int64, (2,), lambda: torch.tensor(part.shape))

@@ -1,0 +1,42 @@
+"""Turns a calibrated model into one that stores and multiplies low-precision weights. One way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mqat.parallel.linear import quantized_linears
+from mqat.quant.gemm_lowered import lower_weight
+
+
+def lower_(model: Any) -> tuple[int, int]:
+    """Replaces the weights of all quantized linears by codes; for inference only.
+
+    The float weights are freed: the model can no longer be trained or saved.
+
+    Args:
+        model: Chunk or list of chunks of this rank, with frozen scales.
+
+    Returns:
+        Bytes of those weights on this rank, before and after.
+
+    Raises:
+        ValueError: A linear is not calibrated, or its scheme has no inference GEMM.
+    """
+    before = after = 0
+    linears = quantized_linears(model)
+    for name, linear in linears.items():
+        if not all(q.is_frozen for q in linear.quantizers.values()):
+            raise ValueError(f"{name}: has no scales yet; lower a calibrated checkpoint.")
+    for linear in linears.values():
+        quantizer = linear.weight_quantizer
+        if quantizer is None:
+            continue
+        assert linear.scheme is not None, "a linear with a weight quantizer has a scheme"
+        before += linear.weight.numel() * linear.weight.element_size()
+        linear.lowered = lower_weight(linear.weight, quantizer.scale, linear.scheme)
+        after += linear.lowered.num_bytes
+        linear.weight.requires_grad_(False)
+        linear.weight.data = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
+    return before, after

@@ -1,0 +1,165 @@
+"""From the range of a group of numbers to its quantization step, on any grid of scales.
+
+`scale` is always the whole dequantization step, x ~= q * scale, also where servers store it as a
+product: `block_scales` takes the two-level scales of NVFP4 apart again.
+
+| `scale_dtype`     | grid of the step                               | rounding of amax / max_value   |
+|-------------------|------------------------------------------------|--------------------------------|
+| `float32`         | float32                                        | nearest                        |
+| `bfloat16`        | numbers that bfloat16 and float16 both hold    | up: nothing is clipped by it   |
+| `float8_e8m0fnu`  | powers of two, 2**-127 to 2**127 (MX formats)  | 2**(floor(log2 amax) - emax)   |
+| `float8_e4m3fn`   | E4M3 times one global float32 scale (NVFP4)    | nearest E4M3, 2**-9 to 448     |
+
+The last two may be smaller than `amax / max_value`; the largest elements then saturate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mqat.quant.formats import QuantFormat
+from mqat.quant.granularity import Granularity
+
+# Names in configurations and checkpoints.
+SCALE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8_e8m0fnu": torch.float8_e8m0fnu,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+_E4M3_MAX, _E4M3_MIN = 448.0, 2.0**-9
+_EPS = 2.0**-24
+
+
+def compute_amax(x: Tensor, granularity: Granularity) -> Tensor:
+    """Largest |x| of each quantization group, float32, shape `granularity.scale_shape(x.shape)`."""
+    return granularity.largest(x.detach().abs())
+
+
+def compute_range(x: Tensor, granularity: Granularity) -> Tensor:
+    """Largest -x and largest x of each group, each at least 0, float32 (2, *scale shape).
+
+    Both are maxima, so that ranges of parts merge by MAX like `compute_amax`.
+    """
+    x = x.detach()
+    return torch.stack([granularity.largest(side.clamp_min(0)) for side in (-x, x)])
+
+
+def compute_global_scale(amax: Tensor, fmt: QuantFormat) -> Tensor:
+    """Second-level scale of NVFP4, float32, under which the largest block scale is E4M3's 448.
+
+    Args:
+        amax: Largest |x| of the whole tensor (over all ranks), float32 (1,).
+        fmt: Format of the elements; amax / (6 * 448) for E2M1.
+
+    Reference:
+        TensorRT-LLM and ModelOpt: `weight_scale_2`, and `input_scale` of activations.
+    """
+    return (amax / (fmt.max_value * _E4M3_MAX)).clamp_min(_EPS)
+
+
+def compute_scale(
+    amax: Tensor,
+    fmt: QuantFormat,
+    *,
+    scale_dtype: torch.dtype = torch.float32,
+    eps: float = _EPS,
+    global_scale: Tensor | None = None,
+) -> Tensor:
+    """Dequantization step for a calibrated maximum, symmetric around zero.
+
+    Args:
+        amax: Largest |x| per group, float32. Must already be the maximum over every rank that holds
+            part of the group; no rank can check that.
+        fmt: Target format; only `fmt.max_value` is used.
+        scale_dtype: Grid of the scales, by the table above. bfloat16 steps are also numbers of
+            float16, so that the copy a server keeps in either is the same number. (float16 ends at
+            65504; export refuses larger scales.)
+        eps: Smallest step on the first two grids, so that an all-zero group stays exactly zero.
+        global_scale: float32 (1,), for `float8_e4m3fn` only.
+
+    Returns:
+        Scale, float32, shaped like `amax`, in units of x per code; NaN where `amax` is not finite
+        and the grid has no infinity.
+
+    Raises:
+        ValueError: `amax` is not float32, or `scale_dtype` is none of the table's.
+
+    Reference:
+        Krishnamoorthi 2018, arXiv:1806.08342, section 2.2; OCP Microscaling Formats 1.0, section 6.3.
+    """
+    if amax.dtype != torch.float32:
+        raise ValueError(f"amax must be float32, not {amax.dtype}.")
+    if scale_dtype == torch.float8_e8m0fnu:
+        return _power_of_two(amax, fmt.max_exponent)
+    if scale_dtype == torch.float8_e4m3fn:
+        assert global_scale is not None, "E4M3 block scales stand under a global scale"
+        ratio = (amax / (fmt.max_value * global_scale)).clamp(_E4M3_MIN, _E4M3_MAX)
+        return ratio.to(torch.float8_e4m3fn).float() * global_scale
+    return _round_up(amax / fmt.max_value, scale_dtype, eps)
+
+
+def compute_affine(
+    extent: Tensor,
+    fmt: QuantFormat,
+    *,
+    scale_dtype: torch.dtype = torch.float32,
+    eps: float = _EPS,
+) -> tuple[Tensor, Tensor]:
+    """Step and integer zero point that map [-low, high] onto all codes: x ~= (q - zero) * scale.
+
+    Args:
+        extent: float32 (2, ...) from `compute_range`: `low` and `high`, both at least 0, so that zero
+            itself is always a code.
+        fmt: Integer format.
+        scale_dtype: float32 or bfloat16, as for `compute_scale`.
+        eps: Smallest step.
+
+    Returns:
+        `scale`, float32 (...), and `zero_point`, int32 (...), a code of `fmt`.
+
+    Reference:
+        Jacob et al. 2018, arXiv:1712.05877, section 2.1; torch.ao's and torchao's affine observers.
+    """
+    low, high = extent.unbind(0)
+    scale = _round_up((high + low) / (fmt.qmax - fmt.qmin), scale_dtype, eps)
+    zero_point = (fmt.qmin + (low / scale).round()).clamp(fmt.qmin, fmt.qmax)
+    return scale, zero_point.nan_to_num(0.0).to(torch.int32)  # where the scale is NaN, so is x
+
+
+def block_scales(scale: Tensor, global_scale: Tensor) -> Tensor:
+    """E4M3 block scales, as stored by servers, of steps from `compute_scale`.
+
+    Exact: the step was an E4M3 number times `global_scale`, rounded at 24 bits, and E4M3 numbers are
+    at least 2**-4 apart.
+    """
+    return (scale / global_scale).to(torch.float8_e4m3fn)
+
+
+def _round_up(scale: Tensor, scale_dtype: torch.dtype, eps: float) -> Tensor:
+    """`scale` on the float32 or bfloat16 grid, at least `eps`."""
+    scale = scale.clamp_min(eps)
+    if scale_dtype == torch.float32:
+        return scale
+    if scale_dtype != torch.bfloat16:
+        known = ", ".join(SCALE_DTYPES)
+        raise ValueError(f"scale_dtype={scale_dtype}: only {known} are supported here.")
+    # Positive floats order like their bits; bfloat16 is the upper half of the word.
+    bfloat16_grid = ((scale.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
+    # Below 2**-17 float16 is the coarser of the two: its subnormals are multiples of 2**-24.
+    float16_grid = (scale * 2.0**24).ceil() * 2.0**-24
+    return torch.where(bfloat16_grid < 2.0**-17, float16_grid, bfloat16_grid)
+
+
+def _power_of_two(amax: Tensor, max_exponent: int) -> Tensor:
+    """2**(floor(log2(amax)) - max_exponent), kept in E8M0's range; NaN where `amax` is not finite.
+
+    The floor is read from amax's own exponent bits, so it is exact. Zero, and whatever is too small,
+    gets 2**-127.
+    """
+    exponent = ((amax.contiguous().view(torch.int32) >> 23) & 0xFF) - 127
+    shifted = (exponent - max_exponent).clamp(-127, 127)
+    subnormal = torch.full_like(shifted, 1 << 22)  # the bits of 2**-127
+    bits = torch.where(shifted > -127, (shifted + 127) << 23, subnormal)
+    return torch.where(exponent == 128, torch.nan, bits.view(torch.float32))

@@ -1,0 +1,168 @@
+"""What is in a checkpoint or an exported directory: one row for each linear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from mqat.export.slices import CheckpointReader
+from mqat.models.llama import LINEARS
+from mqat.models.manifest import DESCRIPTION
+from mqat.verify import is_huggingface
+from mqat.verify.checks import check_files
+from mqat.verify.hf_layout import Storage, all_modules, read_hf_config
+from mqat.verify.huggingface import HfDirectory
+from mqat.verify.huggingface import check_files as check_hf_files
+from mqat.verify.layout import MODULES, ServedConfig, read_config
+
+COLUMNS = ("file", "linear", "format", "bits", "shape", "weight scales", "input scale")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One linear, or a rank's part of one.
+
+    Attributes:
+        file: Rank file; empty where the whole linear is described.
+        linear: Name.
+        form: Format of weight (and input), as stored there.
+        bits: Per weight, scales included.
+        shape: (out, in), unpacked.
+        scale: Weight scales, or None.
+        input_scale: Or None.
+    """
+
+    file: str
+    linear: str
+    form: str
+    bits: float
+    shape: tuple[int, int]
+    scale: Tensor | None = None
+    input_scale: Tensor | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """As text, in the order of `COLUMNS`."""
+        scale, step = "-", "-"
+        if self.scale is not None:
+            low, high = float(self.scale.min()), float(self.scale.max())
+            scale = f"{low:.3g}" if low == high else f"{low:.3g} .. {high:.3g}"
+        if self.input_scale is not None:
+            step = f"{float(self.input_scale):.4g}"
+        shape = "x".join(map(str, self.shape))
+        return (self.file, self.linear, self.form, f"{self.bits:.2f}", shape, scale, step)
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """Rows of a checkpoint, a TensorRT-LLM directory or a Hugging Face directory.
+
+    Raises:
+        ValueError: None of these, or a damaged one; says what is wrong.
+    """
+    if (path / DESCRIPTION).is_file():
+        return _checkpoint_rows(path)
+    return _hf_rows(path) if is_huggingface(path) else _trtllm_rows(path)
+
+
+def _bits(shape: tuple[int, int], code_bits: int, *others: Tensor | None) -> float:
+    extra = sum(8 * t.numel() * t.element_size() for t in others if t is not None)
+    return code_bits + extra / (shape[0] * shape[1])
+
+
+def _checkpoint_rows(path: Path) -> Iterator[Row]:
+    reader = CheckpointReader(path)
+    for layer in range(reader.model.num_layers):
+        for linear in LINEARS:
+            name = f"decoder.layers.{layer}.{linear}"
+            shape, scheme = reader.model.linear_shape(linear), reader.layers.get(name)
+            if scheme is None or scheme.weight is None:
+                stored = reader.dtype(f"decoder.layers.{linear}.weight")
+                form = f"unquantized {str(stored).removeprefix('torch.')}"
+                yield Row("", name, form, 8 * stored.itemsize, shape)
+                continue
+            scale = reader.read(f"quantizers.{name}.weight_scale")
+            operand, step = scheme.input, None
+            if operand is not None and not operand.is_dynamic:
+                step = reader.read(f"quantizers.{name}.input_scale")
+            form = f"{scheme.name}: {scheme.weight.format.name} per {scheme.weight.granularity}"
+            if operand is not None:
+                kind = "dynamic " if operand.is_dynamic else ""
+                form += f", {kind}inputs {operand.format.name}"
+            bits = _bits(shape, scheme.weight.format.bits, scale, step)
+            yield Row("", name, form, bits, shape, scale, step)
+
+
+def _trtllm_rows(path: Path) -> Iterator[Row]:
+    problems: list[str] = []
+    config = read_config(path, problems)
+    problems += [] if config is None else check_files(path, config)
+    if config is None or problems:
+        raise ValueError(f"{path}: {problems[0]}")
+    for rank in range(config.tp * config.pp):
+        file = f"rank{rank}.safetensors"
+        with safe_open(path / file, framework="pt") as handle:
+            for layer in range(config.layers_per_stage):
+                for module in MODULES:
+                    name = f"transformer.layers.{layer}.{module}"
+                    yield _trtllm_row(file, name, handle, config)
+
+
+def _trtllm_row(file: str, name: str, handle: safe_open, config: ServedConfig) -> Row:
+    weight = handle.get_slice(f"{name}.weight")
+    out, width = weight.get_shape()
+    algorithm = config.algorithm_of(name)
+    present = set(handle.keys())
+
+    def tensor(suffix: str) -> Tensor | None:
+        full = f"{name}.{suffix}"
+        return handle.get_tensor(full) if full in present else None
+
+    scale, step = tensor("weights_scaling_factor"), tensor("activation_scaling_factor")
+    is_packed = algorithm == "W4A16_AWQ"
+    shape = (2 * out if is_packed else out, width)
+    widths = {"BF16": 16, "F16": 16, "F32": 32, "I8": 8, "F8_E4M3": 8}
+    code_bits = 4 if is_packed else widths[weight.get_dtype()]
+    bits = _bits(shape, code_bits, scale, step, tensor("prequant_scaling_factor"))
+    form = algorithm or f"unquantized {weight.get_dtype()}"
+    return Row(file, name, form, bits, shape, scale, step)
+
+
+def _hf_rows(path: Path) -> Iterator[Row]:
+    problems: list[str] = []
+    config = read_hf_config(path, problems)
+    if config is None:
+        raise ValueError(f"{path}: {problems[0]}")
+    problems, files = check_hf_files(path, config)
+    if problems:
+        raise ValueError(f"{path}: {problems[0]}")
+    directory = HfDirectory(path, config, files)
+    for name in all_modules(config.raw["num_hidden_layers"]):
+        tensors, storage = directory.module(name), config.storage.get(name)
+        if storage is None:
+            weight = tensors["weight"]
+            out, inputs = weight.shape
+            width = 8 * weight.element_size()
+            kind = str(weight.dtype).removeprefix("torch.")
+            yield Row(files[f"{name}.weight"], name, f"unquantized {kind}", width, (out, inputs))
+            continue
+        stored = tensors.get("weight_packed", tensors.get("weight"))
+        assert stored is not None
+        out, inputs = tensors["weight_shape"].tolist() if storage.is_packed else stored.shape
+        shape = (out, inputs)
+        kind = "weight_packed" if storage.is_packed else "weight"
+        scale, step = tensors["weight_scale"].float(), tensors.get("input_scale")
+        bits = _bits(shape, 8 * stored.numel() * stored.element_size() // (shape[0] * shape[1]),
+                     tensors["weight_scale"], step)  # fmt: skip
+        yield Row(files[f"{name}.{kind}"], name, _form(storage), bits, shape, scale, step)
+
+
+def _form(storage: Storage) -> str:
+    kind = "fp8_e4m3" if storage.is_float else f"int{storage.bits}"
+    grain = {-1: "tensor", 0: "channel"}.get(storage.group_size, f"group:{storage.group_size}")
+    text = f"{kind} per {grain}" + (", packed" if storage.is_packed else "")
+    if storage.has_input_scale:
+        text += f", inputs {'fp8_e4m3' if storage.is_float else 'int8'}"
+    return text

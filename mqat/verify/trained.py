@@ -1,0 +1,85 @@
+"""What a linear of a checkpoint must look like when served: codes on its frozen grid, rounded here.
+
+The rounding is done again in lines of its own, so that a mistake of the exporter cannot hide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mqat.export.slices import CheckpointReader
+from mqat.quant.scheme import LinearScheme
+
+# Smallest and largest code of a weight.
+_RANGES = {
+    "int8": (-127, 127),
+    "int8_wo": (-128, 127),
+    "int4": (-8, 7),
+    "int4_w_int8_a": (-8, 7),
+}
+
+
+@dataclass(frozen=True)
+class TrainedLinear:
+    """One linear of the checkpoint."""
+
+    checkpoint: CheckpointReader
+    layer: int
+    linear: str
+
+    @property
+    def name(self) -> str:
+        """Global name."""
+        return f"decoder.layers.{self.layer}.{self.linear}"
+
+    @property
+    def scheme(self) -> LinearScheme | None:
+        """None if it is not quantized."""
+        return self.checkpoint.layers.get(self.name)
+
+    def weight(self) -> Tensor:
+        """Float32 [O, I]."""
+        key, layer = f"decoder.layers.{self.linear}.weight", slice(self.layer, self.layer + 1)
+        return self.checkpoint.read(key, (layer,))[0].float()
+
+    def scale(self) -> Tensor:
+        """The frozen weight scale."""
+        return self.checkpoint.read(f"quantizers.{self.name}.weight_scale")
+
+    def input_scale(self) -> Tensor:
+        """The frozen input scale, float32 (1,)."""
+        return self.checkpoint.read(f"quantizers.{self.name}.input_scale")
+
+    def steps(self, width: int) -> Tensor:
+        """The scale in a shape that broadcasts over [O, width]."""
+        scale, scheme = self.scale(), self.scheme
+        assert scheme is not None and scheme.weight is not None
+        granularity = str(scheme.weight.granularity)
+        if granularity.startswith("group:"):
+            group_size = int(granularity.removeprefix("group:"))
+            return scale.repeat_interleave(group_size, dim=1)[:, :width]
+        return scale[:, None] if granularity == "channel" else scale
+
+    def codes(self) -> Tensor:
+        """Round-half-to-even codes of weight / step: int8, or float8 for FP8."""
+        scheme, weight = self.scheme, self.weight()
+        assert scheme is not None
+        ratio = weight / self.steps(weight.shape[1])
+        if scheme.name == "fp8":
+            return ratio.clamp(-448, 448).to(torch.float8_e4m3fn)
+        low, high = _RANGES[scheme.name]
+        return ratio.round().clamp(low, high).to(torch.int8)
+
+    def blocks(self, tensor: Tensor) -> list[Tensor]:
+        """Rows of a fused tensor by projection: [q, k, v], [gate, up], or [all]."""
+        if self.linear == "mlp.linear_fc1":
+            return list(tensor.chunk(2))
+        if self.linear != "self_attention.linear_qkv":
+            return [tensor]
+        model = self.checkpoint.model
+        per_group = model.num_attention_heads // model.num_query_groups
+        grouped = tensor.unflatten(0, (model.num_query_groups, per_group + 2, model.head_dim))
+        return [block.flatten(0, 2) for block in grouped.split([per_group, 1, 1], dim=1)]

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from mqat.models.llama import LlamaConfig
+from mqat.models.random import RandomWeights
+from mqat.runtime import groups
+from mqat.specs.policy import Policy
+
+MODEL = LlamaConfig(
+    vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,
+    num_attention_heads=4, num_query_groups=2, head_dim=32, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    """Process groups of one process."""
+    groups.initialize()
+    yield
+    groups.finalize()
+
+
+def microbatches(count: int = 2, length: int = 32) -> list[dict[str, Any]]:
+    """Random token sequences, two rows each."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 301, (count, 2, length + 1), generator=generator)
+    return [
+        {
+            "tokens": t[:, :-1].contiguous(),
+            "labels": t[:, 1:].contiguous(),
+            "loss_mask": torch.ones(2, length),
+            "position_ids": torch.arange(length).expand(2, length),
+            "attention_mask": None,
+        }
+        for t in tokens
+    ]
+
+
+@pytest.fixture
+def calibrated(world: None) -> Callable[..., list[Any]]:
+    """`calibrated("int8")`: DDP-wrapped chunks of a tiny model with frozen scales.
+
+    Scales are shrunk, so that inputs and weights are clipped here and there, and masks matter.
+    """
+
+    def make(
+        algorithm: str, dtype: torch.dtype = torch.float32, recompute: str | None = None
+    ) -> list[Any]:
+        from megatron.core import parallel_state
+
+        from mqat.calibration.statistics import calibrate
+        from mqat.config import ModelConfig
+        from mqat.parallel.linear import quantized_linears
+        from mqat.training.model import build_model
+        from mqat.training.optimizer import wrap_for_training
+        from mqat.training.pretrained import load_pretrained_
+        from mqat.training.step import evaluate
+
+        layers = Policy(algorithm, group_size=64).resolve(MODEL)
+        settings = ModelConfig(activations_checkpoint_granularity=recompute)
+        chunks = build_model(MODEL, settings, layers, dtype)
+        load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
+        chunks = wrap_for_training(chunks)
+        if layers:
+            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            calibrate(chunks, lambda: evaluate(chunks, [microbatches()]), group=group)
+        for linear in quantized_linears(chunks).values():
+            for quantizer in linear.quantizers.values():
+                quantizer.load_scale_(quantizer.scale * 0.6)
+        return chunks
+
+    return make

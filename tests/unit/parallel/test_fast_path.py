@@ -1,0 +1,257 @@
+"""The fast path against the fake-quantized reference, and weights that change under it."""
+
+import pytest
+import torch
+
+from mqat.parallel.linear import quantized_linears
+from mqat.parallel.quantized_gemm import GemmKind, gemm_kind
+from mqat.parallel.quantized_step import quantized_step
+from mqat.quant.formats import INT8
+from mqat.quant.granularity import PerChannel, PerGroup
+from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
+from mqat.training.step import _forward_loss, _run
+from tests.unit.parallel.conftest import microbatches
+
+QUANTIZED = ["int8", "int8_wo", "int4", "int4_w_int8_a", "fp8"]
+
+
+def use_reference(chunks, is_reference: bool) -> None:
+    for linear in quantized_linears(chunks).values():
+        linear.is_reference = is_reference
+
+
+def loss_and_gradients(chunks):
+    from mqat.training.step import forward_backward
+
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    loss, _ = forward_backward(chunks, microbatches())
+    return loss, {n: p.main_grad.clone() for n, p in chunks[0].named_parameters()}
+
+
+def linear_alone(linear, dtype, is_reference):
+    """Output and gradients of one linear on a fixed input that clips."""
+    generator = torch.Generator().manual_seed(5)
+    quantizer = linear.input_quantizer
+    # Half the largest code that is not clipped.
+    size = 2.0 if quantizer is None else float(quantizer.scale) * quantizer.scheme.format.qmax / 2
+    x = (torch.randn(24, 2, linear.weight.shape[1], generator=generator) * size).to(dtype)
+    x.requires_grad_()
+    linear.is_reference = is_reference
+    linear.weight.grad = None
+    y, _ = linear(x)
+    dy = torch.randn(y.shape, generator=generator).to(dtype)
+    dx, dw = torch.autograd.grad(y, [x, linear.weight], dy)
+    return y.detach().float(), dx.float(), dw.float()
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ["mlp.linear_fc1", "mlp.linear_fc2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("algorithm", QUANTIZED)
+def test_one_linear_equals_the_reference(calibrated, algorithm, dtype, name):
+    linear = quantized_linears(calibrated(algorithm, dtype))[f"decoder.layers.0.{name}"]
+    fast = linear_alone(linear, dtype, is_reference=False)
+    reference = linear_alone(linear, dtype, is_reference=True)
+    # float32: the same products added in another order. bfloat16: the reference rounds dequantized
+    # operands to 8 bits (2**-9 each), the fast path of codes does not.
+    limit = 1e-5 if dtype == torch.float32 else 2.0**-7
+    for found, expected in zip(fast, reference, strict=True):
+        assert relative(found, expected) <= limit
+    for found, expected in zip(fast[1:], reference[1:], strict=True):
+        # Zeros of a gradient are where the straight-through estimator blocks it.
+        assert torch.equal(found == 0, expected == 0)
+    assert int((fast[2] == 0).sum()) > 0  # control: some weight is clipped
+    if linear.input_quantizer is not None:
+        assert int((fast[1] == 0).sum()) > 0  # and some input
+
+
+@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+@pytest.mark.parametrize("algorithm", QUANTIZED)
+def test_a_whole_step_equals_the_reference(calibrated, algorithm, recompute):
+    chunks = calibrated(algorithm, recompute=recompute)
+    fast_loss, fast = loss_and_gradients(chunks)
+    use_reference(chunks, True)
+    loss, expected = loss_and_gradients(chunks)
+    # Sums in another order move single codes of later layers by one.
+    assert fast_loss == pytest.approx(loss, rel=1e-4)
+    for name, gradient in expected.items():
+        assert relative(fast[name], gradient) < 2e-2, name
+    for linear in quantized_linears(chunks).values():
+        for quantizer in linear.quantizers.values():
+            quantizer.is_enabled = False
+    assert loss_and_gradients(chunks)[0] != pytest.approx(loss, rel=1e-4)  # control
+
+
+def test_only_schemes_the_fast_path_knows_are_served():
+    weight = TensorScheme(INT8, PerChannel())
+    assert gemm_kind(named_scheme("int8")) is GemmKind.CODES
+    assert gemm_kind(named_scheme("fp8")) is GemmKind.CODES
+    assert gemm_kind(named_scheme("int4")) is GemmKind.VALUES
+    assert gemm_kind(named_scheme("int4_w_int8_a")) is GemmKind.VALUES
+    assert gemm_kind(None) is None
+    per_token = LinearScheme("new", weight, TensorScheme(INT8, PerGroup(64), is_dynamic=True))
+    assert gemm_kind(per_token) is None
+    fp8_weight_only = LinearScheme("new", named_scheme("fp8").weight, None)
+    assert gemm_kind(fp8_weight_only) is None
+
+
+def test_weights_are_quantized_once_per_step_for_all_microbatches(calibrated, monkeypatch):
+    from mqat.parallel import step_weights
+
+    chunks = calibrated("int8", recompute="full")
+    calls = []
+    encode = step_weights.encode_weight
+    monkeypatch.setattr(
+        step_weights, "encode_weight", lambda *a, **k: calls.append(1) or encode(*a, **k)
+    )
+    loss_and_gradients(chunks)
+    linears = quantized_linears(chunks)
+    assert len(calls) == len(linears)
+    assert all(linear.weight_cache is None for linear in linears.values())
+    _run(_forward_loss, chunks, microbatches(), forward_only=False)  # control: no scope
+    assert len(calls) == len(linears) + 2 * 2 * len(linears)  # 2 microbatches, forward twice
+
+
+def test_codes_held_for_a_step_take_a_byte_and_a_bit_per_parameter(calibrated):
+    for algorithm, dtype, limit in (
+        ("int8", torch.bfloat16, 1.25),
+        ("fp8", torch.bfloat16, 1.25),
+        ("int4", torch.bfloat16, 2.25),
+        ("int4_w_int8_a", torch.bfloat16, 2.25),
+    ):
+        chunks = calibrated(algorithm, dtype)
+        linears = quantized_linears(chunks).values()
+        with quantized_step(chunks):
+            _run(_forward_loss, chunks, microbatches(4), forward_only=False)
+            held = sum(linear.weight_cache.num_bytes for linear in linears)
+        parameters = sum(linear.weight.numel() for linear in linears)
+        assert 0.5 < held / parameters <= limit, algorithm
+
+
+def test_scopes_do_not_nest(calibrated):
+    chunks = calibrated("int8")
+    with quantized_step(chunks):
+        with pytest.raises(ValueError, match="already open"):
+            with quantized_step(chunks):
+                pass
+        assert next(iter(quantized_linears(chunks).values())).weight_cache is not None
+    with quantized_step(chunks):  # and an exception leaves it usable
+        pass
+
+
+def fresh_loss(chunks):
+    """Loss by the reference path, which keeps nothing."""
+    from mqat.training.step import evaluate
+
+    use_reference(chunks, True)
+    loss = evaluate(chunks, [microbatches()])[0]
+    use_reference(chunks, False)
+    return loss
+
+
+def shrink_views_(chunks):
+    """Writes weights as the distributed optimizer does: no version counter moves."""
+    for linear in quantized_linears(chunks).values():
+        before = linear.weight._version
+        linear.weight.data.view(-1).mul_(0.5)
+        assert linear.weight._version == before
+
+
+def test_weights_written_between_any_two_passes_are_seen(calibrated):
+    from mqat.training.step import evaluate, forward_backward, logits
+
+    chunks = calibrated("int8")
+    tokens = microbatches()[0]["tokens"]
+    passes = {
+        "train": lambda: forward_backward(chunks, microbatches())[0],
+        "evaluate": lambda: evaluate(chunks, [microbatches()])[0],
+        "logits": lambda: float(logits(chunks, tokens).square().mean()),
+    }
+    for name in [first + " " + second for first in passes for second in passes]:
+        first, second = name.split()
+        passes[first]()
+        stale = passes["evaluate"]()
+        passes[first]()
+        shrink_views_(chunks)
+        found = passes[second]()
+        expected = fresh_loss(chunks)
+        if second != "logits":
+            assert found == pytest.approx(expected, rel=1e-4), name
+        assert passes["evaluate"]() == pytest.approx(expected, rel=1e-4), name
+        assert stale != pytest.approx(expected, rel=1e-4), name  # control: the write mattered
+        for linear in quantized_linears(chunks).values():
+            linear.weight.data.mul_(2.0)
+
+
+def test_an_ordinary_write_or_a_new_scale_inside_the_scope_is_noticed(calibrated):
+    chunks = calibrated("int8")
+    linear = next(iter(quantized_linears(chunks).values()))
+    x = torch.randn(8, 1, 128)
+    with quantized_step(chunks), torch.no_grad():
+        first = linear(x)[0]
+        linear.weight.mul_(0.5)
+        assert relative(linear(x)[0], first) > 0.1
+        second = linear(x)[0]
+        linear.weight_quantizer.load_scale_(linear.weight_quantizer.scale * 0.1)
+        assert relative(linear(x)[0], second) > 0.1
+
+
+def test_quantization_that_starts_late_or_pauses_takes_effect_at_once(calibrated):
+    chunks = calibrated("int8")
+    linears = quantized_linears(chunks).values()
+    quantized = loss_and_gradients(chunks)[0]
+
+    def enable(on):
+        for linear in linears:
+            for quantizer in linear.quantizers.values():
+                quantizer.is_enabled = on
+
+    enable(False)
+    plain = loss_and_gradients(chunks)[0]
+    enable(True)
+    assert plain != pytest.approx(quantized, rel=1e-5)
+    assert loss_and_gradients(chunks)[0] == quantized
+
+
+@pytest.mark.parametrize("algorithm", QUANTIZED)
+def test_a_frozen_weight_passes_gradients_through_and_keeps_no_input(calibrated, algorithm):
+    linear = quantized_linears(calibrated(algorithm))["decoder.layers.0.mlp.linear_fc1"]
+    linear.weight.requires_grad_(False)
+    kept = []
+
+    def gradient(is_reference):
+        linear.is_reference = is_reference
+        x = torch.randn(8, 1, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.numel() * t.element_size()) or t, lambda t: t
+        ):
+            y, _ = linear(x)
+        return torch.autograd.grad(y.square().sum(), x)[0]
+
+    fast = gradient(False)
+    assert sum(kept[:-1]) <= 8 * 128 / 8 + 64  # a bit per element and a scale; [-1] is square()'s
+    assert relative(fast, gradient(True)) < 1e-5
+
+
+def test_nan_weights_and_inputs_are_not_hidden_by_codes(calibrated):
+    for algorithm in QUANTIZED:
+        linear = quantized_linears(calibrated(algorithm))["decoder.layers.0.mlp.linear_fc1"]
+        x = torch.randn(8, 1, 128)
+        x[0, 0, 0] = float("nan")
+        assert bool(linear(x)[0].isnan().any()), algorithm
+        with torch.no_grad():
+            linear.weight[3, 3] = float("nan")
+        assert bool(linear(torch.randn(8, 1, 128))[0].isnan().any()), algorithm
+
+
+def test_deferring_the_weight_gradient_is_refused(calibrated):
+    linear = quantized_linears(calibrated("int8"))["decoder.layers.0.mlp.linear_fc1"]
+    with pytest.raises(ValueError, match="defer_embedding_wgrad_compute"):
+        linear.quantized_gemm(
+            torch.randn(8, 1, 128), linear.weight, bias=None, gradient_accumulation_fusion=False,
+            allreduce_dgrad=False, sequence_parallel=False, tp_group=None, grad_output_buffer=[],
+        )  # fmt: skip

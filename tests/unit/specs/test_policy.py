@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from mqat.config import load_config
+from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.quant.formats import FORMATS, FP8_E4M3, INT4, INT8_FULL
+from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
+from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
+from mqat.specs.policy import Policy, Rule, tensor_scheme
+from mqat.training.plan import make_plan
+
+MODEL = LlamaConfig(
+    vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,
+    num_attention_heads=4, num_query_groups=2, head_dim=32, tie_word_embeddings=True,
+)  # fmt: skip
+YAML = """
+model:
+  architecture: {hidden_size: 128, intermediate_size: 256, num_layers: 2, num_query_groups: 4}
+  data: {packaged: python_docs}
+quantization:
+  algorithm: int8
+  rules:
+    - pattern: "decoder.layers.0.*"
+      algorithm: null
+    - pattern: "*.linear_fc2"
+      weight: {format: int4, granularity: "group:32", scale: bfloat16}
+      input: {format: fp8_e4m3, granularity: token, dynamic: true}
+      output: {format: int8_full, granularity: tensor}
+export: {format: null}
+"""
+
+
+def plan(tmp_path, text: str):
+    (tmp_path / "run.yaml").write_text(text)
+    return make_plan(load_config(tmp_path / "run.yaml"), world_size=1)
+
+
+def test_the_first_matching_rule_wins_and_the_default_takes_the_rest():
+    rules = (Rule("*.0.mlp.*", "null"), Rule("*.mlp.*", "8da4w"), Rule("*.linear_fc2", "fp8"))
+    layers = Policy("int8", rules=rules).resolve(MODEL)
+    assert len(layers) == 2 * len(LINEARS) - 2
+    assert layers["decoder.layers.1.mlp.linear_fc2"] == named_scheme("8da4w")
+    assert layers["decoder.layers.0.self_attention.linear_qkv"] == named_scheme("int8")
+
+
+@pytest.mark.parametrize(("size", "expected"), [(None, {128, 256}), (32, {32})])
+def test_without_a_group_size_every_algorithm_has_its_own(size, expected):
+    layers = Policy("int4", size, (Rule("*.linear_fc2", "8da4w"),)).resolve(MODEL)
+    assert {scheme.weight.granularity.size for scheme in layers.values()} == expected
+
+
+def test_a_rule_in_yaml_composes_weight_input_and_output(tmp_path):
+    layers = plan(tmp_path, YAML).layers
+    assert len(layers) == 4
+    assert layers["decoder.layers.1.mlp.linear_fc2"] == LinearScheme(
+        "custom",
+        TensorScheme(INT4, PerGroup(32), torch.bfloat16),
+        TensorScheme(FP8_E4M3, PerToken(), is_dynamic=True),
+        TensorScheme(INT8_FULL, PerTensor()),
+    )
+    assert layers["decoder.layers.1.mlp.linear_fc1"] == named_scheme("int8")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("granularity: token", "granularities: token",
+         r"unknown key 'quantization.rules\[1\].input.granularities'; did you mean .*granularity"),
+        ("weight:", "wieght:", r"'quantization.rules\[1\].wieght'; did you mean .*rules\[1\].weight"),
+        ("format: int4", "format: int44",
+         r"quantization.rules\[1\].weight.format='int44' is unknown; did you mean 'int4'"),
+        ("scale: bfloat16", "scale: bfloat61", r"weight.scale='bfloat61' is unknown; did you mean"),
+        ("group:32", "groups:32", r"rules\[1\].weight: granularity 'groups:32': did you mean 'group"),
+        ("dynamic: true", "dynamic: maybe", r"input\.dynamic: Value 'maybe'"),
+        ("dynamic: true", "dynamic: false", r"rules\[1\].input: granularity 'token' is known only"),
+        ("granularity: tensor", "granularity: 'group:32'", r"rules\[1\].output: static scales are"),
+        ("format: int4, ", "", r"rules\[1\].weight.format is missing"),
+        ('fc2"\n', 'fc2"\n      algorithm: int8\n', r"rules\[1\] has both algorithm='int8' and weight"),
+        ("algorithm: null", "algorithm: nul", r"'nul' is unknown; did you mean 'null'"),
+        ("format: null", "format: trtllm", "custom cannot be exported"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_rules_name_key_value_and_the_nearest(tmp_path, old, new, message):
+    assert old in YAML
+    with pytest.raises(ValueError, match=message):
+        plan(tmp_path, YAML.replace(old, new))
+
+
+@pytest.mark.parametrize("algorithm", ["8da4w", "mxfp8", "nf4", "w_uint4_asym"])
+def test_algorithms_that_the_export_format_lacks_are_refused_before_training(tmp_path, algorithm):
+    text = YAML.split("  rules:")[0].replace("int8", algorithm)
+    assert plan(tmp_path, text + "export: {format: null}").layers
+    with pytest.raises(ValueError, match=f"algorithm={algorithm} cannot be exported"):
+        plan(tmp_path, text)
+
+
+def test_every_format_can_be_composed_with_some_granularity():
+    for name, fmt in FORMATS.items():
+        settings = {"format": name, "granularity": "block:128", "asymmetric": fmt.is_unsigned}
+        assert tensor_scheme(settings, "rule").granularity == PerBlock(128)
+    mx = tensor_scheme({"format": "int8", "granularity": "group:32", "scale": "e8m0"}, "rule")
+    assert mx.scale_dtype == torch.float8_e8m0fnu
+
+
+def test_unknown_keys_in_settings_made_by_hand_are_refused():
+    with pytest.raises(
+        ValueError, match=r"unknown key 'rule\.symetric'; did you mean 'asymmetric'"
+    ):
+        tensor_scheme({"symetric": True}, "rule")
+    with pytest.raises(ValueError, match=r"rules\[0\]\.wait'; did you mean 'weight'"):
+        Policy("int8", rules=(Rule("*", operands={"wait": {}}),)).resolve(MODEL)

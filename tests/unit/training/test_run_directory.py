@@ -1,0 +1,57 @@
+"""An earlier run in the directory is continued or put aside, never mixed with a new one."""
+
+import json
+
+import pytest
+
+from mqat.config import load_config
+from mqat.training.run_directory import open_run_directory
+
+
+def config(**exp_manager):
+    return load_config(None, [f"exp_manager.{key}={value}" for key, value in exp_manager.items()])
+
+
+def finished_run(directory):
+    open_run_directory(directory, config())
+    (directory / "checkpoints" / "step_00000004").mkdir()
+    (directory / "metrics.jsonl").write_text("{}\n")
+    (directory / "summary.json").write_text(json.dumps({"done": ["qat"], "seconds": 7.0}))
+
+
+def test_a_new_run_moves_an_earlier_one_aside_whole(tmp_path):
+    finished_run(tmp_path)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert open_run_directory(tmp_path, config())["done"] == []
+    assert (tmp_path / "thesis.txt").is_file()  # not a file of a run: it stays
+    assert {f.name for f in (tmp_path / "run_0").iterdir()} == {
+        "config.yaml", "checkpoints", "metrics.jsonl", "summary.json",
+    }  # fmt: skip
+    assert (tmp_path / "run_0" / "checkpoints" / "step_00000004").is_dir()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    open_run_directory(tmp_path, config())
+    assert (tmp_path / "run_0").is_dir() and (tmp_path / "run_1").is_dir()
+
+
+def test_a_resumed_run_goes_on_from_its_summary(tmp_path):
+    finished_run(tmp_path)
+    summary = open_run_directory(tmp_path, config(resume_if_exists="true"))
+    assert summary["done"] == ["qat"] and summary["seconds_before"] == 7.0
+    assert (tmp_path / "checkpoints" / "step_00000004").is_dir()
+    assert not (tmp_path / "run_0").exists()
+
+
+def test_a_resumed_run_may_change_its_layout_but_not_its_learning_rate(tmp_path):
+    finished_run(tmp_path)
+    resume = "exp_manager.resume_if_exists=true"
+    open_run_directory(tmp_path, load_config(None, [resume, "model.tensor_model_parallel_size=2"]))
+    other = load_config(None, [resume, "model.optim.lr=0.5"])
+    with pytest.raises(ValueError, match=r"had model\.optim\.lr=1e-05, this one has 0\.5"):
+        open_run_directory(tmp_path, other)
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    finished_run(tmp_path)
+    (tmp_path / "summary.json").write_text('{"done": [')
+    with pytest.raises(ValueError, match=r"summary\.json: damaged"):
+        open_run_directory(tmp_path, config(resume_if_exists="true"))

@@ -1,0 +1,137 @@
+"""The model, data and systems that the benchmarks compare; one process group per process."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mqat.config import ModelConfig, OptimizerConfig
+from mqat.models.llama import LlamaConfig
+from mqat.models.random import RandomWeights
+from mqat.runtime import groups
+from mqat.specs.policy import Policy
+
+ALGORITHMS = ("int8", "int4", "int4_w_int8_a", "fp8")
+
+
+@dataclass
+class System:
+    """One thing to measure: a trainable model with its optimizer."""
+
+    name: str
+    algorithm: str
+    chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Options that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--algorithms", nargs="*", default=list(ALGORITHMS))
+    parser.add_argument("--precision", choices=("bf16", "32"), default="32")
+    parser.add_argument("--tokens", type=int, default=256, help="per microbatch")
+    parser.add_argument("--microbatches", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=1024)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def llama(args: argparse.Namespace) -> LlamaConfig:
+    """Llama proportions: heads of 64, two query heads per group, MLP of 2.75 hidden sizes."""
+    heads = args.hidden // 64
+    return LlamaConfig(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 11 // 4,
+        num_layers=args.layers,
+        num_attention_heads=heads,
+        num_query_groups=heads // 2,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+
+
+def batches(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Random tokens, one sequence per microbatch."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.microbatches, 1, args.tokens + 1)
+    tokens = torch.randint(0, args.vocab, shape, generator=generator)
+    return [
+        {
+            "tokens": t[:, :-1].contiguous(),
+            "labels": t[:, 1:].contiguous(),
+            "loss_mask": torch.ones(1, args.tokens),
+            "position_ids": torch.arange(args.tokens)[None],
+            "attention_mask": None,
+        }
+        for t in tokens
+    ]
+
+
+def calibrate_on(chunks: list[Any], data: list[dict[str, Any]]) -> None:
+    """Freezes all scales on `data`."""
+    from megatron.core import parallel_state
+
+    from mqat.calibration.statistics import calibrate
+    from mqat.training.step import evaluate
+
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    calibrate(chunks, lambda: evaluate(chunks, [data]), group=group)
+
+
+def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
+    """A calibrated model and its optimizer.
+
+    Args:
+        args: From `arguments`.
+        name: `baseline`, `mqat` or `mqat-reference` (fake-quantized floats in Megatron's GEMM).
+        algorithm: `null` for the baseline.
+    """
+    from mqat.parallel.linear import quantized_linears
+    from mqat.training.model import build_model
+    from mqat.training.optimizer import build_optimizer, wrap_for_training
+    from mqat.training.pretrained import load_pretrained_
+
+    model = llama(args)
+    layers = Policy(algorithm).resolve(model)
+    settings = ModelConfig(
+        tensor_model_parallel_size=args.tp, sequence_parallel=args.sequence_parallel
+    )
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    chunks: list[Any] = list(build_model(model, settings, layers, dtype))
+    load_pretrained_(chunks, RandomWeights(model, 1, 0.02))
+    chunks = wrap_for_training(chunks)
+    if layers:
+        calibrate_on(chunks, batches(args)[:1])
+    for linear in quantized_linears(chunks).values():
+        linear.is_reference = name == "mqat-reference"
+    optimizer, scheduler = build_optimizer(
+        chunks, OptimizerConfig(lr=1e-5), max_steps=1000, clip_grad=1.0
+    )
+    return System(name, algorithm, chunks, optimizer, scheduler)
+
+
+def start(args: argparse.Namespace) -> None:
+    """Creates the process groups; then Megatron can be imported."""
+    groups.initialize(tensor_parallel=args.tp)
+
+
+def step(system: System, data: list[dict[str, Any]]) -> float:
+    """One optimizer step; returns its loss per token."""
+    from mqat.training.step import forward_backward
+
+    for chunk in system.chunks:
+        chunk.zero_grad_buffer()
+    system.optimizer.zero_grad()
+    loss, tokens = forward_backward(system.chunks, data)
+    system.optimizer.step()
+    system.scheduler.step(increment=1)
+    return loss / tokens
