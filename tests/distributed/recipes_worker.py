@@ -1,7 +1,7 @@
 """Run by torchrun: carries out calibration recipes on a tiny model, in each of some layouts.
 
 Arguments: output directory, and a JSON file {layout: {"tp": 2, ...}} of layouts of this world size.
-For every layout and recipe there is a checkpoint, and a line in `result.json` of the layout.
+For every layout there is a `result.json`, and for every recipe `<recipe>.pt`: all global tensors.
 """
 
 import json
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from mqat.calibration.recipe import Recipe
 from mqat.config import ModelConfig
@@ -21,7 +23,7 @@ from mqat.runtime import groups
 from mqat.specs.policy import Policy
 
 MODEL = LlamaConfig(
-    vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=4,
+    vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,
     num_attention_heads=8, num_query_groups=4, head_dim=16, tie_word_embeddings=True,
 )  # fmt: skip
 # Name: algorithm, calibrator of inputs, recipe.
@@ -52,6 +54,32 @@ def counting(counts: list[int]) -> Iterator[None]:
         dist.all_reduce = original
 
 
+def assembled(state: dict) -> dict[str, torch.Tensor] | None:
+    """Global tensors of a sharded state dict, on the first rank; what is replicated must agree.
+
+    Writing a checkpoint would do the same, but starts processes that each import torch.
+    """
+    apply_factories(state)
+    shards: list = []
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor):
+            sizes = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
+            where = tuple(slice(o, o + n) for o, n in zip(entry.global_offset, sizes, strict=True))
+            shards.append((entry.key, entry.global_shape, where, entry.data.detach().view(sizes)))
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, shards)
+    if not groups.is_main():
+        return None
+    tensors: dict[str, torch.Tensor] = {}
+    for key, shape, where, data in (shard for own in gathered for shard in own):
+        if key not in tensors:
+            tensors[key] = torch.full(shape, torch.nan)
+        seen = tensors[key][where]
+        assert bool((seen.isnan() | (seen == data)).all()), f"{key}: ranks disagree"
+        tensors[key][where] = data.float()
+    return tensors
+
+
 def main() -> None:
     out, layouts = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text("utf-8"))
     for name, layout in layouts.items():
@@ -71,7 +99,7 @@ def run(out: Path, layout: dict, algorithm: str, calibrator: str, recipe: Recipe
 
     from mqat.calibration.prepare import prepare_
     from mqat.calibration.statistics import calibrate
-    from mqat.training.checkpoint import save_checkpoint
+    from mqat.parallel.checkpoint import quantizer_sharded_state
     from mqat.training.model import build_model
     from mqat.training.pretrained import load_pretrained_
     from mqat.training.step import evaluate
@@ -115,7 +143,14 @@ def run(out: Path, layout: dict, algorithm: str, calibrator: str, recipe: Recipe
         calibrate(chunks, run_batches, group=group, method=calibrator, weight_statistics=statistics)
     result["collectives"] = counts[0] - paused[0]
     result["quantized"] = evaluate(chunks, [batches])[0]
-    save_checkpoint(out, chunks, model=MODEL, layers=layers, algorithm=algorithm)
+    state = {"model": [chunk.sharded_state_dict() for chunk in chunks]}
+    state["quantizers"] = quantizer_sharded_state(
+        chunks, dp_group=parallel_state.get_data_parallel_group()
+    )
+    tensors = assembled(state)
+    if tensors is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors, out.with_suffix(".pt"))
     return result
 
 
