@@ -25,7 +25,7 @@ from mqat.quant.scheme import TensorScheme
 from mqat.quant.steps import rounded
 
 METHODS = ("max", "mse", "awq", "sawb")
-FACTORS = tuple(1 - 0.025 * i for i in range(24))
+FACTORS = tuple(1 - 0.05 * i for i in range(12))
 # bits -> (c1, c2) for 2**bits - 1 levels, symmetric around zero.
 _SAWB = {2: (2.6, -1.71), 3: (7.509, -6.892), 4: (12.035, -12.03), 5: (17.74, -18.64),
          7: (28.24, -30.81), 8: (31.76, -35.04)}  # fmt: skip

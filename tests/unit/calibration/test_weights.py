@@ -62,7 +62,8 @@ def test_every_group_gets_the_factor_that_brute_force_finds(scheme):
             best = FACTORS[min(range(len(FACTORS)), key=errors.__getitem__)]
             index = (..., row, group) if size < 16 else (..., row)
             torch.testing.assert_close(found[index], statistic[index] * best)
-    assert not torch.equal(found, statistic)  # control: something was clipped
+    if not scheme.format.is_float:
+        assert not torch.equal(found, statistic)  # control: something was clipped
 
 
 def test_awq_weighs_errors_by_the_inputs_they_meet():
