@@ -70,7 +70,7 @@ def batches(data: PackedDataset, micro_batch_size: int) -> Batches:
 
 @torch.no_grad()
 def perplexity(model: Any, steps: Steps) -> float:
-    """exp of the mean loss per counted token."""
+    """Exponential of the mean loss per counted token."""
     loss = count = 0.0
     for microbatch in (batch for step in steps for batch in step):
         tokens, labels, mask = (microbatch[key] for key in ("tokens", "labels", "loss_mask"))
@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, help="default: the packaged SmolLM2-135M")
     parser.add_argument("--algorithms", nargs="+", choices=["fp32", *CONFIGS],
-                        default=["fp32", "int8", "int8_sq", "fp8", "int4", "int4_awq", "w4a8_awq"])  # fmt: skip
+                        default=["fp32", *CONFIGS])  # fmt: skip
     parser.add_argument("--calibration", type=int, default=16, help="sequences")
     parser.add_argument("--evaluation", type=int, default=16, help="sequences")
     parser.add_argument("--seq-length", type=int, default=512)

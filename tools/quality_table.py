@@ -30,21 +30,19 @@ class Row:
     Attributes:
         title: For people.
         settings: Of `quantization` in the configuration.
-        peer: Name in the file of `tools/quality_peers.py`; empty if there is none.
     """
 
     title: str
     settings: dict[str, str]
-    peer: str = ""
 
 
 ROWS = {
-    "bf16": Row("unquantized", {"algorithm": "null"}, "fp32"),
-    "int8": Row("INT8", {"algorithm": "int8"}, "INT8_DEFAULT_CFG"),
-    "int8_sq": Row("INT8, SmoothQuant", {"algorithm": "int8_sq"}, "INT8_SMOOTHQUANT_CFG"),
-    "fp8": Row("FP8", {"algorithm": "fp8"}, "FP8_DEFAULT_CFG"),
-    "int4": Row("INT4 g128", {"algorithm": "int4"}, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"),
-    "int4_awq": Row("INT4 g128, AWQ", {"algorithm": "int4_awq"}, "INT4_AWQ_CFG"),
+    "bf16": Row("unquantized", {"algorithm": "null"}),
+    "int8": Row("INT8", {"algorithm": "int8"}),
+    "int8_sq": Row("INT8, SmoothQuant", {"algorithm": "int8_sq"}),
+    "fp8": Row("FP8", {"algorithm": "fp8"}),
+    "int4": Row("INT4 g128", {"algorithm": "int4"}),
+    "int4_awq": Row("INT4 g128, AWQ", {"algorithm": "int4_awq"}),
     "int4_g64_gptq": Row(
         "INT4 g64, AWQ + GPTQ", {"algorithm": "int4_awq", "group_size": "64", "rounding": "gptq"}
     ),
@@ -52,9 +50,9 @@ ROWS = {
         "INT4 g64 + INT8 inputs, AWQ + GPTQ",
         {"algorithm": "int4_w_int8_a", "group_size": "64", "rounding": "gptq", **_AWQ},
     ),
-    "w4a8_awq": Row("INT4 g128 + FP8 inputs, AWQ", {"algorithm": "w4a8_awq"}, "W4A8_AWQ_BETA_CFG"),
+    "w4a8_awq": Row("INT4 g128 + FP8 inputs, AWQ", {"algorithm": "w4a8_awq"}),
     "8da4w": Row("8da4w g32", {"algorithm": "8da4w", "group_size": "32"}),
-    "nvfp4": Row("NVFP4", {"algorithm": "nvfp4"}, "NVFP4_DEFAULT_CFG"),
+    "nvfp4": Row("NVFP4", {"algorithm": "nvfp4"}),
     "mxfp4": Row("MXFP4", {"algorithm": "mxfp4"}),
     "nf4": Row("NF4", {"algorithm": "nf4"}),
     "w_uint4_asym": Row("UINT4 g128, zero points", {"algorithm": "w_uint4_asym"}),
@@ -93,12 +91,12 @@ def markdown(results: dict[str, Any], peers: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, row in ROWS.items():
-        if name not in results and row.peer not in peers:
-            continue
-        ppl = results.get(name, {}).get("ppl", {})
-        peer = peers.get(row.peer, {}).get("ppl")
-        start, tuned = base.get("bf16"), base.get("bf16_finetuned")
         is_base = name == "bf16"
+        ppl = results.get(name, {}).get("ppl", {})
+        peer = peers.get("fp32" if is_base else name, {}).get("ppl")
+        if not ppl and peer is None:
+            continue
+        start, tuned = base.get("bf16"), base.get("bf16_finetuned")
         cells = (
             [cell(ppl.get("bf16"), None), "-", cell(peer, None), cell(tuned, None)]
             if is_base
