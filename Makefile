@@ -21,11 +21,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Tests of one process share the cores; those that start processes of their own run one by one.
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile tests/unit tests/property
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/distributed
 
 test-all: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/property
+	$(BIN)/python -m pytest -q tests/distributed
 
 # Large temporary tensors are reused instead of being given back to the system each time.
 demo: export MALLOC_MMAP_THRESHOLD_ = 1073741824

@@ -33,9 +33,9 @@ from mqat.calibration.tiles import (
 )
 from mqat.parallel.linear import QuantizedLinear
 from mqat.parallel.reduce import all_reduce_fused_
-from mqat.quant.functional import compute_amax
-from mqat.quant.granularity import PerTensor
+from mqat.quant.granularity import PerBlock, PerGroup, PerTensor
 from mqat.quant.scheme import TensorScheme
+from mqat.quant.steps import statistic_of
 
 
 def _weight_scheme(linear: QuantizedLinear) -> TensorScheme:
@@ -55,6 +55,11 @@ class LayerBlock:
         sites: Those whose input can be rescaled.
         moments: Merged statistics; empty if the recipe needs none.
         recipe: What to do.
+
+    Attributes:
+        scales: Rescalings that were folded, float32 [I], by site.
+        statistics: Maxima or ranges that scales will be made from, one for each of this rank's tiles.
+        global_amax: float32 (1,), where a weight has two levels of scales.
     """
 
     def __init__(
@@ -69,6 +74,8 @@ class LayerBlock:
         self.moments = moments
         self.recipe = recipe
         self.scales: dict[str, Tensor] = {}
+        self.statistics: dict[str, list[Tensor]] = {}
+        self.global_amax: dict[str, Tensor] = {}
         self.quantized = {n: x for n, x in linears.items() if x.weight_quantizer is not None}
 
     def _reduce(self, tensors: Mapping[str, Tensor], op: dist.ReduceOp.RedOpType) -> None:
@@ -136,62 +143,85 @@ class LayerBlock:
         tables = self._tables(losses)
         return {name: candidates[name][best_candidate(tables[name])] for name in tables}
 
-    def clipping_points(self) -> dict[str, list[Tensor]]:
-        """Calibrated maximum of each tile, by linear with a quantized weight, on the scale's shape."""
-        amax = {
-            name: [compute_amax(t, _weight_scheme(x).granularity) for t in row_tiles(x)]
-            for name, x in self.quantized.items()
+    def choose_clipping_points(self) -> None:
+        """Fills `statistics`: what each tile's scales are made from, by quantized weight."""
+        for name, linear in self.quantized.items():
+            scheme = _weight_scheme(linear)
+            if isinstance(scheme.granularity, PerBlock):
+                raise ValueError(
+                    f"{name}: weights in squares ({scheme.granularity}) span the tiles that are worked "
+                    "on; keep quantization.weight_calibrator=max and rounding=nearest for them."
+                )
+            self.statistics[name] = [statistic_of(t, scheme) for t in row_tiles(linear)]
+        shared = {
+            name: torch.stack([s.amax().reshape(1) for s in self.statistics[name]]).amax(dim=0)
+            for name, linear in self.quantized.items()
+            if _weight_scheme(linear).has_global_scale
         }
-        single = [name for name, linear in self.quantized.items() if _has_one_scale(linear)]
-        whole = {name: torch.stack(amax[name]).amax(dim=0) for name in single}
-        self._reduce(whole, dist.ReduceOp.MAX)
-        for name, value in whole.items():
-            amax[name] = [value] * len(amax[name])
-        if self.recipe.weight_method == "max":
-            return amax
-        evidence = {name: self._evidence(name, amax[name]) for name in amax}
+        single = {
+            name: torch.stack(self.statistics[name]).amax(dim=0)
+            for name, linear in self.quantized.items()
+            if _has_one_scale(linear)
+        }
+        self._reduce(shared | single, dist.ReduceOp.MAX)
+        self.global_amax = shared
+        for name, value in single.items():
+            self.statistics[name] = [value] * len(self.statistics[name])
+        if self.recipe.weight_method != "max":
+            self._shrink(list(single))
+
+    def _shrink(self, single: list[str]) -> None:
+        evidence = {name: self._evidence(name) for name in self.quantized}
         sums = {n: torch.stack([e.sum(dim=(1, 2)) for e in evidence[n]], dim=-1) for n in single}
         totals = {n: t.sum(dim=-1)[:, None, None] for n, t in self._tables(sums).items()}
-        for name in amax:
-            found = [totals[name]] * len(amax[name]) if name in totals else evidence[name]
-            pairs = zip(amax[name], found, strict=True)
-            amax[name] = [self._chosen(name, a, e) for a, e in pairs]
-        return amax
+        for name, statistics in self.statistics.items():
+            found = [totals[name]] * len(statistics) if name in totals else evidence[name]
+            pairs = zip(statistics, found, strict=True)
+            self.statistics[name] = [self._chosen(name, s, e) for s, e in pairs]
 
-    def _evidence(self, name: str, amax: list[Tensor]) -> list[Tensor]:
+    def _evidence(self, name: str) -> list[Tensor]:
         """What the method looks at: sums for SAWB, errors of shrunken maxima for the others."""
         linear, method = self.linears[name], self.recipe.weight_method
-        scheme = _weight_scheme(linear)
+        scheme, above = _weight_scheme(linear), self.global_amax.get(name)
         if method == "sawb":
             return [weights.sawb_sums(tile, scheme.granularity) for tile in row_tiles(linear)]
         gram = self._gram(name) if method == "awq" else None
-        pairs = zip(row_tiles(linear), amax, strict=True)
-        return [weights.shrink_errors(tile, a, scheme, gram) for tile, a in pairs]
+        pairs = zip(row_tiles(linear), self.statistics[name], strict=True)
+        return [weights.shrink_errors(tile, s, above, scheme, gram) for tile, s in pairs]
 
-    def _chosen(self, name: str, amax: Tensor, evidence: Tensor) -> Tensor:
+    def _chosen(self, name: str, statistic: Tensor, evidence: Tensor) -> Tensor:
         linear = self.linears[name]
         scheme = _weight_scheme(linear)
         if self.recipe.weight_method != "sawb":
-            return weights.shrunk_amax(amax, evidence, scheme.granularity)
+            return weights.shrunk(statistic, evidence, scheme.granularity)
         width, rows = input_width(linear), output_width(linear)
         counts = weights.group_counts(width, rows, scheme.granularity)
-        return weights.sawb_amax(amax, evidence, counts, scheme)
+        return weights.sawb_amax(statistic, evidence, counts, scheme)
 
-    def round_(self, amax: Mapping[str, list[Tensor]]) -> None:
+    def round_(self) -> None:
         """Moves weights to grid points, each row's errors compensated within the row."""
-        for name, tile_amax in amax.items():
-            linear = self.linears[name]
+        for name, statistics in self.statistics.items():
+            linear, above = self.linears[name], self.global_amax.get(name)
+            scheme = _weight_scheme(linear)
             factor, order = inverse_factor(self._gram(name))
-            pairs = zip(row_tiles(linear), tile_amax, strict=True)
-            tiles = [round_tile(t, a, factor, order, _weight_scheme(linear)) for t, a in pairs]
+            pairs = zip(row_tiles(linear), statistics, strict=True)
+            tiles = [round_tile(t, s, above, factor, order, scheme) for t, s in pairs]
             weight = linear.weight.detach()
-            weight.copy_(local_from_tiles(linear, tiles).to(weight.dtype))
+            weight.copy_(local_from_tiles(linear, tiles, per_column=True).to(weight.dtype))
 
-    def local_amax(self, amax: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-        """Clipping points as this rank's quantizers hold them."""
-        return {
-            name: tiles[0]
-            if _has_one_scale(self.linears[name])
-            else local_from_tiles(self.linears[name], tiles)
-            for name, tiles in amax.items()
-        }
+    def local_statistics(self) -> dict[str, Tensor]:
+        """What this rank's weight quantizers freeze their scales from."""
+        found = {}
+        for name, tiles in self.statistics.items():
+            linear = self.linears[name]
+            scheme = _weight_scheme(linear)
+            if _has_one_scale(linear):
+                found[name] = tiles[0]
+                continue
+            per_column = isinstance(scheme.granularity, PerGroup)
+            if not scheme.is_asymmetric:
+                found[name] = local_from_tiles(linear, tiles, per_column=per_column)
+                continue
+            ends = [t.movedim(0, -1) for t in tiles]  # rows first, as tiles are joined
+            found[name] = local_from_tiles(linear, ends, per_column=per_column).movedim(-1, 0)
+        return found

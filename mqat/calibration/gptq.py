@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mqat.quant.functional import compute_scale, fake_quantize
+from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import PerChannel
+from mqat.quant.scales import compute_global_scale
 from mqat.quant.scheme import TensorScheme
+from mqat.quant.steps import steps_of
 
 _BLOCK = 128
 
@@ -51,19 +53,32 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]
 
 
 def round_tile(
-    tile: Tensor, amax: Tensor, factor: Tensor, order: Tensor, scheme: TensorScheme
+    tile: Tensor,
+    statistic: Tensor,
+    global_amax: Tensor | None,
+    factor: Tensor,
+    order: Tensor,
+    scheme: TensorScheme,
 ) -> Tensor:
     """Values on the quantization grid, float32 [rows, I].
 
     Args:
         tile: Weights, float32 [rows, I].
-        amax: Calibrated maximum in the granularity's scale shape, of the tile.
+        statistic: Calibrated maxima in the granularity's scale shape, or (2, ...) ranges, of the tile.
+        global_amax: Of the whole tensor, for two levels.
         factor: From `inverse_factor`.
         order: From `inverse_factor`.
         scheme: Of the weight.
     """
-    scale = compute_scale(amax, scheme.format, scale_dtype=scheme.scale_dtype)
-    steps = scheme.granularity.expand(scale, tuple(tile.shape)).expand_as(tile)[:, order]
+    above = None if global_amax is None else compute_global_scale(global_amax, scheme.format)
+    scale, zero_point = steps_of(statistic, scheme, above)
+
+    def by_column(per_group: Tensor) -> Tensor:
+        whole = scheme.granularity.expand(per_group, tuple(tile.shape)).expand_as(tile)
+        return whole[:, order].t().contiguous()
+
+    steps = by_column(scale)
+    zeros = None if zero_point is None else by_column(zero_point)
     left, done = tile[:, order].contiguous(), torch.empty_like(tile)
     width = tile.shape[1]
     for start in range(0, width, _BLOCK):
@@ -72,8 +87,10 @@ def round_tile(
         errors = torch.empty_like(block)
         for i in range(end - start):
             column = block[i].clone()
-            step = steps[:, start + i].contiguous()
-            value = fake_quantize(column[:, None], step, scheme.format, PerChannel())[:, 0]
+            zero = None if zeros is None else zeros[start + i]
+            value = fake_quantize(
+                column[:, None], steps[start + i], scheme.format, PerChannel(), zero_point=zero
+            )[:, 0]
             done[:, start + i] = value
             errors[i] = (column - value) / factor[start + i, start + i]
             row = factor[start + i, start + i : end]

@@ -45,7 +45,8 @@ def prepare_(
         dp_group: DP x CP.
 
     Returns:
-        Calibrated maximum of each quantized weight of this rank, shaped like its scale.
+        What the weight quantizers of this rank are to freeze their scales from, by linear; absent where
+        that is simply the weight's maximum.
 
     Raises:
         ValueError: On every rank: NaN or infinite values, a linear that no token reached, or a format
@@ -55,7 +56,7 @@ def prepare_(
     sites = find_sites(chunks, fold_values=recipe.fold_values) if recipe.equalize else {}
     everything = quantized_linears(chunks)
     size = recipe.layers_at_once or num_layers
-    amax: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for start in range(0, num_layers, size):
         own = {n: x for n, x in linears.items() if start <= layer_number(n) < start + size}
         moments: dict[str, InputMoments] = {}
@@ -71,12 +72,13 @@ def prepare_(
         block = LayerBlock(own, {n: s for n, s in sites.items() if n in own}, moments, recipe)
         if recipe.equalize:
             block.equalize_()
-        try:
-            tiles = block.clipping_points()
-            if recipe.rounding == "gptq":
-                block.round_(tiles)
-        except ValueError as caught:
-            error = caught
-        agree(error)
-        amax |= block.local_amax(tiles)
-    return amax
+        if recipe.chooses_scales:
+            try:
+                block.choose_clipping_points()
+                if recipe.rounding == "gptq":
+                    block.round_()
+            except ValueError as caught:
+                error = caught
+            agree(error)
+            found |= block.local_statistics()
+    return found

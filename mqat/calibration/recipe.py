@@ -60,7 +60,12 @@ class Recipe:
     @property
     def changes_anything(self) -> bool:
         """Whether there is anything to do beyond each weight's maximum."""
-        return self.equalize or self.weight_method != "max" or self.rounding != "nearest"
+        return self.equalize or self.chooses_scales
+
+    @property
+    def chooses_scales(self) -> bool:
+        """Whether weights get other clipping points than their maxima, or grid points of their own."""
+        return self.weight_method != "max" or self.rounding != "nearest"
 
     @property
     def needs_moments(self) -> bool:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from mqat.calibration.sites import Site, round_scale
-from mqat.quant.functional import compute_amax, compute_scale, fake_quantize
 from mqat.quant.scheme import TensorScheme
+from mqat.quant.steps import rounded
 
 _FLOOR = 1e-5  # dead channels: keep their factor moderate
 
@@ -75,13 +75,6 @@ def candidate_scales(
     return torch.unique_consecutive(round_scale(torch.stack(rows), grid), dim=0)
 
 
-def rounded(weight: Tensor, scheme: TensorScheme, amax: Tensor | None = None) -> Tensor:
-    """`weight` after its quantizer, float32; scales from its own maxima unless `amax` is given."""
-    amax = compute_amax(weight, scheme.granularity) if amax is None else amax
-    scale = compute_scale(amax, scheme.format, scale_dtype=scheme.scale_dtype)
-    return fake_quantize(weight, scale, scheme.format, scheme.granularity)
-
-
 def _input_noise(inputs: InputStatistics, scale: Tensor, scheme: TensorScheme) -> Tensor:
     """Expected squared rounding error of input channel j over all tokens, in units of x; [I]."""
     step = (inputs.amax / scale).amax().double() / scheme.format.max_value
@@ -105,13 +98,14 @@ def tile_losses(
         weight: Scheme of the weight; None: not quantized.
         operand: Scheme of the input; None: not quantized.
 
-    Per-tensor weight formats are rounded with the scale of each tile, which orders candidates alike.
+    What a whole weight shares (a scale per tensor, the upper of two levels) is taken from each tile,
+    which orders candidates alike. Dynamic inputs count as exact: their steps follow each token.
     """
     gram = inputs.gram.float()
     losses = torch.zeros(len(scales), len(tiles), dtype=torch.float64, device=gram.device)
     for i, scale in enumerate(scales):
         noise = None
-        if operand is not None and not operand.format.is_float:
+        if operand is not None and not (operand.format.is_float or operand.is_dynamic):
             noise = _input_noise(inputs, scale, operand)
         for j, tile in enumerate(tiles):
             if weight is not None:

@@ -48,7 +48,7 @@ def calibrate(
     group: dist.ProcessGroup,
     method: str = "max",
     percentile: float = 99.9999,
-    weight_amax: Mapping[str, Tensor] | None = None,
+    weight_statistics: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Freezes every quantizer of `model` at the scale found for it.
 
@@ -58,7 +58,7 @@ def calibrate(
         group: All ranks that hold parts of the same layers: TP x DP x CP of one pipeline stage.
         method: For inputs and caches: `max`, `percentile`, `mse` or `entropy`.
         percentile: In (0, 100].
-        weight_amax: Clipping points from `prepare_`, by linear; others use their maximum.
+        weight_statistics: Clipping points from `prepare_`, by linear; others use their maximum.
 
     Raises:
         ValueError: On every rank: NaN or infinite values, or a module that no token reached; names
@@ -80,7 +80,7 @@ def calibrate(
             for name, linear in linears.items()
             if linear.overflow is not None
         }
-    amax = _weight_amax(linears) | dict(weight_amax or {})
+    amax = _weight_amax(linears) | dict(weight_statistics or {})
     whole = {name: local.amax().reshape(1) for name, local in amax.items()}  # of two-level scales
     observers = {name: q.observer for name, q in activations.items() if q.observer is not None}
     spanning = [amax[name] for name in amax if weight_amax_spans_ranks(linears[name])]

@@ -51,14 +51,15 @@ def row_tiles(linear: QuantizedLinear) -> list[Tensor]:
 
 
 def local_from_tiles(
-    linear: QuantizedLinear, tiles: Sequence[Tensor], per_column: bool = True
+    linear: QuantizedLinear, tiles: Sequence[Tensor], *, per_column: bool
 ) -> Tensor:
     """Inverse of `row_tiles` for anything with the tiles' rows; a collective where they are cut.
 
     Args:
         linear: Whose layout it is.
-        tiles: [rows, N] or [rows] for each of this rank's tiles; N is proportional to the width.
-        per_column: Whether a row-parallel rank keeps only its columns; else all of N.
+        tiles: [rows, ...] for each of this rank's tiles.
+        per_column: Whether dimension 1 is the width or groups of it, of which a row-parallel rank
+            keeps its share; else all of it.
 
     Returns:
         The rows (and columns) that belong to this rank's weight.
@@ -73,6 +74,6 @@ def local_from_tiles(
     # + 0.0: the sum with other ranks' zeros would turn -0.0 into 0.0, so do it everywhere.
     whole[bounds[first] : bounds[first + len(tiles)]] = joined + 0.0
     all_reduce_fused_([whole], dist.ReduceOp.SUM, group)
-    if not per_column or whole.dim() == 1:
+    if not per_column:
         return whole
     return whole.chunk(group.size(), dim=1)[group.rank()].contiguous()

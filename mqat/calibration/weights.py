@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from mqat.calibration.search import rounded
-from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from mqat.quant.granularity import Granularity, PerGroup, PerTensor
 from mqat.quant.scheme import TensorScheme
+from mqat.quant.steps import rounded
 
 METHODS = ("max", "mse", "awq", "sawb")
 FACTORS = tuple(1 - 0.025 * i for i in range(24))
@@ -50,12 +50,19 @@ def _gram_blocks(gram: Tensor, size: int) -> Tensor:
     return blocks[torch.arange(count), :, torch.arange(count)].contiguous()
 
 
-def shrink_errors(tile: Tensor, amax: Tensor, scheme: TensorScheme, gram: Tensor | None) -> Tensor:
+def shrink_errors(
+    tile: Tensor,
+    statistic: Tensor,
+    global_amax: Tensor | None,
+    scheme: TensorScheme,
+    gram: Tensor | None,
+) -> Tensor:
     """Squared error for each of FACTORS and each row group of a tile, float64 [F, rows, G].
 
     Args:
         tile: float32 [rows, I].
-        amax: Of the tile, or of the whole tensor where that shares one scale.
+        statistic: Of the tile, or of the whole tensor where that shares one scale.
+        global_amax: Of the whole tensor, for two levels.
         scheme: Of the weight.
         gram: XᵀX [I, I] weighs errors by the inputs they meet; None weighs all alike.
     """
@@ -63,7 +70,7 @@ def shrink_errors(tile: Tensor, amax: Tensor, scheme: TensorScheme, gram: Tensor
     blocks = None if gram is None else _gram_blocks(gram, size)
     errors = []
     for factor in FACTORS:
-        error = _grouped(rounded(tile, scheme, amax * factor) - tile, size)
+        error = _grouped(rounded(tile, scheme, statistic * factor, global_amax) - tile, size)
         if blocks is None:
             errors.append(error.double().square().sum(dim=2))
             continue
@@ -72,18 +79,16 @@ def shrink_errors(tile: Tensor, amax: Tensor, scheme: TensorScheme, gram: Tensor
     return torch.stack(errors)
 
 
-def shrunk_amax(amax: Tensor, errors: Tensor, granularity: Granularity) -> Tensor:
-    """`amax` times the best factor of each scale; the largest factor on a tie.
+def shrunk(statistic: Tensor, errors: Tensor, granularity: Granularity) -> Tensor:
+    """`statistic` times the best factor of each scale; the largest factor on a tie.
 
     Args:
-        amax: In the granularity's scale shape.
+        statistic: Maxima in the granularity's scale shape, or (2, ...) ranges.
         errors: As from `shrink_errors`; for one scale per tensor summed over all tiles, [F, 1, 1].
         granularity: Of the weight.
     """
-    best = torch.tensor(FACTORS, device=amax.device)[errors.argmin(dim=0)]
-    if isinstance(granularity, PerGroup):
-        return amax * best
-    return amax * best.flatten() if isinstance(granularity, PerChannel) else amax * best.view(1)
+    best = torch.tensor(FACTORS, device=statistic.device)[errors.argmin(dim=0)]
+    return statistic * (best if isinstance(granularity, PerGroup) else best.flatten())
 
 
 def sawb_sums(tile: Tensor, granularity: Granularity) -> Tensor:
@@ -104,10 +109,12 @@ def sawb_amax(amax: Tensor, sums: Tensor, counts: Tensor, scheme: TensorScheme) 
     Raises:
         ValueError: No coefficients for the format.
     """
-    if scheme.format.is_float or scheme.format.bits not in _SAWB:
+    fmt = scheme.format
+    if fmt.is_float or scheme.is_asymmetric or fmt.bits not in _SAWB:
         raise ValueError(
-            f"quantization.weight_calibrator=sawb has no coefficients for {scheme.format.name}; "
-            f"it needs integers of {sorted(_SAWB)} bits. Use mse or awq."
+            f"quantization.weight_calibrator=sawb has no coefficients for {fmt.name}"
+            f"{' with zero points' * scheme.is_asymmetric}; it needs symmetric integers of "
+            f"{sorted(_SAWB)} bits. Use mse or awq."
         )
     c1, c2 = _SAWB[scheme.format.bits]
     square, magnitude = sums / counts

@@ -135,6 +135,10 @@ class CheckpointReader:
                     f"{DESCRIPTION} needs {shape}; use another checkpoint."
                 )
 
+    def keys(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._tensors)
+
     def has(self, key: str) -> bool:
         """Whether the checkpoint holds a tensor of this key."""
         return key in self._tensors

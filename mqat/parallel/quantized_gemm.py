@@ -50,8 +50,8 @@ class GemmKind(Enum):
 
 def _is_plain(scheme: TensorScheme) -> bool:
     """Whether format, granularity and grid of scales say all there is to this scheme."""
-    is_bare = scheme == TensorScheme(scheme.format, scheme.granularity, scheme.scale_dtype)
-    return is_bare and scheme.reach is None  # gradients end where codes do
+    is_shifted = scheme.is_dynamic or scheme.is_asymmetric
+    return not is_shifted and scheme.reach is None  # gradients end where codes do
 
 
 def gemm_kind(scheme: LinearScheme | None) -> GemmKind | None:

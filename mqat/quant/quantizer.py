@@ -9,14 +9,9 @@ from torch import Tensor, nn
 
 from mqat.quant.functional import dequantize, fake_quantize, quantize
 from mqat.quant.observers import ActivationObserver
-from mqat.quant.scales import (
-    compute_affine,
-    compute_amax,
-    compute_global_scale,
-    compute_range,
-    compute_scale,
-)
+from mqat.quant.scales import compute_global_scale
 from mqat.quant.scheme import TensorScheme
+from mqat.quant.steps import statistic_of, steps_of
 
 
 class Quantizer(nn.Module):
@@ -68,8 +63,7 @@ class Quantizer(nn.Module):
 
     def statistic(self, x: Tensor) -> Tensor:
         """What scales are made of: amax per group, or (2, ...) ranges; ranks merge it by MAX."""
-        compute = compute_range if self.scheme.is_asymmetric else compute_amax
-        return compute(x, self.scheme.granularity)
+        return statistic_of(x, self.scheme)
 
     def freeze_(self, statistic: Tensor, global_amax: Tensor | None = None) -> None:
         """Fixes what is static; observing ends.
@@ -85,20 +79,11 @@ class Quantizer(nn.Module):
             amax = statistic if global_amax is None else global_amax
             loaded["global_scale"] = compute_global_scale(amax, scheme.format)
         if not scheme.is_dynamic:
-            scale, zero_point = self._steps(statistic, loaded.get("global_scale"))
+            scale, zero_point = steps_of(statistic, scheme, loaded.get("global_scale"))
             loaded["scale"] = scale
             if zero_point is not None:
                 loaded["zero_point"] = zero_point
         self.load_(loaded)
-
-    def _steps(
-        self, statistic: Tensor, global_scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        fmt, scale_dtype = self.scheme.format, self.scheme.scale_dtype
-        if self.scheme.is_asymmetric:
-            return compute_affine(statistic, fmt, scale_dtype=scale_dtype)
-        scale = compute_scale(statistic, fmt, scale_dtype=scale_dtype, global_scale=global_scale)
-        return scale, None
 
     def load_(self, tensors: dict[str, Tensor]) -> None:
         """Fixes the frozen tensors themselves, as read from a checkpoint.
@@ -153,7 +138,7 @@ class Quantizer(nn.Module):
         statistic = self.statistic(x)
         if self.merge_ is not None:
             self.merge_(statistic)
-        return self._steps(statistic, self.global_scale)
+        return steps_of(statistic, self.scheme, self.global_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Observes, fake-quantizes, or passes `x` through, according to the state."""

@@ -165,9 +165,9 @@ class Session:
         self.reset_quantizers()
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         run_batches = self._calibration_pass()
-        weight_amax = None
+        weight_statistics = None
         if recipe is not None:
-            weight_amax = prepare_(
+            weight_statistics = prepare_(
                 self.chunks,
                 run_batches,
                 recipe,
@@ -181,7 +181,7 @@ class Session:
             group=group,
             method=settings.calibrator,
             percentile=settings.percentile,
-            weight_amax=weight_amax,
+            weight_statistics=weight_statistics,
         )
 
     # -- training --------------------------------------------------------------------------------

@@ -41,8 +41,6 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--algorithm", default="int8")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--untied", action="store_true")
-    parser.add_argument("--recipe", type=json.loads, help="settings of mqat.Recipe, JSON")
-    parser.add_argument("--calibrator", default="percentile")
     parser.add_argument("--resume", type=Path, help="training checkpoint of another layout")
     return parser.parse_args(options)
 
@@ -53,8 +51,6 @@ def run(args: argparse.Namespace) -> None:
     groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp)
     from megatron.core import parallel_state
 
-    from mqat.calibration.prepare import prepare_
-    from mqat.calibration.recipe import Recipe
     from mqat.calibration.statistics import calibrate
     from mqat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
     from mqat.training.model import build_model
@@ -85,18 +81,7 @@ def run(args: argparse.Namespace) -> None:
     ][rank::size]  # fmt: skip
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     result = {"unquantized": evaluate(chunks, [batches])[0]}
-    weight_amax = None
-    if args.recipe:
-        weight_amax = prepare_(
-            chunks, lambda: evaluate(chunks, [batches]), Recipe(**args.recipe),
-            num_layers=model.num_layers, group=group,
-            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        )  # fmt: skip
-        result["prepared"] = evaluate(chunks, [batches])[0]
-    calibrate(
-        chunks, lambda: evaluate(chunks, [batches]), group=group, method=args.calibrator,
-        weight_amax=weight_amax,
-    )  # fmt: skip
+    calibrate(chunks, lambda: evaluate(chunks, [batches]), group=group, method="percentile")
     result["quantized"] = evaluate(chunks, [batches])[0]
     save_checkpoint(args.out / "ptq", chunks, model=model, layers=layers, algorithm=args.algorithm)
     optimizer, scheduler = build_optimizer(

@@ -1,0 +1,158 @@
+"""Run by torchrun: carries out calibration recipes on a tiny model, in each of some layouts.
+
+Arguments: output directory, and a JSON file {layout: {"tp": 2, ...}} of layouts of this world size.
+For every layout there is a `result.json`, and for every recipe `<recipe>.pt`: all global tensors.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from mqat.calibration.recipe import Recipe
+from mqat.config import ModelConfig
+from mqat.models.llama import LlamaConfig
+from mqat.models.random import RandomWeights
+from mqat.runtime import groups
+from mqat.specs.policy import Policy
+
+MODEL = LlamaConfig(
+    vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,
+    num_attention_heads=8, num_query_groups=4, head_dim=16, tie_word_embeddings=True,
+)  # fmt: skip
+# Name: algorithm, calibrator of inputs, recipe.
+RECIPES = {
+    "smoothquant": ("int8", "percentile", Recipe(equalize=True)),
+    "search": ("int8", "mse", Recipe(equalize=True, alpha=None, grid="float", rounding="gptq")),
+    "awq": ("int4_awq", "max", Recipe().including("int4_awq")),
+    "gptq": ("w_uint4_asym", "max", Recipe(weight_method="awq", rounding="gptq")),
+    "sawb": ("int4_w_int8_a", "entropy", Recipe(equalize=True, weight_method="sawb", layers_at_once=1)),
+    "tensor": ("fp8", "percentile", Recipe(equalize=True, alpha=None, weight_method="mse")),
+    "levels": ("nvfp4", "max", Recipe(weight_method="mse", rounding="gptq")),
+}  # fmt: skip
+
+
+@contextmanager
+def counting(counts: list[int]) -> Iterator[None]:
+    """Counts collectives of numbers (not the agreement on errors) in `counts[0]`."""
+    original = dist.all_reduce
+
+    def counted(*args: object, **kwargs: object) -> object:
+        counts[0] += 1
+        return original(*args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        yield
+    finally:
+        dist.all_reduce = original
+
+
+def assembled(state: dict) -> dict[str, torch.Tensor] | None:
+    """Global tensors of a sharded state dict, on the first rank; what is replicated must agree.
+
+    Writing a checkpoint would do the same, but starts processes that each import torch.
+    """
+    apply_factories(state)
+    shards: list = []
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor):
+            sizes = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
+            where = tuple(slice(o, o + n) for o, n in zip(entry.global_offset, sizes, strict=True))
+            shards.append((entry.key, entry.global_shape, where, entry.data.detach().view(sizes)))
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, shards)
+    if not groups.is_main():
+        return None
+    tensors: dict[str, torch.Tensor] = {}
+    for key, shape, where, data in (shard for own in gathered for shard in own):
+        if key not in tensors:
+            tensors[key] = torch.full(shape, torch.nan)
+        seen = tensors[key][where]
+        assert bool((seen.isnan() | (seen == data)).all()), f"{key}: ranks disagree"
+        tensors[key][where] = data.float()
+    return tensors
+
+
+def main() -> None:
+    out, layouts = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text("utf-8"))
+    for name, layout in layouts.items():
+        sizes = {"tensor_parallel": layout.get("tp", 1), "pipeline_parallel": layout.get("pp", 1)}
+        groups.initialize(**sizes)
+        from megatron.core import parallel_state
+
+        result = {recipe: run(out / name / recipe, layout, *how) for recipe, how in RECIPES.items()}
+        if groups.is_main():
+            (out / name / "result.json").write_text(json.dumps(result))
+        parallel_state.destroy_model_parallel()  # the next layout has other groups of this world
+    groups.finalize()
+
+
+def run(out: Path, layout: dict, algorithm: str, calibrator: str, recipe: Recipe) -> dict:
+    from megatron.core import parallel_state
+
+    from mqat.calibration.prepare import prepare_
+    from mqat.calibration.statistics import calibrate
+    from mqat.parallel.checkpoint import quantizer_sharded_state
+    from mqat.training.model import build_model
+    from mqat.training.pretrained import load_pretrained_
+    from mqat.training.step import evaluate
+
+    layers = Policy(algorithm, group_size=32).resolve(MODEL)
+    settings = ModelConfig(
+        tensor_model_parallel_size=layout.get("tp", 1), sequence_parallel=layout.get("sp", False),
+        pipeline_model_parallel_size=layout.get("pp", 1),
+    )  # fmt: skip
+    chunks = build_model(MODEL, settings, layers, torch.float32)
+    load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
+    seed = layout.get("seed", 0)
+    tokens = torch.randint(0, 301, (layout.get("batches", 8), 2, 33),
+                           generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    size, rank = (
+        parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank(),
+    )  # fmt: skip
+    batches = [
+        {
+            "tokens": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous(),
+            "loss_mask": torch.ones(2, 32), "position_ids": torch.arange(32).expand(2, 32),
+            "attention_mask": None,
+        }
+        for t in tokens
+    ][rank::size]  # fmt: skip
+    counts, paused = [0], [0]
+
+    def run_batches() -> None:
+        before = counts[0]
+        evaluate(chunks, [batches])
+        paused[0] += counts[0] - before
+
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    result = {"unquantized": evaluate(chunks, [batches])[0]}
+    statistics = prepare_(
+        chunks, run_batches, recipe, num_layers=MODEL.num_layers, group=group,
+        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )  # fmt: skip
+    result["prepared"] = evaluate(chunks, [batches])[0]
+    with counting(counts):
+        calibrate(chunks, run_batches, group=group, method=calibrator, weight_statistics=statistics)
+    result["collectives"] = counts[0] - paused[0]
+    result["quantized"] = evaluate(chunks, [batches])[0]
+    state = {"model": [chunk.sharded_state_dict() for chunk in chunks]}
+    state["quantizers"] = quantizer_sharded_state(
+        chunks, dp_group=parallel_state.get_data_parallel_group()
+    )
+    tensors = assembled(state)
+    if tensors is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors, out.with_suffix(".pt"))
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Perplexity of SmolLM2-135M under every algorithm: unquantized, PTQ, recipe, QAT.
+
+    python tools/quality_table.py --rows int8 int4_g64 --json quality.json --markdown docs/quality.md
+
+Each row is a run of `examples/gpt_qat.py` in its own directory, with the settings below on top of
+`conf/quality_smollm2.yaml`; a row that has a `summary.json` from an earlier call is not run again.
+`--peers` adds a column from what `tools/quality_peers.py` wrote: the same model, calibration samples
+and held-out text under another system's algorithm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+_AWQ = {"equalize": "true", "sq_alpha": "null", "equalize_grid": "float",
+        "weight_calibrator": "awq"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One algorithm.
+
+    Attributes:
+        title: For people.
+        settings: Of `quantization` in the configuration.
+        peer: Name in the file of `tools/quality_peers.py`; empty if there is none.
+    """
+
+    title: str
+    settings: dict[str, str]
+    peer: str = ""
+
+
+ROWS = {
+    "bf16": Row("unquantized", {"algorithm": "null"}, "fp32"),
+    "int8": Row("INT8", {"algorithm": "int8"}, "INT8_DEFAULT_CFG"),
+    "int8_sq": Row("INT8, SmoothQuant", {"algorithm": "int8_sq"}, "INT8_SMOOTHQUANT_CFG"),
+    "fp8": Row("FP8", {"algorithm": "fp8"}, "FP8_DEFAULT_CFG"),
+    "int4": Row("INT4 g128", {"algorithm": "int4"}, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"),
+    "int4_awq": Row("INT4 g128, AWQ", {"algorithm": "int4_awq"}, "INT4_AWQ_CFG"),
+    "int4_g64_gptq": Row(
+        "INT4 g64, AWQ + GPTQ", {"algorithm": "int4_awq", "group_size": "64", "rounding": "gptq"}
+    ),
+    "w4a8": Row(
+        "INT4 g64 + INT8 inputs, AWQ + GPTQ",
+        {"algorithm": "int4_w_int8_a", "group_size": "64", "rounding": "gptq", **_AWQ},
+    ),
+    "w4a8_awq": Row("INT4 g128 + FP8 inputs, AWQ", {"algorithm": "w4a8_awq"}, "W4A8_AWQ_BETA_CFG"),
+    "8da4w": Row("8da4w g32", {"algorithm": "8da4w", "group_size": "32"}),
+    "nvfp4": Row("NVFP4", {"algorithm": "nvfp4"}, "NVFP4_DEFAULT_CFG"),
+    "mxfp4": Row("MXFP4", {"algorithm": "mxfp4"}),
+    "nf4": Row("NF4", {"algorithm": "nf4"}),
+    "w_uint4_asym": Row("UINT4 g128, zero points", {"algorithm": "w_uint4_asym"}),
+}  # fmt: skip
+
+
+def run(name: str, directory: Path, steps: int, extra: list[str]) -> dict[str, Any]:
+    """The row's `summary.json`, from an earlier run or from a new one."""
+    summary = directory / "summary.json"
+    if not summary.is_file():
+        recipe = "sft" if name == "bf16" else ("qat" if steps else "ptq")
+        settings = [f"quantization.{key}={value}" for key, value in ROWS[name].settings.items()]
+        command = [
+            sys.executable, str(ROOT / "examples" / f"gpt_{recipe}.py"),
+            "--config", str(ROOT / "conf" / "quality_smollm2.yaml"),
+            f"exp_manager.exp_dir={directory}", f"trainer.max_steps={max(steps, 1)}",
+            *settings, *extra,
+        ]  # fmt: skip
+        subprocess.run(command, check=True, cwd=ROOT)
+    found: dict[str, Any] = json.loads(summary.read_text("utf-8"))
+    return found
+
+
+def markdown(results: dict[str, Any], peers: dict[str, Any]) -> str:
+    """The table, perplexities with their distance from the unquantized model's in percent."""
+    base = results.get("bf16", {}).get("ppl", {})
+
+    def cell(value: float | None, reference: float | None) -> str:
+        if value is None:
+            return "-"
+        share = f" ({100 * (value / reference - 1):+.1f}%)" if reference else ""
+        return f"{value:.2f}{share}"
+
+    lines = [
+        "| algorithm | PTQ | PTQ with the recipe | modelopt, PTQ | QAT |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in ROWS.items():
+        if name not in results and row.peer not in peers:
+            continue
+        ppl = results.get(name, {}).get("ppl", {})
+        peer = peers.get(row.peer, {}).get("ppl")
+        start, tuned = base.get("bf16"), base.get("bf16_finetuned")
+        is_base = name == "bf16"
+        cells = (
+            [cell(ppl.get("bf16"), None), "-", cell(peer, None), cell(tuned, None)]
+            if is_base
+            else [
+                cell(ppl.get("ptq"), start),
+                cell(ppl.get("ptq_prepared"), start),
+                cell(peer, start),
+                cell(ppl.get("qat"), tuned),
+            ]
+        )
+        lines.append(f"| {row.title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs the rows, then writes both files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--steps", type=int, default=60, help="of QAT; 0: PTQ only")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path, help="only the part between the markers changes")
+    parser.add_argument("--peers", type=Path, help="from tools/quality_peers.py")
+    options, extra = parser.parse_known_args()
+    for name in options.rows:
+        run(name, (options.runs / name).resolve(), options.steps, extra)
+    results = {
+        name: {key: found[key] for key in ("ppl", "loss", "tokens", "seconds") if key in found}
+        for name in ROWS
+        if (options.runs / name / "summary.json").is_file()
+        for found in [json.loads((options.runs / name / "summary.json").read_text("utf-8"))]
+    }
+    peers = json.loads(options.peers.read_text("utf-8")) if options.peers else {}
+    table = markdown(results, peers)
+    print(table)
+    if options.json:
+        options.json.write_text(json.dumps({"mqat": results, "peers": peers}, indent=1) + "\n")
+    if options.markdown:
+        begin, end = "<!-- table -->\n", "<!-- end of table -->"
+        text = options.markdown.read_text("utf-8")
+        before, rest = text.split(begin, 1)
+        options.markdown.write_text(before + begin + table + end + rest.split(end, 1)[1])
+
+
+if __name__ == "__main__":
+    main()
