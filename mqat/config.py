@@ -135,7 +135,11 @@ class QuantizationConfig:
     algorithm: str | None = "int8"
     group_size: int | None = None  # null: 128, for 8da4w 256
     rules: list[RuleConfig] = field(default_factory=list)
-    calibrator: str = "max"  # of inputs: max, percentile, mse or entropy
+    kv_cache: str | None = (
+        None  # int8 or fp8: cached keys (after RoPE) and values, one scale a layer
+    )
+    kv_cache_scales: str = "shared"  # or separate, for keys and for values ("hf" exports only)
+    calibrator: str = "max"  # of inputs and caches: max, percentile, mse or entropy
     percentile: float = 99.9999
     num_calib_size: int = 16  # sequences
     calib_spread: bool = True  # sequences spread evenly over the data; false: the first of the file
@@ -200,6 +204,8 @@ _CHOICES = {
     "quantization.weight_calibrator": ("max", "mse", "awq", "sawb"),
     "quantization.equalize_grid": ("power_of_two", "float"),
     "quantization.rounding": ("nearest", "gptq"),
+    "quantization.kv_cache": (None, "int8", "fp8"),
+    "quantization.kv_cache_scales": ("shared", "separate"),
     "quantization.decoder_type": ("llama",),
     "export.format": (None, "trtllm", "hf"),
     "export.style": ("compressed-tensors", "modelopt"),

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mqat.parallel.linear import QuantizedLinear, quantized_linears, weight_amax_spans_ranks
+from mqat.parallel.quantized import quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.runtime.groups import agree
 
@@ -52,22 +53,22 @@ def calibrate(
     """Freezes every quantizer of `model` at the scale found for it.
 
     Args:
-        model: Chunk or list of chunks of this rank, with quantized linears.
+        model: Chunk or list of chunks of this rank, with quantized modules.
         run_batches: Runs the forward passes of the calibration set (forward only, all ranks).
         group: All ranks that hold parts of the same layers: TP x DP x CP of one pipeline stage.
-        method: For inputs: `max`, `percentile`, `mse` or `entropy`.
+        method: For inputs and caches: `max`, `percentile`, `mse` or `entropy`.
         percentile: In (0, 100].
         weight_statistics: Clipping points from `prepare_`, by linear; others use their maximum.
 
     Raises:
-        ValueError: On every rank: NaN or infinite values, or a linear that no token reached; names
-            the linear.
+        ValueError: On every rank: NaN or infinite values, or a module that no token reached; names
+            it.
     """
     linears = quantized_linears(model)
     activations = {
         quantizer.name: quantizer
-        for linear in linears.values()
-        for kind, quantizer in linear.quantizers.items()
+        for module in quantized_modules(model).values()
+        for kind, quantizer in module.quantizers.items()
         if kind != "weight"
     }
     for quantizer in activations.values():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mqat.export import huggingface, qnemo, trtllm
+from mqat.export import huggingface, kv_cache, qnemo, trtllm
 from mqat.export.rank_files import plan_rank
 from mqat.export.reshard import InferenceRank
 from mqat.export.slices import CheckpointReader
@@ -80,6 +80,7 @@ def export_trtllm(
 
     def contents(reader: CheckpointReader) -> _Contents:
         model, layers = reader.model, reader.layers
+        kv_cache.check_exportable(reader.kv_cache, layers, target="trtllm")
         trtllm.check_exportable(
             model, layers, tp=tp, pp=pp, allow_requantization=allow_requantization
         )
@@ -89,8 +90,10 @@ def export_trtllm(
             weights[f"rank{index}.safetensors"] = partial(
                 plan_rank, reader, position, getattr(torch, dtype)
             )
-        texts = {"config.json": trtllm.config_json(model, layers, tp=tp, pp=pp, dtype=dtype)}
-        mixed = trtllm.quant_cfg_json(model, layers, pp=pp)
+        cache = kv_cache.quant_algo(reader.kv_cache)
+        config = trtllm.config_json(model, layers, tp=tp, pp=pp, dtype=dtype, kv_cache=cache)
+        texts = {"config.json": config}
+        mixed = trtllm.quant_cfg_json(model, layers, pp=pp, kv_cache=cache)
         if mixed is not None:
             texts["quant_cfg.json"] = mixed
         text = {name: json.dumps(value, indent=2) + "\n" for name, value in texts.items()}
@@ -136,10 +139,13 @@ def export_hf(
 
     def contents(reader: CheckpointReader) -> _Contents:
         huggingface.check_exportable(reader.model, reader.layers, style=style)
+        kv_cache.check_exportable(reader.kv_cache, reader.layers, target=style)
         plans = huggingface.plan_tensors(reader, getattr(torch, dtype), style)
         shards = huggingface.shard(plans, max_shard_bytes)
         tokenizer = checkpoint / "tokenizer"
-        texts = huggingface.texts(reader.model, reader.layers, dtype, style, tokenizer, shards)
+        texts = huggingface.texts(
+            reader.model, reader.layers, dtype, style, tokenizer, shards, reader.kv_cache
+        )
         return _Contents({name: partial(list, plans) for name, plans in shards.items()}, texts)
 
     _export(checkpoint, out, contents, dtype, False, overwrite, rank, world_size, agree)

@@ -15,6 +15,7 @@ import torch
 
 from mqat import __version__
 from mqat.export import compressed, modelopt
+from mqat.export.kv_cache import cache_scheme, plan_scales, quant_algo
 from mqat.export.linears import Maker, ServedLinear, unquantized
 from mqat.export.rank_files import plan_norm, plan_table
 from mqat.export.reshard import (
@@ -38,6 +39,7 @@ from mqat.models.llama import (
     LINEARS,
     LlamaConfig,
 )
+from mqat.quant.kv_cache import KvCacheScheme
 from mqat.quant.scheme import LinearScheme
 
 SHARD_BYTES = 5_000_000_000
@@ -110,6 +112,7 @@ def _plan_layer(
             part = ServedLinear(reader, layer, linear, part_rows, cols, dtype)
             for suffix, make in tensors.items():
                 yield make(part).named(f"{prefix}{module}.{suffix}")
+    yield from plan_scales(reader, style, layer, prefix)
 
 
 def _tensors(scheme: LinearScheme | None, style: str) -> Mapping[str, Maker]:
@@ -151,6 +154,7 @@ def texts(
     style: str,
     tokenizer: Path,
     shards: Mapping[str, Sequence[TensorPlan]],
+    kv_cache: Mapping[str, KvCacheScheme],
 ) -> dict[str, str]:
     """The JSON files beside the weights, by name."""
     special = special_tokens(tokenizer)
@@ -162,9 +166,12 @@ def texts(
         modules = module_schemes(model, layers)
         if style == "modelopt":
             config["quantization_config"] = modelopt.quantization_config(modules)
-            result["hf_quant_config.json"] = modelopt.hf_quant_config(modules)
+            quantized = modelopt.hf_quant_config(modules)
+            quantized["quantization"]["kv_cache_quant_algo"] = quant_algo(kv_cache)
+            result["hf_quant_config.json"] = quantized
         else:
             config["quantization_config"] = compressed.quantization_config(modules)
+        config["quantization_config"] |= cache_scheme(kv_cache, style)
     if len(shards) > 1:
         result["model.safetensors.index.json"] = {
             "metadata": {"total_size": sum(p.num_bytes for ps in shards.values() for p in ps)},

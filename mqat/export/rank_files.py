@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mqat.export.kv_cache import plan_scales
 from mqat.export.linears import ServedLinear
 from mqat.export.reshard import (
     InferenceRank,
@@ -117,3 +118,4 @@ def _plan_layer(
             part = ServedLinear(reader, layer, linear, rows[module], cols, dtype)
             for suffix, make in tensors.items():
                 yield make(part).named(f"{prefix}{module}.{suffix}")
+    yield from plan_scales(reader, "trtllm", layer, prefix)

@@ -20,7 +20,7 @@ from mqat.export.records import MappedFile
 from mqat.models.llama import LlamaConfig
 from mqat.models.manifest import DESCRIPTION, check_files, read_description
 from mqat.parallel.layout import linear_of
-from mqat.quant.scheme import LinearScheme
+from mqat.quant.kv_cache import Scheme, kv_cache_schemes, linear_schemes, scheme_from_dict
 
 # Data classes only: a module's other names would let an index call what the module imports.
 _INDEX_CLASSES = {
@@ -94,6 +94,7 @@ class CheckpointReader:
         description: Parsed `mqat.json`.
         model: Global sizes.
         layers: Global linear name -> scheme, quantized linears only.
+        kv_cache: Global name of a core attention -> scheme of its cache.
 
     Args:
         path: Checkpoint directory.
@@ -110,18 +111,18 @@ class CheckpointReader:
             check_files(path, self.description, crc=crc)
             self.model = LlamaConfig.from_dict(self.description["model"])
             quantization = self.description["quantization"] or {"layers": {}}
-            self.layers = {
-                name: LinearScheme.from_dict(scheme)
-                for name, scheme in quantization["layers"].items()
+            schemes = {
+                name: scheme_from_dict(scheme) for name, scheme in quantization["layers"].items()
             }
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path / DESCRIPTION}: damaged ({error!r}); use another checkpoint."
             ) from error
+        self.layers, self.kv_cache = linear_schemes(schemes), kv_cache_schemes(schemes)
         self._tensors, self._records = _read_index(path / ".metadata")
         self._files: dict[Path, MappedFile] = {}
         self._chunks: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self._check_shapes(self.model.checkpoint_shapes() | _scale_shapes(self.model, self.layers))
+        self._check_shapes(self.model.checkpoint_shapes() | _scale_shapes(self.model, schemes))
 
     def _check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         for key, shape in expected.items():
@@ -224,12 +225,10 @@ class CheckpointReader:
         return tensor
 
 
-def _scale_shapes(
-    model: LlamaConfig, layers: Mapping[str, LinearScheme]
-) -> dict[str, tuple[int, ...]]:
+def _scale_shapes(model: LlamaConfig, schemes: Mapping[str, Scheme]) -> dict[str, tuple[int, ...]]:
     """Shape of everything that the quantizers of a quantized checkpoint have frozen."""
     shapes = {}
-    for name, scheme in layers.items():
+    for name, scheme in schemes.items():
         for kind, operand in scheme.operands.items():
             weight = model.linear_shape(linear_of(name)) if kind == "weight" else None
             for part, shape in operand.frozen_shapes(weight).items():

@@ -249,7 +249,7 @@ def _check_awq(model: LlamaConfig, name: str, group_size: int, tp: int) -> None:
 
 
 def quant_cfg_json(
-    model: LlamaConfig, layers: Mapping[str, LinearScheme], *, pp: int
+    model: LlamaConfig, layers: Mapping[str, LinearScheme], *, pp: int, kv_cache: str | None = None
 ) -> dict[str, Any] | None:
     """The `quant_cfg.json` of a mixed model; None when `config.json` says it all."""
     if not is_mixed(layers):
@@ -257,7 +257,7 @@ def quant_cfg_json(
     modules = _modules(model, layers, pp)
     return {
         "quant_algo": "MIXED_PRECISION",
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": kv_cache,
         "quantized_layers": {
             name: _options(scheme) for name, scheme in modules.items() if scheme is not None
         },
@@ -265,10 +265,16 @@ def quant_cfg_json(
 
 
 def config_json(
-    model: LlamaConfig, layers: Mapping[str, LinearScheme], *, tp: int, pp: int, dtype: str
+    model: LlamaConfig,
+    layers: Mapping[str, LinearScheme],
+    *,
+    tp: int,
+    pp: int,
+    dtype: str,
+    kv_cache: str | None = None,
 ) -> dict[str, Any]:
-    """The `config.json` of a checkpoint directory."""
-    quantization: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": None}
+    """The `config.json` of a checkpoint directory; `kv_cache` is TensorRT-LLM's name of its format."""
+    quantization: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": kv_cache}
     if is_mixed(layers):
         quantization["quant_algo"] = "MIXED_PRECISION"
     elif layers:

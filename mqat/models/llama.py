@@ -41,6 +41,9 @@ LINEARS = (
     "mlp.linear_fc2",
 )
 
+# Where keys and values are cached, in every layer.
+CORE_ATTENTION = "self_attention.core_attention"
+
 # Megatron-Core linear -> Hugging Face modules (after `HF_LAYER`), in row order.
 HF_LINEARS: dict[str, tuple[str, ...]] = {
     linear: tuple(name.removesuffix(".weight") for name in HF_LAYER_TENSORS[f"{linear}.weight"])

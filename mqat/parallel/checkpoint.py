@@ -1,12 +1,14 @@
 """Quantizer state as sharded checkpoint tensors, so that TP, PP and DP may change on load.
 
-It lives beside the model under `quantizers.<linear>.<operand>_<part>` (operand: weight, input or
-output; part: scale, zero_point or global_scale; dynamic scales have none); the model's own keys stay
-exactly Megatron's, and such a checkpoint still loads into an unquantized Megatron model.
+It lives beside the model under `quantizers.<module>.<operand>_<part>` (operand: weight, input, output,
+or of a cache kv, key, value; part: scale, zero_point or global_scale; dynamic scales have none); the
+model's own keys stay exactly Megatron's, and such a checkpoint still loads into an unquantized Megatron
+model.
 
 | scale (zero point) of        | global shape      | cut over TP                               |
 |------------------------------|-------------------|-------------------------------------------|
 | input, output, tensor, global| (1,)              | replicated                                |
+| cached keys and values       | (1,)              | replicated                                |
 | column-parallel, per channel | (O,)              | dim 0, gate and up separately             |
 | column-parallel, per group   | (O, G)            | dim 0, gate and up separately             |
 | row-parallel, per channel    | (O,)              | replicated                                |
@@ -24,18 +26,19 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
 
-from mqat.parallel.linear import QuantColumnParallelLinear, QuantizedLinear, quantized_linears
+from mqat.parallel.linear import QuantColumnParallelLinear
+from mqat.parallel.quantized import QuantizedModule, quantized_modules
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor
 
 
-def _tp_axis(linear: QuantizedLinear, kind: str, part: str) -> int | None:
+def _tp_axis(module: QuantizedModule, kind: str, part: str) -> int | None:
     """Dimension of the tensor that is cut over TP; None when every rank holds the same one."""
     if kind != "weight" or part == "global_scale":
         return None
-    granularity = linear.quantizers[kind].scheme.granularity
+    granularity = module.quantizers[kind].scheme.granularity
     if isinstance(granularity, PerTensor):
         return None
-    if isinstance(linear, QuantColumnParallelLinear):
+    if isinstance(module, QuantColumnParallelLinear):
         return 0
     return 1 if isinstance(granularity, PerGroup | PerBlock) else None
 
@@ -44,7 +47,7 @@ def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[
     """Sharded entries for what is frozen of every quantizer in `model` (or list of chunks).
 
     Args:
-        model: Holds quantized linears.
+        model: Holds quantized modules.
         dp_group: Data-parallel group (with context parallel): its first rank writes.
 
     Returns:
@@ -52,11 +55,11 @@ def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[
         `sharded_state_dict()` before saving, or to load into.
     """
     state: dict[str, Any] = {}
-    for name, linear in quantized_linears(model).items():
-        tp_rank, tp_size = linear.tp_group.rank(), linear.tp_group.size()
-        for kind, part, tensor in _frozen_tensors(linear):
+    for name, module in quantized_modules(model).items():
+        tp_rank, tp_size = module.tp_group.rank(), module.tp_group.size()
+        for kind, part, tensor in _frozen_tensors(module):
             key = f"quantizers.{name}.{kind}_{part}"
-            axis = _tp_axis(linear, kind, part)
+            axis = _tp_axis(module, kind, part)
             offsets = [] if axis is None else [(axis, tp_rank, tp_size)]
             entry = ShardedTensor.from_rank_offsets(
                 key,
@@ -64,7 +67,7 @@ def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[
                 *offsets,
                 replica_id=(0, tp_rank if axis is None else 0, dp_group.rank()),
             )
-            if linear.parts == 2 and axis == 0:
+            if module.parts == 2 and axis == 0:
                 entry = apply_swiglu_sharded_factory(entry, ())
             state[key] = entry
     return state
@@ -72,14 +75,14 @@ def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[
 
 def load_quantizer_state_(model: Any, state: dict[str, Tensor]) -> None:
     """Freezes every quantizer at what was loaded for it; the inverse of the above."""
-    for name, linear in quantized_linears(model).items():
-        for kind, quantizer in linear.quantizers.items():
+    for name, module in quantized_modules(model).items():
+        for kind, quantizer in module.quantizers.items():
             prefix = f"quantizers.{name}.{kind}_"
             quantizer.load_({part: state[prefix + part] for part in quantizer.frozen_tensors})
 
 
-def _frozen_tensors(linear: QuantizedLinear) -> Iterator[tuple[str, str, Tensor]]:
-    """Operand, part and tensor of everything that a linear's quantizers have frozen."""
-    for kind, quantizer in linear.quantizers.items():
+def _frozen_tensors(module: QuantizedModule) -> Iterator[tuple[str, str, Tensor]]:
+    """Operand, part and tensor of everything that a module's quantizers have frozen."""
+    for kind, quantizer in module.quantizers.items():
         for part, tensor in quantizer.frozen_tensors.items():
             yield kind, part, tensor

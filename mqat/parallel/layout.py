@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mqat.models.llama import LINEARS, LlamaConfig
 from mqat.quant.granularity import PerBlock, PerGroup
-from mqat.quant.scheme import LinearScheme
+from mqat.quant.kv_cache import Scheme, linear_schemes
 
 ROW_PARALLEL = ("self_attention.linear_proj", "mlp.linear_fc2")
 
@@ -83,20 +83,20 @@ def check_parallel_sizes(model: LlamaConfig, *, tp: int, pp: int, virtual_pp: in
 
 
 def check_group_sizes(
-    model: LlamaConfig, layers: Mapping[str, LinearScheme], *, tp: int, purpose: str
+    model: LlamaConfig, layers: Mapping[str, Scheme], *, tp: int, purpose: str
 ) -> None:
     """Refuses groups and squares that would cross a cut at tensor-parallel size `tp`.
 
     Args:
         model: Global sizes.
-        layers: Full linear name -> scheme, quantized linears only.
+        layers: Full name -> scheme; caches have no groups.
         tp: Tensor-parallel size of training or of inference.
         purpose: Config key that set `tp`, for the message.
 
     Raises:
         ValueError: Names the linear, its local width, and the group sizes that fit.
     """
-    for name, scheme in layers.items():
+    for name, scheme in linear_schemes(layers).items():
         linear = linear_of(name)
         if linear not in LINEARS:
             raise ValueError(f"{name}: not a linear of this model; known are {list(LINEARS)}.")

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from mqat.parallel.exact import fixed_point_linear, from_fixed_point, tiled_linear
+from mqat.parallel.quantized import QuantizedModule, quantized_modules
 from mqat.parallel.quantized_gemm import Gemm, GemmKind, gemm_kind, quantized_matmul
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.parallel.step_weights import WeightCache
@@ -35,22 +36,18 @@ from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme
 
 
-class QuantizedLinear(torch.nn.Module):
+class QuantizedLinear(QuantizedModule):
     """What both linears share: the quantizers, the mode, and the quantized GEMM.
 
     Attributes:
-        quantized_name: Global name, such as `decoder.layers.3.mlp.linear_fc1`.
         weight_quantizer: None when the scheme leaves weights alone; likewise
             `input_quantizer` and `output_quantizer`.
-        parts: Number of weights fused along the output rows that are cut separately (gate, up).
         gemm_kind: Fast path of the scheme; None: there is only the reference path.
         weight_cache: Present inside `quantized_step`.
         is_reference: Stay on the reference path, for comparisons.
         lowered: Present once the model has been lowered for inference.
     """
 
-    weight: Tensor
-    tp_group: Any
     config: Any
 
     def attach_quantizers(
@@ -262,13 +259,8 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
 
 def quantized_linears(model: Any) -> dict[str, QuantizedLinear]:
     """Linears of this rank by global name, for a model or a list of pipeline chunks."""
-    chunks = model if isinstance(model, (list, tuple)) else [model]
-    return {
-        module.quantized_name: module
-        for chunk in chunks
-        for module in chunk.modules()
-        if isinstance(module, QuantizedLinear)
-    }
+    modules = quantized_modules(model)
+    return {name: m for name, m in modules.items() if isinstance(m, QuantizedLinear)}
 
 
 def weight_amax_spans_ranks(linear: QuantizedLinear) -> bool:

@@ -9,6 +9,7 @@ ranks of a pipeline stage that hold part of the same layers (TP x DP x CP) form 
 | row-parallel weight          | MAX over TP       | MAX over TP       | local                |
 | global scale of two levels   | MAX over TP       |                   |                      |
 | input of either              | MAX over TP, DP, CP (histograms: SUM)                            |
+| cached keys and values       | the same: heads are cut over TP                                  |
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is in a checkpoint or an exported directory: one row for each linear."""
+"""What is in a checkpoint or an exported directory: one row for each linear and quantized cache."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mqat.export.slices import CheckpointReader
-from mqat.models.llama import LINEARS
+from mqat.models.llama import CORE_ATTENTION, LINEARS
 from mqat.models.manifest import DESCRIPTION
 from mqat.verify import is_huggingface
 from mqat.verify.checks import check_files
+from mqat.verify.expected import CACHE_SCALE
 from mqat.verify.hf_layout import Storage, all_modules, read_hf_config
 from mqat.verify.huggingface import HfDirectory
 from mqat.verify.huggingface import check_files as check_hf_files
@@ -24,15 +26,15 @@ COLUMNS = ("file", "linear", "format", "bits", "shape", "weight scales", "input 
 
 @dataclass(frozen=True)
 class Row:
-    """One linear, or a rank's part of one.
+    """One linear, or a rank's part of one, or one layer's key/value cache.
 
     Attributes:
         file: Rank file; empty where the whole linear is described.
         linear: Name.
         form: Format of weight (and input), as stored there.
-        bits: Per weight, scales included.
-        shape: (out, in), unpacked.
-        scale: Weight scales, or None.
+        bits: Per weight, scales included; per cached number.
+        shape: (out, in), unpacked; of a cache (heads, head size).
+        scale: Weight scales, or those of a cache, or None.
         input_scale: Or None.
     """
 
@@ -93,6 +95,17 @@ def _checkpoint_rows(path: Path) -> Iterator[Row]:
                 form += f", {kind}inputs {operand.format.name}"
             bits = _bits(shape, scheme.weight.format.bits, scale, step)
             yield Row("", name, form, bits, shape, scale, step)
+        name = f"decoder.layers.{layer}.{CORE_ATTENTION}"
+        cache, model = reader.kv_cache.get(name), reader.model
+        if cache is not None:
+            steps = [reader.read(f"quantizers.{name}.{kind}_scale") for kind in cache.operands]
+            shape = (model.num_query_groups, model.head_dim)
+            yield _cache_row("", name, cache.tensor.format.name, shape, *steps)
+
+
+def _cache_row(file: str, name: str, form: str, shape: tuple[int, int], *scales: Tensor) -> Row:
+    steps = torch.cat([scale.reshape(1) for scale in scales])
+    return Row(file, name, f"cache: {form}", 8, shape, steps)
 
 
 def _trtllm_rows(path: Path) -> Iterator[Row]:
@@ -108,6 +121,11 @@ def _trtllm_rows(path: Path) -> Iterator[Row]:
                 for module in MODULES:
                     name = f"transformer.layers.{layer}.{module}"
                     yield _trtllm_row(file, name, handle, config)
+                if config.kv_cache is not None:
+                    name = f"transformer.layers.{layer}.{CACHE_SCALE}"
+                    shape = (config.key_value_heads_per_rank, int(config.raw["head_size"]))
+                    scale = handle.get_tensor(name)
+                    yield _cache_row(file, name, config.kv_cache, shape, scale)
 
 
 def _trtllm_row(file: str, name: str, handle: safe_open, config: ServedConfig) -> Row:
@@ -157,6 +175,12 @@ def _hf_rows(path: Path) -> Iterator[Row]:
         bits = _bits(shape, 8 * stored.numel() * stored.element_size() // (shape[0] * shape[1]),
                      tensors["weight_scale"], step)  # fmt: skip
         yield Row(files[f"{name}.{kind}"], name, _form(storage), bits, shape, scale, step)
+    for layer in range(config.raw["num_hidden_layers"] if config.cache_scales else 0):
+        names = [f"model.layers.{layer}.{name}" for name in config.cache_scales.values()]
+        shape = (int(config.raw["num_key_value_heads"]), int(config.raw["head_dim"]))
+        scales = [directory.tensor(name) for name in names]
+        name = f"model.layers.{layer}.self_attn"
+        yield _cache_row(files[names[0]], name, "FP8", shape, *scales)
 
 
 def _form(storage: Storage) -> str:

@@ -1,4 +1,4 @@
-"""Spec in, spec out: Megatron layer specs whose linears are replaced by quantized ones.
+"""Spec in, spec out: Megatron layer specs whose linears and attention compute with quantized values.
 
 Nothing that is already built is touched, and the given spec is not modified.
 """
@@ -16,10 +16,11 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from mqat.models.llama import LlamaConfig
+from mqat.models.llama import CORE_ATTENTION, LlamaConfig
+from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
-from mqat.quant.scheme import LinearScheme
+from mqat.quant.kv_cache import Scheme, kv_cache_schemes, linear_schemes
 from mqat.specs.backend import Norm
 
 _REPLACEMENTS = {
@@ -31,44 +32,53 @@ _REPLACEMENTS = {
 
 
 def quantize_layer_spec(
-    spec: ModuleSpec, schemes: Mapping[str, LinearScheme | None], *, layer: int, num_shards: int
+    spec: ModuleSpec, schemes: Mapping[str, Scheme], *, layer: int, num_shards: int
 ) -> ModuleSpec:
-    """A copy of a transformer-layer spec with its four linears replaced.
+    """A copy of a transformer-layer spec with its four linears replaced, its attention wrapped.
 
     Args:
         spec: Layer spec with self-attention and a dense gated MLP (such as
             `backend.gpt_layer_spec()`).
-        schemes: Short linear name (`mlp.linear_fc1`, ...) -> scheme; a missing or None scheme gives
-            an unquantized linear that can still run layout-exact calibration.
+        schemes: Short name (`mlp.linear_fc1`, ..., `self_attention.core_attention` for the cache) ->
+            scheme. A linear without one is unquantized but can still run layout-exact calibration; an
+            attention without one is left as it is.
         layer: Global, zero-based layer number; it becomes part of the quantizers' names.
         num_shards: Largest valid tensor-parallel size (`parallel.layout.shard_count`).
     """
-    linears: dict[str, ModuleSpec] = {}
+    given, caches = linear_schemes(schemes), kv_cache_schemes(schemes)
+    replaced: dict[str, ModuleSpec] = {}
     for short, module in _REPLACEMENTS.items():
         params: dict[str, Any] = {
             "name": f"decoder.layers.{layer}.{short}",
-            "scheme": schemes.get(short),
+            "scheme": given.get(short),
             "num_shards": num_shards,
         }
         if short == "mlp.linear_fc1":
             params["parts"] = 2
-        linears[short] = ModuleSpec(module=module, params=params)
+        replaced[short] = ModuleSpec(module=module, params=params)
+    if CORE_ATTENTION in caches:
+        params = {
+            "attention": spec.submodules.self_attention.submodules.core_attention,
+            "name": f"decoder.layers.{layer}.{CORE_ATTENTION}",
+            "scheme": caches[CORE_ATTENTION],
+        }
+        replaced[CORE_ATTENTION] = ModuleSpec(module=KvCacheAttention, params=params)
 
-    def with_linears(parent: ModuleSpec, prefix: str) -> ModuleSpec:
-        replaced = {n.removeprefix(prefix): s for n, s in linears.items() if n.startswith(prefix)}
-        return replace(parent, submodules=replace(parent.submodules, **replaced))
+    def with_replaced(parent: ModuleSpec, prefix: str) -> ModuleSpec:
+        inside = {n.removeprefix(prefix): s for n, s in replaced.items() if n.startswith(prefix)}
+        return replace(parent, submodules=replace(parent.submodules, **inside))
 
     submodules = replace(
         spec.submodules,
-        self_attention=with_linears(spec.submodules.self_attention, "self_attention."),
-        mlp=with_linears(spec.submodules.mlp, "mlp."),
+        self_attention=with_replaced(spec.submodules.self_attention, "self_attention."),
+        mlp=with_replaced(spec.submodules.mlp, "mlp."),
     )
     return replace(spec, submodules=submodules)
 
 
 def quantize_block_spec(
     spec: ModuleSpec,
-    layers: Mapping[str, LinearScheme],
+    layers: Mapping[str, Scheme],
     *,
     model: LlamaConfig,
     transformer_config: Any,
@@ -79,7 +89,7 @@ def quantize_block_spec(
 
     Args:
         spec: Layer spec used for every layer.
-        layers: Global linear name -> scheme, as from `Policy.resolve`.
+        layers: Global name -> scheme, as from `Policy.resolve`.
         model: Global sizes.
         transformer_config: Megatron's config, which knows how layers are spread over stages.
         pp_rank: Pipeline rank.
@@ -90,6 +100,7 @@ def quantize_block_spec(
     specs = []
     for layer in range(offset, offset + count):
         prefix = f"decoder.layers.{layer}."
-        schemes = {short: layers.get(prefix + short) for short in _REPLACEMENTS}
+        shorts = (*_REPLACEMENTS, CORE_ATTENTION)
+        schemes = {s: layers[prefix + s] for s in shorts if prefix + s in layers}
         specs.append(quantize_layer_spec(spec, schemes, layer=layer, num_shards=shard_count(model)))
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)

@@ -1,4 +1,7 @@
-"""Which linear gets which scheme: a default algorithm, and ordered name patterns that override it."""
+"""Which linear gets which scheme: a default algorithm, and ordered name patterns that override it.
+
+The key/value cache has one scheme for all layers: every server has one cache dtype.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.models.llama import CORE_ATTENTION, LINEARS, LlamaConfig
 from mqat.quant.formats import FORMATS
 from mqat.quant.granularity import granularity_from_str
+from mqat.quant.kv_cache import Scheme, kv_cache_scheme
 from mqat.quant.scales import SCALE_DTYPES
 from mqat.quant.scheme import (
     LinearScheme,
@@ -90,17 +94,20 @@ class Policy:
     """Default algorithm for every linear of the decoder; the first matching rule overrides it.
 
     The embedding and the output layer are never quantized. `group_size` None: each algorithm's own.
+    `kv_cache` and `kv_cache_scales`: as for `kv_cache_scheme`; None: not quantized.
     """
 
     algorithm: str
     group_size: int | None = None
     rules: Sequence[Rule] = field(default=())
+    kv_cache: str | None = None
+    kv_cache_scales: str = "shared"
 
-    def resolve(self, model: LlamaConfig) -> dict[str, LinearScheme]:
-        """Global linear name -> scheme, in model order; unquantized linears are absent.
+    def resolve(self, model: LlamaConfig) -> dict[str, Scheme]:
+        """Global name -> scheme: linears in model order, then caches; what is unquantized is absent.
 
         Raises:
-            ValueError: Unknown algorithm or operand settings, or a rule that no linear matches.
+            ValueError: Unknown algorithm, cache or operand settings, or a rule that no linear matches.
         """
         names = [f"decoder.layers.{i}.{n}" for i in range(model.num_layers) for n in LINEARS]
         default = named_scheme(self.algorithm, group_size=self.group_size)
@@ -111,7 +118,7 @@ class Policy:
                     f"quantization.rules: pattern {rule.pattern!r} matches no linear. Names look "
                     f"like {names[0]!r}; the embedding and output layer are never quantized."
                 )
-        resolved = {}
+        resolved: dict[str, Scheme] = {}
         for name in names:
             matching = (
                 scheme
@@ -121,6 +128,10 @@ class Policy:
             scheme = next(matching, default)
             if scheme is not None:
                 resolved[name] = scheme
+        if self.kv_cache is not None:
+            cache = kv_cache_scheme(self.kv_cache, self.kv_cache_scales)
+            layers = range(model.num_layers)
+            resolved |= {f"decoder.layers.{i}.{CORE_ATTENTION}": cache for i in layers}
         return resolved
 
     def _scheme(self, index: int, rule: Rule) -> LinearScheme | None:

@@ -32,8 +32,8 @@ from mqat.models.manifest import (
     read_description,
 )
 from mqat.parallel.checkpoint import load_quantizer_state_, quantizer_sharded_state
-from mqat.parallel.linear import quantized_linears
-from mqat.quant.scheme import LinearScheme
+from mqat.parallel.quantized import all_quantizers
+from mqat.quant.kv_cache import Scheme, scheme_from_dict
 from mqat.runtime.groups import agree, is_main
 
 
@@ -148,11 +148,7 @@ def _sharded_state(
 
 def all_frozen(chunks: Sequence[Any]) -> bool:
     """Whether every quantizer of this rank has its final scale."""
-    return all(
-        quantizer.is_frozen
-        for linear in quantized_linears(chunks).values()
-        for quantizer in linear.quantizers.values()
-    )
+    return all(quantizer.is_frozen for quantizer in all_quantizers(chunks))
 
 
 def save_checkpoint(
@@ -160,7 +156,7 @@ def save_checkpoint(
     chunks: Sequence[Any],
     *,
     model: LlamaConfig,
-    layers: dict[str, LinearScheme],
+    layers: dict[str, Scheme],
     algorithm: str | None,
     tokenizer: Any | None = None,
     training: TrainingState | None = None,
@@ -264,7 +260,7 @@ def load_checkpoint(
     path: Path,
     chunks: Sequence[Any],
     *,
-    layers: dict[str, LinearScheme],
+    layers: dict[str, Scheme],
     training: TrainingState | None = None,
 ) -> dict[str, Any]:
     """Loads weights, frozen scales if the checkpoint has them, and optionally training state.
@@ -328,9 +324,7 @@ def load_checkpoint(
     return description
 
 
-def _check_schemes(
-    path: Path, description: dict[str, Any], layers: dict[str, LinearScheme]
-) -> None:
+def _check_schemes(path: Path, description: dict[str, Any], layers: dict[str, Scheme]) -> None:
     saved = description["quantization"]
     if saved is None or not layers:
         return
@@ -354,9 +348,9 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.removeprefix("step_")), default=None)
 
 
-def checkpoint_layers(description: dict[str, Any]) -> dict[str, LinearScheme]:
+def checkpoint_layers(description: dict[str, Any]) -> dict[str, Scheme]:
     """Schemes recorded in a checkpoint's description; empty when it is unquantized."""
     if description["quantization"] is None:
         return {}
     layers = description["quantization"]["layers"]
-    return {name: LinearScheme.from_dict(scheme) for name, scheme in layers.items()}
+    return {name: scheme_from_dict(scheme) for name, scheme in layers.items()}

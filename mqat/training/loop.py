@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mqat.data.loader import Batches
-from mqat.parallel.linear import quantized_linears
+from mqat.parallel.quantized import all_quantizers
 from mqat.training.checkpoint import TrainingState
 from mqat.training.log import RunLog
 from mqat.training.step import forward_backward
@@ -37,9 +37,8 @@ class Phase:
 
 def enable_quantizers(chunks: Sequence[Any], enabled: bool) -> None:
     """Turns every frozen quantizer of this rank on or off."""
-    for linear in quantized_linears(chunks).values():
-        for quantizer in linear.quantizers.values():
-            quantizer.is_enabled = enabled
+    for quantizer in all_quantizers(chunks):
+        quantizer.is_enabled = enabled
 
 
 def train_phase(

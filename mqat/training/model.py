@@ -15,7 +15,7 @@ from torch import Tensor
 from mqat.config import ModelConfig
 from mqat.models.llama import LlamaConfig
 from mqat.parallel.layout import shard_count
-from mqat.quant.scheme import LinearScheme
+from mqat.quant.kv_cache import Scheme
 from mqat.specs.backend import gpt_layer_spec
 from mqat.specs.gpt import quantize_block_spec
 
@@ -113,7 +113,7 @@ def transformer_config(
 def build_model(
     model: LlamaConfig,
     settings: ModelConfig,
-    layers: Mapping[str, LinearScheme],
+    layers: Mapping[str, Scheme],
     dtype: torch.dtype,
 ) -> list[LlamaModel]:
     """This rank's pipeline chunks, with uninitialized weights and quantizers not yet calibrated.
@@ -121,7 +121,7 @@ def build_model(
     Args:
         model: Global sizes.
         settings: Parallel sizes and recompute; process groups must already exist.
-        layers: Global linear name -> scheme (`Policy.resolve`).
+        layers: Global name -> scheme (`Policy.resolve`).
         dtype: Of parameters and activations.
     """
     config = transformer_config(model, settings, dtype)

@@ -12,6 +12,7 @@ import torch
 from mqat.config import RuleConfig, RunConfig
 from mqat.data.packaged import smollm2_gguf
 from mqat.export import huggingface
+from mqat.export.kv_cache import check_exportable as check_cache_exportable
 from mqat.export.trtllm import check_exportable
 from mqat.models.llama import LINEARS, LlamaConfig
 from mqat.models.manifest import DESCRIPTION, read_description
@@ -19,7 +20,7 @@ from mqat.models.random import RandomWeights
 from mqat.models.source import PretrainedSource, open_pretrained
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
 from mqat.quant.gemm import has_bf16_units
-from mqat.quant.scheme import LinearScheme
+from mqat.quant.kv_cache import Scheme, kv_cache_schemes, linear_schemes
 from mqat.runtime.groups import device
 from mqat.specs.policy import Policy, Rule
 
@@ -33,7 +34,7 @@ class RunPlan:
         model: Global sizes of the model.
         source: Where weights come from: a pretrained source, random weights, or the directory of an
             mqat checkpoint.
-        layers: Global linear name -> scheme, for quantized linears.
+        layers: Global name -> scheme, of quantized linears and caches.
         dtype: Of parameters and activations.
         data_parallel: World size / (TP x PP).
     """
@@ -41,7 +42,7 @@ class RunPlan:
     config: RunConfig
     model: LlamaConfig
     source: PretrainedSource | RandomWeights | Path
-    layers: dict[str, LinearScheme]
+    layers: dict[str, Scheme]
     dtype: torch.dtype
     data_parallel: int
 
@@ -195,19 +196,25 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         quantization.algorithm or "null",
         quantization.group_size,
         tuple(map(_rule, quantization.rules)),
+        quantization.kv_cache,
+        quantization.kv_cache_scales,
     )
     layers = policy.resolve(model)
     check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
     export = config.export
+    linears = linear_schemes(layers)
+    if export.format is not None:
+        target = export.style if export.format == "hf" else export.format
+        check_cache_exportable(kv_cache_schemes(layers), linears, target=target)
     if export.format == "hf":
-        huggingface.check_exportable(model, layers, style=export.style)
+        huggingface.check_exportable(model, linears, style=export.style)
     elif export.format is not None:
         inference = {
             "tp": export.inference_tensor_parallel,
             "pp": export.inference_pipeline_parallel,
         }
         check_exportable(
-            model, layers, allow_requantization=export.allow_requantization, **inference
+            model, linears, allow_requantization=export.allow_requantization, **inference
         )
         check_group_sizes(
             model, layers, tp=inference["tp"], purpose="export.inference_tensor_parallel"
@@ -226,7 +233,8 @@ def describe(plan: RunPlan) -> dict[str, Any]:
         + (" + sequence parallel" if settings.sequence_parallel else ""),
         "precision": str(plan.dtype).removeprefix("torch."),
         "algorithm": plan.config.quantization.algorithm,
-        "quantized linears": len(plan.layers),
+        "quantized linears": len(linear_schemes(plan.layers)),
+        "key/value cache": plan.config.quantization.kv_cache,
     }
 
 

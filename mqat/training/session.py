@@ -21,7 +21,7 @@ from mqat.calibration.recipe import Recipe
 from mqat.calibration.statistics import calibrate
 from mqat.data.dataset import load_run_data
 from mqat.data.loader import Batches
-from mqat.parallel.linear import quantized_linears
+from mqat.parallel.quantized import all_quantizers
 from mqat.runtime.groups import agree, is_main
 from mqat.training.checkpoint import (
     TrainingState,
@@ -107,9 +107,8 @@ class Session:
 
     def reset_quantizers(self) -> None:
         """Forgets all scales: the model computes unquantized."""
-        for linear in quantized_linears(self.chunks).values():
-            for quantizer in linear.quantizers.values():
-                quantizer.reset()
+        for quantizer in all_quantizers(self.chunks):
+            quantizer.reset()
 
     # -- measuring -------------------------------------------------------------------------------
 

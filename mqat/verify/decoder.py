@@ -55,12 +55,41 @@ class Rope:
         return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, rope: Rope) -> Tensor:
+@dataclass(frozen=True)
+class Cache:
+    """A quantized key/value cache.
+
+    Attributes:
+        is_float: FP8 E4M3 codes; otherwise INT8.
+        key_scale: Dequantization step of rotated keys, one number.
+        value_scale: Of values.
+    """
+
+    is_float: bool
+    key_scale: Tensor
+    value_scale: Tensor
+
+    def _stored(self, x: Tensor, scale: Tensor) -> Tensor:
+        if self.is_float:
+            return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        return (x / scale).round().clamp(-128, 127) * scale
+
+    def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What reading the cache returns after rotated keys and values were written to it."""
+        return self._stored(key, self.key_scale), self._stored(value, self.value_scale)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, rope: Rope, cache: Cache | None = None
+) -> Tensor:
     """Causal attention of [b, s, heads * d] with grouped keys and values [b, s, kv * d]."""
     batch, length, _ = query.shape
     q, k, v = (
         part.view(batch, length, -1, rope.head_size).transpose(1, 2) for part in (query, key, value)
     )
+    q, k = rope.rotate(q), rope.rotate(k)
+    if cache is not None:
+        k, v = cache.store(k, v)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    context = F.scaled_dot_product_attention(rope.rotate(q), rope.rotate(k), v, is_causal=True)
+    context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return context.transpose(1, 2).reshape(batch, length, -1)

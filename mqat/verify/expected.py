@@ -13,6 +13,7 @@ ROW_PARALLEL = ("attention.dense", "mlp.proj")
 EMBEDDING = "transformer.vocab_embedding.weight"
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "transformer.ln_f.weight"
+CACHE_SCALE = "attention.kv_cache_scaling_factor"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def expected_tensors(config: ServedConfig, pp_rank: int) -> dict[str, Expected]:
         prefix = f"transformer.layers.{layer}."
         result[f"{prefix}input_layernorm.weight"] = norm
         result[f"{prefix}post_layernorm.weight"] = norm
+        if config.kv_cache is not None:
+            result[prefix + CACHE_SCALE] = Expected((1,), "F32", True)
         for module in MODULES:
             for suffix, expected in _linear_tensors(config, prefix, module).items():
                 result[f"{prefix}{module}.{suffix}"] = expected

@@ -40,6 +40,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "tie_word_embeddings": (True, False),
 }
+_FP8_CACHE = {"num_bits": 8, "type": "float", "dynamic": False}
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,21 @@ class HfConfig:
 
     raw: dict[str, Any]
     storage: dict[str, Storage]  # by full module name; absent: unquantized
+
+    @property
+    def cache_scales(self) -> dict[str, str]:
+        """`key`, `value` -> name in a layer of the FP8 cache's scale; empty: it is unquantized."""
+        quantization = self.raw.get("quantization_config") or {}
+        if quantization.get("kv_cache_scheme") is None:
+            return {}
+        if self.has_scalar_scales:
+            return {"key": "self_attn.k_proj.k_scale", "value": "self_attn.v_proj.v_scale"}
+        return {"key": "self_attn.k_scale", "value": "self_attn.v_scale"}
+
+    @property
+    def has_scalar_scales(self) -> bool:
+        """Per-tensor scales have no dimension (ModelOpt)."""
+        return bool(self.raw["quantization_config"]["quant_method"] == "modelopt")
 
     @property
     def dtype(self) -> str:
@@ -164,9 +180,15 @@ def _read_modelopt(
     try:
         other = json.loads((directory / "hf_quant_config.json").read_text("utf-8"))["quantization"]
         told = (other["quant_algo"], other["exclude_modules"])
+        cache = other["kv_cache_quant_algo"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield f"hf_quant_config.json beside it is missing or unusable ({error!r})"
         return
+    if (cache, config.get("kv_cache_scheme")) not in ((None, None), ("FP8", _FP8_CACHE)):
+        yield (
+            f"kv_cache_scheme={config.get('kv_cache_scheme')} with kv_cache_quant_algo={cache!r}, "
+            f"expected null with null or {_FP8_CACHE} with 'FP8'"
+        )
     if told != (config.get("quant_algo"), config.get("ignore")):
         yield "quantization_config and hf_quant_config.json disagree"
     elif config.get("quant_algo") != "FP8" or "lm_head" not in told[1]:
@@ -183,8 +205,9 @@ def _read_compressed(
     if not isinstance(ignored, list) or "lm_head" not in ignored or not isinstance(groups, dict):
         yield "quantization_config needs config_groups, and ignore with lm_head"
         return
-    if config.get("kv_cache_scheme") is not None:
-        yield "quantization_config.kv_cache_scheme is not verified here"
+    cache = config.get("kv_cache_scheme")
+    if cache not in (None, {**_FP8_CACHE, "symmetric": True, "strategy": "tensor"}):
+        yield f"quantization_config.kv_cache_scheme={cache} is not verified here"
     if config.get("quantization_status") != "compressed":
         yield f"quantization_status={config.get('quantization_status')!r}, expected 'compressed'"
     for name, group in groups.items():

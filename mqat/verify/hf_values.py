@@ -27,6 +27,8 @@ def expected_tensors(config: HfConfig) -> Expected:
     for layer in range(raw["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         result |= {f"{prefix}{norm}.weight": (dtype, (hidden,)) for norm in NORMS}
+        one: tuple[int, ...] = () if config.cache_scales and config.has_scalar_scales else (1,)
+        result |= {prefix + name: ("F32", one) for name in config.cache_scales.values()}
         for module, (rows, cols) in MODULES.items():
             name = prefix + module
             shape = (config.size(rows), config.size(cols))

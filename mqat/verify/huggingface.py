@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mqat.export.slices import CheckpointReader
-from mqat.verify.decoder import Rope, attend, rms_norm
+from mqat.verify.decoder import Cache, Rope, attend, rms_norm
 from mqat.verify.hf_layout import MODULES, HfConfig
 from mqat.verify.hf_values import (
     EMBEDDING,
@@ -120,6 +121,9 @@ def check_values(directory: HfDirectory) -> Iterator[str]:
         for norm in NORMS:
             if not directory.tensor(f"{prefix}{norm}.weight").isfinite().all():
                 yield f"{prefix}{norm}.weight holds NaN or infinity"
+        for name in config.cache_scales.values():
+            if not 0 < float(directory.tensor(prefix + name)) < math.inf:
+                yield f"{prefix}{name} is not a positive finite number"
         for module, (rows, cols) in MODULES.items():
             name = prefix + module
             tensors = directory.module(name)
@@ -154,6 +158,10 @@ def compare_config(config: HfConfig, checkpoint: CheckpointReader) -> Iterator[s
     for key, value in expected.items():
         if raw.get(key) != value:
             yield f"config.json: {key}={raw.get(key)!r}, but the checkpoint has {value!r}"
+    caches = {scheme.name for scheme in checkpoint.kv_cache.values()}
+    if caches != ({"fp8"} if config.cache_scales else set()):
+        served = "FP8" if config.cache_scales else "unquantized"
+        yield f"config.json: the key/value cache is {served}, but the checkpoint's {sorted(caches)}"
 
 
 def compare_tensors(directory: HfDirectory, checkpoint: CheckpointReader) -> Iterator[str]:
@@ -167,6 +175,7 @@ def compare_tensors(directory: HfDirectory, checkpoint: CheckpointReader) -> Ite
     key = "decoder.final_layernorm.weight"
     yield from _same(FINAL_NORM, directory.tensor(FINAL_NORM), checkpoint.read(key))
     for layer in range(model.num_layers):
+        yield from _compare_cache(directory, checkpoint, layer)
         for linear, (modules, norm) in _OWNERS.items():
             trained = TrainedLinear(checkpoint, layer, linear)
             if norm is not None:
@@ -176,6 +185,18 @@ def compare_tensors(directory: HfDirectory, checkpoint: CheckpointReader) -> Ite
                 yield from _same(name, directory.tensor(name), weight)
             names = [f"model.layers.{layer}.{module}" for module in modules]
             yield from _compare_linear(directory, trained, names)
+
+
+def _compare_cache(
+    directory: HfDirectory, checkpoint: CheckpointReader, layer: int
+) -> Iterator[str]:
+    module = f"decoder.layers.{layer}.self_attention.core_attention"
+    for kind, suffix in directory.config.cache_scales.items():
+        quantizer = "kv" if checkpoint.kv_cache[module].is_shared else kind
+        frozen = checkpoint.read(f"quantizers.{module}.{quantizer}_scale")
+        name = f"model.layers.{layer}.{suffix}"
+        if not same_bytes(directory.tensor(name).reshape(1), frozen):
+            yield f"{name} is not the frozen scale"
 
 
 def _same(name: str, served: Tensor, trained: Tensor) -> Iterator[str]:
@@ -237,12 +258,20 @@ class HfReader:
                 x = (x / step).round().clamp(-128, 127) * step
         return x @ (codes * scale).t()
 
+    def _cache(self, prefix: str) -> Cache | None:
+        names = self.config.cache_scales
+        if not names:
+            return None
+        key, value = (self.directory.tensor(prefix + names[kind]) for kind in ("key", "value"))
+        return Cache(True, key, value)
+
     def _layer(self, prefix: str, x: Tensor, rope: Rope) -> Tensor:
         eps = float(self.config.raw["rms_norm_eps"])
         first, second = (self.directory.tensor(f"{prefix}{norm}.weight") for norm in NORMS)
         normed = rms_norm(x, first, eps)
         q, k, v = (self._linear(f"{prefix}self_attn.{p}_proj", normed) for p in "qkv")
-        x = x + self._linear(f"{prefix}self_attn.o_proj", attend(q, k, v, rope))
+        merged = attend(q, k, v, rope, self._cache(prefix))
+        x = x + self._linear(f"{prefix}self_attn.o_proj", merged)
         normed = rms_norm(x, second, eps)
         gate, up = (self._linear(f"{prefix}mlp.{p}_proj", normed) for p in ("gate", "up"))
         return x + self._linear(f"{prefix}mlp.down_proj", F.silu(gate) * up)

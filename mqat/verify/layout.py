@@ -16,6 +16,7 @@ MODULES = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _LINEAR_ALGORITHMS = ("FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ")  # also in a mixture
 _ALGORITHMS = (None, *_LINEAR_ALGORITHMS, "W8A16", "MIXED_PRECISION")
+_CACHES = (None, "INT8", "FP8")
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_size", "vocab_size", "max_position_embeddings",
@@ -66,6 +67,12 @@ class ServedConfig:
     def dtype(self) -> str:
         """Safetensors name of the model dtype."""
         return SAFETENSORS_DTYPES[self.raw["dtype"]]
+
+    @property
+    def kv_cache(self) -> str | None:
+        """`INT8` or `FP8`: format of the key/value cache; None: unquantized."""
+        found: str | None = self.raw["quantization"].get("kv_cache_quant_algo")
+        return found
 
     @property
     def layers_per_stage(self) -> int:
@@ -157,6 +164,9 @@ def _read_mixed(
     if not isinstance(layers, dict) or found.get("quant_algo") != "MIXED_PRECISION":
         yield f"{name}: expected quant_algo MIXED_PRECISION and quantized_layers"
         return
+    cache = raw["quantization"].get("kv_cache_quant_algo")
+    if found.get("kv_cache_quant_algo") != cache:
+        yield f"{name}: kv_cache_quant_algo is not config.json's ({cache!r})"
     per_stage = raw["num_hidden_layers"] // raw["mapping"]["pp_size"]
     names = {f"transformer.layers.{i}.{m}" for i in range(per_stage) for m in MODULES}
     for module, entry in layers.items():
@@ -242,8 +252,9 @@ def _quantization_problems(raw: dict[str, Any]) -> Iterator[str]:
     algorithm = quantization["quant_algo"]
     if algorithm not in _ALGORITHMS:
         yield f"quant_algo={algorithm!r} is not verified here; known are {_ALGORITHMS}"
-    if quantization.get("kv_cache_quant_algo") is not None:
-        yield "kv_cache_quant_algo is not verified here"
+    cache = quantization.get("kv_cache_quant_algo")
+    if cache not in _CACHES:
+        yield f"kv_cache_quant_algo={cache!r} is not verified here; known are {_CACHES}"
     yield from _awq_problems(quantization)
     excluded = quantization.get("exclude_modules")
     if algorithm is None or excluded is None:

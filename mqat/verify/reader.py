@@ -14,7 +14,8 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mqat.verify.decoder import Rope, attend, rms_norm
+from mqat.verify.decoder import Cache, Rope, attend, rms_norm
+from mqat.verify.expected import CACHE_SCALE
 from mqat.verify.layout import ServedConfig
 
 Weights = dict[str, Tensor]
@@ -87,7 +88,11 @@ class RankReader:
         for weights in ranks:
             qkv = _linear(config, weights, f"{prefix}attention.qkv", x)
             q, k, v = qkv.split([heads * d, kept * d, kept * d], dim=-1)
-            merged = attend(q, k, v, rope)
+            cache = None
+            if config.kv_cache is not None:
+                scale = weights[prefix + CACHE_SCALE]
+                cache = Cache(config.kv_cache == "FP8", scale, scale)
+            merged = attend(q, k, v, rope, cache)
             total += _linear(config, weights, f"{prefix}attention.dense", merged)
         return total
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mqat.export.slices import CheckpointReader
 from mqat.quant.scheme import LinearScheme
-from mqat.verify.expected import EMBEDDING, FINAL_NORM, LM_HEAD, ROW_PARALLEL
+from mqat.verify.expected import CACHE_SCALE, EMBEDDING, FINAL_NORM, LM_HEAD, ROW_PARALLEL
 from mqat.verify.layout import ServedConfig
 from mqat.verify.trained import TrainedLinear
 from mqat.verify.values import int4_codes, same_bytes
@@ -51,6 +51,7 @@ def compare_with_checkpoint(
         ranks = handles[stage * config.tp : (stage + 1) * config.tp]
         prefix = f"transformer.layers.{local}."
         found = list(_compare_norms(ranks, checkpoint, prefix, layer))
+        found += _compare_cache(ranks, config, checkpoint, prefix, layer)
         for module, (linear, _) in _OWNERS.items():
             trained = TrainedLinear(checkpoint, layer, linear)
             found += _Linear(ranks, config, trained, prefix, module).compare()
@@ -81,6 +82,12 @@ def _compare_config(config: ServedConfig, checkpoint: CheckpointReader) -> Itera
     for key, value in expected.items():
         if config.raw.get(key) != value:
             yield f"config.json: {key}={config.raw.get(key)!r}, but the checkpoint has {value!r}"
+    caches = {scheme.name.upper() for scheme in checkpoint.kv_cache.values()}
+    if caches != ({config.kv_cache} if config.kv_cache else set()):
+        yield (
+            f"config.json: kv_cache_quant_algo={config.kv_cache}, but the checkpoint has "
+            f"{sorted(caches)}"
+        )
     if config.algorithm == "MIXED_PRECISION":
         return
     names = {scheme.name for scheme in checkpoint.layers.values()}
@@ -118,6 +125,23 @@ def _compare_norms(
         served = ranks[0].get_tensor(f"{prefix}{name}.weight")
         if not same_bytes(served, wanted.to(served.dtype)):
             yield f"{prefix}{name}.weight is not the checkpoint's"
+
+
+def _compare_cache(
+    ranks: list[safe_open],
+    config: ServedConfig,
+    checkpoint: CheckpointReader,
+    prefix: str,
+    layer: int,
+) -> Iterator[str]:
+    if config.kv_cache is None:
+        return
+    name = prefix + CACHE_SCALE
+    frozen = checkpoint.read(
+        f"quantizers.decoder.layers.{layer}.self_attention.core_attention.kv_scale"
+    )
+    if not all(same_bytes(handle.get_tensor(name), frozen) for handle in ranks):
+        yield f"{name} is not the frozen scale"
 
 
 @dataclass(frozen=True)

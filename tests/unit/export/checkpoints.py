@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.models.llama import CORE_ATTENTION, LINEARS, LlamaConfig
 from mqat.models.manifest import describe_files
 from mqat.quant.functional import compute_amax, compute_scale
+from mqat.quant.kv_cache import Scheme, kv_cache_scheme, kv_cache_schemes, linear_schemes
 from mqat.quant.scheme import LinearScheme, named_scheme
 
 # Legal for INT4 groups of 64 up to inference TP 4, where the two key/value heads are copied.
@@ -38,8 +40,14 @@ def all_layers(algorithm: str, model: LlamaConfig = TINY) -> dict[str, LinearSch
     return {} if scheme is None else dict.fromkeys(names, scheme)
 
 
+def all_caches(name: str, scales: str = "shared", model: LlamaConfig = TINY) -> dict[str, Scheme]:
+    """Every layer's key/value cache quantized; to be merged into `all_layers`."""
+    scheme = kv_cache_scheme(name, scales)
+    return {f"decoder.layers.{i}.{CORE_ATTENTION}": scheme for i in range(model.num_layers)}
+
+
 def tensors_of(
-    model: LlamaConfig, layers: dict[str, LinearScheme], dtype: torch.dtype = torch.float32
+    model: LlamaConfig, layers: Mapping[str, Scheme], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Random weights and frozen scales; the weights moved on after calibration, as in training."""
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +59,7 @@ def tensors_of(
         if key.startswith(("embedding", "output_layer")):
             shape = (shape[0] + 3, *shape[1:])  # Megatron's padding of the vocabulary
         state[key] = torch.randn(shape, generator=generator) * 1.5 / shape[-1] ** 0.5
-    for name, scheme in layers.items():
+    for name, scheme in linear_schemes(layers).items():
         index, linear = name.removeprefix("decoder.layers.").split(".", 1)
         weight = state[f"decoder.layers.{linear}.weight"][int(index)]
         assert scheme.weight is not None
@@ -66,6 +74,12 @@ def tensors_of(
                 amax, scheme.input.format, scale_dtype=scheme.input.scale_dtype
             )
         weight.mul_(0.9).add_(0.01 * torch.randn(weight.shape, generator=generator))
+    for name, cache in kv_cache_schemes(layers).items():
+        for kind, operand in cache.operands.items():
+            amax = 2 + torch.rand(1, generator=generator)
+            state[f"quantizers.{name}.{kind}_scale"] = compute_scale(
+                amax, operand.format, scale_dtype=operand.scale_dtype
+            )
     quantizers = {key: value for key, value in state.items() if key.startswith("quantizers.")}
     return {key: value.to(dtype) for key, value in state.items()} | quantizers
 
@@ -118,7 +132,7 @@ def describe(path: Path, **changes: object) -> None:
 def write_checkpoint(
     path: Path,
     model: LlamaConfig,
-    layers: dict[str, LinearScheme],
+    layers: Mapping[str, Scheme],
     *,
     dtype: torch.dtype = torch.float32,
     cuts: int = 1,

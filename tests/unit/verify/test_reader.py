@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
-from transformers import LlamaForCausalLM
 
 from mqat.export import export_trtllm
 from mqat.quant.functional import fake_quantize
+from mqat.quant.kv_cache import kv_cache_schemes
 from mqat.verify import compare_logits, verify_trtllm
 from mqat.verify.layout import read_config
 from mqat.verify.reader import RankReader
@@ -48,6 +49,37 @@ def qkv_parts(weight, model):
         for part, piece in zip(parts, group.split([per_group * d, d, d]), strict=True):
             part.append(piece)
     return [torch.cat(part) for part in parts]
+
+
+class ServedCache(DynamicCache):
+    """transformers' cache, which gets rotated keys, storing codes; arithmetic of its own."""
+
+    def __init__(self, name, scales):
+        super().__init__()
+        self.name, self.scales = name, scales
+
+    def stored(self, x, scale):
+        if self.name == "int8":
+            return torch.round(x / scale).clamp(-128, 127) * scale
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        on_key, on_value = self.scales[layer_idx]
+        return super().update(
+            self.stored(key, on_key), self.stored(value, on_value), layer_idx, *args, **kwargs
+        )
+
+
+def served_cache(model, layers, state):
+    """The cache that the schemes ask for; None: unquantized."""
+    caches = kv_cache_schemes(layers)
+    if not caches:
+        return None
+    scales = [
+        [state[f"quantizers.{name}.{scheme.scale_of(kind)}_scale"] for kind in ("key", "value")]
+        for name, scheme in caches.items()
+    ]
+    return ServedCache(next(iter(caches.values())).name, scales)
 
 
 def transformers_logits(model, layers, tokens, *, quantize=True):
@@ -100,7 +132,8 @@ def transformers_logits(model, layers, tokens, *, quantize=True):
                 for module, piece in zip(modules, pieces, strict=True):
                     module.weight.copy_(piece)
                     module.register_forward_pre_hook(partial(on_grid, name))
-        return hf(tokens).logits
+        cache = served_cache(model, layers, state)
+        return hf(tokens, past_key_values=cache, use_cache=cache is not None).logits
 
 
 def served_logits(directory, tokens):

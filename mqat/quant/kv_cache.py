@@ -1,0 +1,108 @@
+"""How the key/value cache is quantized, and the schemes of a whole model: linears, tables, caches.
+
+A cache scheme stands under the name of the core attention, such as
+`decoder.layers.3.self_attention.core_attention`, beside the schemes of the linears.
+
+| server                    | scales of a layer                                                   |
+|---------------------------|---------------------------------------------------------------------|
+| TensorRT-LLM engines      | one for keys and values (`kv_cache_scaling_factor`); of two that a  |
+|                           | checkpoint may name since 0.18, the loader keeps the larger         |
+| vLLM, SGLang              | `k_scale` and `v_scale`; equal ones are as good                     |
+
+So one scale, from the larger of both maxima, is the default: it is served everywhere as trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mqat.quant.formats import FP8_E4M3, INT8_FULL
+from mqat.quant.granularity import PerTensor
+from mqat.quant.scales import SCALE_DTYPES
+from mqat.quant.scheme import LinearScheme, TensorScheme, nearest_hint
+
+# INT8 codes saturate at -128, as the kernels' conversion does. FP8 scales lie on the bfloat16 grid,
+# because compressed-tensors keeps them in the model's dtype.
+_TENSORS = {
+    "int8": TensorScheme(INT8_FULL, PerTensor()),
+    "fp8": TensorScheme(FP8_E4M3, PerTensor(), SCALE_DTYPES["bfloat16"]),
+}
+KV_CACHES = tuple(_TENSORS)
+KV_SCALES = ("shared", "separate")
+
+
+@dataclass(frozen=True)
+class KvCacheScheme:
+    """Quantization of one layer's cached keys (after RoPE) and values.
+
+    Attributes:
+        name: `int8` or `fp8`.
+        tensor: The same for keys and values: static, symmetric, per tensor.
+        is_shared: Keys and values have one scale.
+    """
+
+    name: str
+    tensor: TensorScheme
+    is_shared: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no server's cache holds."""
+        if self.tensor != _TENSORS.get(self.name):
+            raise ValueError(
+                f"KV cache {self.name!r} is {_TENSORS.get(self.name)}, not {self.tensor}."
+            )
+
+    @property
+    def operands(self) -> dict[str, TensorScheme]:
+        """Quantizer -> scheme: `kv`, or `key` and `value`."""
+        return dict.fromkeys(("kv",) if self.is_shared else ("key", "value"), self.tensor)
+
+    def scale_of(self, kind: str) -> str:
+        """Quantizer of `key` or `value`."""
+        return "kv" if self.is_shared else kind
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form."""
+        return {"kv_cache": self.name, "is_shared": self.is_shared}
+
+
+Scheme = LinearScheme | KvCacheScheme
+
+
+def kv_cache_scheme(name: str, scales: str = "shared") -> KvCacheScheme:
+    """The scheme of a configuration's words.
+
+    Args:
+        name: `int8`: codes -128..127, step amax / 127; `fp8`: E4M3, step amax / 448.
+        scales: `shared` or `separate`.
+
+    Raises:
+        ValueError: An unknown word; suggests the nearest.
+    """
+    if name not in _TENSORS:
+        raise ValueError(
+            f"quantization.kv_cache={name!r} is unknown; {nearest_hint(name, KV_CACHES)}"
+        )
+    if scales not in KV_SCALES:
+        hint = nearest_hint(scales, KV_SCALES)
+        raise ValueError(f"quantization.kv_cache_scales={scales!r} is unknown; {hint}")
+    return KvCacheScheme(name, _TENSORS[name], scales == "shared")
+
+
+def scheme_from_dict(values: Mapping[str, Any]) -> Scheme:
+    """Inverse of the `to_dict` of either kind."""
+    if "kv_cache" not in values:
+        return LinearScheme.from_dict(values)
+    return kv_cache_scheme(values["kv_cache"], "shared" if values["is_shared"] else "separate")
+
+
+def linear_schemes(schemes: Mapping[str, Scheme]) -> dict[str, LinearScheme]:
+    """Those of linears."""
+    return {name: s for name, s in schemes.items() if isinstance(s, LinearScheme)}
+
+
+def kv_cache_schemes(schemes: Mapping[str, Scheme]) -> dict[str, KvCacheScheme]:
+    """Those of caches."""
+    return {name: s for name, s in schemes.items() if isinstance(s, KvCacheScheme)}
