@@ -89,18 +89,26 @@ def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
 class Policy:
     """Default algorithm for every linear of the decoder; the first matching rule overrides it.
 
-    The embedding and the output layer are never quantized. `group_size` None: each algorithm's own.
+    The embedding and the output layer are never quantized.
+
+    Attributes:
+        algorithm: Of linears without a rule.
+        group_size: None: each algorithm's own.
+        rules: In order.
+        disabled: Patterns of operands that stay unquantized after all, in training and when served,
+            such as `*.linear_fc2.input`.
     """
 
     algorithm: str
     group_size: int | None = None
     rules: Sequence[Rule] = field(default=())
+    disabled: Sequence[str] = field(default=())
 
     def resolve(self, model: LlamaConfig) -> dict[str, LinearScheme]:
         """Global linear name -> scheme, in model order; unquantized linears are absent.
 
         Raises:
-            ValueError: Unknown algorithm or operand settings, or a rule that no linear matches.
+            ValueError: Unknown algorithm or operand settings, or a pattern that matches nothing.
         """
         names = [f"decoder.layers.{i}.{n}" for i in range(model.num_layers) for n in LINEARS]
         default = named_scheme(self.algorithm, group_size=self.group_size)
@@ -121,7 +129,30 @@ class Policy:
             scheme = next(matching, default)
             if scheme is not None:
                 resolved[name] = scheme
-        return resolved
+        return self._without_disabled(resolved)
+
+    def _without_disabled(self, layers: dict[str, LinearScheme]) -> dict[str, LinearScheme]:
+        operands = [f"{name}.{kind}" for name, scheme in layers.items() for kind in scheme.operands]
+        for pattern in self.disabled:
+            if not any(fnmatchcase(operand, pattern) for operand in operands):
+                raise ValueError(
+                    f"quantization.disabled: pattern {pattern!r} matches nothing that is quantized. "
+                    f"Names look like {next(iter(operands), 'decoder.layers.0.mlp.linear_fc1.input')!r}."
+                )
+        kept: dict[str, LinearScheme] = {}
+        for name, scheme in layers.items():
+            left = {
+                kind: operand
+                for kind, operand in scheme.operands.items()
+                if not any(fnmatchcase(f"{name}.{kind}", pattern) for pattern in self.disabled)
+            }
+            if left == scheme.operands:
+                kept[name] = scheme
+            elif left:
+                kept[name] = LinearScheme(
+                    "custom", left.get("weight"), left.get("input"), left.get("output")
+                )
+        return kept
 
     def _scheme(self, index: int, rule: Rule) -> LinearScheme | None:
         path = f"quantization.rules[{index}]"
