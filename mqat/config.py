@@ -144,7 +144,19 @@ class QuantizationConfig:
     num_calib_size: int = 16  # sequences
     calib_spread: bool = True  # sequences spread evenly over the data; false: the first of the file
     calib_layers_at_once: int = 0  # layers whose weights are prepared in one pass; 0: all
+    disabled: list[str] = field(
+        default_factory=list
+    )  # such as "*.linear_fc2.input"; served so, too
     fake_quant_after_n_steps: int = 0
+    inputs_after_n_steps: int | None = None  # null: with the others
+    bit_schedule: list[Any] = field(default_factory=list)  # of weights: [[0, 8], [100, 4]]
+    weight_scales: str = "frozen"  # or lsq: trained with the weights
+    input_scales: str = (
+        "frozen"  # of static inputs; lsq, or pact: clipped elements alone train them
+    )
+    lsq_lr: float | None = None  # null: model.optim.lr
+    pact_a_lr: float = 0.01  # of clip values, in units of the input
+    pact_a_decay: float = 5e-5  # decoupled weight decay of clip values
     decoder_type: str = "llama"
     equalize: bool = False  # first move activation outliers into weights (same function)
     sq_alpha: float | None = 0.8  # SmoothQuant's strength; null: searched for every linear
@@ -152,6 +164,16 @@ class QuantizationConfig:
     weight_calibrator: str = "max"  # max, mse, awq (clip search by output error) or sawb
     rounding: str = "nearest"  # or gptq: error-compensated, before any training
     compare_with_finetuned: bool = True  # also train the unquantized model for as many steps
+
+    @property
+    def weight_rule(self) -> Any:
+        """How weight scales are trained (`quant.learned.Rule`); None: they stay as calibrated."""
+        return None if self.weight_scales == "frozen" else self.weight_scales
+
+    @property
+    def input_rule(self) -> Any:
+        """The same for inputs."""
+        return None if self.input_scales == "frozen" else self.input_scales
 
 
 @dataclass
@@ -206,6 +228,8 @@ _CHOICES = {
     "quantization.rounding": ("nearest", "gptq"),
     "quantization.kv_cache": (None, "int8", "fp8"),
     "quantization.kv_cache_scales": ("shared", "separate"),
+    "quantization.weight_scales": ("frozen", "lsq"),
+    "quantization.input_scales": ("frozen", "lsq", "pact"),
     "quantization.decoder_type": ("llama",),
     "export.format": (None, "trtllm", "hf"),
     "export.style": ("compressed-tensors", "modelopt"),
@@ -236,6 +260,10 @@ _MINIMUM = {
     "quantization.calib_layers_at_once": 0,
     "quantization.group_size": 1,
     "quantization.fake_quant_after_n_steps": 0,
+    "quantization.inputs_after_n_steps": 0,
+    "quantization.lsq_lr": 0,
+    "quantization.pact_a_lr": 0,
+    "quantization.pact_a_decay": 0,
     "export.inference_tensor_parallel": 1,
     "export.inference_pipeline_parallel": 1,
 }

@@ -3,7 +3,8 @@
 It lives beside the model under `quantizers.<module>.<operand>_<part>` (operand: weight, input, output,
 or of a cache kv, key, value; part: scale, zero_point or global_scale; dynamic scales have none); the
 model's own keys stay exactly Megatron's, and such a checkpoint still loads into an unquantized Megatron
-model.
+model. Learned scales are stored as they are used, so that the checkpoint is what is served; the
+optimizer's state holds the parameter behind each besides, so that training goes on from that.
 
 | scale (zero point) of        | global shape      | cut over TP                               |
 |------------------------------|-------------------|-------------------------------------------|
@@ -31,7 +32,7 @@ from mqat.parallel.quantized import QuantizedModule, quantized_modules
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor
 
 
-def _tp_axis(module: QuantizedModule, kind: str, part: str) -> int | None:
+def tp_axis(module: QuantizedModule, kind: str, part: str) -> int | None:
     """Dimension of the tensor that is cut over TP; None when every rank holds the same one."""
     if kind != "weight" or part == "global_scale":
         return None
@@ -54,23 +55,46 @@ def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[
         Key -> ShardedTensor (or factory, for fused gate/up), to merge into the model's own
         `sharded_state_dict()` before saving, or to load into.
     """
-    state: dict[str, Any] = {}
-    for name, module in quantized_modules(model).items():
-        tp_rank, tp_size = module.tp_group.rank(), module.tp_group.size()
-        for kind, part, tensor in _frozen_tensors(module):
-            key = f"quantizers.{name}.{kind}_{part}"
-            axis = _tp_axis(module, kind, part)
-            offsets = [] if axis is None else [(axis, tp_rank, tp_size)]
-            entry = ShardedTensor.from_rank_offsets(
-                key,
-                tensor,
-                *offsets,
-                replica_id=(0, tp_rank if axis is None else 0, dp_group.rank()),
-            )
-            if module.parts == 2 and axis == 0:
-                entry = apply_swiglu_sharded_factory(entry, ())
-            state[key] = entry
-    return state
+    return {
+        f"quantizers.{name}.{kind}_{part}": _entry(module, name, kind, part, tensor, dp_group)
+        for name, module in quantized_modules(model).items()
+        for kind, part, tensor in _frozen_tensors(module)
+    }
+
+
+def learned_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[str, Any]:
+    """Sharded entries of the parameters that are learned scales, for the optimizer to find them by.
+
+    Arguments and result as for `quantizer_sharded_state`, under the same keys.
+    """
+    return {
+        f"quantizers.{name}.{kind}_scale": _entry(
+            module, name, kind, "scale", quantizer.scale, dp_group
+        )
+        for name, module in quantized_modules(model).items()
+        for kind, quantizer in module.quantizers.items()
+        if quantizer.rule is not None
+    }
+
+
+def _entry(
+    module: QuantizedModule,
+    name: str,
+    kind: str,
+    part: str,
+    tensor: Tensor,
+    dp_group: dist.ProcessGroup,
+) -> Any:
+    tp_rank, tp_size = module.tp_group.rank(), module.tp_group.size()
+    axis = tp_axis(module, kind, part)
+    offsets = [] if axis is None else [(axis, tp_rank, tp_size)]
+    entry = ShardedTensor.from_rank_offsets(
+        f"quantizers.{name}.{kind}_{part}",
+        tensor,
+        *offsets,
+        replica_id=(0, tp_rank if axis is None else 0, dp_group.rank()),
+    )
+    return apply_swiglu_sharded_factory(entry, ()) if module.parts == 2 and axis == 0 else entry
 
 
 def load_quantizer_state_(model: Any, state: dict[str, Tensor]) -> None:

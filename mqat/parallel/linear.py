@@ -48,6 +48,7 @@ class QuantizedLinear(QuantizedModule):
         lowered: Present once the model has been lowered for inference.
     """
 
+    input_size: int
     config: Any
 
     def attach_quantizers(
@@ -133,12 +134,16 @@ class QuantizedLinear(QuantizedModule):
         return output if bias is None else output + bias
 
     def _is_fast(self) -> bool:
-        """Whether codes exist for every quantized operand: scales final, quantization on."""
+        """Whether codes of the scheme's format exist for all operands: quantization on, scales final."""
         return (
             self.gemm_kind is not None
             and not self.is_reference
             and all(
-                q.is_frozen and q.is_enabled and q.observer is None and not q.scale.requires_grad
+                q.is_frozen
+                and q.is_enabled
+                and q.observer is None
+                and q.rule is None
+                and q.stage is None
                 for q in self.quantizers.values()
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -19,7 +20,7 @@ class QuantFormat:
         qmax: Largest code.
         max_value: `scale = amax / max_value`.
         storage_dtype: dtype of unpacked codes.
-        is_float: Whether codes are floating-point values rather than integers.
+        is_float: Whether values are floating-point numbers rather than integers.
         levels: Value of every code, where `storage_dtype` cannot say it (uint8 codes of 4 bits).
     """
 
@@ -36,6 +37,12 @@ class QuantFormat:
     def is_unsigned(self) -> bool:
         """Codes start at 0, so that negative values need a zero point."""
         return self.qmin == 0
+
+    @property
+    def is_uniform(self) -> bool:
+        """Neighbouring values are one step apart, as the gradients of learned scales assume."""
+        steps = [b - a for a, b in pairwise(self.levels)]
+        return all(step == 1 for step in steps) and (bool(steps) or not self.is_float)
 
     @property
     def max_exponent(self) -> int:
@@ -63,6 +70,14 @@ INT4 = _signed(4)
 # torchao's and Quark's symmetric INT4: 15 steps span -amax..amax, so +amax rounds half a step down.
 INT4_EVEN = QuantFormat("int4_even", 4, -8, 7, 7.5, torch.int8)
 UINT4 = _unsigned(4)
+# Stretched grids of ParetoQ (arXiv:2502.02631, "SEQ"): k levels share -amax..amax evenly, so that a
+# step is 2 amax / k and the outermost levels lie half a step inside.
+# k = 3: -2/3, 0 and 2/3 of amax.
+TERNARY = QuantFormat("ternary", 2, -1, 1, 1.5, torch.int8)
+# k = 4: odd quarters of amax; no zero. Code = index of the level.
+INT2_ELASTIC = QuantFormat(
+    "int2_elastic", 2, -1.5, 1.5, 2, torch.uint8, is_float=True, levels=(-1.5, -0.5, 0.5, 1.5)
+)
 
 FP8_E4M3 = QuantFormat("fp8_e4m3", 8, -448, 448, 448, torch.float8_e4m3fn, is_float=True)
 FP8_E5M2 = QuantFormat("fp8_e5m2", 8, -57344, 57344, 57344, torch.float8_e5m2, is_float=True)
@@ -88,7 +103,7 @@ FORMATS = {
     for f in (
         *(_signed(bits) for bits in (2, 3, 5, 6, 7)),
         *(_unsigned(bits) for bits in range(2, 9)),
-        *(INT8, INT8_FULL, INT8_LOADER, INT4, INT4_EVEN),
+        *(INT8, INT8_FULL, INT8_LOADER, INT4, INT4_EVEN, TERNARY, INT2_ELASTIC),
         *(FP8_E4M3, FP8_E5M2, FP4_E2M1, NF4),
     )
 }

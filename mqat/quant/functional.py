@@ -41,7 +41,7 @@ def _nearest_level(ratio: Tensor, fmt: QuantFormat) -> Tensor:
     return torch.bucketize(ratio.contiguous(), middle)
 
 
-def _round_values_(ratio: Tensor, fmt: QuantFormat, low: Limit, high: Limit) -> Tensor:
+def round_values_(ratio: Tensor, fmt: QuantFormat, low: Limit, high: Limit) -> Tensor:
     """`x / scale` -> the nearest value of the format, float32, in place where it allows.
 
     `low` and `high` are the range of the format, less the zero point if there is one.
@@ -87,7 +87,7 @@ def quantize(
     x = x.detach().float()
     groups, steps = grouped_view(x, scale, granularity)
     low, high = _limits(x, fmt, granularity, zero_point)
-    values = _round_values_(groups / steps, fmt, low, high)
+    values = round_values_(groups / steps, fmt, low, high)
     if zero_point is not None:
         values += fmt.qmin - low  # the zero point, broadcast
     return _to_codes(values, fmt).view(x.shape)
@@ -113,11 +113,11 @@ def dequantize(
     return (groups * steps).view(codes.shape).to(dtype)
 
 
-def _quantize_dequantize_(
+def quantize_dequantize_(
     ratio: Tensor, steps: Tensor, fmt: QuantFormat, low: Limit, high: Limit
 ) -> Tensor:
     """`x / scale` -> what `dequantize` makes of its codes, float32; overwrites `ratio`."""
-    values = _round_values_(ratio, fmt, low, high).mul_(steps)
+    values = round_values_(ratio, fmt, low, high).mul_(steps)
     # Small negative values round to -0.0, which integer codes cannot store; -0.0 + 0.0 is 0.0.
     return values if fmt.is_float else values.add_(0.0)
 
@@ -147,7 +147,7 @@ class _FakeQuantize(torch.autograd.Function):
             # Compared as floats: comparisons that write bools are not vectorized on CPUs.
             inside = torch.clamp(ratio, first, last).eq_(ratio).bool()
             ctx.save_for_backward(inside.view(x.shape))
-        return _quantize_dequantize_(ratio, steps, fmt, low, high).view(x.shape).to(x.dtype)
+        return quantize_dequantize_(ratio, steps, fmt, low, high).view(x.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
@@ -188,6 +188,6 @@ def fake_quantize(
         groups, steps = grouped_view(values, scale, granularity)
         low, high = _limits(values, fmt, granularity, zero_point)
         ratio = groups / steps
-        return _quantize_dequantize_(ratio, steps, fmt, low, high).view(x.shape).to(x.dtype)
+        return quantize_dequantize_(ratio, steps, fmt, low, high).view(x.shape).to(x.dtype)
     result: Tensor = _FakeQuantize.apply(x, scale, fmt, granularity, zero_point, reach)  # type: ignore[no-untyped-call]
     return result

@@ -1,13 +1,16 @@
-"""A quantizer's life: idle, observing, frozen; then on or off."""
+"""A quantizer's life: idle, observing, frozen; then on or off, its scale final or trained further."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mqat.quant.formats import QuantFormat
 from mqat.quant.functional import dequantize, fake_quantize, quantize
+from mqat.quant.learned import Rule, check_learnable, fake_quantize_learned, served_scale
 from mqat.quant.observers import ActivationObserver
 from mqat.quant.scales import compute_global_scale
 from mqat.quant.scheme import TensorScheme
@@ -22,12 +25,16 @@ class Quantizer(nn.Module):
     Attributes:
         scheme: Format, granularity, grid of scales, zero point, static or dynamic.
         name: Global name, for messages.
-        scale: float32 step, zero until frozen; empty when dynamic.
+        scale: float32 step, zero until frozen; empty when dynamic. A parameter once `learn_` was
+            called, and then `frozen_tensors` has what is used and served of it.
         zero_point: int32, shaped like `scale`; None when symmetric or dynamic.
         global_scale: float32 (1,), zero until frozen; None without two levels.
         is_frozen: Calibrated: what is static is final.
         is_enabled: Off: `forward` is the identity (delayed fake quantization).
         observer: Present while observing (activations only).
+        rule: How the scale is trained; None: it stays as calibrated.
+        grad_scale: Factor on the scale's gradient.
+        stage: Format in use for now instead of the scheme's own, over the same range (bit annealing).
         merge_: Of dynamic quantizers whose rows are cut over ranks: replaces maxima by those of all
             ranks. Handed in by the layer that knows the ranks.
     """
@@ -43,6 +50,9 @@ class Quantizer(nn.Module):
         self.is_frozen = False
         self.is_enabled = True
         self.observer: ActivationObserver | None = None
+        self.rule: Rule | None = None
+        self.grad_scale = 1.0
+        self.stage: QuantFormat | None = None
         self.merge_: Callable[[Tensor], None] | None = None
         shapes = {"scale": (0,), "zero_point": None, "global_scale": None}
         for part, size in (shapes | scheme.frozen_shapes(shape)).items():
@@ -53,8 +63,42 @@ class Quantizer(nn.Module):
     @property
     def frozen_tensors(self) -> dict[str, Tensor]:
         """What calibration fixes and checkpoints hold: `scale`, `zero_point`, `global_scale`."""
-        shape = tuple(self.scale.shape)
-        return {part: getattr(self, part) for part in self.scheme.frozen_shapes(shape)}
+        found: dict[str, Tensor] = {part: getattr(self, part) for part in self._parts}
+        if self.rule is not None:
+            found["scale"] = served_scale(self.scale.detach(), self.scheme.scale_dtype)
+        return found
+
+    @property
+    def _parts(self) -> list[str]:
+        return list(self.scheme.frozen_shapes(tuple(self.scale.shape)))
+
+    @property
+    def format(self) -> QuantFormat:
+        """In use: the scheme's own, or that of the present stage."""
+        return self.stage or self.scheme.format
+
+    def learn_(self, rule: Rule, grad_scale: float) -> nn.Parameter:
+        """Makes the scale a parameter; call it before optimizer and DDP wrapper are built.
+
+        Args:
+            rule: `lsq` or `pact`.
+            grad_scale: Factor on its gradient.
+
+        Raises:
+            ValueError: The scheme's scale cannot be trained (`check_learnable`).
+        """
+        check_learnable(self.scheme, self.name)
+        parameter = nn.Parameter(self.scale)
+        del self.scale
+        self.register_parameter("scale", parameter)
+        self.rule, self.grad_scale = rule, grad_scale
+        return parameter
+
+    def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
+        """Nothing: a learned scale is no more part of the model's own keys than a frozen one."""
+
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
+        """Nothing, likewise."""
 
     def start_observing(self, method: str = "max") -> None:
         """Forgets the scale and collects statistics of what passes through, unchanged."""
@@ -91,10 +135,11 @@ class Quantizer(nn.Module):
         Raises:
             ValueError: Other shapes than this quantizer's, or a step that is not positive and finite.
         """
-        for part, current in self.frozen_tensors.items():
-            self._check(part, tensors[part], tuple(current.shape))
-        for part, current in self.frozen_tensors.items():
-            current.copy_(tensors[part])
+        for part in self._parts:
+            self._check(part, tensors[part], tuple(getattr(self, part).shape))
+        with torch.no_grad():
+            for part in self._parts:
+                getattr(self, part).copy_(tensors[part])
         self.observer = None
         self.is_frozen = True
 
@@ -126,15 +171,21 @@ class Quantizer(nn.Module):
 
     def reset(self) -> None:
         """Back to uncalibrated: `forward` is the identity again."""
-        for tensor in self.frozen_tensors.values():
-            tensor.zero_()
+        with torch.no_grad():
+            for part in self._parts:
+                getattr(self, part).zero_()
         self.observer = None
         self.is_frozen = False
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point for `x`: the frozen ones, or, when dynamic, its own."""
+        """Scale and zero point for `x`: frozen or learned ones, or, when dynamic, its own."""
         if not self.scheme.is_dynamic:
-            return self.scale, self.zero_point
+            scale = self.scale
+            if self.stage is not None:
+                scale = scale * (self.scheme.format.max_value / self.stage.max_value)
+            if self.rule is not None:
+                scale = served_scale(scale, self.scheme.scale_dtype)
+            return scale, self.zero_point
         statistic = self.statistic(x)
         if self.merge_ is not None:
             self.merge_(statistic)
@@ -148,22 +199,22 @@ class Quantizer(nn.Module):
         if not (self.is_frozen and self.is_enabled):
             return x
         scale, zero_point = self.steps(x)
-        fmt, granularity = self.scheme.format, self.scheme.granularity
-        return fake_quantize(
-            x, scale, fmt, granularity, zero_point=zero_point, reach=self.scheme.reach
-        )
+        fmt, granularity = self.format, self.scheme.granularity
+        if self.rule is not None:
+            return fake_quantize_learned(
+                x, scale, fmt, granularity, grad_scale=self.grad_scale, rule=self.rule
+            )
+        reach = self.scheme.reach if self.stage is None else None
+        return fake_quantize(x, scale, fmt, granularity, zero_point=zero_point, reach=reach)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of `x`."""
         scale, zero_point = self.steps(x)
-        return quantize(
-            x, scale, self.scheme.format, self.scheme.granularity, zero_point=zero_point
-        )
+        return quantize(x, scale, self.format, self.scheme.granularity, zero_point=zero_point)
 
     def dequantize(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values of `codes` on the frozen grid."""
+        """Values of `codes` on the static grid."""
         assert not self.scheme.is_dynamic, "the scales of these codes were not kept"
-        fmt, granularity = self.scheme.format, self.scheme.granularity
-        return dequantize(
-            codes, self.scale, granularity, dtype, zero_point=self.zero_point, fmt=fmt
-        )
+        scale, zero_point = self.steps(codes)
+        fmt, granularity = self.format, self.scheme.granularity
+        return dequantize(codes, scale, granularity, dtype, zero_point=zero_point, fmt=fmt)

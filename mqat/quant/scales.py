@@ -97,7 +97,7 @@ def compute_scale(
         assert global_scale is not None, "E4M3 block scales stand under a global scale"
         ratio = (amax / (fmt.max_value * global_scale)).clamp(_E4M3_MIN, _E4M3_MAX)
         return ratio.to(torch.float8_e4m3fn).float() * global_scale
-    return _round_up(amax / fmt.max_value, scale_dtype, eps)
+    return round_up(amax / fmt.max_value, scale_dtype, eps)
 
 
 def compute_affine(
@@ -123,7 +123,7 @@ def compute_affine(
         Jacob et al. 2018, arXiv:1712.05877, section 2.1; torch.ao's and torchao's affine observers.
     """
     low, high = extent.unbind(0)
-    scale = _round_up((high + low) / (fmt.qmax - fmt.qmin), scale_dtype, eps)
+    scale = round_up((high + low) / (fmt.qmax - fmt.qmin), scale_dtype, eps)
     zero_point = (fmt.qmin + (low / scale).round()).clamp(fmt.qmin, fmt.qmax)
     return scale, zero_point.nan_to_num(0.0).to(torch.int32)  # where the scale is NaN, so is x
 
@@ -137,8 +137,8 @@ def block_scales(scale: Tensor, global_scale: Tensor) -> Tensor:
     return (scale / global_scale).to(torch.float8_e4m3fn)
 
 
-def _round_up(scale: Tensor, scale_dtype: torch.dtype, eps: float) -> Tensor:
-    """`scale` on the float32 or bfloat16 grid, at least `eps`."""
+def round_up(scale: Tensor, scale_dtype: torch.dtype, eps: float = _EPS) -> Tensor:
+    """`scale` on the float32 or bfloat16 grid of the table above, at least `eps`."""
     scale = scale.clamp_min(eps)
     if scale_dtype == torch.float32:
         return scale

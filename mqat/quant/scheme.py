@@ -14,12 +14,14 @@ from mqat.quant.formats import (
     FORMATS,
     FP4_E2M1,
     FP8_E4M3,
+    INT2_ELASTIC,
     INT4,
     INT4_EVEN,
     INT8,
     INT8_FULL,
     INT8_LOADER,
     NF4,
+    TERNARY,
     UINT4,
     QuantFormat,
 )
@@ -105,12 +107,13 @@ class TensorScheme:
 
         Dynamic scales follow x, so nothing is clipped for good. Scales on a coarse grid may be
         smaller than amax / max_value by nearly a factor of two; what they saturate at calibration
-        shall still be trained. For INT4_EVEN the maximum itself lies on the border of clipping.
+        shall still be trained. Where steps are stretched (`format.max_value` half a step beyond
+        `format.qmax`), the maximum itself lies on the border of clipping.
         """
         if self.is_dynamic:
             return math.inf
-        if self.format == INT4_EVEN:
-            return 0.5 - self.format.qmin
+        if self.format in (INT4_EVEN, TERNARY, INT2_ELASTIC):
+            return self.format.max_value + 1
         return 2.0 ** (self.format.max_exponent + 1) if self.scale_dtype in _COARSE else None
 
     def frozen_shapes(self, shape: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:

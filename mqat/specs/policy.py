@@ -93,8 +93,16 @@ def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
 class Policy:
     """Default algorithm for every linear of the decoder; the first matching rule overrides it.
 
-    The embedding and the output layer are never quantized. `group_size` None: each algorithm's own.
-    `kv_cache` and `kv_cache_scales`: as for `kv_cache_scheme`; None: not quantized.
+    The embedding and the output layer are never quantized.
+
+    Attributes:
+        algorithm: Of linears without a rule.
+        group_size: None: each algorithm's own.
+        rules: In order.
+        kv_cache: As for `kv_cache_scheme`; None: not quantized.
+        kv_cache_scales: As for `kv_cache_scheme`.
+        disabled: Patterns of operands that stay unquantized after all, in training and when served,
+            such as `*.linear_fc2.input`.
     """
 
     algorithm: str
@@ -102,12 +110,13 @@ class Policy:
     rules: Sequence[Rule] = field(default=())
     kv_cache: str | None = None
     kv_cache_scales: str = "shared"
+    disabled: Sequence[str] = field(default=())
 
     def resolve(self, model: LlamaConfig) -> dict[str, Scheme]:
         """Global name -> scheme: linears in model order, then caches; what is unquantized is absent.
 
         Raises:
-            ValueError: Unknown algorithm, cache or operand settings, or a rule that no linear matches.
+            ValueError: Unknown algorithm, cache or operand settings, or a pattern that matches nothing.
         """
         names = [f"decoder.layers.{i}.{n}" for i in range(model.num_layers) for n in LINEARS]
         default = named_scheme(self.algorithm, group_size=self.group_size)
@@ -118,7 +127,7 @@ class Policy:
                     f"quantization.rules: pattern {rule.pattern!r} matches no linear. Names look "
                     f"like {names[0]!r}; the embedding and output layer are never quantized."
                 )
-        resolved: dict[str, Scheme] = {}
+        resolved: dict[str, LinearScheme] = {}
         for name in names:
             matching = (
                 scheme
@@ -128,11 +137,35 @@ class Policy:
             scheme = next(matching, default)
             if scheme is not None:
                 resolved[name] = scheme
+        found: dict[str, Scheme] = {**self._without_disabled(resolved)}
         if self.kv_cache is not None:
             cache = kv_cache_scheme(self.kv_cache, self.kv_cache_scales)
             layers = range(model.num_layers)
-            resolved |= {f"decoder.layers.{i}.{CORE_ATTENTION}": cache for i in layers}
-        return resolved
+            found |= {f"decoder.layers.{i}.{CORE_ATTENTION}": cache for i in layers}
+        return found
+
+    def _without_disabled(self, layers: dict[str, LinearScheme]) -> dict[str, LinearScheme]:
+        operands = [f"{name}.{kind}" for name, scheme in layers.items() for kind in scheme.operands]
+        for pattern in self.disabled:
+            if not any(fnmatchcase(operand, pattern) for operand in operands):
+                raise ValueError(
+                    f"quantization.disabled: pattern {pattern!r} matches nothing that is quantized. "
+                    f"Names look like {next(iter(operands), 'decoder.layers.0.mlp.linear_fc1.input')!r}."
+                )
+        kept: dict[str, LinearScheme] = {}
+        for name, scheme in layers.items():
+            left = {
+                kind: operand
+                for kind, operand in scheme.operands.items()
+                if not any(fnmatchcase(f"{name}.{kind}", pattern) for pattern in self.disabled)
+            }
+            if left == scheme.operands:
+                kept[name] = scheme
+            elif left:
+                kept[name] = LinearScheme(
+                    "custom", left.get("weight"), left.get("input"), left.get("output")
+                )
+        return kept
 
     def _scheme(self, index: int, rule: Rule) -> LinearScheme | None:
         path = f"quantization.rules[{index}]"

@@ -31,7 +31,11 @@ from mqat.models.manifest import (
     describe_files,
     read_description,
 )
-from mqat.parallel.checkpoint import load_quantizer_state_, quantizer_sharded_state
+from mqat.parallel.checkpoint import (
+    learned_sharded_state,
+    load_quantizer_state_,
+    quantizer_sharded_state,
+)
 from mqat.parallel.quantized import all_quantizers
 from mqat.quant.kv_cache import Scheme, scheme_from_dict
 from mqat.runtime.groups import agree, is_main
@@ -139,9 +143,10 @@ def _sharded_state(
         state["quantizers"] = quantizer_sharded_state(chunks, dp_group=metadata["dp_cp_group"])
     if training is not None:
         merged = {key: value for model in models.values() for key, value in model.items()}
+        learned = learned_sharded_state(chunks, dp_group=metadata["dp_cp_group"])
         optimizer_view = merged if len(models) == 1 else models
         state["optimizer"] = training.optimizer.sharded_state_dict(
-            optimizer_view, is_loading=is_loading, metadata=metadata
+            {**optimizer_view, "learned": learned}, is_loading=is_loading, metadata=metadata
         )
     return state
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mqat.data.loader import Batches
-from mqat.parallel.quantized import all_quantizers
 from mqat.training.checkpoint import TrainingState
 from mqat.training.log import RunLog
+from mqat.training.schedule import QuantizerSchedule
 from mqat.training.step import forward_backward
 
 
@@ -23,22 +23,16 @@ class Phase:
     Attributes:
         name: Prefix of metrics and checkpoint directory, such as `qat`.
         max_steps: Steps in all, counted from the start of the phase.
-        fake_quant_after_n_steps: Frozen quantizers stay off for this many steps.
+        schedule: Which quantizers are on, and with how many bits.
         val_check_interval: Steps between validations; 0: none.
         checkpoint_interval: Steps between checkpoints; 0: none.
     """
 
     name: str
     max_steps: int
-    fake_quant_after_n_steps: int = 0
+    schedule: QuantizerSchedule = field(default_factory=QuantizerSchedule)
     val_check_interval: int = 0
     checkpoint_interval: int = 0
-
-
-def enable_quantizers(chunks: Sequence[Any], enabled: bool) -> None:
-    """Turns every frozen quantizer of this rank on or off."""
-    for quantizer in all_quantizers(chunks):
-        quantizer.is_enabled = enabled
 
 
 def train_phase(
@@ -71,7 +65,7 @@ def train_phase(
         task = progress.add_task(phase.name, total=phase.max_steps, completed=state.step, note="")
         while state.step < phase.max_steps:
             started = time.perf_counter()
-            enable_quantizers(chunks, state.step >= phase.fake_quant_after_n_steps)
+            phase.schedule.apply_(chunks, state.step)
             for chunk in chunks:
                 chunk.zero_grad_buffer()
             state.optimizer.zero_grad()
@@ -105,7 +99,7 @@ def train_phase(
             progress.update(task, completed=state.step, note=note)
             if _due(state.step, phase.checkpoint_interval) and state.step < phase.max_steps:
                 save(directory / f"step_{state.step:08d}")
-    enable_quantizers(chunks, True)
+    QuantizerSchedule().apply_(chunks, phase.max_steps)
 
 
 def _due(step: int, interval: int) -> bool:

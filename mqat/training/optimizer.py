@@ -13,9 +13,11 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mqat.config import OptimizerConfig
+from mqat.config import OptimizerConfig, QuantizationConfig
+from mqat.parallel.learned_scales import scale_rule
 
 
 def wrap_for_training(chunks: Sequence[Any]) -> list[Any]:
@@ -29,6 +31,43 @@ def wrap_for_training(chunks: Sequence[Any]) -> list[Any]:
     return wrapped
 
 
+def _overrides(
+    chunks: Sequence[Any], scales: QuantizationConfig, *, lr: float, min_lr: float
+) -> dict[ParamKey, dict[str, Any]]:
+    """Parameter groups: weights; vectors, without decay; LSQ's scales; PACT's, per format.
+
+    Adam moves a parameter by about its learning rate whatever the gradient's size. PACT's rate is
+    meant for the clip value alpha = scale * clip_codes, so the scale's is that many times smaller, and
+    its decay per step, learning rate times decay, is kept. Megatron tells groups apart by `wd_mult` and
+    `is_decoupled_lr` when it loads a checkpoint, so these differ from group to group.
+    """
+
+    def group(name: str, rule: str | None, codes: float | None = None) -> ParamKey:
+        def matches(p: torch.nn.Parameter) -> bool:
+            if rule is None:
+                return scale_rule(p) is None and p.dim() == 1
+            return scale_rule(p) == rule and codes in (None, getattr(p, "clip_codes", None))
+
+        return ParamKey(predicate=ParamPredicate(name, matches))
+
+    lsq_lr = lr if scales.lsq_lr is None else scales.lsq_lr
+    lsq = {"max_lr": lsq_lr, "min_lr": min(min_lr, lsq_lr), "wd_mult": 0.0, "is_decoupled_lr": True}
+    found: dict[ParamKey, dict[str, Any]] = {
+        group("vectors", None): {"wd_mult": 0.0},
+        group("lsq", "lsq"): lsq,
+    }
+    for codes in {p.clip_codes for c in chunks for p in c.parameters() if scale_rule(p) == "pact"}:
+        found[group(f"pact {codes}", "pact", codes)] = {
+            "max_lr": scales.pact_a_lr / codes,
+            "min_lr": min(min_lr, scales.pact_a_lr) / codes,
+            "start_wd": scales.pact_a_decay,
+            "end_wd": scales.pact_a_decay,
+            "wd_mult": float(codes),
+            "is_decoupled_lr": True,
+        }
+    return found
+
+
 def build_optimizer(
     chunks: Sequence[Any],
     settings: OptimizerConfig,
@@ -36,6 +75,7 @@ def build_optimizer(
     max_steps: int,
     clip_grad: float,
     lr: float | None = None,
+    scales: QuantizationConfig | None = None,
 ) -> tuple[Any, OptimizerParamScheduler]:
     """Distributed AdamW over wrapped chunks, from their present weights, and its schedule.
 
@@ -45,9 +85,11 @@ def build_optimizer(
         max_steps: Steps over which the cosine decays.
         clip_grad: Largest global gradient norm; 0 turns clipping off.
         lr: Overrides `settings.lr`.
+        scales: Learning rates and decay of learned scales, if there are any; None: the defaults.
     """
     dtype = next(chunks[0].parameters()).dtype
     peak = settings.lr if lr is None else lr
+    scales = scales or QuantizationConfig()
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -63,6 +105,7 @@ def build_optimizer(
             clip_grad=clip_grad,
         ),
         list(chunks),
+        config_overrides=_overrides(chunks, scales, lr=peak, min_lr=settings.sched.min_lr),
     )
     cosine = settings.sched.name == "CosineAnnealing"
     scheduler = OptimizerParamScheduler(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mqat.config import RuleConfig, RunConfig
+from mqat.config import QuantizationConfig, RuleConfig, RunConfig
 from mqat.data.packaged import smollm2_gguf
 from mqat.export import huggingface
 from mqat.export.kv_cache import check_exportable as check_cache_exportable
@@ -21,8 +22,11 @@ from mqat.models.source import PretrainedSource, open_pretrained
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
 from mqat.quant.gemm import has_bf16_units
 from mqat.quant.kv_cache import Scheme, kv_cache_schemes, linear_schemes
+from mqat.quant.learned import check_learnable
+from mqat.quant.scheme import LinearScheme
 from mqat.runtime.groups import device
 from mqat.specs.policy import Policy, Rule
+from mqat.training.schedule import check_bits
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,26 @@ def _rule(config: RuleConfig) -> Rule:
     return Rule(config.pattern, config.algorithm, operands)
 
 
+def _check_training(settings: QuantizationConfig, layers: Mapping[str, LinearScheme]) -> None:
+    """Refuses schemes whose scales or bits cannot change during training as configured."""
+    rules = {"weight": settings.weight_rule, "input": settings.input_rule}
+    for kind, rule in rules.items():
+        operands = {n: s.operands[kind] for n, s in layers.items() if kind in s.operands}
+        if rule is None:
+            continue
+        if not operands:
+            raise ValueError(
+                f"config: quantization.{kind}_scales={rule}, but no {kind} is quantized; set it to "
+                "frozen, or choose another algorithm."
+            )
+        for name, operand in operands.items():
+            try:
+                check_learnable(operand, f"{name}.{kind}")
+            except ValueError as error:
+                raise ValueError(f"config: quantization.{kind}_scales={rule}: {error}") from error
+    check_bits(settings.bit_schedule, layers)
+
+
 def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     """Checks a configuration as a whole, on every rank alike, touching no process group.
 
@@ -198,11 +222,13 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         tuple(map(_rule, quantization.rules)),
         quantization.kv_cache,
         quantization.kv_cache_scales,
+        tuple(quantization.disabled),
     )
     layers = policy.resolve(model)
+    linears = linear_schemes(layers)
+    _check_training(quantization, linears)
     check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
     export = config.export
-    linears = linear_schemes(layers)
     if export.format is not None:
         target = export.style if export.format == "hf" else export.format
         check_cache_exportable(kv_cache_schemes(layers), linears, target=target)

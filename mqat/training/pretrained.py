@@ -17,6 +17,7 @@ from mqat.models.llama import (
 from mqat.models.random import RandomWeights
 from mqat.models.source import PretrainedSource
 from mqat.parallel.layout import local_pieces
+from mqat.parallel.learned_scales import scale_rule
 from mqat.training.model import LlamaModel
 
 
@@ -61,7 +62,7 @@ def _local_tensor(
 def load_pretrained_(
     chunks: Sequence[LlamaModel], source: PretrainedSource | RandomWeights
 ) -> None:
-    """Copies weights into every parameter of `chunks`, in the parameters' dtype.
+    """Copies weights into every parameter of `chunks` but scales, in the parameters' dtype.
 
     Raises:
         ValueError: A tensor is missing or has another shape than the config promises.
@@ -69,6 +70,8 @@ def load_pretrained_(
     for chunk in chunks:
         tp_group = chunk.pg_collection.tp
         for name, parameter in chunk.named_parameters():
+            if scale_rule(parameter) is not None:
+                continue  # calibration finds it
             layer = -1
             if name.startswith("decoder.layers."):
                 layer = chunk.decoder.layers[int(name.split(".")[2])].layer_number - 1

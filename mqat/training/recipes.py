@@ -18,6 +18,7 @@ from mqat.runtime import groups
 from mqat.runtime.groups import agree, is_main
 from mqat.training.loop import Phase
 from mqat.training.plan import RunPlan, make_plan
+from mqat.training.schedule import QuantizerSchedule
 from mqat.training.session import Session, open_session
 from mqat.training.step import served_logits
 from mqat.verify import verify_export
@@ -42,10 +43,16 @@ def _start(config: RunConfig, *, quantizes: bool) -> Session:
 
 def _phase(plan: RunPlan, name: str, max_steps: int, *, quantized: bool) -> Phase:
     config = plan.config
+    settings = config.quantization
+    schedule = QuantizerSchedule(
+        settings.fake_quant_after_n_steps,
+        settings.inputs_after_n_steps,
+        [(first, bits) for first, bits in settings.bit_schedule],
+    )
     return Phase(
         name,
         max_steps,
-        fake_quant_after_n_steps=config.quantization.fake_quant_after_n_steps if quantized else 0,
+        schedule=schedule if quantized else QuantizerSchedule(),
         val_check_interval=config.trainer.val_check_interval,
         checkpoint_interval=config.exp_manager.checkpoint_interval,
     )

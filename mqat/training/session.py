@@ -21,6 +21,7 @@ from mqat.calibration.recipe import Recipe
 from mqat.calibration.statistics import calibrate
 from mqat.data.dataset import load_run_data
 from mqat.data.loader import Batches
+from mqat.parallel.learned_scales import learn_scales_
 from mqat.parallel.quantized import all_quantizers
 from mqat.runtime.groups import agree, is_main
 from mqat.training.checkpoint import (
@@ -195,6 +196,7 @@ class Session:
             max_steps=phase.max_steps,
             clip_grad=config.trainer.gradient_clip_val,
             lr=lr,
+            scales=config.quantization,
         )
         state = TrainingState(optimizer, scheduler)
         directory = self.checkpoints / phase.name
@@ -246,7 +248,13 @@ def open_session(plan: RunPlan) -> Session:
     )
     log.say("  ".join(f"{key}: {value}" for key, value in describe(plan).items()))
     log.say(data.description)
-    chunks = wrap_for_training(build_model(plan.model, config.model, plan.layers, plan.dtype))
+    built = build_model(plan.model, config.model, plan.layers, plan.dtype)
+    learn_scales_(
+        built,
+        weights=config.quantization.weight_rule,
+        inputs=config.quantization.input_rule,
+    )
+    chunks = wrap_for_training(built)
     layout = {
         "micro_batch_size": config.model.micro_batch_size,
         "dp_rank": parallel_state.get_data_parallel_rank(),

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from mqat.parallel.learned_scales import scale_rule
 from mqat.parallel.quantized_step import quantized_step
 from mqat.runtime.groups import device
 
@@ -170,7 +171,7 @@ def served_logits(chunks: Sequence[Any], tokens: Tensor, dtype: str) -> Tensor:
         module = getattr(chunk, "module", chunk)
         for name, parameter in module.named_parameters():
             owner = module.get_submodule(name.rpartition(".")[0])
-            if getattr(owner, "weight_quantizer", None) is None:
+            if getattr(owner, "weight_quantizer", None) is None and scale_rule(parameter) is None:
                 kept.append((parameter, parameter.detach().clone()))
                 parameter.copy_(parameter.to(served))
     result = logits(chunks, tokens)
