@@ -17,7 +17,7 @@ from torch import Tensor
 from mqat.parallel.linear import QuantizedLinear, quantized_linears, weight_amax_spans_ranks
 from mqat.parallel.quantized import quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
-from mqat.runtime.groups import agree
+from mqat.runtime.groups import agree, anywhere
 
 
 @contextmanager
@@ -73,13 +73,15 @@ def calibrate(
     }
     for quantizer in activations.values():
         quantizer.start_observing(method)
-    with exact_forward(linears):
-        run_batches()
-        overflow = {
-            name: linear.overflow.float()
-            for name, linear in linears.items()
-            if linear.overflow is not None
-        }
+    overflow: dict[str, Tensor] = {}
+    if anywhere(bool(activations)):  # weights alone need no text
+        with exact_forward(linears):
+            run_batches()
+            overflow = {
+                name: linear.overflow.float()
+                for name, linear in linears.items()
+                if linear.overflow is not None
+            }
     amax = _weight_amax(linears) | dict(weight_statistics or {})
     whole = {name: local.amax().reshape(1) for name, local in amax.items()}  # of two-level scales
     observers = {name: q.observer for name, q in activations.items() if q.observer is not None}
@@ -100,7 +102,7 @@ def calibrate(
         for name, observer in observers.items():
             observer.check(name)
         for name in linears:
-            if overflow[name].item():
+            if name in overflow and overflow[name].item():
                 raise ValueError(
                     f"{name}: output is NaN, infinite or above 2**20 during calibration. Check the "
                     "weights of this layer and the calibration text; the model may have diverged."

@@ -134,6 +134,15 @@ def agree(error: Exception | None) -> None:
         raise ValueError(first) from error
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is true on any rank; every rank gets the same answer (a collective)."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return flag
+    flags = [flag] * dist.get_world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
 def _is_first_to_fail() -> bool:
     """Whether no other process of this job has printed its error; torchrun's own store knows."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
