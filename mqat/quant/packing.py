@@ -1,4 +1,4 @@
-"""Two 4-bit codes in one byte, and back: row pairs as in TensorRT-LLM's INT4, or neighbours."""
+"""Codes of 4 or 2 bits in bytes, and back: row pairs as in TensorRT-LLM's INT4, or neighbours."""
 
 from __future__ import annotations
 
@@ -78,3 +78,40 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
             f"unpack_nibbles needs uint8, got {packed.dtype}; use `.view(torch.uint8)`."
         )
     return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
+
+
+def pack_crumbs(codes: Tensor) -> Tensor:
+    """Packs four neighbours along the last dimension: the first in the lowest two bits.
+
+    Args:
+        codes: uint8 [..., n] with values in 0..3 (indices of INT2_ELASTIC's levels; ternary codes
+            plus one); n must be a multiple of four.
+
+    Returns:
+        uint8 [..., n/4].
+
+    Raises:
+        ValueError: Wrong dtype or n, or a code that two bits cannot hold.
+    """
+    if codes.dtype != torch.uint8 or codes.dim() < 1 or codes.shape[-1] % 4:
+        raise ValueError(
+            f"pack_crumbs needs uint8 codes with a last dimension divisible by four, got "
+            f"{codes.dtype} {tuple(codes.shape)}."
+        )
+    if codes.numel() and int(codes.amax()) > 3:
+        raise ValueError(f"pack_crumbs: code {int(codes.amax())}, but two bits hold 0..3.")
+    pairs = codes[..., 0::2] | (codes[..., 1::2] << 2)
+    return pairs[..., 0::2] | (pairs[..., 1::2] << 4)
+
+
+def unpack_crumbs(packed: Tensor) -> Tensor:
+    """Inverse of `pack_crumbs`: uint8 [..., n/4] -> uint8 [..., n].
+
+    Raises:
+        ValueError: Wrong dtype.
+    """
+    if packed.dtype != torch.uint8:
+        raise ValueError(
+            f"unpack_crumbs needs uint8, got {packed.dtype}; use `.view(torch.uint8)`."
+        )
+    return torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)

@@ -44,7 +44,15 @@ def _stage(scheme: TensorScheme, bits: int) -> QuantFormat | None:
     return None if bits == scheme.format.bits else FORMATS[f"int{bits}"]
 
 
-def check_bits(stages: Sequence[Sequence[int]], layers: Mapping[str, LinearScheme]) -> None:
+def _is_stage(stage: Any) -> bool:
+    return (
+        isinstance(stage, Sequence)
+        and [type(number) for number in stage] == [int, int]
+        and 2 <= stage[1] <= 8
+    )
+
+
+def check_bits(stages: Sequence[Any], layers: Mapping[str, LinearScheme]) -> None:
     """Refuses a bit schedule that does not end in what is served.
 
     Args:
@@ -57,7 +65,7 @@ def check_bits(stages: Sequence[Sequence[int]], layers: Mapping[str, LinearSchem
     if not stages:
         return
     key = "config: quantization.bit_schedule"
-    if any(len(stage) != 2 or not 2 <= stage[1] <= 8 for stage in stages):
+    if not all(_is_stage(stage) for stage in stages):
         raise ValueError(f"{key}={list(stages)} must be a list of [first step, bits from 2 to 8].")
     firsts = [first for first, _ in stages]
     if firsts[0] != 0 or any(a >= b for a, b in pairwise(firsts)):

@@ -26,7 +26,7 @@ RULES = {
     "linear_fc1": {"format": "int2_elastic", "granularity": "group:32"},
     "linear_fc2": {"format": "int4", "granularity": "tensor"},
 }
-INT4 = {key: {"format": "int4", "granularity": "group:32", "scale": "bfloat16"} for key in RULES}
+INT4 = {name: {"format": "int4", "granularity": "group:32", "scale": "bfloat16"} for name in RULES}
 
 
 def parse(options: list[str]) -> argparse.Namespace:

@@ -43,6 +43,31 @@ def test_a_bad_key_or_value_is_one_clear_error(override, message):
             "group_size=128 does not divide in_features_per_partition",
         ),
         (["quantization.rules=[{pattern: 'nothing*', algorithm: null}]"], 8, "matches no linear"),
+        (["quantization.disabled=['*.output']"], 8, "matches nothing that is quantized"),
+        (
+            ["quantization.algorithm=fp8", "quantization.weight_scales=lsq"],
+            8,
+            "weight_scales=lsq: .*qkv.weight: a learned scale needs .*format 'fp8_e4m3'",
+        ),
+        (
+            ["quantization.algorithm=8da4w", "quantization.input_scales=pact"],
+            8,
+            "input_scales=pact: .*qkv.input: a learned scale needs .*dynamic scales",
+        ),
+        (
+            ["quantization.algorithm=int4", "quantization.input_scales=lsq"],
+            8,
+            "input_scales=lsq, but no input is quantized",
+        ),
+        (["quantization.bit_schedule=[[0,8],[9,4]]"], 8, "last stage has 4 bits, but .*'int8' of 8"),
+        (["quantization.bit_schedule=[[1,8]]"], 8, "must start at 0 and ascend"),
+        (["quantization.bit_schedule=[[0,9]]"], 8, "bits from 2 to 8"),
+        (["quantization.bit_schedule=[8,4]"], 8, "bits from 2 to 8"),
+        (
+            ["quantization.algorithm=fp8", "quantization.bit_schedule=[[0,8]]"],
+            8,
+            "only symmetric integer weights",
+        ),
     ],
 )  # fmt: skip
 def test_what_would_fail_later_is_refused_before_any_process_group(overrides, world_size, message):

@@ -15,6 +15,7 @@ from mqat.quant.formats import (
     INT8_FULL,
     INT8_LOADER,
     NF4,
+    TERNARY,
     UINT4,
 )
 from mqat.quant.functional import (
@@ -26,6 +27,7 @@ from mqat.quant.functional import (
 )
 from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.scales import compute_affine, compute_range
+from mqat.quant.scheme import TensorScheme
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -308,3 +310,25 @@ def test_reach_widens_the_range_that_is_trained():
     assert grads[None].tolist() == [1, 0, 0, 0]
     assert grads[8.0].tolist() == [1, 1, 1, 0]
     assert grads[float("inf")].tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("fmt", "levels"), [(TERNARY, 3), (INT2_ELASTIC, 4)])
+def test_stretched_grids_are_those_of_paretoq(fmt, levels):
+    """arXiv:2502.02631: levels (round(k/2 clip(w/alpha) - shift) + shift) / (k/2), alpha = amax."""
+    x = randn(4, 500)
+    alpha = x.abs().amax(dim=1, keepdim=True)
+    shift = 0.5 if levels % 2 == 0 else 0.0
+    stretched = (x / alpha).clamp(-0.99, 0.99) * levels / 2
+    expected = ((stretched - shift).round() + shift) / (levels / 2) * alpha
+    found = fake_quantize(x, compute_scale(alpha[:, 0], fmt), fmt, PerChannel())
+    assert torch.allclose(found, expected, rtol=1e-6)
+    assert all(row.unique().numel() == levels for row in found)
+
+
+@pytest.mark.parametrize("fmt", [TERNARY, INT2_ELASTIC])
+def test_the_maximum_of_a_stretched_grid_is_trained(fmt):
+    x = randn(4, 50).requires_grad_()
+    scale = compute_scale(compute_amax(x, PerChannel()), fmt)
+    reach = TensorScheme(fmt, PerChannel()).reach
+    fake_quantize(x, scale, fmt, PerChannel(), reach=reach).sum().backward()
+    assert (x.grad == 1).all()

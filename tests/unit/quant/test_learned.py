@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from mqat.quant.formats import FP8_E4M3, INT4, INT8
+from mqat.quant.formats import FP8_E4M3, INT2_ELASTIC, INT4, INT8, TERNARY
 from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
-from mqat.quant.learned import fake_quantize_learned, lsq_grad_scale
+from mqat.quant.learned import check_learnable, fake_quantize_learned, lsq_grad_scale, served_scale
+from mqat.quant.scheme import TensorScheme, named_scheme
 
 
 def gradients(x, scale, upstream, granularity, fmt=INT4, **options):
@@ -16,7 +17,7 @@ def gradients(x, scale, upstream, granularity, fmt=INT4, **options):
     return y.detach(), x.grad, scale.grad
 
 
-@pytest.mark.parametrize("fmt", [INT4, INT8])
+@pytest.mark.parametrize("fmt", [INT4, INT8, TERNARY, INT2_ELASTIC])
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(8), PerGroup(5)])
 def test_values_are_those_of_the_frozen_scale(fmt, granularity):
     x = torch.randn(6, 16)
@@ -85,3 +86,38 @@ def test_grad_scale_is_the_papers():
 def test_floating_point_formats_are_refused():
     with pytest.raises(ValueError, match="integer format, not 'fp8_e4m3'"):
         fake_quantize_learned(torch.ones(2), torch.ones(1), FP8_E4M3, PerTensor())
+
+
+def test_gradient_of_a_stretched_scale_by_hand():
+    x = torch.tensor(
+        [[0.06, -0.12, 0.3, -0.3]]
+    )  # ratios 0.6, -1.2, 3 and -3: levels 0.5, -1.5, ends
+    scale, upstream = torch.tensor([0.1]), torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    expected = 1 * -0.1 + 2 * -0.3 + 4 * 1.5 + 8 * -1.5
+    _, x_grad, grad = gradients(x, scale, upstream, PerTensor(), fmt=INT2_ELASTIC)
+    assert grad.item() == pytest.approx(expected, rel=1e-5)
+    assert x_grad.tolist() == [[1.0, 2.0, 0.0, 0.0]]
+
+
+def test_a_served_scale_is_positive_and_on_its_grid_and_gets_the_whole_gradient():
+    scale = torch.tensor([1 / 3, -0.5, 0.0], requires_grad=True)
+    served = served_scale(scale, torch.bfloat16)
+    assert served.tolist() == [171 / 512, 2.0**-24, 2.0**-24]
+    served.backward(torch.tensor([1.0, 2.0, 3.0]))
+    assert scale.grad.tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        (named_scheme("8da4w").input, "dynamic scales"),
+        (named_scheme("fp8").weight, "format 'fp8_e4m3'"),
+        (named_scheme("nf4").weight, "format 'nf4'"),
+        (named_scheme("nvfp4").weight, "format 'fp4_e2m1'"),
+        (named_scheme("w_uint4_asym").weight, "a zero point"),
+        (TensorScheme(INT4, PerGroup(32), torch.float8_e8m0fnu), "grid 'float8_e8m0fnu'"),
+    ],
+)
+def test_scales_that_cannot_be_learned_are_refused_with_the_reason(scheme, reason):
+    with pytest.raises(ValueError, match=rf"fc1\.weight: a learned scale needs .*{reason}"):
+        check_learnable(scheme, "fc1.weight")

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from mqat.quant.formats import FORMATS
+from mqat.quant.granularity import PerChannel
 from mqat.quant.quantizer import Quantizer
-from mqat.quant.scheme import ALGORITHMS, named_scheme
+from mqat.quant.scheme import ALGORITHMS, TensorScheme, named_scheme
 
 INT8 = named_scheme("int8")
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
@@ -137,3 +139,40 @@ def test_a_zero_point_that_is_no_code_is_refused():
     zero = torch.tensor([[3], [16]], dtype=torch.int32)
     with pytest.raises(ValueError, match="w: a zero point is not a code of uint4"):
         quantizer.load_({"scale": torch.ones(2, 1), "zero_point": zero})
+
+
+def test_a_learned_scale_is_a_parameter_that_starts_as_calibrated_and_is_served_on_its_grid():
+    frozen = Quantizer(named_scheme("int4", group_size=8).weight, tuple(X.shape), "fc1.weight")
+    learned = Quantizer(frozen.scheme, tuple(X.shape), "fc1.weight")
+    parameter = learned.learn_("lsq", 0.5)
+    for quantizer in (frozen, learned):
+        quantizer.freeze_(quantizer.statistic(X))
+    assert list(learned.parameters()) == [parameter] and not learned.state_dict()
+    assert torch.equal(learned(X), frozen(X))
+    (learned(X) - X).square().sum().backward()
+    assert parameter.grad.any() and not parameter.grad.isnan().any()
+    with torch.no_grad():
+        parameter += 1e-3  # off the bfloat16 grid
+    served = learned.frozen_tensors["scale"]
+    assert torch.equal(served, served.bfloat16().float())
+    assert not torch.equal(served, parameter)
+    frozen.load_(learned.frozen_tensors)
+    assert torch.equal(learned(X), frozen(X))  # what a server makes of it
+    learned.reset()
+    assert learned(X) is X
+
+
+@pytest.mark.parametrize("rule", [None, "lsq"])
+def test_a_stage_has_other_levels_over_the_same_range(rule):
+    quantizer = Quantizer(TensorScheme(FORMATS["int2"], PerChannel()), tuple(X.shape), "fc1.weight")
+    if rule:
+        quantizer.learn_(rule, 1.0)
+    x = torch.randn(4, 4096, generator=torch.Generator().manual_seed(1)).clamp(-2, 2)
+    quantizer.freeze_(torch.full((4,), 2.0))
+    levels = []
+    for name in ("int8", "int4", None):
+        quantizer.stage = FORMATS[name] if name else None
+        values = quantizer(x)
+        assert values.amax().item() == pytest.approx(2.0)
+        levels.append(values.unique().numel())
+    assert levels[0] == 255 and 8 < levels[1] <= 16 and levels[2] == 3

@@ -109,3 +109,14 @@ def test_unknown_keys_in_settings_made_by_hand_are_refused():
         tensor_scheme({"symetric": True}, "rule")
     with pytest.raises(ValueError, match=r"rules\[0\]\.wait'; did you mean 'weight'"):
         Policy("int8", rules=(Rule("*", operands={"wait": {}}),)).resolve(MODEL)
+
+
+def test_disabled_operands_are_left_out_and_the_rest_keeps_its_scheme():
+    policy = Policy("int8", disabled=["*.linear_fc2.input", "decoder.layers.0.mlp.linear_fc1.*"])
+    layers, whole = policy.resolve(MODEL), Policy("int8").resolve(MODEL)
+    weight_only = layers["decoder.layers.1.mlp.linear_fc2"]
+    assert weight_only.input is None and weight_only.weight == named_scheme("int8").weight
+    assert whole.keys() - layers.keys() == {"decoder.layers.0.mlp.linear_fc1"}
+    assert layers["decoder.layers.1.mlp.linear_fc1"] == named_scheme("int8")
+    with pytest.raises(ValueError, match=r"pattern '\*\.linear_fc3\.\*' matches nothing that is"):
+        Policy("int8", disabled=["*.linear_fc3.*"]).resolve(MODEL)
