@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from mqat.config import ModelConfig, OptimizerConfig
 from mqat.models.llama import LlamaConfig
@@ -22,6 +23,7 @@ MODEL = LlamaConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=4,
     num_attention_heads=4, num_query_groups=2, head_dim=32, tie_word_embeddings=True,
 )  # fmt: skip
+TOKENS = torch.randint(0, 301, (2, 40), generator=torch.Generator().manual_seed(2))
 
 
 def main() -> None:
@@ -41,6 +43,12 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--algorithm", default="int8")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--kv-cache")
+    parser.add_argument("--kv-cache-scales", default="shared")
+    parser.add_argument(
+        "--unreduced", action="store_true", help="each rank's own statistics: wrong"
+    )
+    parser.add_argument("--logits", action="store_true", help="save those of the trained model")
     parser.add_argument("--resume", type=Path, help="training checkpoint of another layout")
     return parser.parse_args(options)
 
@@ -56,9 +64,12 @@ def run(args: argparse.Namespace) -> None:
     from mqat.training.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
     from mqat.training.pretrained import load_pretrained_
-    from mqat.training.step import evaluate, forward_backward
+    from mqat.training.step import evaluate, forward_backward, logits
 
-    layers = Policy(args.algorithm, group_size=64).resolve(model)
+    policy = Policy(
+        args.algorithm, 64, kv_cache=args.kv_cache, kv_cache_scales=args.kv_cache_scales
+    )
+    layers = policy.resolve(model)
     settings = ModelConfig(
         tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp,
         virtual_pipeline_model_parallel_size=args.vp, sequence_parallel=args.sp,
@@ -80,6 +91,8 @@ def run(args: argparse.Namespace) -> None:
         for t in tokens
     ][rank::size]  # fmt: skip
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    if args.unreduced:
+        group = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
     result = {"unquantized": evaluate(chunks, [batches])[0]}
     calibrate(chunks, lambda: evaluate(chunks, [batches]), group=group, method="percentile")
     result["quantized"] = evaluate(chunks, [batches])[0]
@@ -106,6 +119,10 @@ def run(args: argparse.Namespace) -> None:
         args.out / "qat", chunks, model=model, layers=layers, algorithm=args.algorithm,
         training=state,
     )  # fmt: skip
+    if args.logits:
+        trained = logits(chunks, TOKENS)
+        if groups.is_main():
+            torch.save(trained, args.out / "logits.pt")
     result["ahead"] = [step(), step()]
     load_checkpoint(args.out / "qat", chunks, layers=layers, training=state)
     result["resumed_alike"] = [step(), step()] == result["ahead"]
