@@ -135,25 +135,19 @@ class QuantizationConfig:
     algorithm: str | None = "int8"
     group_size: int | None = None  # null: 128, for 8da4w 256
     rules: list[RuleConfig] = field(default_factory=list)
-    kv_cache: str | None = (
-        None  # int8 or fp8: cached keys (after RoPE) and values, one scale a layer
-    )
-    kv_cache_scales: str = "shared"  # or separate, for keys and for values ("hf" exports only)
+    kv_cache: str | None = None  # int8 or fp8: cached keys (after RoPE) and values
+    kv_cache_scales: str = "shared"  # one a layer; or separate for keys and values ("hf" only)
     calibrator: str = "max"  # of inputs and caches: max, percentile, mse or entropy
     percentile: float = 99.9999
     num_calib_size: int = 16  # sequences
     calib_spread: bool = True  # sequences spread evenly over the data; false: the first of the file
     calib_layers_at_once: int = 0  # layers whose weights are prepared in one pass; 0: all
-    disabled: list[str] = field(
-        default_factory=list
-    )  # such as "*.linear_fc2.input"; served so, too
+    disabled: list[str] = field(default_factory=list)  # "*.linear_fc2.input"; served so, too
     fake_quant_after_n_steps: int = 0
     inputs_after_n_steps: int | None = None  # null: with the others
     bit_schedule: list[Any] = field(default_factory=list)  # of weights: [[0, 8], [100, 4]]
     weight_scales: str = "frozen"  # or lsq: trained with the weights
-    input_scales: str = (
-        "frozen"  # of static inputs; lsq, or pact: clipped elements alone train them
-    )
+    input_scales: str = "frozen"  # static ones; lsq, or pact: only clipped elements train them
     lsq_lr: float | None = None  # null: model.optim.lr
     pact_a_lr: float = 0.01  # of clip values, in units of the input
     pact_a_decay: float = 5e-5  # decoupled weight decay of clip values

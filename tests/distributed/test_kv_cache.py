@@ -28,6 +28,8 @@ JOBS = {
     "dp2-unreduced": (2, [*CACHE, "--unreduced"]),
 }
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
