@@ -110,6 +110,13 @@ def built(world):
     return make
 
 
+def switch_off(chunks):
+    from mqat.parallel.quantized import all_quantizers
+
+    for quantizer in all_quantizers(chunks):
+        quantizer.is_enabled = False
+
+
 def levels(tensors):
     return [int(x.unique().numel()) for x in tensors]
 
@@ -119,7 +126,6 @@ def levels(tensors):
 def test_keys_and_values_lie_on_the_grid_before_and_after_a_step(built, kv_cache, most, recompute):
     from mqat.config import OptimizerConfig
     from mqat.parallel.quantized import all_quantizers
-    from mqat.training.loop import enable_quantizers
     from mqat.training.optimizer import build_optimizer
     from mqat.training.step import evaluate, forward_backward
 
@@ -140,7 +146,7 @@ def test_keys_and_values_lie_on_the_grid_before_and_after_a_step(built, kv_cache
     for tensors in seen.values():
         assert max(levels(tensors)) <= most
     assert all(torch.equal(q.scale, s) for q, s in zip(all_quantizers(chunks), scales, strict=True))
-    enable_quantizers(chunks, False)
+    switch_off(chunks)
     off = evaluate(chunks, [microbatches()])
     assert off != after
     for tensors in seen.values():  # control: keys themselves take thousands of values
@@ -149,11 +155,10 @@ def test_keys_and_values_lie_on_the_grid_before_and_after_a_step(built, kv_cache
 
 def test_what_is_calibrated_is_the_largest_key_after_rope_or_value(built):
     from mqat.parallel.quantized import quantized_modules
-    from mqat.training.loop import enable_quantizers
     from mqat.training.step import evaluate
 
     chunks, seen = built("fp8", scales="separate")
-    enable_quantizers(chunks, False)
+    switch_off(chunks)
     largest: dict[str, torch.Tensor] = {}
     for one in microbatches():
         evaluate(chunks, [[one]])
