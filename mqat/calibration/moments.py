@@ -63,7 +63,8 @@ class InputMoments:
     """What one linear's input left on this rank.
 
     Attributes:
-        gram: Fixed-point rows of XᵀX of this rank's channels, int64 [I/tp, I].
+        gram: Fixed-point rows of XᵀX of this rank's channels, int64 [I/tp, I]; what is left of each
+            tile's first channel is zero.
         amax: Largest |x_j| of each channel, float32 [I].
         tokens: Number of tokens, int64 (1,).
         flag: float32 (): 1 if the input was not finite or the sum left the fixed-point range.
@@ -89,13 +90,14 @@ class InputMoments:
         first = linear.tp_group.rank() * linear.num_tiles
         for tile in range(first, first + linear.num_tiles):
             low, high = bounds[tile], bounds[tile + 1]
-            block = (rows[:, low:high].contiguous().t() @ rows).double()
+            # XᵀX is symmetric: from the diagonal to the right.
+            block = (rows[:, low:high].contiguous().t() @ rows[:, low:]).double()
             bad |= ~(block.abs().amax() <= MAX_SUM / dp_size)
             block.nan_to_num_(0.0).clamp_(-MAX_SUM, MAX_SUM).mul_(2.0**FRACTION_BITS).round_()
-            total = self.gram[low - self.first_row : high - self.first_row]
+            total = self.gram[low - self.first_row : high - self.first_row, low:]
             total += block.to(torch.int64)
             # Diagonals bound everything else; each rank stays below its share of the range.
-            diagonal = total.diagonal(offset=low).double() * 2.0**-FRACTION_BITS
+            diagonal = total.diagonal().double() * 2.0**-FRACTION_BITS
             bad |= ~(diagonal.amax() <= MAX_SUM / dp_size)
         torch.maximum(self.flag, bad.float(), out=self.flag)
         self.tokens += rows.shape[0]
@@ -106,7 +108,8 @@ class InputMoments:
         whole = torch.zeros(size, size, dtype=torch.int64, device=self.gram.device)
         whole[self.first_row : self.first_row + self.gram.shape[0]] = self.gram
         all_reduce_fused_([whole], dist.ReduceOp.SUM, linear.tp_group)
-        return whole.double().mul_(2.0**-FRACTION_BITS)
+        upper = whole.triu_().double().mul_(2.0**-FRACTION_BITS)
+        return upper + upper.triu(1).t()
 
 
 def peak_bytes(linears: Mapping[str, QuantizedLinear]) -> int:

@@ -26,7 +26,7 @@ from mqat.quant.steps import rounded
 
 _FLOOR = 1e-5  # dead channels: keep their factor moderate
 # A factor belongs to an input channel, which all rows share: a part of them orders candidates as well.
-_ROW_STRIDE = 4
+_ROW_STRIDE = 8
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def tile_losses(
     weight: TensorScheme | None,
     operand: TensorScheme | None,
 ) -> Tensor:
-    """Output error of each candidate on every fourth row of this rank's tiles, float64 [C, tiles].
+    """Output error of each candidate on every eighth row of this rank's tiles, float64 [C, tiles].
 
     Args:
         tiles: Of the weight, float32 [rows, I].

@@ -215,6 +215,10 @@ _INT8_TOKEN = TensorScheme(INT8_FULL, PerToken(), is_dynamic=True, is_asymmetric
 _FIXED: dict[str, tuple[TensorScheme, TensorScheme | None]] = {
     "int8": (TensorScheme(INT8, PerChannel()), _INT8_STATIC),
     "int8_sq": (TensorScheme(INT8, PerChannel()), _INT8_STATIC),
+    "int8_pc_pt": (
+        TensorScheme(INT8, PerChannel()),
+        TensorScheme(INT8_FULL, PerToken(), is_dynamic=True),
+    ),
     "int8_wo": (TensorScheme(INT8_LOADER, PerChannel()), None),
     "fp8": (_FP8_STATIC, _FP8_STATIC),
     "fp8_pc_pt": (TensorScheme(FP8_E4M3, PerChannel()), _FP8_TOKEN),
@@ -252,6 +256,7 @@ def named_scheme(algorithm: str, *, group_size: int | None = None) -> LinearSche
     |-----------------|------------------------------------|-----------------------------------------|
     | `int8`          | INT8 per output channel            | INT8 per tensor, static                 |
     | `int8_sq`       | the same, after SmoothQuant        | the same                                |
+    | `int8_pc_pt`    | INT8 per output channel            | INT8 per token, dynamic                 |
     | `int8_wo`       | INT8 on TensorRT-LLM's grid        | -                                       |
     | `fp8`           | FP8 E4M3 per tensor                | FP8 E4M3 per tensor, static             |
     | `fp8_pc_pt`     | FP8 E4M3 per output channel        | FP8 E4M3 per token, dynamic             |

@@ -37,7 +37,7 @@ from mqat.training.optimizer import build_optimizer, wrap_for_training
 from mqat.training.plan import RunPlan, describe
 from mqat.training.pretrained import load_pretrained_
 from mqat.training.run_directory import open_run_directory
-from mqat.training.step import evaluate, generate_greedy
+from mqat.training.step import evaluate, generate_greedy, run_layers
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Session:
         settings = self.plan.config.quantization
         choose = self.train.spread if settings.calib_spread else self.train.first
         steps = choose(settings.num_calib_size)
-        return lambda: void(evaluate(self.chunks, steps))
+        return lambda: run_layers(self.chunks, steps)
 
     def recipe(self) -> Recipe:
         """What the configuration asks to do to weights before scales are frozen."""
@@ -216,10 +216,6 @@ class Session:
         )
         batch_tokens = self.train.global_batch_size * config.model.data.seq_length
         self.summary["tokens"][phase.name] = phase.max_steps * batch_tokens
-
-
-def void(_: object) -> None:
-    """Drops a result: callers only want the side effect of observing."""
 
 
 def open_session(plan: RunPlan) -> Session:

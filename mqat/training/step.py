@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,12 @@ def _forward_logits(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, 
     output = chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"])
     zero = torch.zeros((), device=output.device)
     return output, lambda logits: (zero, {"logits": logits.detach()})
+
+
+def _forward_hidden(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+    batch = _to_device(next(batches))
+    output = chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    return output, lambda hidden: (hidden.new_zeros(()), {})
 
 
 def _run(
@@ -121,6 +128,33 @@ def evaluate(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> tu
     for chunk, training in zip(chunks, was_training, strict=True):
         chunk.train(training)
     return loss, tokens
+
+
+@contextmanager
+def _without_logits(chunks: Sequence[Any]) -> Iterator[None]:
+    """The last stage ends with the decoder, as every other stage does."""
+    models = [getattr(chunk, "module", chunk) for chunk in chunks]
+    ends = [model.post_process for model in models]
+    try:
+        for model in models:
+            model.post_process = False
+        yield
+    finally:
+        for model, end in zip(models, ends, strict=True):
+            model.post_process = end
+
+
+@torch.no_grad()
+def run_layers(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> None:
+    """Forward passes through all layers, without logits and loss: for what calibration watches."""
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    with _without_logits(chunks):
+        for microbatches in steps:
+            _run(_forward_hidden, chunks, microbatches, forward_only=True)
+    for chunk, training in zip(chunks, was_training, strict=True):
+        chunk.train(training)
 
 
 @torch.no_grad()

@@ -32,6 +32,10 @@ def blocks(fmt, size: int, scale: torch.dtype) -> tuple[TensorScheme, TensorSche
 
 MEANING = {
     "int8": (TensorScheme(INT8, PerChannel(), torch.float32), STATIC_INT8),
+    "int8_pc_pt": (
+        TensorScheme(INT8, PerChannel()),
+        TensorScheme(INT8_FULL, PerToken(), is_dynamic=True),
+    ),
     "int8_wo": (TensorScheme(INT8_LOADER, PerChannel(), torch.float32), None),
     "int4": (TensorScheme(INT4, PerGroup(128), BF16), None),
     "int4_w_int8_a": (TensorScheme(INT4, PerGroup(128), BF16), STATIC_INT8),
