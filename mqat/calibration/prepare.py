@@ -20,7 +20,8 @@ from mqat.calibration.moments import InputMoments, check_moments, collect_moment
 from mqat.calibration.recipe import Recipe
 from mqat.calibration.sites import find_sites, layer_number
 from mqat.calibration.statistics import exact_forward
-from mqat.parallel.linear import quantized_linears
+from mqat.parallel.linear import decoder_linears
+from mqat.parallel.quantized import quantized_modules
 from mqat.runtime.groups import agree
 
 
@@ -52,9 +53,9 @@ def prepare_(
         ValueError: On every rank: NaN or infinite values, a linear that no token reached, or a format
             that the weight method does not know.
     """
-    linears = {n: x for n, x in quantized_linears(chunks).items() if x.quantizers}
+    linears = {n: x for n, x in decoder_linears(chunks).items() if x.quantizers}
     sites = find_sites(chunks, fold_values=recipe.fold_values) if recipe.equalize else {}
-    everything = quantized_linears(chunks)
+    everything = quantized_modules(chunks)
     size = recipe.layers_at_once or num_layers
     found: dict[str, Tensor] = {}
     for start in range(0, num_layers, size):

@@ -14,30 +14,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mqat.parallel.linear import QuantizedLinear, quantized_linears, weight_amax_spans_ranks
-from mqat.parallel.quantized import quantized_modules
+from mqat.parallel.linear import quantized_linears, weight_amax_spans_ranks
+from mqat.parallel.quantized import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.runtime.groups import agree, anywhere
 
 
 @contextmanager
-def exact_forward(linears: dict[str, QuantizedLinear]) -> Iterator[None]:
+def exact_forward(modules: Mapping[str, QuantizedModule]) -> Iterator[None]:
     """Layout-exact, unquantized GEMMs inside the context, under `torch.no_grad()`."""
-    for linear in linears.values():
-        linear.begin_calibration()
+    for module in modules.values():
+        module.begin_calibration()
     try:
         with torch.no_grad():
             yield
     finally:
-        for linear in linears.values():
-            linear.end_calibration()
+        for module in modules.values():
+            module.end_calibration()
 
 
-def _weight_amax(linears: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+def _weight_amax(modules: Mapping[str, QuantizedModule]) -> dict[str, Tensor]:
     return {
-        name: linear.weight_quantizer.statistic(linear.weight)
-        for name, linear in linears.items()
-        if linear.weight_quantizer is not None
+        name: module.quantizers["weight"].statistic(module.weight)
+        for name, module in modules.items()
+        if "weight" in module.quantizers
     }
 
 
@@ -64,10 +64,10 @@ def calibrate(
         ValueError: On every rank: NaN or infinite values, or a module that no token reached; names
             it.
     """
-    linears = quantized_linears(model)
+    modules, linears = quantized_modules(model), quantized_linears(model)
     activations = {
         quantizer.name: quantizer
-        for module in quantized_modules(model).values()
+        for module in modules.values()
         for kind, quantizer in module.quantizers.items()
         if kind != "weight"
     }
@@ -75,17 +75,17 @@ def calibrate(
         quantizer.start_observing(method)
     overflow: dict[str, Tensor] = {}
     if anywhere(bool(activations)):  # weights alone need no text
-        with exact_forward(linears):
+        with exact_forward(modules):
             run_batches()
             overflow = {
                 name: linear.overflow.float()
                 for name, linear in linears.items()
                 if linear.overflow is not None
             }
-    amax = _weight_amax(linears) | dict(weight_statistics or {})
+    amax = _weight_amax(modules) | dict(weight_statistics or {})
     whole = {name: local.amax().reshape(1) for name, local in amax.items()}  # of two-level scales
     observers = {name: q.observer for name, q in activations.items() if q.observer is not None}
-    spanning = [amax[name] for name in amax if weight_amax_spans_ranks(linears[name])]
+    spanning = [amax[name] for name in amax if weight_amax_spans_ranks(modules[name])]
     maxima = [
         *spanning,
         *whole.values(),
@@ -101,7 +101,7 @@ def calibrate(
     try:
         for name, observer in observers.items():
             observer.check(name)
-        for name in linears:
+        for name in modules:
             if name in overflow and overflow[name].item():
                 raise ValueError(
                     f"{name}: output is NaN, infinite or above 2**20 during calibration. Check the "
@@ -115,9 +115,8 @@ def calibrate(
         error = caught
     agree(error)
 
-    for name, linear in linears.items():
-        if linear.weight_quantizer is not None:
-            linear.weight_quantizer.freeze_(amax[name], whole[name])
+    for name in amax:
+        modules[name].quantizers["weight"].freeze_(amax[name], whole[name])
     for name, quantizer in activations.items():
         fmt = quantizer.scheme.format
         quantizer.freeze_(observers[name].calibrated_amax(fmt, percentile))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mqat.export import huggingface, kv_cache, qnemo, trtllm
+from mqat.export import huggingface, kv_cache, qnemo, tables, trtllm
 from mqat.export.rank_files import plan_rank
 from mqat.export.reshard import InferenceRank
 from mqat.export.slices import CheckpointReader
@@ -166,7 +166,9 @@ def _export(
     with _together(agree):
         if dtype not in trtllm.DTYPES:
             raise ValueError(f"export.dtype={dtype!r}: must be one of {', '.join(trtllm.DTYPES)}.")
-        planned = contents(CheckpointReader(checkpoint, crc=rank == 0))
+        reader = CheckpointReader(checkpoint, crc=rank == 0)
+        tables.check_exportable(reader.tables)
+        planned = contents(reader)
         directory = AtomicDirectory(out, overwrite=overwrite, as_tar=as_tar)
     if planned.warning is not None and rank == 0:
         warnings.warn(planned.warning, stacklevel=3)

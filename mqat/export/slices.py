@@ -17,10 +17,16 @@ import torch
 from torch import Tensor
 
 from mqat.export.records import MappedFile
-from mqat.models.llama import LlamaConfig
+from mqat.models.llama import TABLES, LlamaConfig
 from mqat.models.manifest import DESCRIPTION, check_files, read_description
 from mqat.parallel.layout import linear_of
-from mqat.quant.kv_cache import Scheme, kv_cache_schemes, linear_schemes, scheme_from_dict
+from mqat.quant.kv_cache import (
+    Scheme,
+    kv_cache_schemes,
+    linear_schemes,
+    scheme_from_dict,
+    table_schemes,
+)
 
 # Data classes only: a module's other names would let an index call what the module imports.
 _INDEX_CLASSES = {
@@ -94,6 +100,7 @@ class CheckpointReader:
         description: Parsed `mqat.json`.
         model: Global sizes.
         layers: Global linear name -> scheme, quantized linears only.
+        tables: Name of a quantized vocabulary table -> scheme.
         kv_cache: Global name of a core attention -> scheme of its cache.
 
     Args:
@@ -119,6 +126,7 @@ class CheckpointReader:
                 f"{path / DESCRIPTION}: damaged ({error!r}); use another checkpoint."
             ) from error
         self.layers, self.kv_cache = linear_schemes(schemes), kv_cache_schemes(schemes)
+        self.tables = table_schemes(schemes)
         self._tensors, self._records = _read_index(path / ".metadata")
         self._files: dict[Path, MappedFile] = {}
         self._chunks: dict[tuple[str, tuple[int, ...]], Tensor] = {}
@@ -127,7 +135,7 @@ class CheckpointReader:
     def _check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         for key, shape in expected.items():
             found = self.shape(key)
-            is_table = key.endswith(("word_embeddings.weight", "output_layer.weight"))
+            is_table = key.removeprefix("quantizers.").startswith(TABLES)
             padded = is_table and found[1:] == shape[1:] and found[0] >= shape[0]
             if found != shape and not padded:
                 raise ValueError(
@@ -230,7 +238,10 @@ def _scale_shapes(model: LlamaConfig, schemes: Mapping[str, Scheme]) -> dict[str
     shapes = {}
     for name, scheme in schemes.items():
         for kind, operand in scheme.operands.items():
-            weight = model.linear_shape(linear_of(name)) if kind == "weight" else None
+            weight = None
+            if kind == "weight":
+                table = (model.vocab_size, model.hidden_size)
+                weight = table if name in TABLES else model.linear_shape(linear_of(name))
             for part, shape in operand.frozen_shapes(weight).items():
                 shapes[f"quantizers.{name}.{kind}_{part}"] = shape
     return shapes

@@ -41,6 +41,10 @@ LINEARS = (
     "mlp.linear_fc2",
 )
 
+# Vocabulary tables; policies quantize these only where a rule names them.
+EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings", "output_layer"
+TABLES = (EMBEDDING, OUTPUT_LAYER)
+
 # Where keys and values are cached, in every layer.
 CORE_ATTENTION = "self_attention.core_attention"
 

@@ -65,8 +65,12 @@ class KvCacheAttention(QuantizedModule):
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """As the attention inside; `key` and `value` are [s, b, groups of this rank, d]."""
-        quantizers = self.quantizers
-        key = quantizers[self.scheme.scale_of("key")](key)
-        value = quantizers[self.scheme.scale_of("value")](value)
+        key, value = self._cached("key", key), self._cached("value", value)
         context: Tensor = self.attention(query, key, value, *args, **kwargs)
         return context
+
+    def _cached(self, kind: str, x: Tensor) -> Tensor:
+        quantizer = self.quantizers[self.scheme.scale_of(kind)]
+        if self.is_calibrating and quantizer.observer is None:
+            return x
+        return quantizer(x)  # type: ignore[no-any-return]

@@ -12,6 +12,8 @@ optimizer's state holds the parameter behind each besides, so that training goes
 | cached keys and values       | (1,)              | replicated                                |
 | column-parallel, per channel | (O,)              | dim 0, gate and up separately             |
 | column-parallel, per group   | (O, G)            | dim 0, gate and up separately             |
+| embedding, per channel       | (padded V,)       | dim 0                                     |
+| embedding, per group         | (padded V, G)     | dim 0                                     |
 | row-parallel, per channel    | (O,)              | replicated                                |
 | row-parallel, per group      | (O, G)            | dim 1                                     |
 | either, per square           | (O/size, I/size)  | as the weight                             |
@@ -27,7 +29,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
 
-from mqat.parallel.linear import QuantColumnParallelLinear
+from mqat.parallel.linear import QuantRowParallelLinear
 from mqat.parallel.quantized import QuantizedModule, quantized_modules
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor
 
@@ -39,7 +41,7 @@ def tp_axis(module: QuantizedModule, kind: str, part: str) -> int | None:
     granularity = module.quantizers[kind].scheme.granularity
     if isinstance(granularity, PerTensor):
         return None
-    if isinstance(module, QuantColumnParallelLinear):
+    if not isinstance(module, QuantRowParallelLinear):
         return 0
     return 1 if isinstance(granularity, PerGroup | PerBlock) else None
 

@@ -31,7 +31,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 
 from mqat.parallel.checkpoint import tp_axis
-from mqat.parallel.linear import QuantizedLinear, quantized_linears, weight_amax_spans_ranks
+from mqat.parallel.linear import QuantizedLinear, decoder_linears, weight_amax_spans_ranks
 from mqat.quant.learned import Rule, lsq_grad_scale
 
 
@@ -51,7 +51,7 @@ def elements_per_scale(linear: QuantizedLinear, kind: str) -> float:
 
 
 def learn_scales_(model: Any, *, weights: Rule | None = None, inputs: Rule | None = None) -> None:
-    """Makes scales parameters, which calibration initializes and the optimizer trains.
+    """Makes scales of the layers parameters, which calibration initializes and the optimizer trains.
 
     Call it after the model is built and before DDP wraps it. The parameters carry `scale_rule` and
     `clip_codes` (codes from zero to the clipping point), by which `build_optimizer` groups them.
@@ -65,7 +65,7 @@ def learn_scales_(model: Any, *, weights: Rule | None = None, inputs: Rule | Non
         ValueError: A scheme whose scales cannot be trained; names the operand.
     """
     rules = {"weight": weights, "input": inputs}
-    for linear in quantized_linears(model).values():
+    for linear in decoder_linears(model).values():
         for kind, quantizer in linear.quantizers.items():
             rule = rules.get(kind)
             if rule is None:

@@ -68,7 +68,6 @@ class QuantizedLinear(QuantizedModule):
         self.quantized_name = name
         self.parts = parts
         self.num_tiles = num_shards // self.tp_group.size()
-        self.is_calibrating = False
         self.overflow: Tensor | None = None
         self.gemm_kind: GemmKind | None = gemm_kind(scheme)
         self.weight_cache: WeightCache | None = None
@@ -102,12 +101,12 @@ class QuantizedLinear(QuantizedModule):
 
     def begin_calibration(self) -> None:
         """Switches to layout-exact, unquantized GEMMs and clears the overflow flag."""
-        self.is_calibrating = True
+        super().begin_calibration()
         self.overflow = torch.zeros((), dtype=torch.bool, device=self.weight.device)
 
     def end_calibration(self) -> None:
         """Back to the normal mode."""
-        self.is_calibrating = False
+        super().end_calibration()
         self.overflow = None
 
     def quantized_operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,16 +267,20 @@ def quantized_linears(model: Any) -> dict[str, QuantizedLinear]:
     return {name: m for name, m in modules.items() if isinstance(m, QuantizedLinear)}
 
 
-def weight_amax_spans_ranks(linear: QuantizedLinear) -> bool:
+def decoder_linears(model: Any) -> dict[str, QuantizedLinear]:
+    """Those of the layers: without the output layer."""
+    return {n: x for n, x in quantized_linears(model).items() if n.startswith("decoder.")}
+
+
+def weight_amax_spans_ranks(module: QuantizedModule) -> bool:
     """Whether a weight's amax must be the maximum over the tensor-parallel group (style.md table).
 
     Per-tensor: always. Per output channel: only row-parallel, where a rank holds part of each row.
     Groups and squares never cross ranks (`layout.check_group_sizes`).
     """
-    assert linear.weight_quantizer is not None
-    granularity = linear.weight_quantizer.scheme.granularity
+    granularity = module.quantizers["weight"].scheme.granularity
     if isinstance(granularity, PerGroup | PerBlock):
         return False
     if isinstance(granularity, PerChannel):
-        return isinstance(linear, QuantRowParallelLinear)
+        return isinstance(module, QuantRowParallelLinear)
     return True

@@ -19,17 +19,27 @@ class QuantizedModule(nn.Module):
         quantized_name: Global name, such as `decoder.layers.3.mlp.linear_fc1`.
         tp_group: Ranks that hold other parts of it.
         parts: Number of weights fused along the output rows that are cut separately (gate, up).
+        is_calibrating: Compute unquantized, whatever is frozen.
     """
 
     quantized_name: str
     tp_group: Any
     weight: Tensor
     parts: int = 1
+    is_calibrating: bool = False
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
         """Kind (`weight`, `input`, `kv`, ...) -> quantizer."""
         raise NotImplementedError
+
+    def begin_calibration(self) -> None:
+        """Computes unquantized from now on."""
+        self.is_calibrating = True
+
+    def end_calibration(self) -> None:
+        """Back to the normal mode."""
+        self.is_calibrating = False
 
 
 def quantized_modules(model: Any) -> dict[str, QuantizedModule]:

@@ -150,7 +150,7 @@ class _QuantizedGemm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, used: StepWeight, gemm: Gemm
     ) -> Tensor:
-        """`weight` only receives the gradient; `used` is what is multiplied."""
+        """`weight` only receives the gradient; `used` is what is multiplied. Returns [N, O]."""
         wants_dx = gemm.keeps_graph and x.requires_grad
         wants_dw = gemm.keeps_graph and weight.requires_grad
         ctx.gemm, ctx.used, ctx.dtype = gemm, used, x.dtype
@@ -165,6 +165,7 @@ class _QuantizedGemm(torch.autograd.Function):
         ctx.save_for_backward(*kept)
         if gemm.sequence_parallel:
             x, _ = _gather_tokens(x, gemm.tp_group)
+        ctx.tokens = x.shape[:-1]
         if gemm.kind is GemmKind.CODES:
             assert scale is not None and used.scale is not None, "codes have scales"
             y = scaled_matmul(_rows(x), used.operand, scale * used.scale, ctx.dtype)
@@ -172,7 +173,7 @@ class _QuantizedGemm(torch.autograd.Function):
             if scale is not None:
                 x = dequantize(x, scale, PerTensor(), ctx.dtype)
             y = float_matmul(_rows(x), used.operand.t(), ctx.dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y  # no view of it: autograd forbids in-place changes (a vocabulary loss's) of those
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,10 +186,10 @@ class _QuantizedGemm(torch.autograd.Function):
         if gemm.sequence_parallel and ctx.needs_input_grad[1]:
             x, handle = _gather_tokens(x, group, async_op=True)
         wide = compute_dtype(ctx.dtype, dy.device)
-        dy_rows = _rows(dy).to(wide)
+        dy_rows = dy.to(wide)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = _input_gradient(dy_rows, ctx.used, ctx.dtype).view(*dy.shape[:-1], -1)
+            dx = _input_gradient(dy_rows, ctx.used, ctx.dtype).view(*ctx.tokens, -1)
         if handle is not None:
             handle.wait()
         sent, dx_sum = None, dx
@@ -246,5 +247,6 @@ def quantized_matmul(
     Returns:
         [S, B, O] in the dtype of `x`.
     """
-    result: Tensor = _QuantizedGemm.apply(x, weight, input_scale, used, gemm)  # type: ignore[no-untyped-call]
-    return result
+    rows: Tensor = _QuantizedGemm.apply(x, weight, input_scale, used, gemm)  # type: ignore[no-untyped-call]
+    sequence = x.shape[0] * (gemm.tp_group.size() if gemm.sequence_parallel else 1)
+    return rows.view(sequence, *x.shape[1:-1], rows.shape[-1])

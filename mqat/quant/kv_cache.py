@@ -99,8 +99,15 @@ def scheme_from_dict(values: Mapping[str, Any]) -> Scheme:
 
 
 def linear_schemes(schemes: Mapping[str, Scheme]) -> dict[str, LinearScheme]:
-    """Those of linears."""
-    return {name: s for name, s in schemes.items() if isinstance(s, LinearScheme)}
+    """Those of the decoder's linears."""
+    found = {name: s for name, s in schemes.items() if isinstance(s, LinearScheme)}
+    return {name: s for name, s in found.items() if name.startswith("decoder.")}
+
+
+def table_schemes(schemes: Mapping[str, Scheme]) -> dict[str, LinearScheme]:
+    """Those of vocabulary tables: the embedding, the output layer."""
+    found = {name: s for name, s in schemes.items() if isinstance(s, LinearScheme)}
+    return {name: s for name, s in found.items() if not name.startswith("decoder.")}
 
 
 def kv_cache_schemes(schemes: Mapping[str, Scheme]) -> dict[str, KvCacheScheme]:

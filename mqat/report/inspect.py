@@ -13,6 +13,7 @@ from torch import Tensor
 from mqat.export.slices import CheckpointReader
 from mqat.models.llama import CORE_ATTENTION, LINEARS
 from mqat.models.manifest import DESCRIPTION
+from mqat.quant.scheme import LinearScheme
 from mqat.verify import is_huggingface
 from mqat.verify.checks import check_files
 from mqat.verify.expected import CACHE_SCALE
@@ -76,6 +77,9 @@ def _bits(shape: tuple[int, int], code_bits: int, *others: Tensor | None) -> flo
 
 def _checkpoint_rows(path: Path) -> Iterator[Row]:
     reader = CheckpointReader(path)
+    for name, table in reader.tables.items():
+        shape = (reader.model.vocab_size, reader.model.hidden_size)
+        yield _quantized_row(reader, name, table, shape)
     for layer in range(reader.model.num_layers):
         for linear in LINEARS:
             name = f"decoder.layers.{layer}.{linear}"
@@ -85,22 +89,29 @@ def _checkpoint_rows(path: Path) -> Iterator[Row]:
                 form = f"unquantized {str(stored).removeprefix('torch.')}"
                 yield Row("", name, form, 8 * stored.itemsize, shape)
                 continue
-            scale = reader.read(f"quantizers.{name}.weight_scale")
-            operand, step = scheme.input, None
-            if operand is not None and not operand.is_dynamic:
-                step = reader.read(f"quantizers.{name}.input_scale")
-            form = f"{scheme.name}: {scheme.weight.format.name} per {scheme.weight.granularity}"
-            if operand is not None:
-                kind = "dynamic " if operand.is_dynamic else ""
-                form += f", {kind}inputs {operand.format.name}"
-            bits = _bits(shape, scheme.weight.format.bits, scale, step)
-            yield Row("", name, form, bits, shape, scale, step)
+            yield _quantized_row(reader, name, scheme, shape)
         name = f"decoder.layers.{layer}.{CORE_ATTENTION}"
         cache, model = reader.kv_cache.get(name), reader.model
         if cache is not None:
             steps = [reader.read(f"quantizers.{name}.{kind}_scale") for kind in cache.operands]
             shape = (model.num_query_groups, model.head_dim)
             yield _cache_row("", name, cache.tensor.format.name, shape, *steps)
+
+
+def _quantized_row(
+    reader: CheckpointReader, name: str, scheme: LinearScheme, shape: tuple[int, int]
+) -> Row:
+    assert scheme.weight is not None, name
+    scale = reader.read(f"quantizers.{name}.weight_scale")[: shape[0]]
+    operand, step = scheme.input, None
+    if operand is not None and not operand.is_dynamic:
+        step = reader.read(f"quantizers.{name}.input_scale")
+    form = f"{scheme.name}: {scheme.weight.format.name} per {scheme.weight.granularity}"
+    if operand is not None:
+        kind = "dynamic " if operand.is_dynamic else ""
+        form += f", {kind}inputs {operand.format.name}"
+    bits = _bits(shape, scheme.weight.format.bits, scale, step)
+    return Row("", name, form, bits, shape, scale, step)
 
 
 def _cache_row(file: str, name: str, form: str, shape: tuple[int, int], *scales: Tensor) -> Row:

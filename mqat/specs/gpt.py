@@ -20,7 +20,8 @@ from mqat.models.llama import CORE_ATTENTION, LlamaConfig
 from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
-from mqat.quant.kv_cache import Scheme, kv_cache_schemes, linear_schemes
+from mqat.quant.kv_cache import Scheme
+from mqat.quant.scheme import LinearScheme
 from mqat.specs.backend import Norm
 
 _REPLACEMENTS = {
@@ -45,22 +46,23 @@ def quantize_layer_spec(
         layer: Global, zero-based layer number; it becomes part of the quantizers' names.
         num_shards: Largest valid tensor-parallel size (`parallel.layout.shard_count`).
     """
-    given, caches = linear_schemes(schemes), kv_cache_schemes(schemes)
+    linears = {short: s for short, s in schemes.items() if isinstance(s, LinearScheme)}
+    cache = schemes.get(CORE_ATTENTION)
     replaced: dict[str, ModuleSpec] = {}
     for short, module in _REPLACEMENTS.items():
         params: dict[str, Any] = {
             "name": f"decoder.layers.{layer}.{short}",
-            "scheme": given.get(short),
+            "scheme": linears.get(short),
             "num_shards": num_shards,
         }
         if short == "mlp.linear_fc1":
             params["parts"] = 2
         replaced[short] = ModuleSpec(module=module, params=params)
-    if CORE_ATTENTION in caches:
+    if cache is not None:
         params = {
             "attention": spec.submodules.self_attention.submodules.core_attention,
             "name": f"decoder.layers.{layer}.{CORE_ATTENTION}",
-            "scheme": caches[CORE_ATTENTION],
+            "scheme": cache,
         }
         replaced[CORE_ATTENTION] = ModuleSpec(module=KvCacheAttention, params=params)
 

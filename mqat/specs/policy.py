@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mqat.models.llama import CORE_ATTENTION, LINEARS, LlamaConfig
+from mqat.models.llama import CORE_ATTENTION, EMBEDDING, LINEARS, TABLES, LlamaConfig
 from mqat.quant.formats import FORMATS
-from mqat.quant.granularity import granularity_from_str
+from mqat.quant.granularity import PerChannel, PerGroup, granularity_from_str
 from mqat.quant.kv_cache import Scheme, kv_cache_scheme
 from mqat.quant.scales import SCALE_DTYPES
 from mqat.quant.scheme import (
@@ -89,11 +89,40 @@ def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
         raise ValueError(f"config: {path}: {error}") from error
 
 
+def _check_table(name: str, scheme: LinearScheme, model: LlamaConfig) -> None:
+    """Refuses what a vocabulary table cannot do.
+
+    Raises:
+        ValueError: Names the table, the setting, and what would work.
+    """
+    if model.tie_word_embeddings:
+        raise ValueError(
+            f"quantization.rules: {name} cannot be quantized: this model's embedding and output layer "
+            "are one weight, so one grid would round token vectors and logits alike, and no format "
+            "stores such a table. Untie them (tie_word_embeddings: false), or leave the rule out."
+        )
+    allowed = ("weight",) if name == EMBEDDING else ("weight", "input")
+    for kind in scheme.operands:
+        if kind not in allowed:
+            raise ValueError(
+                f"quantization.rules: {name} has no {kind} to quantize, only {' and '.join(allowed)}; "
+                "choose a weight-only algorithm, or give the rule a weight alone."
+            )
+    weight = scheme.weight
+    if weight is None or not isinstance(weight.granularity, PerChannel | PerGroup):
+        found = None if weight is None else str(weight.granularity)
+        raise ValueError(
+            f"quantization.rules: {name}.weight has granularity {found!r}; rows of the vocabulary are "
+            "padded and cut over ranks, so it must be 'channel' or 'group:<size>'."
+        )
+
+
 @dataclass(frozen=True)
 class Policy:
     """Default algorithm for every linear of the decoder; the first matching rule overrides it.
 
-    The embedding and the output layer are never quantized.
+    The embedding and the output layer are quantized only by a rule whose pattern is exactly their name
+    (`models.llama.TABLES`): no wildcard reaches them.
 
     Attributes:
         algorithm: Of linears without a rule.
@@ -113,19 +142,21 @@ class Policy:
     disabled: Sequence[str] = field(default=())
 
     def resolve(self, model: LlamaConfig) -> dict[str, Scheme]:
-        """Global name -> scheme: linears in model order, then caches; what is unquantized is absent.
+        """Global name -> scheme: linears in model order, tables, caches; what is unquantized is absent.
 
         Raises:
-            ValueError: Unknown algorithm, cache or operand settings, or a pattern that matches nothing.
+            ValueError: Unknown algorithm, cache or operand settings, a pattern that matches nothing, or
+                a vocabulary table that cannot be quantized like that.
         """
         names = [f"decoder.layers.{i}.{n}" for i in range(model.num_layers) for n in LINEARS]
         default = named_scheme(self.algorithm, group_size=self.group_size)
         schemes = [self._scheme(index, rule) for index, rule in enumerate(self.rules)]
         for rule in self.rules:
-            if not any(fnmatchcase(name, rule.pattern) for name in names):
+            if rule.pattern not in TABLES and not any(fnmatchcase(n, rule.pattern) for n in names):
                 raise ValueError(
                     f"quantization.rules: pattern {rule.pattern!r} matches no linear. Names look "
-                    f"like {names[0]!r}; the embedding and output layer are never quantized."
+                    f"like {names[0]!r}; vocabulary tables are quantized only by a rule that says "
+                    f"exactly {' or '.join(TABLES)}."
                 )
         resolved: dict[str, LinearScheme] = {}
         for name in names:
@@ -137,6 +168,14 @@ class Policy:
             scheme = next(matching, default)
             if scheme is not None:
                 resolved[name] = scheme
+        for table in TABLES:
+            named = (
+                s for rule, s in zip(self.rules, schemes, strict=True) if rule.pattern == table
+            )
+            scheme = next(named, None)
+            if scheme is not None:
+                _check_table(table, scheme, model)
+                resolved[table] = scheme
         found: dict[str, Scheme] = {**self._without_disabled(resolved)}
         if self.kv_cache is not None:
             cache = kv_cache_scheme(self.kv_cache, self.kv_cache_scales)

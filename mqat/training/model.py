@@ -13,9 +13,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mqat.config import ModelConfig
-from mqat.models.llama import LlamaConfig
+from mqat.models.llama import EMBEDDING, OUTPUT_LAYER, LlamaConfig
+from mqat.parallel.embedding import QuantVocabParallelEmbedding
 from mqat.parallel.layout import shard_count
-from mqat.quant.kv_cache import Scheme
+from mqat.parallel.linear import QuantColumnParallelLinear
+from mqat.quant.kv_cache import Scheme, table_schemes
+from mqat.quant.scheme import LinearScheme
 from mqat.specs.backend import gpt_layer_spec
 from mqat.specs.gpt import quantize_block_spec
 
@@ -32,11 +35,56 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
 
     The table is padded so that any valid TP size cuts it evenly; without the mask, padded rows would
     take probability and the loss would differ from the unpadded model's.
+
+    Megatron's layer specs have no place for the vocabulary tables, so that quantized ones are built
+    here, in the place of its own.
+
+    Args:
+        *args: As for `GPTModel`.
+        true_vocab_size: Without padding.
+        tables: Name of a quantized table -> scheme.
+        num_shards: Largest tensor-parallel size of the model.
+        **kwargs: As for `GPTModel`.
     """
 
-    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        true_vocab_size: int,
+        tables: Mapping[str, LinearScheme],
+        num_shards: int,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.true_vocab_size = true_vocab_size
+        common = {"config": self.config, "tp_group": self.pg_collection.tp}
+        if self.pre_process and EMBEDDING in tables:
+            scatters = self.embedding.reduce_scatter_embeddings
+            del self.embedding.word_embeddings  # a table may be the model's largest tensor
+            self.embedding.word_embeddings = QuantVocabParallelEmbedding(
+                self.vocab_size,
+                self.config.hidden_size,
+                init_method=self.config.embedding_init_method,
+                reduce_scatter_embeddings=scatters,
+                name=EMBEDDING,
+                scheme=tables[EMBEDDING],
+                **common,
+            )
+        if self.post_process and OUTPUT_LAYER in tables:
+            del self.output_layer  # likewise
+            self.output_layer: Any = QuantColumnParallelLinear(
+                self.config.hidden_size,
+                self.vocab_size,
+                init_method=self.config.init_method,
+                bias=False,
+                gather_output=not self.parallel_output,
+                name=OUTPUT_LAYER,
+                scheme=tables[OUTPUT_LAYER],
+                num_shards=num_shards,
+                **common,
+            )
+        if tables and (self.pre_process or self.post_process):
+            self.setup_embeddings_and_output_layer()
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Per-token loss [b, s] from this rank's logits [s, b, Vp/tp]."""
@@ -151,6 +199,8 @@ def build_model(
             rope_scaling_factor=(model.rope_scaling or {}).get("factor", 8.0),
             vp_stage=vp_stage,
             true_vocab_size=model.vocab_size,
+            tables=table_schemes(layers),
+            num_shards=shard_count(model),
         )
         chunks.append(chunk)
     return chunks

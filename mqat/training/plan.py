@@ -14,6 +14,7 @@ from mqat.config import QuantizationConfig, RuleConfig, RunConfig
 from mqat.data.packaged import smollm2_gguf
 from mqat.export import huggingface
 from mqat.export.kv_cache import check_exportable as check_cache_exportable
+from mqat.export.tables import check_exportable as check_tables_exportable
 from mqat.export.trtllm import check_exportable
 from mqat.models.llama import LINEARS, LlamaConfig
 from mqat.models.manifest import DESCRIPTION, read_description
@@ -21,7 +22,7 @@ from mqat.models.random import RandomWeights
 from mqat.models.source import PretrainedSource, open_pretrained
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
 from mqat.quant.gemm import has_bf16_units
-from mqat.quant.kv_cache import Scheme, kv_cache_schemes, linear_schemes
+from mqat.quant.kv_cache import Scheme, kv_cache_schemes, linear_schemes, table_schemes
 from mqat.quant.learned import check_learnable
 from mqat.quant.scheme import LinearScheme
 from mqat.runtime.groups import device
@@ -231,6 +232,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     export = config.export
     if export.format is not None:
         target = export.style if export.format == "hf" else export.format
+        check_tables_exportable(table_schemes(layers))
         check_cache_exportable(kv_cache_schemes(layers), linears, target=target)
     if export.format == "hf":
         huggingface.check_exportable(model, linears, style=export.style)

@@ -22,7 +22,7 @@ class QuantizerSchedule:
     Attributes:
         on_after: Steps for which calibrated quantizers stay off.
         inputs_on_after: The same for input quantizers; None: as the others.
-        bits: (first step, bits of every quantized weight), ascending; empty: the scheme's, always.
+        bits: (first step, bits of all layers' weights), ascending; empty: the scheme's, always.
     """
 
     on_after: int = 0
@@ -33,10 +33,10 @@ class QuantizerSchedule:
         """Sets every quantizer of this rank for the optimizer step `step`, counted from 0."""
         inputs = self.on_after if self.inputs_on_after is None else self.inputs_on_after
         started = [bits for first, bits in self.bits if first <= step]
-        for module in quantized_modules(model).values():
+        for name, module in quantized_modules(model).items():
             for kind, quantizer in module.quantizers.items():
                 quantizer.is_enabled = step >= (inputs if kind == "input" else self.on_after)
-                if kind == "weight":
+                if kind == "weight" and name.startswith("decoder."):
                     quantizer.stage = _stage(quantizer.scheme, started[-1]) if started else None
 
 

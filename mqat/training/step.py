@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from mqat.parallel.learned_scales import scale_rule
+from mqat.parallel.quantized import QuantizedModule
 from mqat.parallel.quantized_step import quantized_step
 from mqat.runtime.groups import device
 
@@ -132,8 +133,11 @@ def evaluate(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> tu
 
 @contextmanager
 def _without_logits(chunks: Sequence[Any]) -> Iterator[None]:
-    """The last stage ends with the decoder, as every other stage does."""
+    """The last stage ends with the decoder, unless its output layer is watched too."""
     models = [getattr(chunk, "module", chunk) for chunk in chunks]
+    models = [
+        m for m in models if not isinstance(getattr(m, "output_layer", None), QuantizedModule)
+    ]
     ends = [model.post_process for model in models]
     try:
         for model in models:

@@ -17,12 +17,22 @@ from mqat.config import ModelConfig, OptimizerConfig
 from mqat.models.llama import LlamaConfig
 from mqat.models.random import RandomWeights
 from mqat.runtime import groups
-from mqat.specs.policy import Policy
+from mqat.specs.policy import Policy, Rule
 
 MODEL = LlamaConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=4,
     num_attention_heads=4, num_query_groups=2, head_dim=32, tie_word_embeddings=True,
 )  # fmt: skip
+TABLES = (
+    Rule("embedding.word_embeddings", "int4"),
+    Rule(
+        "output_layer",
+        operands={
+            "weight": {"format": "int8", "granularity": "channel"},
+            "input": {"format": "int8_full", "granularity": "tensor"},
+        },
+    ),
+)
 TOKENS = torch.randint(0, 301, (2, 40), generator=torch.Generator().manual_seed(2))
 
 
@@ -43,6 +53,7 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--algorithm", default="int8")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--tables", action="store_true", help="quantize embedding and output layer")
     parser.add_argument("--kv-cache")
     parser.add_argument("--kv-cache-scales", default="shared")
     parser.add_argument(
@@ -67,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     from mqat.training.step import evaluate, forward_backward, logits
 
     policy = Policy(
-        args.algorithm, 64, kv_cache=args.kv_cache, kv_cache_scales=args.kv_cache_scales
+        args.algorithm, 64, TABLES if args.tables else (), args.kv_cache, args.kv_cache_scales
     )
     layers = policy.resolve(model)
     settings = ModelConfig(

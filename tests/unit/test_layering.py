@@ -16,7 +16,7 @@ ALLOWED = {
     "data": {"config", "models"},
     "export": {"quant", "models", "parallel.layout"},
     "verify": {"quant", "models", "parallel.layout", "export.slices"},
-    "report": {"models", "export", "verify"},
+    "report": {"quant", "models", "export", "verify"},
     "training": {
         "quant", "models", "runtime", "parallel", "specs", "calibration", "data", "config",
         "export", "verify",

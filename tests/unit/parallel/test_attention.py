@@ -6,7 +6,7 @@ import torch
 from mqat.models.random import RandomWeights
 from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.specs.policy import Policy
-from tests.unit.parallel.conftest import MODEL, microbatches
+from tests.unit.parallel.conftest import MODEL, microbatches, switch_off
 
 
 class Groups:
@@ -108,13 +108,6 @@ def built(world):
         return chunks, seen
 
     return make
-
-
-def switch_off(chunks):
-    from mqat.parallel.quantized import all_quantizers
-
-    for quantizer in all_quantizers(chunks):
-        quantizer.is_enabled = False
 
 
 def levels(tensors):

@@ -255,3 +255,16 @@ def test_deferring_the_weight_gradient_is_refused(calibrated):
             torch.randn(8, 1, 128), linear.weight, bias=None, gradient_accumulation_fusion=False,
             allreduce_dgrad=False, sequence_parallel=False, tp_group=None, grad_output_buffer=[],
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", ["int8", "int4"])
+def test_outputs_may_be_changed_in_place_as_vocabulary_losses_do(calibrated, algorithm):
+    linear = quantized_linears(calibrated(algorithm))["decoder.layers.0.mlp.linear_fc1"]
+    gradients = []
+    for in_place in (True, False):
+        x = torch.ones(8, 1, 128, requires_grad=True)
+        output, _ = linear(x)
+        output = output.mul_(3) if in_place else output * 3
+        output.sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and bool(gradients[0].any())

@@ -9,6 +9,7 @@ from mqat.quant.kv_cache import (
     kv_cache_schemes,
     linear_schemes,
     scheme_from_dict,
+    table_schemes,
 )
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import TensorScheme, named_scheme
@@ -23,8 +24,10 @@ def test_schemes_survive_json(name, scales):
     assert [scheme.scale_of(kind) in scheme.operands for kind in ("key", "value")] == [True, True]
     linear = named_scheme("int8")
     assert scheme_from_dict(linear.to_dict()) == linear
-    both = {"a": linear, "b": scheme}
-    assert linear_schemes(both) == {"a": linear} and kv_cache_schemes(both) == {"b": scheme}
+    every = {"decoder.a": linear, "decoder.b": scheme, "output_layer": linear}
+    assert linear_schemes(every) == {"decoder.a": linear}
+    assert kv_cache_schemes(every) == {"decoder.b": scheme}
+    assert table_schemes(every) == {"output_layer": linear}
 
 
 def test_unknown_words_suggest_the_nearest():

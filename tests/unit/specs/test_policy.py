@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,9 +7,10 @@ from mqat.config import load_config
 from mqat.models.llama import LINEARS, LlamaConfig
 from mqat.quant.formats import FORMATS, FP8_E4M3, INT4, INT8_FULL
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
+from mqat.quant.kv_cache import kv_cache_scheme, kv_cache_schemes, table_schemes
 from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
 from mqat.specs.policy import Policy, Rule, tensor_scheme
-from mqat.training.plan import make_plan
+from mqat.training.plan import describe, make_plan
 
 MODEL = LlamaConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,
@@ -91,6 +94,86 @@ def test_algorithms_that_the_export_format_lacks_are_refused_before_training(tmp
     text = YAML.split("  rules:")[0].replace("int8", algorithm)
     assert plan(tmp_path, text + "export: {format: null}").layers
     with pytest.raises(ValueError, match=f"algorithm={algorithm} cannot be exported"):
+        plan(tmp_path, text)
+
+
+def test_one_key_quantizes_the_cache_of_every_layer(tmp_path):
+    text = YAML.replace("algorithm: int8\n", "algorithm: int8\n  kv_cache: fp8\n", 1)
+    made = plan(tmp_path, text)
+    caches = kv_cache_schemes(made.layers)
+    assert list(caches) == [f"decoder.layers.{i}.self_attention.core_attention" for i in range(2)]
+    assert set(caches.values()) == {kv_cache_scheme("fp8")} and len(made.layers) == 4 + 2
+    assert describe(made)["key/value cache"] == "fp8" and describe(made)["quantized linears"] == 4
+    assert not kv_cache_schemes(plan(tmp_path, YAML).layers)
+
+
+@pytest.mark.parametrize(
+    ("keys", "export", "message"),
+    [
+        ("kv_cache: fp4", "null", "kv_cache='fp4' is not one of: null, int8, fp8"),
+        ("kv_cashe: fp8", "null", "did you mean quantization.kv_cache"),
+        ("enable_kv_cache: true", "null", "did you mean quantization.kv_cache"),
+        ("kv_cache: int8", "hf", "kv_cache=int8 cannot be exported as compressed-tensors"),
+        (
+            "kv_cache: fp8, kv_cache_scales: separate",
+            "trtllm",
+            "cannot be exported to TensorRT-LLM",
+        ),
+    ],
+)
+def test_caches_that_do_not_exist_or_are_not_served_are_refused(tmp_path, keys, export, message):
+    head = YAML.split("quantization:")[0]
+    text = f"{head}quantization: {{algorithm: int8, {keys}}}\nexport: {{format: {export}}}\n"
+    with pytest.raises(ValueError, match=message):
+        plan(tmp_path, text)
+
+
+UNTIED = replace(MODEL, tie_word_embeddings=False)
+GROUPS = {"format": "int4", "granularity": "group:32"}
+INT8_INPUT = {"format": "int8_full", "granularity": "tensor"}
+
+
+def test_tables_are_quantized_only_by_their_names():
+    everything = Policy("int8", rules=(Rule("*", "int4"),)).resolve(UNTIED)
+    assert not table_schemes(everything)
+    rules = (
+        Rule("output_layer", operands={"weight": GROUPS, "input": INT8_INPUT}),
+        Rule("embedding.word_embeddings", "int4"),
+        Rule("output_layer", "int8"),  # the first rule wins
+    )
+    tables = table_schemes(Policy("int8", 32, rules).resolve(UNTIED))
+    assert tables["output_layer"].input is not None and tables["output_layer"].name == "custom"
+    assert tables["embedding.word_embeddings"] == named_scheme("int4", group_size=32)
+    off = (Rule("output_layer", "null"), Rule("output_layer", "int4"))
+    assert not table_schemes(Policy("int8", rules=off).resolve(UNTIED))
+
+
+@pytest.mark.parametrize(
+    ("model", "rule", "message"),
+    [
+        (MODEL, Rule("output_layer", "int4"), "output_layer cannot be quantized.* are one weight"),
+        (MODEL, Rule("embedding.word_embeddings", "int4"), "are one weight"),
+        (UNTIED, Rule("embedding.word_embeddings", "int8"), "has no input to quantize, only weight"),
+        (UNTIED, Rule("output_layer", operands={"weight": GROUPS, "output": INT8_INPUT}),
+         "output_layer has no output to quantize, only weight and input"),
+        (UNTIED, Rule("output_layer", "fp8"), "granularity 'tensor'; rows of the vocabulary"),
+        (UNTIED, Rule("output_layer", operands={"input": INT8_INPUT}), "granularity None; rows"),
+        (UNTIED, Rule("output_layers", "int4"), "only by a rule that says exactly"),
+        (UNTIED, Rule("output*", "int4"), "only by a rule that says exactly"),
+    ],
+)  # fmt: skip
+def test_tables_that_cannot_be_quantized_are_refused(model, rule, message):
+    with pytest.raises(ValueError, match=message):
+        Policy("int8", rules=(rule,)).resolve(model)
+
+
+def test_quantized_tables_are_not_exported(tmp_path):
+    text = YAML.replace("num_query_groups: 4", "num_query_groups: 4, tie_word_embeddings: false")
+    head = "output_layer\n      algorithm: int4"
+    text = text.replace('"decoder.layers.0.*"\n      algorithm: null', head)
+    text = text.split('    - pattern: "*.linear_fc2"')[0]
+    assert plan(tmp_path, text + "export: {format: null}").layers["output_layer"]
+    with pytest.raises(ValueError, match="output_layer is quantized, which no export format"):
         plan(tmp_path, text)
 
 
