@@ -13,7 +13,7 @@ from typing import Any
 from mqat.export import linears as content
 from mqat.models.llama import LlamaConfig
 from mqat.parallel.layout import linear_of
-from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.scheme import LinearScheme, TensorScheme
 
 
@@ -31,35 +31,52 @@ class CompressedFormat:
 
 
 _PACKED = {"weight_packed": content.words, "weight_shape": content.full_shape}
-# A further algorithm is a further row.
+_PER_CHANNEL = {"weight": content.codes, "weight_scale": content.column_scale}
+_STATIC_INPUT = {"input_scale": content.input_scale}
+_INT8 = CompressedFormat("int-quantized", _PER_CHANNEL | _STATIC_INPUT)
+_INT4 = CompressedFormat("pack-quantized", _PACKED | {"weight_scale": content.model_scale})
+# A further algorithm is a further row. SmoothQuant and AWQ are folded into weights and norms. The
+# package packs no weights whose inputs are integers too: a byte for each code.
 FORMATS = {
-    "int8": CompressedFormat(
-        "int-quantized",
-        {
-            "weight": content.codes,
-            "weight_scale": content.column_scale,
-            "input_scale": content.input_scale,
-        },
-    ),
+    "int8": _INT8,
+    "int8_sq": _INT8,
+    "int8_pc_pt": CompressedFormat("int-quantized", _PER_CHANNEL),
     "int8_wo": CompressedFormat("pack-quantized", _PACKED | {"weight_scale": content.column_scale}),
-    "int4": CompressedFormat("pack-quantized", _PACKED | {"weight_scale": content.model_scale}),
-    # The package packs no weights whose inputs are integers too: a byte for each code.
+    "int4": _INT4,
+    "int4_awq": _INT4,
+    "w_int4_sym": _INT4,
+    "w_uint4_asym": CompressedFormat(
+        "pack-quantized",
+        _PACKED | {"weight_scale": content.model_scale, "weight_zero_point": content.zero_words},
+    ),
     "int4_w_int8_a": CompressedFormat(
         "int-quantized",
-        {
-            "weight": content.codes,
-            "weight_scale": content.model_scale,
-            "input_scale": content.input_scale,
-        },
+        {"weight": content.codes, "weight_scale": content.model_scale} | _STATIC_INPUT,
+    ),
+    "8da4w": CompressedFormat(
+        "int-quantized", {"weight": content.codes, "weight_scale": content.frozen_scale}
     ),
     "fp8": CompressedFormat(
         "float-quantized",
+        {"weight": content.codes, "weight_scale": content.frozen_scale} | _STATIC_INPUT,
+    ),
+    "fp8_pc_pt": CompressedFormat("float-quantized", _PER_CHANNEL),
+    "nvfp4": CompressedFormat(
+        "nvfp4-pack-quantized",
         {
-            "weight": content.codes,
-            "weight_scale": content.frozen_scale,
-            "input_scale": content.input_scale,
+            "weight_packed": content.column_pairs,
+            "weight_scale": content.block_scale,
+            "weight_global_scale": content.inverse_global_scale,
+            "input_global_scale": content.inverse_input_global_scale,
         },
     ),
+}
+_INSTEAD = {
+    "w4a8_awq": "INT4 weights with static FP8 inputs are read by TensorRT-LLM: use export.format=trtllm "
+    "or style=modelopt.",
+    "mxfp4": "Use nvfp4.",
+    "mxfp8": "Use fp8_pc_pt.",
+    "nf4": "Use int4_awq.",
 }
 
 
@@ -72,8 +89,8 @@ def check_exportable(model: LlamaConfig, layers: Mapping[str, LinearScheme]) -> 
     for name, scheme in layers.items():
         if scheme.name not in FORMATS:
             raise ValueError(
-                f"quantization.algorithm={scheme.name} has no compressed-tensors form; exportable "
-                f"algorithms: {sorted(FORMATS)}."
+                f"quantization.algorithm={scheme.name} has no compressed-tensors form. "
+                + _INSTEAD.get(scheme.name, f"Exportable algorithms: {sorted(FORMATS)}.")
             )
         granularity = scheme.weight.granularity if scheme.weight else None
         width = model.linear_shape(linear_of(name))[1]
@@ -120,19 +137,17 @@ def quantization_config(modules: Mapping[str, LinearScheme | None]) -> dict[str,
 
 def _arguments(scheme: TensorScheme) -> dict[str, Any]:
     granularity = scheme.granularity
+    is_local = scheme.is_dynamic and scheme.has_global_scale  # blocks at run time, the rest static
     return {
         "num_bits": scheme.format.bits,
         "type": "float" if scheme.format.is_float else "int",
-        "symmetric": True,
-        "strategy": _strategy(granularity),
+        "symmetric": not scheme.is_asymmetric,
+        "strategy": "tensor_group" if scheme.has_global_scale else _strategy(granularity),
         "group_size": granularity.size if isinstance(granularity, PerGroup) else None,
-        "dynamic": False,
+        "dynamic": "local" if is_local else scheme.is_dynamic,
     }
 
 
 def _strategy(granularity: Granularity) -> str:
-    if isinstance(granularity, PerTensor):
-        return "tensor"
-    if isinstance(granularity, PerChannel):
-        return "channel"
-    return "group"
+    names = {PerTensor: "tensor", PerChannel: "channel", PerToken: "token"}
+    return names.get(type(granularity), "group")

@@ -19,7 +19,8 @@ from mqat.export.stream import TensorPlan
 from mqat.export.words import pack_words
 from mqat.quant.functional import dequantize, quantize
 from mqat.quant.granularity import PerGroup, PerTensor
-from mqat.quant.packing import pack_int4
+from mqat.quant.packing import pack_int4, pack_nibbles
+from mqat.quant.scales import block_scales
 from mqat.quant.scheme import TensorScheme
 
 
@@ -69,9 +70,14 @@ class ServedLinear:
         """The trained weight, block by block."""
         return (self._weight(rows) for rows in row_blocks(self.rows, self.shape[1]))
 
-    def scale(self, rows: Rows | None = None) -> Tensor:
-        """The frozen scale of some of the rows (default: all), in the shape of its granularity."""
-        key, rows = f"quantizers.{self.name}.weight_scale", self.rows if rows is None else rows
+    def scale(self, rows: Rows | None = None, *, part: str = "scale") -> Tensor:
+        """The frozen scale of some of the rows (default: all), in the shape of its granularity.
+
+        Args:
+            rows: Of the trained weight.
+            part: Or `zero_point`, which is shaped alike.
+        """
+        key, rows = f"quantizers.{self.name}.weight_{part}", self.rows if rows is None else rows
         granularity = self.weight_scheme.granularity
         if isinstance(granularity, PerTensor):
             return self.reader.read(key)
@@ -79,19 +85,39 @@ class ServedLinear:
         if isinstance(granularity, PerGroup):
             size = granularity.size
             columns = (slice(self.cols.start // size, -(-self.cols.stop // size)),)
-        return torch.cat([self.reader.read(key, (part, *columns)) for part in rows])
+        return torch.cat([self.reader.read(key, (span, *columns)) for span in rows])
+
+    def zero_point(self, rows: Rows | None = None) -> Tensor | None:
+        """The frozen zero points, int32, shaped like `scale`; None where zero is zero."""
+        if not self.weight_scheme.is_asymmetric:
+            return None
+        return self.scale(rows, part="zero_point")
 
     def codes(self) -> Iterator[Tensor]:
         """Codes of the trained weight on its frozen grid, block by block."""
         scheme = self.weight_scheme
         for rows in row_blocks(self.rows, self.shape[1]):
-            yield quantize(self._weight(rows), self.scale(rows), scheme.format, scheme.granularity)
+            yield quantize(
+                self._weight(rows), self.scale(rows), scheme.format, scheme.granularity,
+                zero_point=self.zero_point(rows),
+            )  # fmt: skip
 
     def values(self) -> Iterator[Tensor]:
         """What training multiplied by, rounded once to the model's dtype."""
-        granularity = self.weight_scheme.granularity
+        scheme = self.weight_scheme
         for rows, codes in zip(row_blocks(self.rows, self.shape[1]), self.codes(), strict=True):
-            yield dequantize(codes, self.scale(rows), granularity, self.dtype)
+            yield dequantize(
+                codes, self.scale(rows), scheme.granularity, self.dtype,
+                zero_point=self.zero_point(rows), fmt=scheme.format,
+            )  # fmt: skip
+
+    def whole_scale(self) -> Tensor:
+        """The frozen scale of the whole trained weight, of which this may be a part."""
+        return self.reader.read(f"quantizers.{self.name}.weight_scale")
+
+    def read_global_scale(self, kind: str = "weight") -> Tensor:
+        """The upper one of two levels, float32 (1,); `kind`: `weight` or `input`."""
+        return self.reader.read(f"quantizers.{self.name}.{kind}_global_scale")
 
     def read_input_scale(self) -> Tensor:
         """The frozen scale of the input, float32 (1,)."""
@@ -135,14 +161,50 @@ def row_pairs(part: ServedLinear) -> Content:
     return Content(torch.int8, (out // 2, width), lambda: map(pack_int4, part.codes()))
 
 
+def row_pairs_as_bytes(part: ServedLinear) -> Content:
+    """The same bits, as unsigned bytes."""
+    out, width = part.shape
+    return Content(
+        torch.uint8,
+        (out // 2, width),
+        lambda: (pack_int4(block).view(torch.uint8) for block in part.codes()),
+    )
+
+
+def column_pairs(part: ServedLinear) -> Content:
+    """Two FP4 codes of neighbouring columns in a byte."""
+    out, width = part.shape
+    return Content(torch.uint8, (out, width // 2), lambda: map(pack_nibbles, part.codes()))
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned codes or zero points, moved so that the range is that of signed ones; int8."""
+    return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
 def words(part: ServedLinear) -> Content:
     """Integer codes of neighbouring columns in a 32-bit word."""
-    (out, width), bits = part.shape, part.weight_scheme.format.bits
-    return Content(
-        torch.int32,
-        (out, -(-width * bits // 32)),
-        lambda: (pack_words(block, bits) for block in part.codes()),
-    )
+    (out, width), fmt = part.shape, part.weight_scheme.format
+
+    def blocks() -> Iterator[Tensor]:
+        for block in part.codes():
+            signed = _signed(block, fmt.bits) if fmt.is_unsigned else block
+            yield pack_words(signed, fmt.bits)
+
+    return Content(torch.int32, (out, -(-width * fmt.bits // 32)), blocks)
+
+
+def zero_words(part: ServedLinear) -> Content:
+    """Zero points of neighbouring rows in a 32-bit word, moved like the codes of `words`."""
+    bits = part.weight_scheme.format.bits
+    out, groups = _scale_shape(part)
+
+    def make() -> Tensor:
+        zero = part.zero_point()
+        assert zero is not None, "only asymmetric weights have zero points"
+        return pack_words(_signed(zero, bits).t().contiguous(), bits).t().contiguous()
+
+    return _lazily(torch.int32, (-(-out * bits // 32), groups), make)
 
 
 def _lazily(dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Content:
@@ -204,3 +266,61 @@ def ones(part: ServedLinear) -> Content:
 def full_shape(part: ServedLinear) -> Content:
     """Shape of the unpacked weight, int64 (2,)."""
     return _lazily(torch.int64, (2,), lambda: torch.tensor(part.shape))
+
+
+def block_scale(part: ServedLinear) -> Content:
+    """Lower one of two levels of weight scales, E4M3."""
+    return _lazily(
+        torch.float8_e4m3fn,
+        _scale_shape(part),
+        lambda: block_scales(part.scale(), part.read_global_scale()),
+    )
+
+
+def global_scale(part: ServedLinear) -> Content:
+    """Upper level of weight scales, float32 (1,)."""
+    return _lazily(torch.float32, (1,), part.read_global_scale)
+
+
+def scalar_global_scale(part: ServedLinear) -> Content:
+    """Upper level of weight scales, float32 ()."""
+    return _lazily(torch.float32, (), part.read_global_scale)
+
+
+def inverse_global_scale(part: ServedLinear) -> Content:
+    """Reciprocal of the upper level of weight scales, float32 (1,)."""
+    return _lazily(torch.float32, (1,), lambda: part.read_global_scale().reciprocal())
+
+
+def input_global_scale(part: ServedLinear) -> Content:
+    """Upper level of input scales, float32 (1,)."""
+    return _lazily(torch.float32, (1,), lambda: part.read_global_scale("input"))
+
+
+def scalar_input_global_scale(part: ServedLinear) -> Content:
+    """Upper level of input scales, float32 ()."""
+    return _lazily(torch.float32, (), lambda: part.read_global_scale("input"))
+
+
+def inverse_input_global_scale(part: ServedLinear) -> Content:
+    """Reciprocal of the upper level of input scales, float32 (1,)."""
+    return _lazily(torch.float32, (1,), lambda: part.read_global_scale("input").reciprocal())
+
+
+def _fp8_range_scale(part: ServedLinear) -> Tensor:
+    """What brings an INT4 weight into E4M3's range: a power of two, so that dividing by it is exact.
+
+    Any factor of at least max|W| / 448 will do for W4A8 kernels; codes reach -8.
+    """
+    largest = 8 * part.whole_scale().amax().reshape(1) / 448
+    return torch.exp2(torch.log2(largest).ceil())
+
+
+def fp8_range_scale(part: ServedLinear) -> Content:
+    """Second scale of W4A8 weights, float32 (1,): the same for all parts of a trained weight."""
+    return _lazily(torch.float32, (1,), lambda: _fp8_range_scale(part))
+
+
+def scalar_fp8_range_scale(part: ServedLinear) -> Content:
+    """The same, float32 ()."""
+    return _lazily(torch.float32, (), lambda: _fp8_range_scale(part))

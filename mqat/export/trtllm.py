@@ -20,7 +20,7 @@ from mqat.models.llama import (
     TRTLLM_LINEARS,
     LlamaConfig,
 )
-from mqat.parallel.layout import linear_of
+from mqat.parallel.layout import ROW_PARALLEL, linear_of
 from mqat.quant.granularity import PerGroup
 from mqat.quant.scheme import LinearScheme
 
@@ -34,27 +34,35 @@ class TrtllmFormat:
     Attributes:
         quant_algo: Its name there.
         tensors: Of each linear: suffix -> content.
-        is_awq: Group-wise INT4 kernels with their size rules and options.
+        group_sizes: That its group-wise INT4 kernels take; with them come size rules and options.
         is_requantized: The loader quantizes again; the served weights are not the trained ones.
     """
 
     quant_algo: str
     tensors: Mapping[str, content.Maker]
-    is_awq: bool = False
+    group_sizes: tuple[int, ...] = ()
     is_requantized: bool = False
 
 
-# A further algorithm is a further row.
+_INT8 = TrtllmFormat(
+    "W8A8_SQ_PER_CHANNEL",
+    {
+        "weight": content.codes,
+        "weights_scaling_factor": content.frozen_scale,
+        "activation_scaling_factor": content.input_scale,
+        "prequant_scaling_factor": content.ones,
+    },
+)
+_INT4_TENSORS = {
+    "weight": content.row_pairs,
+    "weights_scaling_factor": content.model_scale,
+    "prequant_scaling_factor": content.ones,
+}
+_INT4 = TrtllmFormat("W4A16_AWQ", _INT4_TENSORS, group_sizes=(64, 128))
+# A further algorithm is a further row. SmoothQuant and AWQ are folded into weights and norms.
 FORMATS = {
-    "int8": TrtllmFormat(
-        "W8A8_SQ_PER_CHANNEL",
-        {
-            "weight": content.codes,
-            "weights_scaling_factor": content.frozen_scale,
-            "activation_scaling_factor": content.input_scale,
-            "prequant_scaling_factor": content.ones,
-        },
-    ),
+    "int8": _INT8,
+    "int8_sq": _INT8,
     "fp8": TrtllmFormat(
         "FP8",
         {
@@ -63,22 +71,48 @@ FORMATS = {
             "activation_scaling_factor": content.input_scale,
         },
     ),
-    "int4": TrtllmFormat(
-        "W4A16_AWQ",
-        {
-            "weight": content.row_pairs,
-            "weights_scaling_factor": content.model_scale,
-            "prequant_scaling_factor": content.ones,
+    "fp8_pc_pt": TrtllmFormat(
+        "FP8_PER_CHANNEL_PER_TOKEN",
+        {"weight": content.codes, "per_channel_scale": content.frozen_scale},
+    ),
+    "int4": _INT4,
+    "int4_awq": _INT4,
+    "w_int4_sym": _INT4,
+    "w4a8_awq": TrtllmFormat(
+        "W4A8_AWQ",
+        _INT4_TENSORS
+        | {
+            "weights_scaling_factor_2": content.fp8_range_scale,
+            "activation_scaling_factor": content.input_scale,
         },
-        is_awq=True,
+        group_sizes=(128,),
+    ),
+    "nvfp4": TrtllmFormat(
+        "NVFP4",
+        {
+            "weight": content.column_pairs,
+            "weights_scaling_factor": content.block_scale,
+            "weights_scaling_factor_2": content.global_scale,
+            "activation_scaling_factor": content.input_global_scale,
+        },
     ),
     "int8_wo": TrtllmFormat("W8A16", {"weight": content.dequantized}, is_requantized=True),
 }
 UNQUANTIZED = {"weight": content.unquantized}
 
+_HF = "or export.format=hf."
 _INSTEAD = {
-    "int4_w_int8_a": "TensorRT-LLM has no INT4 weights with INT8 activations: use int8 (W8A8) or "
-    "int4 (weight-only), or export.format=hf."
+    "int4_w_int8_a": "TensorRT-LLM has no INT4 weights with INT8 activations: use int8 (W8A8), "
+    f"w4a8_awq (FP8 activations) or int4 (weight-only), {_HF}",
+    "8da4w": "TensorRT-LLM has no INT4 weights with INT8 activations: use int8 (W8A8), w4a8_awq "
+    f"(FP8 activations) or int4 (weight-only), {_HF}",
+    "int8_pc_pt": "TensorRT-LLM has INT8 activations per token only in plugins that replace whole "
+    f"layers: use int8_sq (static), fp8_pc_pt, {_HF}",
+    "w_uint4_asym": "TensorRT-LLM's AWQ kernels are used without zero points here: use w_int4_sym or "
+    f"int4_awq, {_HF}",
+    "mxfp4": "TensorRT-LLM's engines have no MX formats: use nvfp4.",
+    "mxfp8": "TensorRT-LLM's engines have no MX formats: use fp8 or fp8_pc_pt.",
+    "nf4": "No server of this format reads NF4: use int4_awq.",
 }
 _REQUANTIZED = (
     "W8A16 checkpoints hold unquantized weights: TensorRT-LLM quantizes them again at load time, "
@@ -111,7 +145,7 @@ def _options(scheme: LinearScheme) -> dict[str, Any]:
     """The `quantization` entries of a linear, as in a config for a whole model of such linears."""
     served = FORMATS[scheme.name]
     options: dict[str, Any] = {"quant_algo": served.quant_algo}
-    if served.is_awq:
+    if served.group_sizes:
         options |= {
             "group_size": _group_size(scheme),
             "has_zero_point": False,
@@ -219,15 +253,21 @@ def check_exportable(
     _check_algorithms(layers, allow_requantization)
     _modules(model, layers, pp)
     for name, scheme in layers.items():
-        if FORMATS[scheme.name].is_awq:
-            _check_awq(model, name, _group_size(scheme) or 0, tp)
+        sizes = FORMATS[scheme.name].group_sizes
+        if sizes:
+            _check_awq(model, name, _group_size(scheme) or 0, sizes, tp)
+        else:
+            _check_blocks(model, name, _group_size(scheme), tp)
 
 
-def _check_awq(model: LlamaConfig, name: str, group_size: int, tp: int) -> None:
-    """TensorRT-LLM's size rule for W4A16_AWQ (quantization/layers.py pads otherwise)."""
-    if group_size not in (64, 128):
+def _check_awq(
+    model: LlamaConfig, name: str, group_size: int, sizes: tuple[int, ...], tp: int
+) -> None:
+    """TensorRT-LLM's size rule for group-wise INT4 (quantization/layers.py pads otherwise)."""
+    if group_size not in sizes:
+        allowed = " and ".join(map(str, sizes))
         raise ValueError(
-            f"{name}: group_size={group_size}; TensorRT-LLM's INT4 kernels support 64 and 128 only."
+            f"{name}: group_size={group_size}; TensorRT-LLM's INT4 kernels support {allowed} only."
         )
     linear = linear_of(name)
     out_features, in_features = model.linear_shape(linear)
@@ -239,13 +279,25 @@ def _check_awq(model: LlamaConfig, name: str, group_size: int, tp: int) -> None:
     multiple = max(64, group_size) * tp
     for what, size in (("in_features", in_features), ("out_features", out_features)):
         if size % multiple:
-            fitting = [g for g in (64, 128) if size % (g * tp) == 0]
+            fitting = [g for g in sizes if size % (g * tp) == 0]
             raise ValueError(
                 f"{name}: {what}={size} is not a multiple of {multiple} (= max(64, group_size="
                 f"{group_size}) x export.inference_tensor_parallel={tp}), as TensorRT-LLM's INT4 "
                 f"kernels need. Group sizes that fit here: {fitting or 'none at this size'}; or "
                 "use a smaller export.inference_tensor_parallel."
             )
+
+
+def _check_blocks(model: LlamaConfig, name: str, block: int | None, tp: int) -> None:
+    """Blocks along the input dimension must not be cut, where ranks hold part of it."""
+    linear = linear_of(name)
+    width = model.linear_shape(linear)[1]
+    parts = tp if linear in ROW_PARALLEL else 1
+    if block is not None and width % (block * parts):
+        raise ValueError(
+            f"{name}: in_features={width} is not a multiple of {block * parts} (= blocks of {block} x "
+            f"export.inference_tensor_parallel={parts}); use a smaller one, or another algorithm."
+        )
 
 
 def quant_cfg_json(
