@@ -312,8 +312,8 @@ def _fp8_range_scale(part: ServedLinear) -> Tensor:
 
     Any factor of at least max|W| / 448 will do for W4A8 kernels; codes reach -8.
     """
-    largest = 8 * part.whole_scale().amax().reshape(1) / 448
-    return torch.exp2(torch.log2(largest).ceil())
+    mantissa, exponent = torch.frexp(8 * part.whole_scale().amax().reshape(1) / 448)
+    return torch.ldexp(torch.ones(1), exponent - (mantissa == 0.5).int())
 
 
 def fp8_range_scale(part: ServedLinear) -> Content:

@@ -18,9 +18,10 @@ from mqat.verify import is_huggingface
 from mqat.verify.checks import check_files
 from mqat.verify.expected import CACHE_SCALE
 from mqat.verify.hf_layout import Storage, all_modules, read_hf_config
+from mqat.verify.hf_values import steps_of
 from mqat.verify.huggingface import HfDirectory
 from mqat.verify.huggingface import check_files as check_hf_files
-from mqat.verify.layout import MODULES, ServedConfig, read_config
+from mqat.verify.layout import INT4_ALGORITHMS, MODULES, ServedConfig, read_config
 
 COLUMNS = ("file", "linear", "format", "bits", "shape", "weight scales", "input scale")
 
@@ -104,8 +105,9 @@ def _quantized_row(
     assert scheme.weight is not None, name
     scale = reader.read(f"quantizers.{name}.weight_scale")[: shape[0]]
     operand, step = scheme.input, None
-    if operand is not None and not operand.is_dynamic:
-        step = reader.read(f"quantizers.{name}.input_scale")
+    if operand is not None and (operand.has_global_scale or not operand.is_dynamic):
+        part = "input_global_scale" if operand.has_global_scale else "input_scale"
+        step = reader.read(f"quantizers.{name}.{part}")
     form = f"{scheme.name}: {scheme.weight.format.name} per {scheme.weight.granularity}"
     if operand is not None:
         kind = "dynamic " if operand.is_dynamic else ""
@@ -150,11 +152,15 @@ def _trtllm_row(file: str, name: str, handle: safe_open, config: ServedConfig) -
         return handle.get_tensor(full) if full in present else None
 
     scale, step = tensor("weights_scaling_factor"), tensor("activation_scaling_factor")
-    is_packed = algorithm == "W4A16_AWQ"
-    shape = (2 * out if is_packed else out, width)
+    scale = tensor("per_channel_scale") if scale is None else scale
+    is_int4, is_fp4 = algorithm in INT4_ALGORITHMS, algorithm == "NVFP4"
+    shape = (2 * out if is_int4 else out, 2 * width if is_fp4 else width)
     widths = {"BF16": 16, "F16": 16, "F32": 32, "I8": 8, "F8_E4M3": 8}
-    code_bits = 4 if is_packed else widths[weight.get_dtype()]
-    bits = _bits(shape, code_bits, scale, step, tensor("prequant_scaling_factor"))
+    code_bits = 4 if is_int4 or is_fp4 else widths[weight.get_dtype()]
+    others = [tensor(s) for s in ("prequant_scaling_factor", "weights_scaling_factor_2")]
+    bits = _bits(shape, code_bits, scale, step, *others)
+    if is_fp4 and scale is not None and others[1] is not None:
+        scale = scale.float() * others[1]
     form = algorithm or f"unquantized {weight.get_dtype()}"
     return Row(file, name, form, bits, shape, scale, step)
 
@@ -177,14 +183,12 @@ def _hf_rows(path: Path) -> Iterator[Row]:
             kind = str(weight.dtype).removeprefix("torch.")
             yield Row(files[f"{name}.weight"], name, f"unquantized {kind}", width, (out, inputs))
             continue
-        stored = tensors.get("weight_packed", tensors.get("weight"))
-        assert stored is not None
-        out, inputs = tensors["weight_shape"].tolist() if storage.is_packed else stored.shape
-        shape = (out, inputs)
-        kind = "weight_packed" if storage.is_packed else "weight"
-        scale, step = tensors["weight_scale"].float(), tensors.get("input_scale")
-        bits = _bits(shape, 8 * stored.numel() * stored.element_size() // (shape[0] * shape[1]),
-                     tensors["weight_scale"], step)  # fmt: skip
+        stored, kind = tensors[storage.weight_name], storage.weight_name
+        shape = config.shape_of(name)
+        step = tensors.get(storage.input_scale_name or "")
+        rest = [t for s, t in tensors.items() if s not in (kind, "weight_shape")]
+        code_bits = 8 * stored.numel() * stored.element_size() // (shape[0] * shape[1])
+        bits, scale = _bits(shape, code_bits, *rest), steps_of(tensors, storage)
         yield Row(files[f"{name}.{kind}"], name, _form(storage), bits, shape, scale, step)
     for layer in range(config.raw["num_hidden_layers"] if config.cache_scales else 0):
         names = [f"model.layers.{layer}.{name}" for name in config.cache_scales.values()]
@@ -195,9 +199,8 @@ def _hf_rows(path: Path) -> Iterator[Row]:
 
 
 def _form(storage: Storage) -> str:
-    kind = "fp8_e4m3" if storage.is_float else f"int{storage.bits}"
+    kind = f"fp{storage.bits}" if storage.is_float else f"int{storage.bits}"
     grain = {-1: "tensor", 0: "channel"}.get(storage.group_size, f"group:{storage.group_size}")
-    text = f"{kind} per {grain}" + (", packed" if storage.is_packed else "")
-    if storage.has_input_scale:
-        text += f", inputs {'fp8_e4m3' if storage.is_float else 'int8'}"
-    return text
+    text = f"{kind} per {grain}" + ", zero points" * storage.is_asymmetric
+    text += ", packed" * bool(storage.packing)
+    return text if storage.input is None else f"{text}, inputs {storage.input}"

@@ -71,13 +71,13 @@ def _layer_order(name: str) -> list[int | str]:
 def _shared_input_problems(
     handles: dict[str, safe_open], expected: dict[str, Expected], config: ServedConfig
 ) -> list[str]:
-    """`fc` and `gate` read the same input; fused kernels also need one FP8 weight scale."""
+    """`fc` and `gate` read the same input; fused kernels also need one per-tensor weight scale."""
     handle = next(iter(handles.values()))
     problems = []
     for name in expected:
         module, _, suffix = name.rpartition(".")
         is_fp8 = config.algorithm_of(module) == "FP8"
-        shared = suffix == "activation_scaling_factor" or (
+        shared = suffix in ("activation_scaling_factor", "weights_scaling_factor_2") or (
             suffix == "weights_scaling_factor" and is_fp8
         )
         if ".mlp.fc." not in name or not shared:

@@ -65,12 +65,28 @@ def _linear_tensors(config: ServedConfig, prefix: str, module: str) -> dict[str,
             "activation_scaling_factor": Expected((1,), "F32", True),
             "prequant_scaling_factor": Expected((width,), dtype, not row),
         }
+    one = Expected((1,), "F32", True)
+    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+        return {
+            "weight": Expected((out, width), "F8_E4M3", False),
+            "per_channel_scale": Expected((out,), "F32", row),
+        }
+    if algorithm == "NVFP4":
+        return {
+            "weight": Expected((out, width // 2), "U8", False),
+            "weights_scaling_factor": Expected((out, width // 16), "F8_E4M3", False),
+            "weights_scaling_factor_2": one,
+            "activation_scaling_factor": one,
+        }
     groups = width // config.group_size_of(prefix + module)
-    return {
+    tensors = {
         "weight": Expected((out // 2, width), "I8", False),
         "weights_scaling_factor": Expected((out, groups), dtype, False),
         "prequant_scaling_factor": Expected((width,), dtype, not row),
     }
+    if algorithm == "W4A8_AWQ":
+        tensors |= {"weights_scaling_factor_2": one, "activation_scaling_factor": one}
+    return tensors
 
 
 def expected_tensors(config: ServedConfig, pp_rank: int) -> dict[str, Expected]:

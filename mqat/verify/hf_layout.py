@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +45,56 @@ _FP8_CACHE = {"num_bits": 8, "type": "float", "dynamic": False}
 
 @dataclass(frozen=True)
 class Storage:
-    """How the weight of a module is stored, and whether its input is quantized.
+    """How the weight of a module is stored, and how its input is quantized.
 
     Attributes:
         bits: Of a code.
-        is_float: FP8 codes.
+        is_float: FP8 or FP4 codes.
         group_size: 0: one scale per output channel; -1: one per tensor; otherwise elements.
-        is_packed: Codes lie in 32-bit words.
-        has_input_scale: Static per-tensor input quantization.
-        is_scalar: Scales have no dimension (ModelOpt).
+        packing: `words`: codes in 32-bit words along columns; `rows`: row pairs in bytes; `columns`:
+            column pairs in bytes; empty: one element per code.
+        input: A kind of `operands.served_input`; None: unquantized.
+        is_modelopt: Names and shapes are ModelOpt's: scales of whole tensors have no dimension.
+        is_asymmetric: Weights have zero points.
     """
 
     bits: int
     is_float: bool
     group_size: int
-    is_packed: bool
-    has_input_scale: bool
-    is_scalar: bool = False
+    packing: str = ""
+    input: str | None = None
+    is_modelopt: bool = False
+    is_asymmetric: bool = False
+
+    @property
+    def has_two_levels(self) -> bool:
+        """FP4: E4M3 block scales under a global one, of weight and input."""
+        return self.is_float and self.bits == 4
+
+    @property
+    def weight_name(self) -> str:
+        """Suffix of the codes."""
+        is_packed = self.packing and not self.is_modelopt
+        return "weight_packed" if is_packed else "weight"
+
+    @property
+    def input_scale_name(self) -> str | None:
+        """Suffix of what is frozen of the input."""
+        if self.has_two_levels and not self.is_modelopt:
+            return "input_global_scale"
+        is_frozen = self.input is not None and not self.input.startswith("token")
+        return "input_scale" if is_frozen else None
+
+
+_FP8 = Storage(8, True, -1, input="static fp8", is_modelopt=True)
+# `quant_algo` -> storage, up to the group size.
+_MODELOPT = {
+    "FP8": _FP8,
+    "FP8_PER_CHANNEL_PER_TOKEN": replace(_FP8, group_size=0, input="token fp8"),
+    "NVFP4": Storage(4, True, 16, "columns", "block fp4", is_modelopt=True),
+    "W4A16_AWQ": Storage(4, False, 128, "rows", is_modelopt=True),
+    "W4A8_AWQ": Storage(4, False, 128, "rows", "static fp8", is_modelopt=True),
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +133,11 @@ class HfConfig:
             "query": int(self.raw["num_attention_heads"]) * d,
             "key": int(self.raw["num_key_value_heads"]) * d,
         }[what]
+
+    def shape_of(self, name: str) -> tuple[int, int]:
+        """(out, in) of a linear such as `model.layers.3.mlp.up_proj`."""
+        rows, cols = MODULES[".".join(name.split(".")[3:])]
+        return self.size(rows), self.size(cols)
 
 
 def all_modules(num_layers: int) -> list[str]:
@@ -191,11 +229,21 @@ def _read_modelopt(
         )
     if told != (config.get("quant_algo"), config.get("ignore")):
         yield "quantization_config and hf_quant_config.json disagree"
-    elif config.get("quant_algo") != "FP8" or "lm_head" not in told[1]:
+    elif told[0] not in _MODELOPT or "lm_head" not in told[1]:
         yield f"quant_algo={told[0]!r} with exclusions {told[1]} is not verified here"
     else:
-        fp8 = Storage(8, True, -1, False, True, is_scalar=True)
-        storage |= {name: fp8 for name in modules if name not in told[1]}
+        found, size = _MODELOPT[told[0]], other.get("group_size")
+        if found.group_size > 0:
+            if not _is_size(size):
+                yield f"hf_quant_config.json: group_size={size!r}, expected a positive integer"
+                return
+            found = replace(found, group_size=size)
+        is_awq = found.packing == "rows"
+        options = (other.get("pre_quant_scale"), other.get("has_zero_point"))
+        if is_awq and options != (True, False):
+            yield "hf_quant_config.json: AWQ needs pre_quant_scale true and has_zero_point false"
+            return
+        storage |= {name: found for name in modules if name not in told[1]}
 
 
 def _read_compressed(
@@ -226,28 +274,51 @@ def _read_compressed(
                 storage[module] = found
 
 
+# format -> (type, bits) of weights it can hold, and their packing.
+_FORMS: dict[str | None, tuple[set[tuple[Any, Any]], str]] = {
+    "int-quantized": ({("int", 4), ("int", 8)}, ""),
+    "float-quantized": ({("float", 8)}, ""),
+    "pack-quantized": ({("int", 4), ("int", 8)}, "words"),
+    "nvfp4-pack-quantized": ({("float", 4)}, "columns"),
+}
+# (type, bits, symmetric, strategy, dynamic) of inputs.
+_INPUTS: dict[tuple[Any, ...], str] = {
+    ("int", 8, True, "tensor", False): "static int8",
+    ("float", 8, True, "tensor", False): "static fp8",
+    ("int", 8, True, "token", True): "token int8",
+    ("int", 8, False, "token", True): "token uint8",
+    ("float", 8, True, "token", True): "token fp8",
+    ("float", 4, True, "tensor_group", "local"): "block fp4",
+}
+
+
 def _storage_of(group: dict[str, Any], form: str | None) -> tuple[Storage | None, str]:
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    strategy, bits = weights.get("strategy"), weights.get("num_bits")
-    is_float = weights.get("type") == "float"
-    if weights.get("symmetric") is not True or weights.get("dynamic"):
-        return None, "weights must be symmetric and static"
-    if strategy not in ("tensor", "channel", "group"):
-        return None, f"strategy {strategy!r} is not verified here"
-    if form not in ("int-quantized", "float-quantized", "pack-quantized"):
+    strategy, kind = weights.get("strategy"), weights.get("type")
+    bits: Any = weights.get("num_bits")
+    if form not in _FORMS:
         return None, f"format {form!r} is not verified here"
-    if (form == "float-quantized") != is_float or bits not in (4, 8) or (is_float and bits != 8):
-        return None, f"format {form!r} with {bits} bits of type {weights.get('type')!r}"
-    is_static = {"num_bits": 8, "symmetric": True, "strategy": "tensor", "dynamic": False}
-    if inputs is not None and (
-        any(inputs.get(key) != value for key, value in is_static.items())
-        or inputs.get("type") != weights.get("type")
-    ):
-        return None, f"input_activations {inputs} are not verified here"
-    size = weights.get("group_size")
-    if strategy == "group" and not _is_size(size):
-        return None, f"group_size={size!r}"
-    group_size = {"tensor": -1, "channel": 0}.get(str(strategy), size)
-    return Storage(
-        bits, is_float, int(group_size or 0), form == "pack-quantized", inputs is not None
-    ), ""
+    held, packing = _FORMS[form]
+    if (kind, bits) not in held:
+        return None, f"format {form!r} with {bits} bits of type {kind!r}"
+    is_asymmetric = weights.get("symmetric") is False
+    if weights.get("dynamic") or (is_asymmetric and (packing, bits) != ("words", 4)):
+        return None, "weights must be static, and symmetric unless they are packed in 4 bits"
+    sizes: dict[str, Any] = {
+        "tensor": -1,
+        "channel": 0,
+        "group": weights.get("group_size"),
+        "tensor_group": 16,
+    }
+    if strategy not in sizes or (strategy == "tensor_group") != (packing == "columns"):
+        return None, f"strategy {strategy!r} is not verified here"
+    if strategy == "group" and not _is_size(sizes["group"]):
+        return None, f"group_size={sizes['group']!r}"
+    name = None
+    if inputs is not None:
+        keys = ("type", "num_bits", "symmetric", "strategy", "dynamic")
+        name = _INPUTS.get(tuple(inputs.get(key) for key in keys))
+        if name is None or inputs.get("type") != kind:
+            return None, f"input_activations {inputs} are not verified here"
+    size: int = sizes[str(strategy)]
+    return Storage(bits, kind == "float", size, packing, name, is_asymmetric=is_asymmetric), ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mqat.export.slices import CheckpointReader
+from mqat.quant.scheme import LinearScheme
 from mqat.verify.decoder import Cache, Rope, attend, rms_norm
-from mqat.verify.hf_layout import MODULES, HfConfig
+from mqat.verify.hf_layout import MODULES, HfConfig, Storage
 from mqat.verify.hf_values import (
     EMBEDDING,
     FINAL_NORM,
@@ -24,7 +25,10 @@ from mqat.verify.hf_values import (
     expected_tensors,
     fused_problems,
     module_problems,
+    module_values,
+    zero_points_of,
 )
+from mqat.verify.operands import served_input, w4a8_factor
 from mqat.verify.trained import TrainedLinear
 from mqat.verify.values import same_bytes
 
@@ -38,14 +42,6 @@ _OWNERS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "self_attention.linear_proj": (("self_attn.o_proj",), None),
     "mlp.linear_fc1": (("mlp.gate_proj", "mlp.up_proj"), NORMS[1]),
     "mlp.linear_fc2": (("mlp.down_proj",), None),
-}
-# (bits, float, group or not, packed, input quantized) of each algorithm.
-_STORED_AS = {
-    "int8": (8, False, False, False, True),
-    "int8_wo": (8, False, False, True, False),
-    "int4": (4, False, True, True, False),
-    "int4_w_int8_a": (4, False, True, False, True),
-    "fp8": (8, True, False, False, True),
 }
 
 
@@ -134,7 +130,7 @@ def check_values(directory: HfDirectory) -> Iterator[str]:
                 continue
             shape = (config.size(rows), config.size(cols))
             yield from module_problems(name, tensors, storage, shape)
-            scales |= {f"{name}.{s}": t for s, t in tensors.items() if s.endswith("_scale")}
+            scales |= {f"{name}.{s}": t for s, t in tensors.items() if "_scale" in s}
         yield from fused_problems(prefix, scales, config)
 
 
@@ -204,6 +200,24 @@ def _same(name: str, served: Tensor, trained: Tensor) -> Iterator[str]:
         yield f"{name} is not the checkpoint's"
 
 
+def _serves(storage: Storage, scheme: LinearScheme) -> bool:
+    """Whether what is stored can be what was trained; values are compared one by one besides."""
+    weight, operand = scheme.weight, scheme.input
+    assert weight is not None, "schemes without a quantized weight are not exported"
+    trained = (weight.format.bits, weight.format.is_float, weight.is_asymmetric)
+    if trained != (storage.bits, storage.is_float, storage.is_asymmetric):
+        return False
+    names = {-1: "tensor", 0: "channel"}
+    if names.get(storage.group_size, f"group:{storage.group_size}") != str(weight.granularity):
+        return False
+    if operand is None or storage.input is None:
+        return operand is None and storage.input is None
+    step = "static" if not operand.is_dynamic else str(operand.granularity).split(":")[0]
+    step = step.replace("group", "block")
+    kind = f"fp{operand.format.bits}" if operand.format.is_float else f"int{operand.format.bits}"
+    return storage.input == f"{step} {'u' * operand.is_asymmetric}{kind}"
+
+
 def _compare_linear(
     directory: HfDirectory, trained: TrainedLinear, names: list[str]
 ) -> Iterator[str]:
@@ -218,22 +232,42 @@ def _compare_linear(
         if storage is None or scheme is None or codes is None:
             yield from _same(f"{name}.weight", tensors["weight"], weights[part])
             continue
-        stored = (storage.bits, storage.is_float, storage.group_size > 0)
-        if (*stored, storage.is_packed, storage.has_input_scale) != _STORED_AS[scheme.name]:
+        if not _serves(storage, scheme):
             yield f"{name}: served as {storage}, trained as {scheme.name}"
             continue
         if not same_bytes(codes_of(tensors, storage), codes[part]):
-            kind = "weight_packed" if storage.is_packed else "weight"
-            yield f"{name}.{kind} is not the checkpoint's weight on its grid"
-        scale = trained.scale()
-        scale = scale if storage.group_size == -1 else trained.blocks(scale)[part]
-        served = tensors["weight_scale"].float().reshape(scale.shape)
-        if not same_bytes(served, scale):
-            yield f"{name}.weight_scale is not the frozen scale"
-        if storage.has_input_scale:
-            served = tensors["input_scale"].reshape(1)
-            if not same_bytes(served, trained.input_scale()):
-                yield f"{name}.input_scale is not the frozen scale"
+            yield f"{name}.{storage.weight_name} is not the checkpoint's weight on its grid"
+        yield from _compare_scales(name, tensors, storage, trained, part)
+
+
+def _compare_scales(
+    name: str, tensors: Mapping[str, Tensor], storage: Storage, trained: TrainedLinear, part: int
+) -> Iterator[str]:
+    """Every scale and zero point must be the frozen one; `part` is the projection's row block."""
+    scale, served = trained.scale(), tensors["weight_scale"].float()
+    if storage.has_two_levels:
+        served = served * trained.frozen("weight_global_scale")
+    scale = scale if storage.group_size == -1 else trained.blocks(scale)[part]
+    if not same_bytes(served.reshape(scale.shape), scale):
+        yield f"{name}.weight_scale is not the frozen scale"
+    if storage.is_asymmetric:
+        zeros = trained.blocks(trained.frozen("weight_zero_point"))[part] - (1 << storage.bits - 1)
+        if not same_bytes(zero_points_of(tensors, storage), zeros.to(torch.int8)):
+            yield f"{name}.weight_zero_point is not the frozen zero point"
+    wanted: dict[str, Tensor] = {}
+    if storage.has_two_levels and storage.is_modelopt:
+        wanted["weight_scale_2"] = trained.frozen("weight_global_scale")
+        wanted["input_scale"] = trained.frozen("input_global_scale")
+    elif storage.has_two_levels:
+        wanted["weight_global_scale"] = 1 / trained.frozen("weight_global_scale")
+        wanted["input_global_scale"] = 1 / trained.frozen("input_global_scale")
+    elif storage.input_scale_name is not None:
+        wanted[storage.input_scale_name] = trained.frozen("input_scale")
+    if "weight_scale_2" in tensors and not storage.has_two_levels:
+        wanted["weight_scale_2"] = w4a8_factor(trained.scale())
+    for suffix, frozen in wanted.items():
+        if not same_bytes(tensors[suffix].reshape(1), frozen):
+            yield f"{name}.{suffix} is not the frozen scale"
 
 
 class HfReader:
@@ -247,16 +281,10 @@ class HfReader:
         tensors, storage = self.directory.module(name), self.config.storage.get(name)
         if storage is None:
             return x @ tensors["weight"].float().t()
-        codes, scale = codes_of(tensors, storage).float(), tensors["weight_scale"].float()
-        if storage.group_size > 0:
-            scale = scale.repeat_interleave(storage.group_size, dim=1)
-        if storage.has_input_scale:
-            step = tensors["input_scale"]
-            if storage.is_float:
-                x = (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
-            else:
-                x = (x / step).round().clamp(-128, 127) * step
-        return x @ (codes * scale).t()
+        step = None if storage.input_scale_name is None else tensors[storage.input_scale_name]
+        if step is not None and storage.input_scale_name == "input_global_scale":
+            step = 1 / step
+        return served_input(x, storage.input, step) @ module_values(tensors, storage).t()
 
     def _cache(self, prefix: str) -> Cache | None:
         names = self.config.cache_scales

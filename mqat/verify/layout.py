@@ -14,7 +14,11 @@ from typing import Any
 
 MODULES = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_LINEAR_ALGORITHMS = ("FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ")  # also in a mixture
+# Also in a mixture.
+_LINEAR_ALGORITHMS = (
+    "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ", "NVFP4",
+)  # fmt: skip
+INT4_ALGORITHMS = ("W4A16_AWQ", "W4A8_AWQ")
 _ALGORITHMS = (None, *_LINEAR_ALGORITHMS, "W8A16", "MIXED_PRECISION")
 _CACHES = (None, "INT8", "FP8")
 _SIZES = (
@@ -181,12 +185,13 @@ def _read_mixed(
 
 def _awq_problems(entry: dict[str, Any]) -> Iterator[str]:
     """Options that the group-wise INT4 kernels need."""
-    if entry["quant_algo"] != "W4A16_AWQ":
+    algorithm = entry["quant_algo"]
+    if algorithm not in INT4_ALGORITHMS:
         return
     for key, allowed in (
         ("pre_quant_scale", (True,)),
         ("has_zero_point", (False,)),
-        ("group_size", (64, 128)),
+        ("group_size", (64, 128) if algorithm == "W4A16_AWQ" else (128,)),
     ):
         if entry.get(key) not in allowed:
             yield f"quantization.{key}={entry.get(key)!r}, expected one of {allowed}"

@@ -16,9 +16,20 @@ from torch import Tensor
 
 from mqat.verify.decoder import Cache, Rope, attend, rms_norm
 from mqat.verify.expected import CACHE_SCALE
-from mqat.verify.layout import ServedConfig
+from mqat.verify.layout import INT4_ALGORITHMS, ServedConfig
+from mqat.verify.operands import fp4_unpacked, fp4_values, served_input
 
 Weights = dict[str, Tensor]
+
+# Algorithm -> how it quantizes the input (`operands.served_input`).
+_INPUTS = {
+    "FP8": "static fp8",
+    "FP8_PER_CHANNEL_PER_TOKEN": "token fp8",
+    "W8A8_SQ_PER_CHANNEL": "static int8",
+    "W4A16_AWQ": None,
+    "W4A8_AWQ": "static fp8",
+    "NVFP4": "block fp4",
+}
 
 
 def _int4_values(packed: Tensor, scale: Tensor) -> Tensor:
@@ -47,17 +58,19 @@ def _linear(config: ServedConfig, weights: Weights, module: str, x: Tensor) -> T
         return x @ weight.float().t()
     if algorithm == "W8A16":
         return x @ _reload_w8a16(weight).t()
-    scale = weights[f"{module}.weights_scaling_factor"]
-    if algorithm == "W4A16_AWQ":
+    if f"{module}.prequant_scaling_factor" in weights:
         x = x * weights[f"{module}.prequant_scaling_factor"].float()
+    # A rank takes the step of a token from its own channels.
+    x = served_input(x, _INPUTS[algorithm], weights.get(f"{module}.activation_scaling_factor"))
+    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+        return x @ (weight.float() * weights[f"{module}.per_channel_scale"][:, None]).t()
+    scale = weights[f"{module}.weights_scaling_factor"].float()
+    if algorithm in INT4_ALGORITHMS:
         return x @ _int4_values(weight, scale).t()
-    step = weights[f"{module}.activation_scaling_factor"]
-    if algorithm == "FP8":
-        codes = (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float()
-        return (codes * step) @ (weight.float() * scale).t()
-    x = x * weights[f"{module}.prequant_scaling_factor"].float()
-    codes = (x / step).round().clamp(-128, 127)
-    return (codes * step) @ (weight.float() * scale[:, None]).t()
+    if algorithm == "NVFP4":
+        steps = scale.repeat_interleave(16, dim=1) * weights[f"{module}.weights_scaling_factor_2"]
+        return x @ (fp4_values(fp4_unpacked(weight)) * steps).t()
+    return x @ (weight.float() * (scale if algorithm == "FP8" else scale[:, None])).t()
 
 
 class RankReader:

@@ -18,7 +18,8 @@ from torch import Tensor
 from mqat.export.slices import CheckpointReader
 from mqat.quant.scheme import LinearScheme
 from mqat.verify.expected import CACHE_SCALE, EMBEDDING, FINAL_NORM, LM_HEAD, ROW_PARALLEL
-from mqat.verify.layout import ServedConfig
+from mqat.verify.layout import INT4_ALGORITHMS, ServedConfig
+from mqat.verify.operands import fp4_unpacked, w4a8_factor
 from mqat.verify.trained import TrainedLinear
 from mqat.verify.values import int4_codes, same_bytes
 
@@ -31,7 +32,16 @@ _OWNERS: dict[str, tuple[str, int | None]] = {
     "mlp.proj": ("mlp.linear_fc2", None),
 }
 _NORMS = {"input_layernorm": "self_attention.linear_qkv", "post_layernorm": "mlp.linear_fc1"}
-_SCHEMES = {"W8A8_SQ_PER_CHANNEL": "int8", "W8A16": "int8_wo", "W4A16_AWQ": "int4", "FP8": "fp8"}
+# What may have been trained behind what is served.
+_SCHEMES = {
+    "W8A8_SQ_PER_CHANNEL": {"int8", "int8_sq"},
+    "W8A16": {"int8_wo"},
+    "W4A16_AWQ": {"int4", "int4_awq", "w_int4_sym"},
+    "W4A8_AWQ": {"w4a8_awq"},
+    "FP8": {"fp8"},
+    "FP8_PER_CHANNEL_PER_TOKEN": {"fp8_pc_pt"},
+    "NVFP4": {"nvfp4"},
+}
 
 
 def compare_with_checkpoint(
@@ -91,8 +101,8 @@ def _compare_config(config: ServedConfig, checkpoint: CheckpointReader) -> Itera
     if config.algorithm == "MIXED_PRECISION":
         return
     names = {scheme.name for scheme in checkpoint.layers.values()}
-    served = {_SCHEMES[config.algorithm]} if config.algorithm else set()
-    if names != served:
+    served = _SCHEMES[config.algorithm] if config.algorithm else set()
+    if not names <= served or bool(names) != bool(served):
         yield f"config.json: quant_algo={config.algorithm}, but the checkpoint has {sorted(names)}"
 
 
@@ -166,7 +176,7 @@ class _Linear:
             if not self._matches(served, trained.weight().to(served[0].dtype)):
                 yield f"{full}.weight is not the checkpoint's"
             return
-        if _SCHEMES.get(algorithm or "") != scheme.name:
+        if scheme.name not in _SCHEMES.get(algorithm or "", ()):
             yield f"{full}: served as {algorithm}, trained as {scheme.name}"
             return
         codes = trained.codes()
@@ -175,28 +185,37 @@ class _Linear:
             if not self._matches(served, values.to(served[0].dtype)):
                 yield f"{full}.weight is not the checkpoint's weight on its grid"
             return
-        if scheme.name == "int4":
+        if algorithm in INT4_ALGORITHMS:
             served = [int4_codes(tensor) for tensor in served]
+        if algorithm == "NVFP4":
+            served = [fp4_unpacked(tensor) for tensor in served]
         if not self._matches(served, codes):
             yield f"{full}.weight is not the checkpoint's weight on its grid"
-        yield from self._compare_scales(full, scheme)
+        yield from self._compare_scales(full, scheme, algorithm or "")
 
-    def _compare_scales(self, full: str, scheme: LinearScheme) -> Iterator[str]:
-        scale = self.trained.scale()
-        factors = [r.get_tensor(f"{full}.weights_scaling_factor").float() for r in self.ranks]
-        if scheme.name == "fp8":
+    def _compare_scales(self, full: str, scheme: LinearScheme, algorithm: str) -> Iterator[str]:
+        trained, scale = self.trained, self.trained.scale()
+        suffix = "per_channel_scale" if algorithm.startswith("FP8_") else "weights_scaling_factor"
+        factors = [r.get_tensor(f"{full}.{suffix}").float() for r in self.ranks]
+        if algorithm == "NVFP4":
+            factors = [f * trained.frozen("weight_global_scale") for f in factors]
+        if algorithm == "FP8":
             same = all(same_bytes(factor, scale) for factor in factors)
         else:
             same = self._matches(factors, scale)
         if not same:
-            yield f"{full}.weights_scaling_factor is not the frozen scale"
-        if scheme.input is None:
-            return
-        frozen = self.trained.input_scale()
-        for handle in self.ranks:
-            if not same_bytes(handle.get_tensor(f"{full}.activation_scaling_factor"), frozen):
-                yield f"{full}.activation_scaling_factor is not the frozen scale"
-                return
+            yield f"{full}.{suffix} is not the frozen scale"
+        wanted = {}
+        if algorithm == "NVFP4":
+            wanted["weights_scaling_factor_2"] = trained.frozen("weight_global_scale")
+            wanted["activation_scaling_factor"] = trained.frozen("input_global_scale")
+        elif scheme.input is not None and not scheme.input.is_dynamic:
+            wanted["activation_scaling_factor"] = trained.frozen("input_scale")
+        if algorithm == "W4A8_AWQ":
+            wanted["weights_scaling_factor_2"] = w4a8_factor(scale)
+        for name, frozen in wanted.items():
+            if not all(same_bytes(r.get_tensor(f"{full}.{name}"), frozen) for r in self.ranks):
+                yield f"{full}.{name} is not the frozen scale"
 
     def _matches(self, served: list[Tensor], trained: Tensor) -> bool:
         """Whether the ranks' tensors are the trained one, cut over TP along rows or columns."""

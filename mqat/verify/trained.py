@@ -12,13 +12,15 @@ from torch import Tensor
 
 from mqat.export.slices import CheckpointReader
 from mqat.quant.scheme import LinearScheme
+from mqat.verify.operands import fp4_codes
 
-# Smallest and largest code of a weight.
+# Smallest and largest code of a weight, by the name of its integer format.
 _RANGES = {
     "int8": (-127, 127),
-    "int8_wo": (-128, 127),
+    "int8_loader": (-128, 127),
     "int4": (-8, 7),
-    "int4_w_int8_a": (-8, 7),
+    "int4_even": (-8, 7),
+    "uint4": (0, 15),
 }
 
 
@@ -49,13 +51,13 @@ class TrainedLinear:
         """The frozen weight scale."""
         return self.checkpoint.read(f"quantizers.{self.name}.weight_scale")
 
-    def input_scale(self) -> Tensor:
-        """The frozen input scale, float32 (1,)."""
-        return self.checkpoint.read(f"quantizers.{self.name}.input_scale")
+    def frozen(self, part: str) -> Tensor:
+        """Another frozen tensor: `input_scale`, `weight_zero_point`, `weight_global_scale`, ..."""
+        return self.checkpoint.read(f"quantizers.{self.name}.{part}")
 
-    def steps(self, width: int) -> Tensor:
-        """The scale in a shape that broadcasts over [O, width]."""
-        scale, scheme = self.scale(), self.scheme
+    def steps(self, width: int, part: Tensor | None = None) -> Tensor:
+        """The scale, or something shaped like it, in a shape that broadcasts over [O, width]."""
+        scale, scheme = self.scale() if part is None else part, self.scheme
         assert scheme is not None and scheme.weight is not None
         granularity = str(scheme.weight.granularity)
         if granularity.startswith("group:"):
@@ -64,14 +66,25 @@ class TrainedLinear:
         return scale[:, None] if granularity == "channel" else scale
 
     def codes(self) -> Tensor:
-        """Round-half-to-even codes of weight / step: int8, or float8 for FP8."""
+        """Codes of weight / step, rounded to nearest, ties to even.
+
+        int8 for integers, moved to -8..7 where they are unsigned; float8 for FP8; for FP4 uint8, one
+        code in a byte.
+        """
         scheme, weight = self.scheme, self.weight()
-        assert scheme is not None
+        assert scheme is not None and scheme.weight is not None
+        fmt = scheme.weight.format.name
         ratio = weight / self.steps(weight.shape[1])
-        if scheme.name == "fp8":
+        if fmt == "fp8_e4m3":
             return ratio.clamp(-448, 448).to(torch.float8_e4m3fn)
-        low, high = _RANGES[scheme.name]
-        return ratio.round().clamp(low, high).to(torch.int8)
+        if fmt == "fp4_e2m1":
+            return fp4_codes(ratio)
+        low, high = _RANGES[fmt]
+        codes = ratio.round()
+        if scheme.weight.is_asymmetric:
+            codes += self.steps(weight.shape[1], self.frozen("weight_zero_point"))
+        middle = (high + 1) // 2 if low == 0 else 0
+        return (codes.clamp(low, high) - middle).to(torch.int8)
 
     def blocks(self, tensor: Tensor) -> list[Tensor]:
         """Rows of a fused tensor by projection: [q, k, v], [gate, up], or [all]."""

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from mqat.verify.expected import EMBEDDING, LM_HEAD, Expected, module_of
-from mqat.verify.layout import MODULES, ServedConfig
+from mqat.verify.layout import INT4_ALGORITHMS, MODULES, ServedConfig
+from mqat.verify.operands import fp4_unpacked, fp4_values
 
 # File name -> its tensor, in the order of the ranks of one stage.
 Ranks = dict[str, Tensor]
 
 # A calibrated weight reaches its largest code somewhere; one that stays below half of it has a scale
 # that is too large by a factor (FP8 codes: 448 / 64 leaves room for weights that shrank in training).
-_LEAST_REACH = {"W8A8_SQ_PER_CHANNEL": 64.0, "FP8": 64.0, "W4A16_AWQ": 4.0}
+_LEAST_REACH = {
+    "W8A8_SQ_PER_CHANNEL": 64.0, "FP8": 64.0, "FP8_PER_CHANNEL_PER_TOKEN": 64.0, "W4A16_AWQ": 4.0,
+    "W4A8_AWQ": 4.0, "NVFP4": 3.0,
+}  # fmt: skip
 
 
 def value_problems(
@@ -54,11 +58,19 @@ def int4_codes(packed: Tensor) -> Tensor:
     return torch.where(rows >= 8, rows - 16, rows)
 
 
+def _values(weight: Tensor, algorithm: str) -> Tensor:
+    """Multiples of the step, float32."""
+    if algorithm in INT4_ALGORITHMS:
+        return int4_codes(weight).float()
+    return fp4_values(fp4_unpacked(weight)) if algorithm == "NVFP4" else weight.float()
+
+
 def _number_problem(name: str, tensor: Tensor, config: ServedConfig) -> str | None:
     values = tensor.float()
     if not values.isfinite().all():
         return "holds NaN or infinity"
-    if name.endswith("scaling_factor") and not (values > 0).all():
+    is_scale = name.endswith(("scaling_factor", "scaling_factor_2", "per_channel_scale"))
+    if is_scale and not (values > 0).all():
         return "holds a scale that is not positive"
     if name.endswith("prequant_scaling_factor") and not (values == 1).all():
         return "is not all ones, but mqat folds smoothing into the weights"
@@ -83,7 +95,7 @@ def _copy_problems(name: str, ranks: Ranks, config: ServedConfig) -> Iterator[st
     tensors = list(ranks.items())
     if copies < 2 or module_of(name) != "attention.qkv":
         return
-    if name.endswith((".activation_scaling_factor", ".prequant_scaling_factor")):
+    if name.endswith((".activation_scaling_factor", ".prequant_scaling_factor", "_factor_2")):
         return
     rows = 2 * int(config.raw["head_size"]) * config.key_value_heads_per_rank
     full = rows + config.heads_per_rank * int(config.raw["head_size"])
@@ -101,7 +113,6 @@ def _reach_problems(name: str, ranks: Ranks, config: ServedConfig) -> Iterator[s
     least = _LEAST_REACH.get(algorithm)
     if least is None:
         return
-    codes = [int4_codes(t) if algorithm == "W4A16_AWQ" else t for t in ranks.values()]
-    reach = max(float(tensor.float().abs().max()) for tensor in codes)
+    reach = max(float(_values(tensor, algorithm).abs().max()) for tensor in ranks.values())
     if 0 < reach < least:  # an all-zero weight has no codes to reach
         yield f"{name} uses codes up to {reach:g} only on all ranks; its scale is too large"

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from mqat.models.llama import CORE_ATTENTION, LINEARS, LlamaConfig
 from mqat.models.manifest import describe_files
-from mqat.quant.functional import compute_amax, compute_scale
+from mqat.quant.functional import compute_scale
 from mqat.quant.kv_cache import Scheme, kv_cache_scheme, kv_cache_schemes, linear_schemes
+from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme, named_scheme
 
 # Legal for INT4 groups of 64 up to inference TP 4, where the two key/value heads are copied.
@@ -30,12 +31,13 @@ TINY = LlamaConfig(
     num_query_groups=2, head_dim=64, max_position_embeddings=128, tie_word_embeddings=True,
 )  # fmt: skip
 UNTIED = replace(TINY, tie_word_embeddings=False)
-EXPORTABLE = ("null", "int8", "int8_wo", "int4", "fp8")
+EXPORTABLE = ("null", "int8", "int8_wo", "int4", "fp8", "fp8_pc_pt", "nvfp4")
 
 
 def all_layers(algorithm: str, model: LlamaConfig = TINY) -> dict[str, LinearScheme]:
     """Every linear quantized alike; empty for `null`."""
-    scheme = named_scheme(algorithm, group_size=64)
+    # W4A8 kernels know groups of 128 only.
+    scheme = named_scheme(algorithm, group_size=128 if algorithm == "w4a8_awq" else 64)
     names = [f"decoder.layers.{i}.{linear}" for i in range(model.num_layers) for linear in LINEARS]
     return {} if scheme is None else dict.fromkeys(names, scheme)
 
@@ -63,16 +65,15 @@ def tensors_of(
         index, linear = name.removeprefix("decoder.layers.").split(".", 1)
         weight = state[f"decoder.layers.{linear}.weight"][int(index)]
         assert scheme.weight is not None
-        state[f"quantizers.{name}.weight_scale"] = compute_scale(
-            compute_amax(weight, scheme.weight.granularity),
-            scheme.weight.format,
-            scale_dtype=scheme.weight.scale_dtype,
-        )
+        quantizers = {"weight": Quantizer(scheme.weight, tuple(weight.shape), name)}
+        statistic = quantizers["weight"].statistic(weight)
+        quantizers["weight"].freeze_(statistic, statistic.amax().reshape(1))
         if scheme.input is not None:
-            amax = 3 + torch.rand(1, generator=generator)
-            state[f"quantizers.{name}.input_scale"] = compute_scale(
-                amax, scheme.input.format, scale_dtype=scheme.input.scale_dtype
-            )
+            quantizers["input"] = Quantizer(scheme.input, None, name)
+            quantizers["input"].freeze_(3 + torch.rand(1, generator=generator))
+        for kind, quantizer in quantizers.items():
+            for part, tensor in quantizer.frozen_tensors.items():
+                state[f"quantizers.{name}.{kind}_{part}"] = tensor.clone()
         weight.mul_(0.9).add_(0.01 * torch.randn(weight.shape, generator=generator))
     for name, cache in kv_cache_schemes(layers).items():
         for kind, operand in cache.operands.items():
@@ -80,8 +81,8 @@ def tensors_of(
             state[f"quantizers.{name}.{kind}_scale"] = compute_scale(
                 amax, operand.format, scale_dtype=operand.scale_dtype
             )
-    quantizers = {key: value for key, value in state.items() if key.startswith("quantizers.")}
-    return {key: value.to(dtype) for key, value in state.items()} | quantizers
+    frozen = {key: value for key, value in state.items() if key.startswith("quantizers.")}
+    return {key: value.to(dtype) for key, value in state.items()} | frozen
 
 
 class _InChunks(dcp.DefaultSavePlanner):

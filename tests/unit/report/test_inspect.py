@@ -46,10 +46,10 @@ def test_rank_files(algorithm, form, bits, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("algorithm", "form", "bits"),
     [
-        ("int8", "int8 per channel, inputs int8", 8),
+        ("int8", "int8 per channel, inputs static int8", 8),
         ("int8_wo", "int8 per channel, packed", 8),
         ("int4", "int4 per group:64, packed", 4),
-        ("fp8", "fp8_e4m3 per tensor, inputs fp8_e4m3", 8),
+        ("fp8", "fp8 per tensor, inputs static fp8", 8),
         ("null", "unquantized bfloat16", 16),
     ],
 )

@@ -63,7 +63,7 @@ def test_the_config_of_every_export_is_accepted(exported):
         ("mapping.tp_size", 0, "mapping.tp_size=0"),
         ("mapping.rank", 0, "unknown key mapping.rank"),
         ("quantization", None, "quantization: expected an object"),
-        ("quantization.quant_algo", "NVFP4", "quant_algo='NVFP4'"),
+        ("quantization.quant_algo", "W4A16_GPTQ", "quant_algo='W4A16_GPTQ'"),
         ("quantization.kv_cache_quant_algo", "NVFP4", "kv_cache_quant_algo='NVFP4'"),
         ("quantization.surprise", 1, "unknown key quantization.surprise"),
         ("quantization.group_size", 32, "quantization.group_size=32"),

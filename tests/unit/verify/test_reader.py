@@ -10,8 +10,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
 from mqat.export import export_trtllm
-from mqat.quant.functional import fake_quantize
 from mqat.quant.kv_cache import kv_cache_schemes
+from mqat.quant.quantizer import Quantizer
 from mqat.verify import compare_logits, verify_trtllm
 from mqat.verify.layout import read_config
 from mqat.verify.reader import RankReader
@@ -37,8 +37,10 @@ def quantized(state, layers, name, x, kind):
     operand = getattr(scheme, kind) if scheme else None
     if operand is None:
         return x
-    scale = state[f"quantizers.{name}.{kind}_scale"]
-    return fake_quantize(x, scale, operand.format, operand.granularity)
+    quantizer = Quantizer(operand, tuple(x.shape) if kind == "weight" else None, name)
+    prefix = f"quantizers.{name}.{kind}_"
+    quantizer.load_({part: state[prefix + part] for part in quantizer.frozen_tensors})
+    return quantizer(x)
 
 
 def qkv_parts(weight, model):
@@ -149,7 +151,9 @@ def relative(a, b):
 
 
 # float32 rounding alone, or activation codes that flip because sums are ordered differently.
-TOLERANCE = {"null": 1e-5, "int4": 1e-5, "int8": 5e-3, "fp8": 1e-2}
+TOLERANCE = {
+    "null": 1e-5, "int4": 1e-5, "int8": 5e-3, "fp8": 1e-2, "nvfp4": 1e-2, "fp8_pc_pt": 1e-2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 2), (4, 2)])
@@ -159,7 +163,9 @@ def test_logits_equal_transformers_with_the_same_quantization(algorithm, tp, pp,
     expected = transformers_logits(TINY, layers, TOKENS)
     served = served_logits(exported(algorithm, tp, pp, "float32"), TOKENS)
     assert served.shape == (2, 40, TINY.vocab_size)
-    assert relative(served, expected) < TOLERANCE[algorithm]
+    # FP8 ranks take a token's step from the channels they hold; training takes it from all.
+    allowed = 0.1 if algorithm == "fp8_pc_pt" and tp > 1 else TOLERANCE[algorithm]
+    assert relative(served, expected) < allowed
     if algorithm != "null":  # control: the tolerance can tell quantized from unquantized
         unquantized = transformers_logits(TINY, layers, TOKENS, quantize=False)
         assert relative(unquantized, expected) > 3 * TOLERANCE[algorithm]

@@ -1,0 +1,86 @@
+"""Operands of a served linear as a server's kernels make them: in lines of their own, on purpose.
+
+Nothing here comes from `mqat.quant`, so that a mistake there cannot hide.
+
+| input             | step of x                                                                   |
+|-------------------|-----------------------------------------------------------------------------|
+| `static int8`     | one frozen number, codes -128..127                                          |
+| `static fp8`      | one frozen number, E4M3                                                     |
+| `token int8`      | amax of each token / 127, codes -128..127                                   |
+| `token uint8`     | (max - min) of each token / 255, with a zero point                          |
+| `token fp8`       | amax of each token / 448                                                    |
+| `block fp4`       | E4M3 of amax of each 16 channels / (6 global), times the global one          |
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_TINY = 2.0**-24  # smallest step, so that zeros stay zeros
+
+
+def fp4_codes(ratio: Tensor) -> Tensor:
+    """Nearest E2M1 codes 0..15 of `ratio`, ties to the even mantissa; bit 3 is the sign."""
+    magnitude = ratio.abs().clamp(max=6.0)
+    middles = (_E2M1[1:] + _E2M1[:-1]) / 2
+    index = torch.bucketize(magnitude, middles)  # the lower one in ties
+    is_tie = (magnitude[..., None] == middles).any(dim=-1)
+    index = index + (is_tie & (index % 2 == 1)).long()
+    return (index + 8 * torch.signbit(ratio)).to(torch.uint8)
+
+
+def fp4_values(codes: Tensor) -> Tensor:
+    """E2M1 numbers of codes, float32."""
+    values = _E2M1[codes.long() % 8]
+    return torch.where(codes >= 8, -values, values)
+
+
+def fp4_unpacked(packed: Tensor) -> Tensor:
+    """Codes uint8 [O, I] from bytes [O, I/2]: the even column in the low nibble."""
+    return torch.stack([packed % 16, packed // 16], dim=2).flatten(1)
+
+
+def _fp8(x: Tensor, step: Tensor) -> Tensor:
+    return (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
+
+
+def _blocks_of_16(x: Tensor, above: Tensor) -> Tensor:
+    blocks = x.unflatten(-1, (-1, 16))
+    ratio = blocks.abs().amax(dim=-1, keepdim=True) / (6 * above)
+    step = ratio.clamp(2.0**-9, 448).to(torch.float8_e4m3fn).float() * above
+    return (fp4_values(fp4_codes(blocks / step)) * step).flatten(-2)
+
+
+def w4a8_factor(scale: Tensor) -> Tensor:
+    """The power of two that brings INT4 codes up to 8 of a whole trained weight below 448, (1,)."""
+    return torch.tensor([2.0 ** math.ceil(math.log2(float(8 * scale.max() / 448)))])
+
+
+def served_input(x: Tensor, kind: str | None, step: Tensor | None = None) -> Tensor:
+    """The input of a linear on its grid, float32.
+
+    Args:
+        x: float32 [..., I]; of a row-parallel linear, one rank's channels.
+        kind: Of the table above; None: unquantized.
+        step: The frozen number; of `block fp4`, the global scale.
+    """
+    if kind is None:
+        return x
+    if kind == "token uint8":
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        width = ((high - low) / 255).clamp_min(_TINY)
+        zero = (-128 + (-low / width).round()).clamp(-128, 127)
+        return ((x / width + zero).round().clamp(-128, 127) - zero) * width
+    if kind.startswith("token"):
+        top = 127 if kind == "token int8" else 448
+        step = (x.abs().amax(-1, keepdim=True) / top).clamp_min(_TINY)
+    assert step is not None, f"{kind} has a frozen number"
+    if kind == "block fp4":
+        return _blocks_of_16(x, step)
+    if kind.endswith("fp8"):
+        return _fp8(x, step)
+    return (x / step).round().clamp(-128, 127) * step
