@@ -138,6 +138,7 @@ def quantization_config(modules: Mapping[str, LinearScheme | None]) -> dict[str,
 def _arguments(scheme: TensorScheme) -> dict[str, Any]:
     granularity = scheme.granularity
     is_local = scheme.is_dynamic and scheme.has_global_scale  # blocks at run time, the rest static
+    rounded = {"scale_dtype": "torch.float8_e4m3fn"} if scheme.has_global_scale else {}
     return {
         "num_bits": scheme.format.bits,
         "type": "float" if scheme.format.is_float else "int",
@@ -145,6 +146,7 @@ def _arguments(scheme: TensorScheme) -> dict[str, Any]:
         "strategy": "tensor_group" if scheme.has_global_scale else _strategy(granularity),
         "group_size": granularity.size if isinstance(granularity, PerGroup) else None,
         "dynamic": "local" if is_local else scheme.is_dynamic,
+        **rounded,
     }
 
 

@@ -208,6 +208,23 @@ def test_zero_points_and_levels_unpack_with_the_packages_own_reader(algorithm, t
         assert not torch.equal(expected, projections(UNTIED, tensors_of(UNTIED, layers), 1)[name])
 
 
+def test_transformers_quantizes_fp4_inputs_as_trained(tmp_path):
+    pytest.importorskip("compressed_tensors", reason="optional: pip install 'mqat[hf]'")
+    layers, name = all_layers("nvfp4", UNTIED), "decoder.layers.1.mlp.linear_fc2"
+    export(write_checkpoint(tmp_path / "c", UNTIED, layers), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    state = tensors_of(UNTIED, layers)
+    weight = state["decoder.layers.mlp.linear_fc2.weight"][1]
+    x = torch.randn(64, UNTIED.intermediate_size, generator=torch.Generator().manual_seed(2))
+    on_weight = quantized(state, layers, name, weight, "weight")
+    expected = quantized(state, layers, name, x, "input") @ on_weight.t()
+    with torch.no_grad():
+        model(TOKENS[:1, :2])  # unpacks
+        found = model.model.layers[1].mlp.down_proj(x.bfloat16()).float()
+    assert relative(found, expected) < 0.03  # bfloat16
+    assert relative(x @ on_weight.t(), expected) > 0.06  # control: unquantized inputs
+
+
 @pytest.mark.parametrize("algorithm", ["null", *QUANTIZED])
 def test_how_the_checkpoint_was_cut_and_how_many_write_does_not_change_a_byte(
     algorithm, tiny, tmp_path

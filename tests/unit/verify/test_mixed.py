@@ -71,7 +71,7 @@ def edited(directory, change):
     ("change", "message"),
     [
         (lambda layers: layers.pop(FC), f"{FC}"),
-        (lambda layers: layers.update({FC: {"quant_algo": "NVFP4"}}), f"{FC} needs a quant_algo"),
+        (lambda layers: layers.update({FC: {"quant_algo": "W4A16_GPTQ"}}), f"{FC} needs a quant_algo"),
         (lambda layers: layers.update({f"{FC}x": {"quant_algo": "FP8"}}), "is not a linear"),
         (lambda layers: layers[PROJ].update(quant_algo="FP8"), f"{PROJ}.weight is I8"),
         (lambda layers: layers["transformer.layers.1.mlp.fc"].update(group_size=32),
