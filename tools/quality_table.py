@@ -29,32 +29,50 @@ class Row:
 
     Attributes:
         title: For people.
-        settings: Of `quantization` in the configuration.
+        settings: Of `quantization` in the configuration; keys with a dot are of all of it.
     """
 
     title: str
     settings: dict[str, str]
+
+    def overrides(self) -> list[str]:
+        """As arguments of an example."""
+        prefixed = {k if "." in k else f"quantization.{k}": v for k, v in self.settings.items()}
+        return [f"{key}={value}" for key, value in prefixed.items()]
 
 
 ROWS = {
     "bf16": Row("unquantized", {"algorithm": "null"}),
     "int8": Row("INT8", {"algorithm": "int8"}),
     "int8_sq": Row("INT8, SmoothQuant", {"algorithm": "int8_sq"}),
+    "int8_pc_pt": Row(
+        "INT8, inputs per token, SmoothQuant", {"algorithm": "int8_pc_pt", "equalize": "true"}
+    ),
     "fp8": Row("FP8", {"algorithm": "fp8"}),
+    "fp8_pc_pt": Row("FP8, per channel and token", {"algorithm": "fp8_pc_pt"}),
     "int4": Row("INT4 g128", {"algorithm": "int4"}),
     "int4_awq": Row("INT4 g128, AWQ", {"algorithm": "int4_awq"}),
     "int4_g64_gptq": Row(
         "INT4 g64, AWQ + GPTQ", {"algorithm": "int4_awq", "group_size": "64", "rounding": "gptq"}
+    ),
+    "uint4_g64_gptq": Row(
+        "INT4 g64 with zero points, AWQ + GPTQ",
+        {"algorithm": "w_uint4_asym", "group_size": "64", "rounding": "gptq", **_AWQ},
+    ),
+    "8da4w": Row(
+        "8da4w: INT4 g32 + INT8 inputs per token, AWQ; QAT at 3e-4",
+        {"algorithm": "8da4w", "group_size": "32", "model.optim.lr": "3e-4", **_AWQ},
     ),
     "w4a8": Row(
         "INT4 g64 + INT8 inputs, AWQ + GPTQ",
         {"algorithm": "int4_w_int8_a", "group_size": "64", "rounding": "gptq", **_AWQ},
     ),
     "w4a8_awq": Row("INT4 g128 + FP8 inputs, AWQ", {"algorithm": "w4a8_awq"}),
-    "8da4w": Row("8da4w g32", {"algorithm": "8da4w", "group_size": "32"}),
     "nvfp4": Row("NVFP4", {"algorithm": "nvfp4"}),
     "mxfp4": Row("MXFP4", {"algorithm": "mxfp4"}),
+    "mxfp8": Row("MXFP8", {"algorithm": "mxfp8"}),
     "nf4": Row("NF4", {"algorithm": "nf4"}),
+    "w_int4_sym": Row("INT4 g128, step amax / 7.5", {"algorithm": "w_int4_sym"}),
     "w_uint4_asym": Row("UINT4 g128, zero points", {"algorithm": "w_uint4_asym"}),
 }  # fmt: skip
 
@@ -64,12 +82,11 @@ def run(name: str, directory: Path, steps: int, extra: list[str]) -> dict[str, A
     summary = directory / "summary.json"
     if not summary.is_file():
         recipe = "sft" if name == "bf16" else ("qat" if steps else "ptq")
-        settings = [f"quantization.{key}={value}" for key, value in ROWS[name].settings.items()]
         command = [
             sys.executable, str(ROOT / "examples" / f"gpt_{recipe}.py"),
             "--config", str(ROOT / "conf" / "quality_smollm2.yaml"),
             f"exp_manager.exp_dir={directory}", f"trainer.max_steps={max(steps, 1)}",
-            *settings, *extra,
+            *ROWS[name].overrides(), *extra,
         ]  # fmt: skip
         subprocess.run(command, check=True, cwd=ROOT)
     found: dict[str, Any] = json.loads(summary.read_text("utf-8"))
