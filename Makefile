@@ -21,14 +21,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Tests of one process share the cores; those that start processes of their own run one by one.
+# Two files at a time: ranks of one test wait for each other often enough to leave room for another's.
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile tests/unit tests/property
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/distributed
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile tests
 
 test-all: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/property
-	$(BIN)/python -m pytest -q tests/distributed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 # Large temporary tensors are reused instead of being given back to the system each time.
 demo: export MALLOC_MMAP_THRESHOLD_ = 1073741824

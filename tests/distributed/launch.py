@@ -15,7 +15,7 @@ def torchrun(
     processes: int,
     script: Path,
     *arguments: object,
-    timeout: float = 300,
+    timeout: float = 900,
     file_bytes: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script on `processes` ranks; `--standalone` picks a free port.
@@ -29,7 +29,7 @@ def torchrun(
     return _run(command, timeout, file_bytes)
 
 
-def mqat(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def mqat(*arguments: object, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Runs the `mqat` command."""
     return _run([sys.executable, "-m", "mqat.cli", *map(str, arguments)], timeout)
 
