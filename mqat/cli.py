@@ -1,4 +1,4 @@
-"""The `mqat` command: import, export, verify, eval, inspect, plan.
+"""The `mqat` command: import, export, verify, eval, inspect, report, plan.
 
 Every command checks its input first and exits with status 2 and one line on an error. `import` and
 `export` also run under torchrun, where ranks share the work.
@@ -213,6 +213,25 @@ def _inspect(args: argparse.Namespace) -> None:
     Console(width=160).print(table)
 
 
+def _report(args: argparse.Namespace) -> None:
+    from mqat.report.page import check_plots, write_report
+    from mqat.runtime import groups
+    from mqat.training.perplexity import checkpoint_quality
+
+    check_plots()
+    report = checkpoint_quality(
+        args.checkpoint,
+        args.text,
+        seq_length=args.seq_length,
+        tensor_parallel=args.tensor_parallel,
+        pipeline_parallel=args.pipeline_parallel,
+    )
+    if groups.is_main():
+        write_report(report, args.out, f"{args.checkpoint}: quality by linear")
+        print(f"{args.out / 'quality.html'}: {len(report['linears'])} linears")
+    groups.finalize()
+
+
 def _plan(args: argparse.Namespace) -> None:
     from mqat.training.plan import describe, make_plan, memory_estimate
 
@@ -278,6 +297,16 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("inspect", _inspect, "formats, bits and scales of a checkpoint or an export")
     add.add_argument("path", type=Path)
+
+    add = command("report", _report, "signal to noise, clipping and outliers of every linear")
+    add.add_argument("checkpoint", type=Path)
+    add.add_argument("--text", type=Path, required=True)
+    add.add_argument(
+        "--out", type=Path, required=True, help="directory for quality.json, quality.html"
+    )
+    add.add_argument("--seq-length", type=int, default=256)
+    add.add_argument("--tensor-parallel", type=int, default=1)
+    add.add_argument("--pipeline-parallel", type=int, default=1)
 
     add = command("plan", _plan, "check a configuration and estimate memory before queueing a job")
     add.add_argument("--config", type=Path, required=True)

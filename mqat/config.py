@@ -193,6 +193,7 @@ class ExperimentConfig:
     resume_if_exists: bool = False
     checkpoint_interval: int = 0  # steps; 0: only at the end of a phase
     create_tensorboard_logger: bool = True
+    quality_report: bool = False  # of every quantized linear, after calibration
     sample_prompts: list[str] = field(default_factory=list)
     sample_tokens: int = 24
 

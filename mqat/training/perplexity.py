@@ -1,8 +1,9 @@
-"""Token perplexity of a text under a checkpoint, or under an exported directory alone."""
+"""A text under a checkpoint (perplexity, quality by linear), or under an exported directory alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -37,6 +38,34 @@ def checkpoint_perplexity(
     loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]).cpu(), row) for row in rows)
     groups.finalize()
     return loss / (len(rows) * seq_length), len(rows) * seq_length
+
+
+def checkpoint_quality(
+    path: Path,
+    text: Path,
+    *,
+    seq_length: int,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+) -> dict[str, Any]:
+    """`calibration.quality.quality_report` of a checkpoint, on every rank; groups stay open.
+
+    Raises:
+        ValueError: As `open_model` and `read_texts`; or nothing is quantized.
+    """
+    model = open_model(path, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+    from megatron.core import parallel_state
+
+    from mqat.calibration.quality import quality_report
+    from mqat.training.step import run_layers
+
+    rows = _windows(text, model.tokenizer, seq_length).tokens.long()[:, :-1]
+    positions = torch.arange(seq_length)[None]
+    steps = [
+        [{"tokens": row[None], "position_ids": positions, "attention_mask": None}] for row in rows
+    ]
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return quality_report(model.chunks, lambda: run_layers(model.chunks, steps), group=group)
 
 
 def export_perplexity(directory: Path, text: Path, *, seq_length: int) -> tuple[float, int]:

@@ -25,6 +25,7 @@ from mqat.quant.gemm import has_bf16_units
 from mqat.quant.kv_cache import Scheme, kv_cache_schemes, linear_schemes, table_schemes
 from mqat.quant.learned import check_learnable
 from mqat.quant.scheme import LinearScheme
+from mqat.report.page import check_plots
 from mqat.runtime.groups import device
 from mqat.specs.policy import Policy, Rule
 from mqat.training.schedule import check_bits
@@ -193,6 +194,8 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
             the training or the inference layout, an algorithm the export format lacks, missing files.
     """
     world = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    if config.exp_manager.quality_report:
+        check_plots()
     settings = config.model
     model, source = _source(config)
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size

@@ -169,6 +169,8 @@ def _quantize(session: Session) -> None:
     if recipe.changes_anything:
         session.calibrate(recipe)
         session.measure("ptq_prepared")
+    if session.plan.config.exp_manager.quality_report:
+        session.report_quality()
 
 
 def run_sft(config: RunConfig) -> Path:

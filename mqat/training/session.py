@@ -17,12 +17,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mqat.calibration.prepare import prepare_
+from mqat.calibration.quality import quality_report
 from mqat.calibration.recipe import Recipe
 from mqat.calibration.statistics import calibrate
 from mqat.data.dataset import load_run_data
 from mqat.data.loader import Batches
 from mqat.parallel.learned_scales import learn_scales_
 from mqat.parallel.quantized import all_quantizers
+from mqat.report.page import write_report
 from mqat.runtime.groups import agree, is_main
 from mqat.training.checkpoint import (
     TrainingState,
@@ -184,6 +186,15 @@ class Session:
             percentile=settings.percentile,
             weight_statistics=weight_statistics,
         )
+
+    def report_quality(self) -> None:
+        """Writes `quality/quality.{json,html}` of the calibrated model on the held-out data."""
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        steps = self.validation.epoch()
+        report = quality_report(self.chunks, lambda: run_layers(self.chunks, steps), group=group)
+        if is_main():
+            name = self.plan.config.quantization.algorithm or "quantized"
+            write_report(report, self.plan.run_dir / "quality", f"{name}: quality by linear")
 
     # -- training --------------------------------------------------------------------------------
 

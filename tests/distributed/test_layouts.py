@@ -196,3 +196,24 @@ def test_a_damaged_checkpoint_is_refused_by_name(layouts, tmp_path):
     (copy / "mqat.json").unlink()
     with pytest.raises(ValueError, match="not a complete mqat checkpoint"):
         CheckpointReader(copy)
+
+
+def quality(job):
+    """Name of a linear -> its entry of the quality report."""
+    return {entry["name"]: entry for entry in job[1]["quality"]}
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
+def test_the_quality_report_is_the_same(layout, layouts):
+    expected, found = quality(layouts["tp1"]), quality(layouts[layout])
+    other = quality(layouts["fp8"])
+    assert list(found) == list(expected) and len(found) == 16
+    for name, entry in expected.items():
+        same = found[name]
+        assert same["output_sqnr_db"] == pytest.approx(entry["output_sqnr_db"], abs=0.05)
+        assert same["weight"] == pytest.approx(entry["weight"], rel=1e-9)
+        assert same["input_amax"] == pytest.approx(entry["input_amax"], rel=1e-2)
+        assert same["input"]["clip_rate"] == pytest.approx(entry["input"]["clip_rate"], abs=1e-4)
+        assert same["outliers"]["count"] == entry["outliers"]["count"]
+        # Control: another format's figures are further away than layouts are.
+        assert abs(other[name]["output_sqnr_db"] - entry["output_sqnr_db"]) > 0.5

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from mqat.config import ModelConfig, OptimizerConfig
 from mqat.models.llama import LlamaConfig
 from mqat.models.random import RandomWeights
+from mqat.quant.kv_cache import linear_schemes
 from mqat.runtime import groups
 from mqat.specs.policy import Policy, Rule
 
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp)
     from megatron.core import parallel_state
 
+    from mqat.calibration.quality import quality_report
     from mqat.calibration.statistics import calibrate
     from mqat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
     from mqat.training.model import build_model
@@ -107,6 +109,10 @@ def run(args: argparse.Namespace) -> None:
     result = {"unquantized": evaluate(chunks, [batches])[0]}
     calibrate(chunks, lambda: evaluate(chunks, [batches]), group=group, method="percentile")
     result["quantized"] = evaluate(chunks, [batches])[0]
+    if linear_schemes(layers):
+        result["quality"] = quality_report(
+            chunks, lambda: evaluate(chunks, [batches]), group=group
+        )["linears"]
     save_checkpoint(args.out / "ptq", chunks, model=model, layers=layers, algorithm=args.algorithm)
     optimizer, scheduler = build_optimizer(
         chunks, OptimizerConfig(lr=1e-3), max_steps=10, clip_grad=1.0

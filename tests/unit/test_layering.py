@@ -19,7 +19,7 @@ ALLOWED = {
     "report": {"quant", "models", "export", "verify"},
     "training": {
         "quant", "models", "runtime", "parallel", "specs", "calibration", "data", "config",
-        "export", "verify",
+        "export", "verify", "report",
     },
 }  # fmt: skip
 

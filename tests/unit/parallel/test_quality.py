@@ -1,0 +1,148 @@
+"""The quality report of one process: hand-checked numbers, and the page."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from mqat.models.random import RandomWeights
+from mqat.quant.granularity import PerTensor
+from mqat.quant.quantizer import Quantizer
+from mqat.quant.scheme import TensorScheme, named_scheme
+from mqat.report.page import hint, html_page, worst_first, write_report
+from mqat.specs.policy import Policy
+from tests.unit.parallel.conftest import MODEL, microbatches
+
+
+@pytest.fixture
+def calibrated(world):
+    """`calibrated("int8")`: a tiny model and its report; `change` alters weights before calibration."""
+
+    def make(algorithm, change=None):
+        from megatron.core import parallel_state
+
+        from mqat.calibration.quality import quality_report
+        from mqat.calibration.statistics import calibrate
+        from mqat.config import ModelConfig
+        from mqat.parallel.linear import quantized_linears
+        from mqat.training.model import build_model
+        from mqat.training.pretrained import load_pretrained_
+        from mqat.training.step import run_layers
+
+        layers = Policy(algorithm, 32).resolve(MODEL)
+        chunks = build_model(MODEL, ModelConfig(), layers, torch.float32)
+        load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
+        linears = quantized_linears(chunks)
+        if change is not None:
+            change(linears)
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+        def go():
+            run_layers(chunks, [microbatches()])
+
+        if layers:
+            calibrate(chunks, go, group=group)
+        return linears, lambda: quality_report(chunks, go, group=group)
+
+    return make
+
+
+def by_name(report):
+    return {entry["name"]: entry for entry in report["linears"]}
+
+
+def test_weight_figures_are_those_of_the_definition(calibrated):
+    linears, report = calibrated("int8")
+    found = by_name(report())
+    assert list(found) == list(linears)
+    for name, linear in linears.items():
+        weight, entry = linear.weight.detach().double(), found[name]["weight"]
+        error = linear.weight_quantizer(linear.weight.detach()).double() - weight
+        expected = 10 * math.log10(weight.square().sum() / error.square().sum())
+        assert entry["sqnr_db"] == pytest.approx(expected, rel=1e-9)
+        assert entry["amax"] == float(linear.weight.abs().max()) and entry["clip_rate"] == 0
+        steps = linear.weight_quantizer.scale
+        assert entry["scale"] == [float(steps.min()), float(steps.max())]
+        assert entry["format"] == "int8 per channel"
+        assert 20 < found[name]["output_sqnr_db"] < 60
+
+
+def test_more_bits_are_six_decibels_each_and_quantizers_are_back_on(calibrated):
+    mean = {}
+    for algorithm in ("int8_wo", "int4"):
+        linears, report = calibrated(algorithm)
+        mean[algorithm] = sum(e["output_sqnr_db"] for e in report()["linears"]) / len(linears)
+        assert all(x.weight_quantizer.is_enabled for x in linears.values())
+        assert not any(x._forward_hooks for x in linears.values())
+        assert all(e["input"] is None for e in report()["linears"])
+    # Groups of 32 win back some of the four bits.
+    assert 12 < mean["int8_wo"] - mean["int4"] < 28
+
+
+def test_an_outlier_channel_is_counted_and_named(calibrated):
+    name = "decoder.layers.1.mlp.linear_fc2"
+
+    def grow(linears):
+        up = MODEL.intermediate_size  # the first row of the second half
+        linears["decoder.layers.1.mlp.linear_fc1"].weight.data[up + 7] *= 300
+
+    _, report = calibrated("int8", grow)
+    found = by_name(report())
+    assert found[name]["outliers"]["count"] >= 1
+    assert found[name]["outliers"]["worst"][0][0] == 7
+    _, plain = calibrated("int8")
+    control = by_name(plain())[name]
+    assert control["outliers"] == {"count": 0, "worst": []}
+    assert found[name]["output_sqnr_db"] < control["output_sqnr_db"] - 6
+
+
+def test_clipping_is_counted():
+    from mqat.calibration.quality import clipped
+
+    quantizer = Quantizer(TensorScheme(named_scheme("int8").input.format, PerTensor()), None, "x")
+    quantizer.load_({"scale": torch.tensor([0.5])})
+    x = torch.tensor([63.5, 63.7, 63.8, -64.2, -64.3, 0.0])  # codes -128..127, half a step of slack
+    assert int(clipped(x, quantizer)) == 2
+    assert int(clipped(x, Quantizer(named_scheme("8da4w").input, None, "x"))) == 0
+
+
+def test_nothing_quantized_and_no_tokens_are_errors(calibrated):
+    _, report = calibrated("null")
+    with pytest.raises(ValueError, match="no linear of this model is quantized"):
+        report()
+
+
+def entry(name, sqnr, *, outliers=0, clip=0.0, weight=40.0, input=True):
+    operand = {"format": "int8", "amax": 1.0, "clip_rate": clip, "scale": [0.1, 0.1]}
+    return {
+        "name": name, "output_sqnr_db": sqnr, "weight": operand | {"sqnr_db": weight},
+        "input": operand if input else None, "input_amax": 1.0,
+        "outliers": {"count": outliers, "worst": [[3, 12.5]][:outliers]},
+    }  # fmt: skip
+
+
+def test_hints_name_the_cause():
+    assert hint(entry("a", 30.0)) == "" and hint(entry("a", None)) == ""
+    assert "outlier" in hint(entry("a", 10.0, outliers=1))
+    assert "clipped" in hint(entry("a", 10.0, clip=0.5))
+    assert "groups" in hint(entry("a", 10.0, weight=11.0, input=False))
+    assert "more bits" in hint(entry("a", 10.0))
+
+
+def test_the_page_shows_the_worst_first_and_is_whole_or_absent(tmp_path, monkeypatch):
+    linears = [entry("decoder.layers.0.mlp.linear_fc1", 35.0),
+               entry("decoder.layers.1.mlp.linear_fc2", 9.0, outliers=1)]  # fmt: skip
+    report = {"version": 1, "linears": linears}
+    assert worst_first(linears)[0] is linears[1]
+    page = html_page(report, "a <b>")
+    assert "a &lt;b&gt;" in page and "data:image/png;base64," in page
+    assert page.index("layers.1.mlp.linear_fc2</td>") < page.index("layers.0.mlp.linear_fc1</td>")
+    assert "3 (12.5x)" in page and "1 with less than 20 dB" in page
+    write_report(report, tmp_path / "q", "t")
+    assert json.loads((tmp_path / "q" / "quality.json").read_text()) == report
+    assert sorted(f.name for f in (tmp_path / "q").iterdir()) == ["quality.html", "quality.json"]
+    monkeypatch.setattr("mqat.report.page.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install 'mqat\[report\]'"):
+        write_report(report, tmp_path / "none", "t")
+    assert not (tmp_path / "none").exists()
