@@ -94,7 +94,7 @@ def test_an_outlier_channel_is_counted_and_named(calibrated):
     _, plain = calibrated("int8")
     control = by_name(plain())[name]
     assert control["outliers"] == {"count": 0, "worst": []}
-    assert found[name]["output_sqnr_db"] < control["output_sqnr_db"] - 6
+    assert found[name]["output_sqnr_db"] < control["output_sqnr_db"] - 1
 
 
 def test_clipping_is_counted():
