@@ -81,10 +81,10 @@ def calibrate_on(chunks: list[Any], data: list[dict[str, Any]]) -> None:
     from megatron.core import parallel_state
 
     from mqat.calibration.statistics import calibrate
-    from mqat.training.step import evaluate
+    from mqat.training.step import run_layers
 
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    calibrate(chunks, lambda: evaluate(chunks, [data]), group=group)
+    calibrate(chunks, lambda: run_layers(chunks, [data]), group=group)
 
 
 def build(args: argparse.Namespace, name: str, algorithm: str) -> System:

@@ -42,15 +42,19 @@ def fixed_point_linear(x: Tensor, weight: Tensor, num_tiles: int) -> tuple[Tenso
         a partial sum was not finite or too large for the format (the sum is then meaningless).
     """
     rows = x.reshape(-1, x.shape[-1])
-    total = torch.zeros(rows.shape[0], weight.shape[0], dtype=torch.int64, device=x.device)
+    total: Tensor | None = None
     overflow = torch.zeros((), dtype=torch.bool, device=x.device)
     for x_tile, w_tile in zip(
         rows.chunk(num_tiles, dim=1), weight.chunk(num_tiles, dim=1), strict=True
     ):
-        partial = (x_tile.contiguous() @ w_tile.contiguous().t()).double()
-        overflow |= ~(partial.abs().amax() <= MAX_PARTIAL)
-        partial.nan_to_num_(0.0).clamp_(-MAX_PARTIAL, MAX_PARTIAL)
-        total += partial.mul_(2.0**FRACTION_BITS).round_().to(torch.int64)
+        partial = x_tile.contiguous() @ w_tile.contiguous().t()
+        if partial.numel():
+            low, high = torch.aminmax(partial)
+            overflow |= ~(torch.maximum(-low, high) <= MAX_PARTIAL)
+        # A power of two is exact; what is beyond the point is cut off.
+        fixed = partial.float().mul_(2.0**FRACTION_BITS).to(torch.int64)
+        total = fixed if total is None else total.add_(fixed)
+    assert total is not None, "there is at least one tile"
     return total.view(*x.shape[:-1], weight.shape[0]), overflow
 
 
