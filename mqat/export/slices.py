@@ -7,6 +7,7 @@ classes; of the records (`records.py`) only what overlaps the request is touched
 
 from __future__ import annotations
 
+import enum
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,10 +56,19 @@ _INDEX_CLASSES = {
 }
 
 
+def _enum_member(owner: Any, name: str) -> Any:
+    """`getattr` of an enumeration's members: so Python 3.11.0 to 3.11.3 pickle them."""
+    if not (isinstance(owner, enum.EnumMeta) and name in owner.__members__):
+        raise pickle.UnpicklingError(f"{owner}.{name} does not belong in a checkpoint index")
+    return owner[name]
+
+
 class _IndexUnpickler(pickle.Unpickler):
     """Refuses every class that is not part of a checkpoint index."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _INDEX_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint index")

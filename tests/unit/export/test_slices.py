@@ -141,3 +141,34 @@ def test_chunks_that_leave_a_gap_are_an_error(chunked):
     del reader._tensors[FC1].chunks[4]
     with pytest.raises(ValueError, match=rf"chunks of '{FC1}' do not cover the tensor"):
         reader.read(FC1)
+
+
+def index_with(damaged, owner, name):
+    """An index that is one call of `getattr`, as some releases of Python pickle members."""
+    text = f"cbuiltins\ngetattr\n(c{owner[0]}\n{owner[1]}\nV{name}\ntR."
+    (damaged / ".metadata").write_bytes(text.encode())
+    describe(damaged)
+
+
+METADATA = "torch.distributed.checkpoint.metadata"
+
+
+def test_members_of_enumerations_pickled_by_python_3_11_2_are_read(damaged):
+    index_with(damaged, (METADATA, "_MEM_FORMAT_ENCODING"), "TORCH_CONTIGUOUS_FORMAT")
+    with pytest.raises(ValueError) as caught:  # it is a member, not an index, but it is let through
+        CheckpointReader(damaged)
+    assert "does not belong" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ((METADATA, "_MEM_FORMAT_ENCODING"), "__class__"),
+        ((METADATA, "Metadata"), "__init__"),
+        (("pathlib", "PosixPath"), "unlink"),
+    ],
+)
+def test_getattr_reaches_nothing_but_members(damaged, owner, name):
+    index_with(damaged, owner, name)
+    with pytest.raises(ValueError, match="does not belong in a checkpoint index"):
+        CheckpointReader(damaged)
