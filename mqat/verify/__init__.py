@@ -204,6 +204,17 @@ def open_export(directory: Path) -> RankReader | hf.HfReader:
     raise ValueError(f"{directory}: {problems[0]}")
 
 
+def _extract(archive: tarfile.TarFile, directory: Path) -> None:
+    """Plain files and folders below `directory`; Python 3.11.2 has no `filter` that does this."""
+    for member in archive:
+        target = (directory / member.name).resolve()
+        if not target.is_relative_to(directory.resolve()) or not (
+            member.isfile() or member.isdir()
+        ):
+            raise tarfile.TarError(f"{member.name} is no file or folder inside the archive")
+        archive.extract(member, directory)
+
+
 @contextmanager
 def unpacked(export: Path) -> Iterator[Path]:
     """An export as a directory: itself, or a `.qnemo` archive's content for as long as it is used.
@@ -217,7 +228,7 @@ def unpacked(export: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=export.parent, prefix=".mqat-") as temporary:
         try:
             with tarfile.open(export) as archive:
-                archive.extractall(temporary, filter="data")
+                _extract(archive, Path(temporary))
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{export}: not a .qnemo archive ({error}).") from error
         yield Path(temporary)

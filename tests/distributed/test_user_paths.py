@@ -47,9 +47,19 @@ def test_qat_story_on_eight_processes(tmp_path):
 
 def test_ptq_then_generate_from_a_trained_checkpoint(trained, tmp_path):
     done = torchrun(
-        1, PTQ, f"model.restore_from_path={trained}/checkpoint", f"exp_manager.exp_dir={tmp_path}"
-    )
+        1, PTQ, f"model.restore_from_path={trained}/checkpoint", f"exp_manager.exp_dir={tmp_path}",
+        "exp_manager.quality_report=true",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "data:image/png" in (tmp_path / "quality" / "quality.html").read_text()
+    report = tmp_path / "report"
+    text = tmp_path / "text.txt"
+    text.write_text("The def statement defines a function. " * 50, encoding="utf-8")
+    done = mqat(
+        "report", tmp_path / "checkpoint", "--text", text, "--out", report, "--seq-length", 64
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((report / "quality.json").read_text())["linears"]
     done = torchrun(2, GENERATE, tmp_path / "checkpoint", "The", "--tokens", 3,
                     "--tensor-parallel", 2)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

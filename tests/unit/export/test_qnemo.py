@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from mqat.export import export_trtllm
-from mqat.verify import verify_export
+from mqat.verify import unpacked, verify_export
 from tests.unit.export.checkpoints import describe
 from tests.unit.export.test_export import contents
 
@@ -85,3 +85,16 @@ def test_files_of_others_are_not_replaced_and_a_tokenizer_is_needed(huggingface,
     with pytest.raises(ValueError, match="needs the tokenizer"):
         export_trtllm(tiny("int8"), tmp_path / "out", tensor_parallel=1, archive="tar")
     assert json.loads((huggingface / "mqat.json").read_text())  # control: still there
+
+
+@pytest.mark.parametrize("kind", ["above", "link"])
+def test_archives_reach_nothing_outside(kind, tmp_path):
+    archive = tmp_path / "evil.qnemo"
+    with tarfile.open(archive, "w") as tar:
+        member = tarfile.TarInfo("../proof" if kind == "above" else "rank0.safetensors")
+        if kind == "link":
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(member)
+    with pytest.raises(ValueError, match="no file or folder inside the archive"), unpacked(archive):
+        pass
+    assert [f.name for f in tmp_path.iterdir()] == ["evil.qnemo"]
