@@ -219,6 +219,8 @@ def _report(args: argparse.Namespace) -> None:
     from mqat.training.perplexity import checkpoint_quality
 
     check_plots()
+    if args.seq_length < 1:
+        raise ValueError(f"--seq-length={args.seq_length} must be at least 1.")
     report = checkpoint_quality(
         args.checkpoint,
         args.text,

@@ -162,7 +162,7 @@ def quality_report(
         The table at the top of this module as plain data, linears in model order, on every rank.
 
     Raises:
-        ValueError: Nothing is quantized, or no token reached a linear; on every rank.
+        ValueError: Nothing is quantized, no token reached a linear, or one is not finite; on every rank.
     """
     linears = {n: x for n, x in quantized_linears(chunks).items() if x.quantizers}
     watched: dict[str, _Watched] = {}
@@ -216,6 +216,7 @@ def _entry(
     return {
         "name": name,
         "tokens": tokens,
+        "is_finite": math.isfinite(signal + noise + w_signal + w_noise),
         "output_sqnr_db": _decibel(signal, noise),
         "weight": on_weight,
         "input": _operand(linear.input_quantizer, amax, rate, ends.get("input", none)),
@@ -229,7 +230,7 @@ def _model_order(name: str) -> list[Any]:
 
 
 def _checked(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises ValueError if there is nothing to report about."""
+    """Raises ValueError if there is nothing to report about, or NaN or infinite values."""
     if not found:
         raise ValueError("quality report: no linear of this model is quantized.")
     for name, entry in found.items():
@@ -237,7 +238,12 @@ def _checked(found: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"quality report: no token reached {name}; the text has too few tokens."
             )
+        if not entry["is_finite"]:
+            raise ValueError(
+                f"quality report: weight, input or output of {name} is NaN or infinite; look at the "
+                "checkpoint, or restore an earlier one."
+            )
     linears = [found[name] for name in sorted(found, key=_model_order)]
     for entry in linears:
-        del entry["tokens"]  # counted several times where ranks hold the same ones
+        del entry["tokens"], entry["is_finite"]  # tokens count several times where ranks share them
     return {"version": VERSION, "linears": linears}

@@ -107,7 +107,15 @@ def test_clipping_is_counted():
     assert int(clipped(x, Quantizer(named_scheme("8da4w").input, None, "x"))) == 0
 
 
-def test_nothing_quantized_and_no_tokens_are_errors(calibrated):
+def test_what_is_not_finite_is_an_error_and_not_exact(calibrated):
+    linears, report = calibrated("int8")
+    name = "decoder.layers.1.mlp.linear_fc2"
+    linears[name].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} is NaN or infinite"):
+        report()
+
+
+def test_nothing_quantized_is_an_error(calibrated):
     _, report = calibrated("null")
     with pytest.raises(ValueError, match="no linear of this model is quantized"):
         report()
