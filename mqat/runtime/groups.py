@@ -143,6 +143,12 @@ def anywhere(flag: bool) -> bool:
     return any(flags)
 
 
+def _leave() -> None:
+    """Ends gloo's threads: an interpreter that exits while they run aborts now and then."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _is_first_to_fail() -> bool:
     """Whether no other process of this job has printed its error; torchrun's own store knows."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -172,4 +178,6 @@ def command_line() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave()
         sys.exit(2)
+    _leave()
