@@ -85,7 +85,7 @@ def run(name: str, directory: Path, steps: int, extra: list[str]) -> dict[str, A
         command = [
             sys.executable, str(ROOT / "examples" / f"gpt_{recipe}.py"),
             "--config", str(ROOT / "conf" / "quality_smollm2.yaml"),
-            f"exp_manager.exp_dir={directory}", f"trainer.max_steps={max(steps, 1)}",
+            f"exp_manager.exp_dir={directory}", *([f"trainer.max_steps={steps}"] if steps else []),
             *ROWS[name].overrides(), *extra,
         ]  # fmt: skip
         subprocess.run(command, check=True, cwd=ROOT)
