@@ -118,5 +118,4 @@ def calibrate(
     for name in amax:
         modules[name].quantizers["weight"].freeze_(amax[name], whole[name])
     for name, quantizer in activations.items():
-        fmt = quantizer.scheme.format
-        quantizer.freeze_(observers[name].calibrated_amax(fmt, percentile))
+        quantizer.freeze_(observers[name].calibrated(quantizer.scheme, percentile))

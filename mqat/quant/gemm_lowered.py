@@ -79,7 +79,9 @@ def lower_weight(weight: Tensor, scale: Tensor, scheme: LinearScheme) -> Lowered
     fmt, granularity = scheme.weight.format, scheme.weight.granularity
     is_codes = fmt.bits == 8 and isinstance(granularity, (PerChannel, PerTensor))
     is_packed = fmt == INT4 and isinstance(granularity, PerGroup) and weight.shape[0] % 2 == 0
-    is_static = scheme.input is None or scheme.input.granularity == PerTensor()
+    is_static = scheme.input is None or (
+        scheme.input.granularity == PerTensor() and not scheme.input.is_asymmetric
+    )
     same_kind = scheme.input is None or scheme.input.format.is_float == fmt.is_float
     if not (is_static and (is_packed or (is_codes and same_kind))):
         raise ValueError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mqat.quant.formats import QuantFormat
 from mqat.quant.histogram import BINS, bin_of, entropy_amax, mse_amax, percentile_amax
+from mqat.quant.scheme import TensorScheme
 
 METHODS = ("max", "percentile", "mse", "entropy")
 
@@ -15,9 +15,9 @@ class ActivationObserver(nn.Module):
     """Maximum, and for every method but `max` a histogram, of every tensor it is shown.
 
     Attributes:
-        statistics: float32 (3,): largest |x| of the tensors that were finite throughout, 1 if
-            anything was seen, 1 if anything was NaN or infinite (the first number then depends on
-            how tokens were grouped, and `check` refuses it). Merged over ranks by MAX.
+        statistics: float32 (4,): largest -x and largest x, at least 0, of the tensors that were finite
+            throughout; 1 if anything was seen; 1 if anything was NaN or infinite (the first numbers
+            then depend on how tokens were grouped, and `check` refuses them). Merged over ranks by MAX.
         histogram: int64 (32768,) counts of |x| (`quant/histogram.py`), unless `method` is `max`.
             Merged by SUM.
     """
@@ -30,7 +30,7 @@ class ActivationObserver(nn.Module):
         if method not in METHODS:
             raise ValueError(f"calibration method {method!r} is unknown; known: {METHODS}.")
         self.method = method
-        self.register_buffer("statistics", torch.zeros(3), persistent=False)
+        self.register_buffer("statistics", torch.zeros(4), persistent=False)
         if method != "max":
             counts = torch.zeros(BINS, dtype=torch.int64)
             self.register_buffer("histogram", counts, persistent=False)
@@ -40,21 +40,21 @@ class ActivationObserver(nn.Module):
         """Updates the statistics without waiting for the device; an empty tensor changes nothing."""
         if x.numel() == 0:
             return
-        magnitude = x.detach().abs()
-        largest = magnitude.amax().float()  # amax propagates NaN
+        low, high = x.detach().aminmax()  # both NaN if anything is
+        ends = torch.stack([-low, high]).float()
         if self.method != "max":
-            bins = bin_of(magnitude)
+            bins = bin_of(x.detach().abs())
             # Not bincount: on CUDA it waits for the largest value, to size its result.
             one = torch.ones((), dtype=torch.int64, device=bins.device)
             self.histogram.index_add_(0, bins, one.expand(bins.shape))
-        finite = largest.isfinite()
-        seen = torch.ones_like(largest)
-        update = torch.stack([torch.where(finite, largest, 0.0), seen, (~finite).float()])
+        finite = ends.isfinite().all()
+        flags = torch.stack([torch.ones_like(finite), ~finite]).float()
+        update = torch.cat([torch.where(finite, ends.clamp_min(0), 0.0), flags])
         torch.maximum(self.statistics, update, out=self.statistics)
 
     def check(self, name: str) -> None:
         """Raises ValueError, naming the layer, if it saw nothing or saw NaN or infinity."""
-        _, seen, nonfinite = self.statistics.tolist()
+        seen, nonfinite = self.statistics[2:].tolist()
         if not seen:
             raise ValueError(
                 f"{name}: no calibration token reached this layer, so its input has no scale. "
@@ -77,7 +77,7 @@ class ActivationObserver(nn.Module):
         Raises:
             ValueError: `percentile` is out of range, or no histogram was kept.
         """
-        maximum = self.statistics[:1].clone()
+        maximum = self.statistics[:2].amax().reshape(1)
         if percentile is None:
             return maximum
         if not 0 < percentile <= 100:
@@ -89,15 +89,21 @@ class ActivationObserver(nn.Module):
             )
         return percentile_amax(self.histogram, maximum, percentile)
 
-    def calibrated_amax(self, fmt: QuantFormat, percentile: float) -> Tensor:
-        """What `method` chooses from the merged statistics, float32 (1,).
+    def calibrated(self, scheme: TensorScheme, percentile: float) -> Tensor:
+        """What `method` chooses from the merged statistics, for `Quantizer.freeze_`.
 
         Args:
-            fmt: Format the input will have; `mse` and `entropy` depend on it.
+            scheme: Of the operand; `mse` and `entropy` depend on its format.
             percentile: For the method of that name.
+
+        Returns:
+            Clipping point, float32 (1,). With a zero point (2, 1): largest -x and largest x, neither
+            beyond the clipping point of symmetric codes.
         """
         if self.method == "mse":
-            return mse_amax(self.histogram, self.statistics[:1], fmt)
-        if self.method == "entropy":
-            return entropy_amax(self.histogram, self.statistics[:1], fmt)
-        return self.amax(percentile if self.method == "percentile" else None)
+            clip = mse_amax(self.histogram, self.amax(), scheme.format)
+        elif self.method == "entropy":
+            clip = entropy_amax(self.histogram, self.amax(), scheme.format)
+        else:
+            clip = self.amax(percentile if self.method == "percentile" else None)
+        return torch.minimum(self.statistics[:2, None], clip) if scheme.is_asymmetric else clip

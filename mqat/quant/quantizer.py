@@ -113,7 +113,7 @@ class Quantizer(nn.Module):
         """Fixes what is static; observing ends.
 
         Args:
-            statistic: From `statistic` (weights) or an observer's amax (1,), merged over ranks.
+            statistic: From `statistic` (weights) or `ActivationObserver.calibrated`, merged over ranks.
             global_amax: Largest |x| of the whole tensor, float32 (1,), if there are two levels and
                 `statistic` is not already that.
         """

@@ -178,10 +178,10 @@ class LinearScheme:
         for kind, scheme in (("input", self.input), ("output", self.output)):
             if scheme is None or scheme.is_dynamic:
                 continue
-            if not isinstance(scheme.granularity, PerTensor) or scheme.is_asymmetric:
+            if not isinstance(scheme.granularity, PerTensor):
                 raise ValueError(
-                    f"{kind}: static scales are symmetric with granularity 'tensor', not "
-                    f"{str(scheme.granularity)!r}{' asymmetric' * scheme.is_asymmetric}; set dynamic."
+                    f"{kind}: static scales have granularity 'tensor', not "
+                    f"{str(scheme.granularity)!r}; set dynamic."
                 )
         if self.output is not None and isinstance(self.output.granularity, PerGroup):
             raise ValueError("output: granularity must be 'tensor', or 'token' with dynamic.")

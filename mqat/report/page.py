@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +90,7 @@ def _row(entry: dict[str, Any]) -> str:
         "-" if weight is None else _db(weight["sqnr_db"]),
         _share(weight),
         _share(entry["input"]),
+        _share(entry["output"]),
         f"{entry['input_amax']:.3g}",
         f"{found['count']}" + (f": {worst}" if worst else ""),
         hint(entry),
@@ -99,9 +100,28 @@ def _row(entry: dict[str, Any]) -> str:
     return f"<tr{' class=low' if is_low else ''}>{columns}</tr>"
 
 
-def html_page(report: dict[str, Any], title: str) -> str:
-    """The report for people, worst linears first; needs `check_plots`."""
-    ordered = worst_first(report["linears"])
+def _table(heads: Sequence[str], rows: Iterable[str]) -> str:
+    return (
+        f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{''.join(rows)}</table>\n"
+    )
+
+
+def _cache_rows(entry: dict[str, Any]) -> str:
+    """A row for each scale of a layer's cache."""
+    rows = []
+    for kind in (kind for kind in ("kv", "key", "value") if kind in entry):
+        cached = entry[kind]
+        cells = (f"{entry['name']}.{kind}", _db(entry["output_sqnr_db"]), _db(cached["sqnr_db"]),
+                 _share(cached), f"{cached['amax']:.3g}")  # fmt: skip
+        rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    return "".join(rows)
+
+
+def _linears(linears: Sequence[dict[str, Any]]) -> str:
+    """Summary, plots and table; empty without linears."""
+    if not linears:
+        return ""
+    ordered = worst_first(linears)
     noisy = sum((e["output_sqnr_db"] or _LOW_DB) < _LOW_DB for e in ordered)
     first = ordered[0]
     summary = (
@@ -109,15 +129,25 @@ def html_page(report: dict[str, Any], title: str) -> str:
         f"{first['name']} with {_db(first['output_sqnr_db'])} dB."
     )
     heads = ("linear", "output SQNR, dB", "weight SQNR, dB", "clipped weights", "clipped inputs",
-             "input amax", "outlier channels", "try")  # fmt: skip
+             "clipped outputs", "input amax", "outlier channels", "try")  # fmt: skip
     return (
-        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
-        f"<h1>{escape(title)}</h1><p>{escape(summary)}</p>"
+        f"<p>{escape(summary)}</p>"
         "<p class=hint>SQNR compares each linear with itself unquantized on the same input; 6 dB are "
         "one bit. Outlier channels: amax above 10 times the median channel's.</p>"
-        f"<img alt='SQNR and clipping by layer' src='data:image/png;base64,{_plots(report['linears'])}'>"
-        f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"
-        f"{''.join(_row(entry) for entry in ordered)}</table>\n"
+        f"<img alt='SQNR and clipping by layer' src='data:image/png;base64,{_plots(linears)}'>"
+        f"{_table(heads, map(_row, ordered))}"
+    )
+
+
+def html_page(report: dict[str, Any], title: str) -> str:
+    """The report for people, worst linears first; needs `check_plots`."""
+    caches = ""
+    if report["caches"]:
+        heads = ("cache", "attention SQNR, dB", "SQNR, dB", "clipped", "amax")
+        caches = "<h2>Key/value cache</h2>" + _table(heads, map(_cache_rows, report["caches"]))
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
+        f"<h1>{escape(title)}</h1>{_linears(report['linears'])}{caches}"
     )
 
 

@@ -15,7 +15,9 @@ from mqat.specs.policy import Policy, Rule
 from tests.distributed.worker import MODEL
 
 SMALL = dataclasses.replace(MODEL, num_layers=2)
-# What no named algorithm has: squares, static and dynamic outputs, symmetric INT8 tokens.
+# What no named algorithm has: squares, static and dynamic outputs, symmetric INT8 tokens, and static
+# inputs and outputs with zero points.
+UINT8 = {"format": "uint8", "granularity": "tensor", "asymmetric": True}
 TOKEN = {"format": "fp8_e4m3", "granularity": "token", "dynamic": True}
 COMPOSED = (
     Rule(
@@ -28,6 +30,14 @@ COMPOSED = (
             "weight": {"format": "int3", "granularity": "group:16"},
             "input": {"format": "int8_full", "granularity": "token", "dynamic": True},
             "output": {"format": "int8_full", "granularity": "tensor"},
+        },
+    ),
+    Rule(
+        "*.linear_fc2",
+        operands={
+            "weight": {"format": "int8", "granularity": "channel"},
+            "input": UINT8,
+            "output": UINT8,
         },
     ),
     Rule("*", operands={"weight": {"format": "int8", "granularity": "block:32"}, "input": TOKEN}),

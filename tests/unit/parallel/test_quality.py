@@ -11,7 +11,7 @@ from mqat.quant.granularity import PerTensor
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import TensorScheme, named_scheme
 from mqat.report.page import hint, html_page, worst_first, write_report
-from mqat.specs.policy import Policy
+from mqat.specs.policy import Policy, Rule
 from tests.unit.parallel.conftest import MODEL, microbatches
 
 
@@ -19,7 +19,7 @@ from tests.unit.parallel.conftest import MODEL, microbatches
 def calibrated(world):
     """`calibrated("int8")`: a tiny model and its report; `change` alters weights before calibration."""
 
-    def make(algorithm, change=None):
+    def make(algorithm, change=None, **policy):
         from megatron.core import parallel_state
 
         from mqat.calibration.quality import quality_report
@@ -30,7 +30,7 @@ def calibrated(world):
         from mqat.training.pretrained import load_pretrained_
         from mqat.training.step import run_layers
 
-        layers = Policy(algorithm, 32).resolve(MODEL)
+        layers = Policy(algorithm, 32, **policy).resolve(MODEL)
         chunks = build_model(MODEL, ModelConfig(), layers, torch.float32)
         load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
         linears = quantized_linears(chunks)
@@ -98,13 +98,47 @@ def test_an_outlier_channel_is_counted_and_named(calibrated):
 
 
 def test_clipping_is_counted():
-    from mqat.calibration.quality import clipped
+    from mqat.calibration.watched import clipped
 
     quantizer = Quantizer(TensorScheme(named_scheme("int8").input.format, PerTensor()), None, "x")
     quantizer.load_({"scale": torch.tensor([0.5])})
     x = torch.tensor([63.5, 63.7, 63.8, -64.2, -64.3, 0.0])  # codes -128..127, half a step of slack
     assert int(clipped(x, quantizer)) == 2
     assert int(clipped(x, Quantizer(named_scheme("8da4w").input, None, "x"))) == 0
+
+
+OUTPUT = Rule("*.linear_fc2", operands={"output": {"format": "int8_full", "granularity": "tensor"}})
+
+
+def test_outputs_are_reported(calibrated):
+    linears, report = calibrated("null", rules=(OUTPUT,))
+    entries = report()["linears"]
+    assert [e["name"] for e in entries] == [n for n, x in linears.items() if x.output_quantizer]
+    for entry in entries:
+        assert entry["weight"] is None and entry["input"] is None
+        # The output alone is quantized: its noise is all there is.
+        assert (
+            entry["output"]["sqnr_db"] == entry["output_sqnr_db"]
+            and 25 < entry["output_sqnr_db"] < 60
+        )
+        assert entry["output"]["clip_rate"] < 1e-3
+        # Later layers see other inputs than in calibration.
+        assert entry["output"]["scale"][0] == pytest.approx(entry["output"]["amax"] / 127, rel=2e-2)
+
+
+@pytest.mark.parametrize(("scales", "kinds"), [("shared", ["kv"]), ("separate", ["key", "value"])])
+def test_caches_are_reported(calibrated, scales, kinds):
+    _, report = calibrated("null", kv_cache="int8", kv_cache_scales=scales)
+    found = report()
+    assert found["linears"] == [] and len(found["caches"]) == MODEL.num_layers
+    for entry in found["caches"]:
+        assert [key for key in entry if key in ("kv", "key", "value")] == kinds
+        assert 20 < entry["output_sqnr_db"] < 70
+        for kind in kinds:
+            assert (
+                entry[kind]["format"] == "int8_full per tensor" and 20 < entry[kind]["sqnr_db"] < 60
+            )
+            assert entry[kind]["scale"][0] == pytest.approx(entry[kind]["amax"] / 127, rel=2e-2)
 
 
 def test_what_is_not_finite_is_an_error_and_not_exact(calibrated):
@@ -117,7 +151,7 @@ def test_what_is_not_finite_is_an_error_and_not_exact(calibrated):
 
 def test_nothing_quantized_is_an_error(calibrated):
     _, report = calibrated("null")
-    with pytest.raises(ValueError, match="no linear of this model is quantized"):
+    with pytest.raises(ValueError, match="nothing of this model is quantized"):
         report()
 
 
@@ -125,7 +159,7 @@ def entry(name, sqnr, *, outliers=0, clip=0.0, weight=40.0, input=True):
     operand = {"format": "int8", "amax": 1.0, "clip_rate": clip, "scale": [0.1, 0.1]}
     return {
         "name": name, "output_sqnr_db": sqnr, "weight": operand | {"sqnr_db": weight},
-        "input": operand if input else None, "input_amax": 1.0,
+        "input": operand if input else None, "output": None, "input_amax": 1.0,
         "outliers": {"count": outliers, "worst": [[3, 12.5]][:outliers]},
     }  # fmt: skip
 
@@ -141,11 +175,19 @@ def test_hints_name_the_cause():
 def test_the_page_shows_the_worst_first_and_is_whole_or_absent(tmp_path, monkeypatch):
     linears = [entry("decoder.layers.0.mlp.linear_fc1", 35.0),
                entry("decoder.layers.1.mlp.linear_fc2", 9.0, outliers=1)]  # fmt: skip
-    report = {"version": 1, "linears": linears}
+    cache = {
+        "name": "decoder.layers.0.core_attention",
+        "output_sqnr_db": 30.0,
+        "kv": {"format": "int8", "amax": 2.0, "clip_rate": 0.25, "scale": [1, 1], "sqnr_db": 31.0},
+    }
+    report = {"version": 1, "linears": linears, "caches": [cache]}
     assert worst_first(linears)[0] is linears[1]
     page = html_page(report, "a <b>")
     assert "a &lt;b&gt;" in page and "data:image/png;base64," in page
     assert page.index("layers.1.mlp.linear_fc2</td>") < page.index("layers.0.mlp.linear_fc1</td>")
+    assert "core_attention.kv</td><td>30.0</td><td>31.0</td><td>25%</td><td>2</td>" in page
+    assert "Key/value cache" not in html_page(report | {"caches": []}, "a")
+    assert "<img" not in html_page(report | {"linears": []}, "a")
     assert "3 (12.5x)" in page and "1 with less than 20 dB" in page
     write_report(report, tmp_path / "q", "t")
     assert json.loads((tmp_path / "q" / "quality.json").read_text()) == report

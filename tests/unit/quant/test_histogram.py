@@ -30,7 +30,7 @@ def error(x: torch.Tensor, amax: float, fmt) -> float:
 @pytest.mark.parametrize("fmt", [INT4, INT8_FULL, FP8_E4M3], ids=lambda f: f.name)
 def test_mse_is_as_good_as_trying_every_clipping_point(fmt):
     x = torch.cat([normal(), torch.tensor([30.0])])
-    found = float(observed(x, "mse").calibrated_amax(fmt, 100.0))
+    found = float(observed(x, "mse").calibrated(TensorScheme(fmt, PerTensor()), 100.0))
     best = min(error(x, amax, fmt) for amax in torch.linspace(0.5, 30, 400).tolist())
     assert error(x, found, fmt) <= 1.02 * best
     if not fmt.is_float:
@@ -39,21 +39,29 @@ def test_mse_is_as_good_as_trying_every_clipping_point(fmt):
 
 def test_mse_of_a_gaussian_in_four_bits_is_near_the_known_optimum():
     # Symmetric 15 levels: the optimal step is about 0.34 sigma (Max 1960), so amax about 2.4 to 2.6.
-    found = float(observed(normal(200000), "mse").calibrated_amax(INT4, 100.0))
+    found = float(
+        observed(normal(200000), "mse").calibrated(TensorScheme(INT4, PerTensor()), 100.0)
+    )
     assert 2.2 < found < 2.8
 
 
 def test_entropy_drops_a_far_tail_and_keeps_an_even_spread():
     tailed = torch.cat([normal(), torch.full((2,), 300.0)])
-    assert float(observed(tailed, "entropy").calibrated_amax(INT8_FULL, 100.0)) < 60
+    assert (
+        float(observed(tailed, "entropy").calibrated(TensorScheme(INT8_FULL, PerTensor()), 100.0))
+        < 60
+    )
     even = torch.linspace(-1, 1, 20001)
-    assert float(observed(even, "entropy").calibrated_amax(INT8_FULL, 100.0)) > 0.9
+    assert (
+        float(observed(even, "entropy").calibrated(TensorScheme(INT8_FULL, PerTensor()), 100.0))
+        > 0.9
+    )
 
 
 @pytest.mark.parametrize("choose", [mse_amax, entropy_amax])
 def test_nothing_but_zeros_keeps_the_maximum(choose):
     observer = observed(torch.zeros(8), "mse")
-    assert choose(observer.histogram, observer.statistics[:1], INT4).tolist() == [0.0]
+    assert choose(observer.histogram, observer.amax(), INT4).tolist() == [0.0]
 
 
 def test_a_histogram_is_needed():

@@ -1,7 +1,14 @@
 import pytest
 import torch
+from torch.ao.quantization import MinMaxObserver
 
+from mqat.quant.formats import FORMATS
+from mqat.quant.granularity import PerTensor
 from mqat.quant.observers import ActivationObserver
+from mqat.quant.quantizer import Quantizer
+from mqat.quant.scheme import TensorScheme
+
+UINT8 = FORMATS["uint8"]
 
 
 def observed(*parts: torch.Tensor, method: str = "percentile") -> ActivationObserver:
@@ -45,7 +52,7 @@ def test_layout_and_dtype_in_memory_do_not_matter(dtype):
 
 def test_an_empty_tensor_changes_nothing():
     observer = observed(torch.empty(0, 8))
-    assert observer.statistics.tolist() == [0.0, 0.0, 0.0]
+    assert observer.statistics.tolist() == [0.0, 0.0, 0.0, 0.0]
     assert not observer.histogram.any()
 
 
@@ -78,6 +85,40 @@ def test_percentiles_out_of_range_are_refused(percentile):
 def test_a_percentile_without_a_histogram_is_refused():
     with pytest.raises(ValueError, match="method='percentile'"):
         observed(torch.ones(2), method="max").amax(99.0)
+
+
+def test_ranges_of_parts_merge_to_the_range_of_the_whole_and_contain_zero():
+    parts = torch.tensor([-3.0, 1.0]), torch.tensor([0.5, 8.0])
+    observer = observed(*parts, method="max")
+    assert observer.statistics.tolist() == [3.0, 8.0, 1.0, 0.0]
+    scheme = TensorScheme(UINT8, PerTensor(), is_asymmetric=True)
+    assert observer.calibrated(scheme, 100.0).tolist() == [[3.0], [8.0]]
+    assert observed(torch.ones(3)).calibrated(scheme, 100.0).tolist() == [[0.0], [1.0]]
+
+
+def test_a_clipping_point_cuts_both_ends_of_a_range():
+    x = torch.cat([torch.linspace(-0.5, 1, 20_000), torch.tensor([-900.0, 500.0])])
+    scheme = TensorScheme(UINT8, PerTensor(), is_asymmetric=True)
+    low, high = observed(x).calibrated(scheme, 99.9).flatten().tolist()
+    assert low == high and 0.99 < high < 1.02
+    assert observed(x).calibrated(scheme, 100.0).flatten().tolist() == [900.0, 500.0]  # control
+
+
+@pytest.mark.parametrize("shift", [-2.0, 0.3, 5.0])
+def test_static_ranges_agree_with_torch(shift):
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(5)) + shift
+    observer = MinMaxObserver(dtype=torch.quint8, eps=1e-12)
+    observer(x)
+    expected_scale, expected_zero = observer.calculate_qparams()
+    quantizer = Quantizer(TensorScheme(UINT8, PerTensor(), is_asymmetric=True), None, "x")
+    quantizer.start_observing()
+    for part in x:
+        quantizer(part)
+    quantizer.freeze_(quantizer.observer.calibrated(quantizer.scheme, 100.0))
+    assert quantizer.scale.item() == pytest.approx(expected_scale.item(), rel=1e-6)
+    assert quantizer.zero_point.tolist() == expected_zero.tolist()
+    scale, zero = float(quantizer.scale), int(quantizer.zero_point)
+    assert torch.equal(quantizer(x), torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255))
 
 
 def test_unknown_methods_are_refused():

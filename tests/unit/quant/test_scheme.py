@@ -133,11 +133,7 @@ def test_combinations_without_a_meaning_are_refused(arguments, message):
     ("operands", "message"),
     [
         ((MEANING["mxfp8"][1], None), "weight: dynamic scales are for inputs"),
-        ((None, TensorScheme(INT8, PerGroup(32))), "input: static scales are symmetric"),
-        (
-            (None, TensorScheme(INT8, PerTensor(), BF16, False, True)),
-            "'tensor' asymmetric; set dyn",
-        ),
+        ((None, TensorScheme(INT8, PerGroup(32))), "input: static scales have granularity"),
         ((None, None, MEANING["mxfp8"][1]), "output: granularity must be"),
     ],
 )
