@@ -1,8 +1,8 @@
 """Held-out perplexity of nvidia-modelopt's algorithms on the tokens that mqat's table uses.
 
-python tools/quality_peers.py [--model DIR|GGUF] [--algorithms fp32 int8 ...] --out peers.json
+python tools/quality_peers.py [--model DIR|GGUF] [--algorithms null int8 ...] --out peers.json
 
-Same model in float32, same calibration sequences and same held-out tokens as tools/quality_table.py;
+Same model in bfloat16, same calibration sequences and same held-out tokens as tools/quality_table.py;
 the model runs in transformers. The file is rewritten after every algorithm, and algorithms that it
 holds already are not measured again. Needs nvidia-modelopt (`pip install mqat[bench]`).
 """
@@ -47,9 +47,9 @@ CONFIGS = {
 Steps = Sequence[Sequence[Microbatch]]
 
 
-def load_model(path: Path) -> Any:
-    """The float32 model in transformers, from a directory or a GGUF file."""
-    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+def load_model(path: Path, dtype: torch.dtype) -> Any:
+    """The model in transformers, from a directory or a GGUF file."""
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
     if path.is_file():
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **settings)
     return AutoModelForCausalLM.from_pretrained(path, **settings)
@@ -101,7 +101,7 @@ def measure(model: Any, algorithm: str, calibration: Steps, evaluation: Steps) -
     """One line of the table; what cannot run here says why."""
     row: dict[str, Any] = {}
     started = time.perf_counter()
-    if algorithm != "fp32":
+    if algorithm != "null":
         row["config"] = CONFIGS[algorithm]
         try:
             model, row["quantizers"] = quantize_(model, algorithm, calibration)
@@ -120,10 +120,11 @@ def main() -> None:
     """Writes {algorithm: {ppl, calibration_seconds, ...}} and prints a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, help="default: the packaged SmolLM2-135M")
-    parser.add_argument("--algorithms", nargs="+", choices=["fp32", *CONFIGS],
-                        default=["fp32", *CONFIGS])  # fmt: skip
+    parser.add_argument("--algorithms", nargs="+", choices=["null", *CONFIGS],
+                        default=["null", *CONFIGS])  # fmt: skip
     parser.add_argument("--calibration", type=int, default=16, help="sequences")
-    parser.add_argument("--evaluation", type=int, default=16, help="sequences")
+    parser.add_argument("--evaluation", type=int, default=32, help="sequences")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True)
@@ -141,7 +142,8 @@ def main() -> None:
     for algorithm in args.algorithms:
         if algorithm in results:
             continue
-        results[algorithm] = measure(load_model(path), algorithm, calibration, evaluation)
+        model = load_model(path, getattr(torch, args.dtype))
+        results[algorithm] = measure(model, algorithm, calibration, evaluation)
         args.out.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
         print(algorithm, json.dumps(results[algorithm]), flush=True)
 

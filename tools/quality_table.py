@@ -110,7 +110,7 @@ def markdown(results: dict[str, Any], peers: dict[str, Any]) -> str:
     for name, row in ROWS.items():
         is_base = name == "bf16"
         ppl = results.get(name, {}).get("ppl", {})
-        peer = peers.get("fp32" if is_base else name, {}).get("ppl")
+        peer = peers.get("null" if is_base else name, {}).get("ppl")
         if not ppl and peer is None:
             continue
         start, tuned = base.get("bf16"), base.get("bf16_finetuned")
