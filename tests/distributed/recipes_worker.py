@@ -109,7 +109,8 @@ def run(out: Path, layout: dict, algorithm: str, calibrator: str, recipe: Recipe
         tensor_model_parallel_size=layout.get("tp", 1), sequence_parallel=layout.get("sp", False),
         pipeline_model_parallel_size=layout.get("pp", 1),
     )  # fmt: skip
-    chunks = build_model(MODEL, settings, layers, torch.float32)
+    dtype = torch.bfloat16 if layout.get("bf16") else torch.float32
+    chunks = build_model(MODEL, settings, layers, dtype)
     load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
     seed = layout.get("seed", 0)
     tokens = torch.randint(0, 301, (layout.get("batches", 8), 2, 33),
