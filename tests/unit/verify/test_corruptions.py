@@ -55,7 +55,10 @@ def layers_of(algorithm: str, cache: str | None) -> dict[str, object]:
     return {name: scheme for name, scheme in schemes.items() if scheme is not None} | caches
 
 
-CASES = [
+# The others take as long together as all other tests of this folder.
+FAST = ("null-trtllm", "int8-trtllm-int8", "int4-compressed-tensors-fp8", "w4a8_awq-modelopt",
+        "nvfp4-compressed-tensors", "mixed-trtllm")  # fmt: skip
+_CASES = [
     *((name, target, None) for name in FORMATS for target in ("trtllm", "compressed-tensors", "modelopt")
       if (name, {"trtllm": "TensorRT-LLM TP 1 x PP 1", "modelopt": "ModelOpt style"}.get(target, target))
       not in REFUSED),
@@ -63,6 +66,11 @@ CASES = [
     ("int8", "trtllm", "int8"), ("null", "trtllm", "fp8"), ("fp8", "trtllm", "fp8"),
     ("int4", "compressed-tensors", "fp8"), ("fp8", "modelopt", "fp8"),
 ]  # fmt: skip
+_NAMES = ["-".join(filter(None, case)) for case in _CASES]
+CASES = [
+    pytest.param(case, id=name, marks=[] if name in FAST else pytest.mark.slow)
+    for name, case in zip(_NAMES, _CASES, strict=True)
+]
 
 
 def export(checkpoint: Path, out: Path, target: str, **layout: int) -> None:
@@ -75,12 +83,19 @@ def export(checkpoint: Path, out: Path, target: str, **layout: int) -> None:
             export_hf(checkpoint, out, style=target, dtype="float32")
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(filter(None, case)))
+@pytest.fixture(params=CASES)
 def case(request, tmp_path):
     algorithm, target, cache = request.param
     checkpoint = write_checkpoint(tmp_path / "in", MODEL, layers_of(algorithm, cache), cuts=2)
     export(checkpoint, tmp_path / "out", target)
     return algorithm, target, checkpoint, tmp_path / "out"
+
+
+# Of one layer: a fused linear and a part of one, a column- and a row-parallel one, norms, caches.
+_KINDS = tuple(f".layers.1.{part}" for part in (
+    "attention.qkv.", "self_attn.k_proj.", "mlp.gate", "mlp.proj.", "mlp.down_proj.", "input_layernorm.",
+    "attention.kv_cache", "self_attn.k_scale", "self_attn.v_scale", "self_attn.v_proj.v_scale",
+))  # fmt: skip
 
 
 def flip(name: str) -> Change:
@@ -115,7 +130,7 @@ def bytes_reversed(tensor: Tensor) -> Tensor:
 
 def of_each_tensor(tensors: Tensors, packed: set[str]) -> Iterator[Corruption]:
     """What can happen to one tensor alone."""
-    kinds = [n for n in tensors if ".layers.1." in n or ".layers." not in n]
+    kinds = [n for n in tensors if ".layers." not in n or any(part in n for part in _KINDS)]
     for name in kinds:
         tensor = tensors[name]
         yield Corruption("bit", (name,), flip(name))
