@@ -151,7 +151,7 @@ class QuantizationConfig:
     lsq_lr: float | None = None  # null: model.optim.lr
     pact_a_lr: float = 0.01  # of clip values, in units of the input
     pact_a_decay: float = 5e-5  # decoupled weight decay of clip values
-    decoder_type: str = "llama"
+    decoder_type: str | None = None
     equalize: bool = False  # first move activation outliers into weights (same function)
     sq_alpha: float | None = 0.8  # SmoothQuant's strength; null: searched for every linear
     equalize_grid: str = "power_of_two"  # exact to fold; or float: finer, folding rounds
@@ -176,7 +176,7 @@ class ExportConfig:
 
     format: str | None = "trtllm"  # or "hf"
     style: str = "compressed-tensors"  # of quantized tensors in "hf"; or "modelopt"
-    decoder_type: str = "llama"
+    decoder_type: str | None = None
     inference_tensor_parallel: int = 1
     inference_pipeline_parallel: int = 1
     dtype: str = "bfloat16"
@@ -209,6 +209,8 @@ class RunConfig:
     exp_manager: ExperimentConfig = field(default_factory=ExperimentConfig)
 
 
+# That of the model, unless somebody insists (`plan.make_plan` compares).
+_DECODERS = (None, "llama", "mistral", "qwen", "qwen2")
 _CHOICES = {
     "trainer.precision": ("auto", "bf16", "32"),
     "model.optim.sched.name": ("CosineAnnealing", "constant"),
@@ -225,10 +227,10 @@ _CHOICES = {
     "quantization.kv_cache_scales": ("shared", "separate"),
     "quantization.weight_scales": ("frozen", "lsq"),
     "quantization.input_scales": ("frozen", "lsq", "pact"),
-    "quantization.decoder_type": ("llama",),
+    "quantization.decoder_type": _DECODERS,
     "export.format": (None, "trtllm", "hf"),
     "export.style": ("compressed-tensors", "modelopt"),
-    "export.decoder_type": ("llama",),
+    "export.decoder_type": _DECODERS,
     "export.dtype": ("bfloat16", "float16", "float32"),
 }
 

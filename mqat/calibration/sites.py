@@ -10,6 +10,8 @@ the output as it was. The division is folded into the tensor before, so nothing 
 | `linear_fc1`  | norm weight `j`                          | -                                      |
 | `linear_fc2`  | row `j` of the up weight                 | -                                      |
 
+(and into the bias of those rows, where there is one)
+
 Tensor parallelism: `s` is computed whole, [I], on every rank; a row-parallel linear and the rows before
 it take this rank's slice. Attention mixes tokens, not channels of a head, so values can be scaled.
 """
@@ -33,12 +35,14 @@ class Site:
     Attributes:
         linear: Its columns are multiplied by `s`.
         before: Norm weight [I], or view of rows [..., H] of a weight; divided in place.
+        before_bias: View of the bias of those rows, [...]; None: there is none.
         heads_per_group: Query heads that share a value head (`linear_proj`), otherwise 1.
         head_dim: Channels of a head.
     """
 
     linear: QuantizedLinear
     before: Tensor
+    before_bias: Tensor | None = None
     heads_per_group: int = 1
     head_dim: int = 1
 
@@ -63,6 +67,8 @@ class Site:
         rows = local.view(-1, self.heads_per_group, self.head_dim)[:, 0]
         rows = rows.reshape(self.before.shape[:-1])
         self.before.div_(rows[..., None].to(self.before.dtype))
+        if self.before_bias is not None:
+            self.before_bias.div_(rows.to(self.before_bias.dtype))
 
 
 def layer_number(name: str) -> int:
@@ -87,12 +93,17 @@ def find_sites(chunks: list[Any], *, fold_values: bool = True) -> dict[str, Site
             width = config.kv_channels
             # Rows of the local qkv weight: per query group its query heads, key head, value head.
             grouped = qkv.weight.detach().view(-1, heads + 2, width, qkv.weight.shape[1])
+            values, up_bias = None, None
+            if qkv.bias is not None:
+                values = qkv.bias.detach().view(-1, heads + 2, width)[:, -1]
+            if mlp.linear_fc1.bias is not None:
+                up_bias = mlp.linear_fc1.bias.detach().chunk(2)[1]
             up = mlp.linear_fc1.weight.detach().chunk(2, dim=0)[1]
             found = [Site(qkv, layer.input_layernorm.weight.detach())]
             if fold_values:
-                found.append(Site(proj, grouped[:, -1], heads, width))
+                found.append(Site(proj, grouped[:, -1], values, heads, width))
             found.append(Site(mlp.linear_fc1, layer.pre_mlp_layernorm.weight.detach()))
-            found.append(Site(mlp.linear_fc2, up))
+            found.append(Site(mlp.linear_fc2, up, up_bias))
             sites |= {site.linear.quantized_name: site for site in found}
     return sites
 

@@ -16,7 +16,7 @@ import torch
 from mqat import __version__
 from mqat.export import compressed, modelopt
 from mqat.export.kv_cache import cache_scheme, plan_scales, quant_algo
-from mqat.export.linears import Maker, ServedLinear, unquantized
+from mqat.export.linears import Maker, ServedLinear, unquantized, with_bias
 from mqat.export.rank_files import plan_norm, plan_table
 from mqat.export.reshard import (
     InferenceRank,
@@ -110,7 +110,7 @@ def _plan_layer(
         tensors = _tensors(reader.layers.get(f"decoder.layers.{layer}.{linear}"), style)
         for module, part_rows in zip(HF_LINEARS[linear], rows[linear], strict=True):
             part = ServedLinear(reader, layer, linear, part_rows, cols, dtype)
-            for suffix, make in tensors.items():
+            for suffix, make in with_bias(part, tensors).items():
                 yield make(part).named(f"{prefix}{module}.{suffix}")
     yield from plan_scales(reader, style, layer, prefix)
 

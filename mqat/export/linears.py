@@ -7,7 +7,7 @@ Weights pass through in blocks of rows; scales are always the frozen ones, never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +138,22 @@ class Content:
 
 
 Maker = Callable[[ServedLinear], Content]
+
+
+def with_bias(part: ServedLinear, tensors: Mapping[str, Maker]) -> Mapping[str, Maker]:
+    """The table of a format, and the bias where the linear has one: in every format the same."""
+    return {**tensors, "bias": bias} if part.linear in part.reader.model.biases else tensors
+
+
+def bias(part: ServedLinear) -> Content:
+    """The bias of the served rows, in the model's dtype; whole where columns are cut."""
+    key, layer = f"decoder.layers.{part.linear}.bias", slice(part.layer, part.layer + 1)
+
+    def make() -> Tensor:
+        rows = [part.reader.read(key, (layer, span))[0] for span in part.rows]
+        return torch.cat(rows).to(part.dtype)
+
+    return _lazily(part.dtype, part.shape[:1], make)
 
 
 def unquantized(part: ServedLinear) -> Content:

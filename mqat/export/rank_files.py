@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mqat.export.kv_cache import plan_scales
-from mqat.export.linears import ServedLinear
+from mqat.export.linears import ServedLinear, with_bias
 from mqat.export.reshard import (
     InferenceRank,
     Rows,
@@ -116,6 +116,6 @@ def _plan_layer(
         tensors = FORMATS[scheme.name].tensors if scheme else UNQUANTIZED
         for module in modules:
             part = ServedLinear(reader, layer, linear, rows[module], cols, dtype)
-            for suffix, make in tensors.items():
+            for suffix, make in with_bias(part, tensors).items():
                 yield make(part).named(f"{prefix}{module}.{suffix}")
     yield from plan_scales(reader, "trtllm", layer, prefix)

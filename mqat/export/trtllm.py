@@ -13,9 +13,10 @@ from typing import Any
 
 from mqat import __version__
 from mqat.export import linears as content
+from mqat.models.family import FC1, QKV
 from mqat.models.llama import (
+    FAMILIES,
     LINEARS,
-    TRTLLM_ARCHITECTURE,
     TRTLLM_LAYER,
     TRTLLM_LINEARS,
     LlamaConfig,
@@ -337,9 +338,11 @@ def config_json(
         rotary_scaling = {"type": "llama3"} | {
             key: value for key, value in model.rope_scaling.items() if key != "rope_type"
         }
+    family = FAMILIES[model.family]
     return {
         "producer": {"name": "mqat", "version": __version__},
-        "architecture": TRTLLM_ARCHITECTURE,
+        "architecture": family.trtllm_architecture,
+        **family.trtllm_extra,
         "dtype": dtype,
         "logits_dtype": "float32",
         "vocab_size": model.vocab_size,
@@ -353,8 +356,8 @@ def config_json(
         "hidden_act": "silu",
         "norm_epsilon": model.rms_norm_eps,
         "qk_layernorm": False,
-        "attn_bias": False,
-        "mlp_bias": False,
+        "attn_bias": QKV in model.biases,
+        "mlp_bias": FC1 in model.biases,
         "position_embedding_type": "rope_gpt_neox",
         "rotary_base": model.rope_theta,
         "rotary_scaling": rotary_scaling,

@@ -1,7 +1,8 @@
-"""Reads slices of a llama.cpp GGUF file of a Llama model; quantized blocks are dequantized.
+"""Reads slices of a llama.cpp GGUF file; quantized blocks are dequantized.
 
-llama.cpp stores query and key weights with the two halves of each head interleaved; `read` undoes
-it (transformers/modeling_gguf_pytorch_utils.py, LlamaTensorProcessor, has the same permutation).
+llama.cpp stores query and key rows of Llama (not of Qwen 2) with the two halves of each head
+interleaved; `read` undoes it (transformers/modeling_gguf_pytorch_utils.py, LlamaTensorProcessor, has
+the same permutation).
 """
 
 from __future__ import annotations
@@ -12,18 +13,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from mqat.models.llama import HF_EMBEDDING, HF_FINAL_NORM, HF_LM_HEAD, LlamaConfig
+from mqat.models.llama import (
+    FAMILIES,
+    HF_EMBEDDING,
+    HF_FINAL_NORM,
+    HF_LINEARS,
+    HF_LM_HEAD,
+    LINEARS,
+    LlamaConfig,
+)
 
+# Without `.weight` and `.bias`, which are the same.
 _LAYER_NAMES = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
 _TOP_NAMES = {
     HF_EMBEDDING: "token_embd.weight",
@@ -37,14 +47,15 @@ def gguf_name(hf_name: str) -> str:
     if hf_name in _TOP_NAMES:
         return _TOP_NAMES[hf_name]
     layer, rest = hf_name.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{layer}.{_LAYER_NAMES[rest]}"
+    module, kind = rest.rsplit(".", 1)
+    return f"blk.{layer}.{_LAYER_NAMES[module]}.{kind}"
 
 
 class GgufCheckpoint:
     """Lazy view of a GGUF file (memory-mapped); same interface as `HuggingFaceCheckpoint`.
 
     Raises:
-        ValueError: The `gguf` package is missing, the file is damaged, or not a Llama model.
+        ValueError: The `gguf` package is missing, the file is damaged, or of no family that is known.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,29 +82,39 @@ class GgufCheckpoint:
             return default if field is None else field.contents()
 
         architecture = value("general.architecture")
-        if architecture != "llama":
-            raise ValueError(f"{self.path}: architecture {architecture!r}; only 'llama' is read.")
-        scaling = value("llama.rope.scaling.type", "none")
+        # Mistral's files say `llama`: the first family of an architecture stands for all.
+        family = next((f for f in FAMILIES.values() if f.gguf_architecture == architecture), None)
+        if family is None:
+            known = sorted({f.gguf_architecture for f in FAMILIES.values()})
+            raise ValueError(f"{self.path}: architecture {architecture!r}; known are {known}.")
+        self._is_interleaved = family.is_interleaved_in_gguf
+        scaling = value(f"{architecture}.rope.scaling.type", "none")
         if scaling != "none" or "rope_freqs.weight" in self._tensors:
             raise ValueError(
                 f"{self.path}: scaled rotary positions (rope scaling {scaling!r}) are not read from "
                 "GGUF; use the Hugging Face directory of this model."
             )
-        heads = int(value("llama.attention.head_count"))
-        hidden = int(value("llama.embedding_length"))
+        heads = int(value(f"{architecture}.attention.head_count"))
+        hidden = int(value(f"{architecture}.embedding_length"))
         return LlamaConfig(
             # The tensor, not the metadata key: some converters leave the key out.
             vocab_size=int(self._tensors["token_embd.weight"].shape[1]),
             hidden_size=hidden,
-            intermediate_size=int(value("llama.feed_forward_length")),
-            num_layers=int(value("llama.block_count")),
+            intermediate_size=int(value(f"{architecture}.feed_forward_length")),
+            num_layers=int(value(f"{architecture}.block_count")),
             num_attention_heads=heads,
-            num_query_groups=int(value("llama.attention.head_count_kv", heads)),
-            head_dim=int(value("llama.attention.key_length", hidden // heads)),
-            rms_norm_eps=float(value("llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=float(value("llama.rope.freq_base", 10000.0)),
-            max_position_embeddings=int(value("llama.context_length")),
+            num_query_groups=int(value(f"{architecture}.attention.head_count_kv", heads)),
+            head_dim=int(value(f"{architecture}.attention.key_length", hidden // heads)),
+            rms_norm_eps=float(value(f"{architecture}.attention.layer_norm_rms_epsilon")),
+            rope_theta=float(value(f"{architecture}.rope.freq_base", 10000.0)),
+            max_position_embeddings=int(value(f"{architecture}.context_length")),
             tie_word_embeddings="output.weight" not in self._tensors,
+            family=family.name,
+            biases=tuple(
+                linear
+                for linear in LINEARS
+                if any(self.has(f"model.layers.0.{name}.bias") for name in HF_LINEARS[linear])
+            ),
         )
 
     def has(self, name: str) -> bool:
@@ -109,16 +130,19 @@ class GgufCheckpoint:
         tensor = self._tensors[gguf_name(name)]
         if cols is None:
             vector = dequantize(tensor.data, tensor.tensor_type)
-            return torch.from_numpy(np.array(vector[rows]))
-        num_rows = int(tensor.shape[1])
-        index = np.arange(num_rows)
-        heads = {
-            "self_attn.q_proj.weight": self.config.num_attention_heads,
-            "self_attn.k_proj.weight": self.config.num_query_groups,
-        }.get(name.split(".", 3)[-1])
-        if heads is not None:
-            half = num_rows // heads // 2
-            index = index.reshape(heads, half, 2).swapaxes(1, 2).reshape(num_rows)
+            return torch.from_numpy(np.array(vector[self._rows(name, len(vector))[rows]]))
+        index = self._rows(name, int(tensor.shape[1]))
         # Quantization blocks lie along the columns, so only the wanted rows are dequantized.
         block = dequantize(tensor.data[index[rows]], tensor.tensor_type)
         return torch.from_numpy(np.array(block[:, cols]))
+
+    def _rows(self, name: str, count: int) -> np.ndarray[Any, Any]:
+        """Row of the file for each row of the tensor."""
+        index = np.arange(count)
+        heads = {
+            "self_attn.q_proj": self.config.num_attention_heads,
+            "self_attn.k_proj": self.config.num_query_groups,
+        }.get(".".join(name.split(".")[3:5]))
+        if heads is None or not self._is_interleaved:
+            return index
+        return index.reshape(heads, count // heads // 2, 2).swapaxes(1, 2).reshape(count)

@@ -1,4 +1,4 @@
-"""Reads slices of a Hugging Face Llama directory: `config.json` and `model*.safetensors`."""
+"""Reads slices of a Hugging Face directory: `config.json` and `model*.safetensors`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mqat.models.llama import LlamaConfig
+from mqat.models.llama import HF_LM_HEAD, LlamaConfig, hf_tensors
 
 
 class HuggingFaceCheckpoint:
@@ -36,7 +36,8 @@ class HuggingFaceCheckpoint:
     def _index(self) -> dict[str, Path]:
         """Tensor name -> file; opening each file also checks that it is complete."""
         index_file = self.path / "model.safetensors.index.json"
-        files = sorted(self.path.glob("*.safetensors"))
+        named = sorted(self.path.glob("model*.safetensors"))
+        files = named or sorted(self.path.glob("*.safetensors"))
         if index_file.exists():
             names = set(json.loads(index_file.read_text("utf-8"))["weight_map"].values())
             files = [self.path / name for name in sorted(names)]
@@ -54,7 +55,19 @@ class HuggingFaceCheckpoint:
                 raise ValueError(
                     f"{file}: missing, truncated or not safetensors ({error}); download it again."
                 ) from error
+        self._check_names(found)
         return found
+
+    def _check_names(self, found: dict[str, Path]) -> None:
+        """Refuses tensors that would be dropped silently: biases, scales of quantized weights, ..."""
+        known = {*hf_tensors(self.config), HF_LM_HEAD}
+        extra = [n for n in sorted(found) if n not in known and not n.endswith(".inv_freq")]
+        if extra:
+            raise ValueError(
+                f"{self.path}: {extra[0]!r} and {len(extra) - 1} more tensors have no place in the "
+                f"{self.config.family} model that config.json describes; import an unquantized "
+                "checkpoint whose config.json is its own."
+            )
 
     def has(self, name: str) -> bool:
         """Whether a tensor of this name exists."""

@@ -1,4 +1,4 @@
-"""The Llama family: what its configuration says, and what its tensors are called elsewhere.
+"""Llama and families like it: what a configuration says, and what tensors are called elsewhere.
 
 Names are data. `{i}` is the layer number; a fused Megatron tensor lists its Hugging Face parts in
 row order. Sources: transformers `modeling_llama.py`, Megatron-Core `gpt_model.py`, and the
@@ -10,6 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from mqat.models.family import FC1, FC2, PROJ, QKV, Family
+from mqat.models.mistral import MISTRAL
+from mqat.models.qwen2 import QWEN2
+
+LLAMA = Family(
+    name="llama",
+    hf_architecture="LlamaForCausalLM",
+    gguf_architecture="llama",
+    is_interleaved_in_gguf=True,
+    trtllm_architecture="LlamaForCausalLM",
+    decoder_types=("llama",),
+    bias_switches={"attention_bias": (QKV, PROJ), "mlp_bias": (FC1, FC2)},
+)
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
 
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_FINAL_NORM = "model.norm.weight"
@@ -30,16 +45,8 @@ HF_LAYER_TENSORS: dict[str, tuple[str, ...]] = {
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
 
-HF_ARCHITECTURE = "LlamaForCausalLM"
-HF_MODEL_TYPE = "llama"
-
 # The linears of a layer, in the order of the forward pass; quantization policies name these.
-LINEARS = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+LINEARS = (QKV, PROJ, FC1, FC2)
 
 # Vocabulary tables; policies quantize these only where a rule names them.
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings", "output_layer"
@@ -54,13 +61,21 @@ HF_LINEARS: dict[str, tuple[str, ...]] = {
     for linear in LINEARS
 }
 
+
+def hf_parts(parameter: str) -> tuple[str, ...]:
+    """Hugging Face tensors, after `HF_LAYER` and in row order, of a parameter inside a layer."""
+    linear = parameter.removesuffix(".bias")
+    if linear == parameter:
+        return HF_LAYER_TENSORS[parameter]
+    return tuple(f"{module}.bias" for module in HF_LINEARS[linear])
+
+
 # Megatron-Core linear that a norm feeds -> Hugging Face norm (after `HF_LAYER`).
 HF_NORMS: dict[str, str] = {
     "self_attention.linear_qkv": "input_layernorm",
     "mlp.linear_fc1": "post_attention_layernorm",
 }
 
-TRTLLM_ARCHITECTURE = "LlamaForCausalLM"
 TRTLLM_EMBEDDING = "transformer.vocab_embedding"
 TRTLLM_FINAL_NORM = "transformer.ln_f"
 TRTLLM_LM_HEAD = "lm_head"
@@ -85,7 +100,7 @@ TRTLLM_NORMS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a Llama-family decoder; all sizes are global, before any parallel split."""
+    """Shape of a Llama-like decoder; all sizes are global, before any parallel split."""
 
     vocab_size: int
     hidden_size: int
@@ -99,9 +114,15 @@ class LlamaConfig:
     rope_scaling: dict[str, Any] | None = None
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
+    family: str = LLAMA.name
+    biases: tuple[str, ...] = ()  # of `LINEARS`
 
     def __post_init__(self) -> None:
-        """Raises ValueError for sizes that no layout can make work."""
+        """Raises ValueError for sizes that no layout can make work, and biases that none has."""
+        if self.family not in FAMILIES:
+            raise ValueError(f"model.family={self.family!r}: must be one of {', '.join(FAMILIES)}.")
+        object.__setattr__(self, "biases", tuple(self.biases))  # a list where it comes from JSON
+        FAMILIES[self.family].switches_of(self.biases)
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
@@ -141,6 +162,8 @@ class LlamaConfig:
         for linear in LINEARS:
             stacked = (self.num_layers, *self.linear_shape(linear))
             shapes[f"decoder.layers.{linear}.weight"] = stacked
+            if linear in self.biases:
+                shapes[f"decoder.layers.{linear}.bias"] = stacked[:2]
         for linear in TRTLLM_NORMS:
             key = f"decoder.layers.{linear}.layer_norm_weight"
             shapes[key] = (self.num_layers, self.hidden_size)
@@ -168,9 +191,10 @@ class LlamaConfig:
         Args:
             dtype: Of unquantized tensors, such as `bfloat16`.
         """
+        family = FAMILIES[self.family]
         return {
-            "architectures": [HF_ARCHITECTURE],
-            "model_type": HF_MODEL_TYPE,
+            "architectures": [family.hf_architecture],
+            "model_type": family.name,
             "torch_dtype": dtype,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -184,8 +208,8 @@ class LlamaConfig:
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling,
             "max_position_embeddings": self.max_position_embeddings,
-            "attention_bias": False,
-            "mlp_bias": False,
+            **family.switches_of(self.biases),
+            **family.hf_extra,
             "tie_word_embeddings": self.tie_word_embeddings,
             "use_cache": True,
         }
@@ -195,20 +219,20 @@ class LlamaConfig:
         """From a Hugging Face `config.json` object (transformers 4 and 5 spellings of RoPE).
 
         Raises:
-            ValueError: Not a Llama-architecture model, or it uses a feature that is not built
-                (attention or MLP biases, another activation).
+            ValueError: Not one of `FAMILIES`, or it uses a feature that is not built (another
+                activation, sliding windows, other rotary scalings).
         """
         if not isinstance(hf, Mapping):
             raise ValueError(f"config.json: expected a JSON object, found {type(hf).__name__}.")
-        if hf.get("model_type") != "llama":
+        family = FAMILIES.get(str(hf.get("model_type")))
+        if family is None:
             raise ValueError(
-                f"model_type={hf.get('model_type')!r}: only the Llama family ('llama') is "
-                "supported; convert the checkpoint to LlamaForCausalLM if it is equivalent."
+                f"model_type={hf.get('model_type')!r}: supported are {', '.join(FAMILIES)}; convert "
+                "the checkpoint to LlamaForCausalLM if it is equivalent."
             )
-        refused = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-        for key, required in refused.items():
-            if hf.get(key, required) != required:
-                raise ValueError(f"{key}={hf[key]!r}: only {required!r} is supported.")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is supported.")
+        _check_window(family, hf)
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
         rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -228,4 +252,27 @@ class LlamaConfig:
             rope_scaling=rope if rope_type == "llama3" else None,
             max_position_embeddings=int(hf["max_position_embeddings"]),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            family=family.name,
+            biases=family.biases_of(hf),
         )
+
+
+def _check_window(family: Family, hf: Mapping[str, Any]) -> None:
+    """Refuses a sliding window that a sequence could be longer than."""
+    window = None if family.window is None else family.window.size(hf)
+    longest = int(hf["max_position_embeddings"])
+    if window is not None and window < longest:
+        raise ValueError(
+            f"sliding_window={window}: attention over a window is not built, and sequences of this "
+            f"model may be longer (max_position_embeddings={longest}). Up to {window} tokens a window "
+            f"changes nothing: set max_position_embeddings to {window} in config.json if that is enough."
+        )
+
+
+def hf_tensors(model: LlamaConfig) -> list[str]:
+    """Names of all tensors in a Hugging Face directory of this model."""
+    inside = [name for names in HF_LAYER_TENSORS.values() for name in names]
+    inside += [name for linear in model.biases for name in hf_parts(f"{linear}.bias")]
+    names = [HF_LAYER.format(i=i) + name for i in range(model.num_layers) for name in inside]
+    head = [] if model.tie_word_embeddings else [HF_LM_HEAD]
+    return [HF_EMBEDDING, *names, HF_FINAL_NORM, *head]

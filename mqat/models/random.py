@@ -17,6 +17,8 @@ from mqat.models.llama import LlamaConfig
 class RandomWeights:
     """N(0, std) weights, with residual projections scaled by 1/sqrt(2 L) (GPT-2's rule); norms are 1.
 
+    Biases are N(0, std) too: in the families that have them they are trained, not nothing.
+
     Args:
         config: Model sizes.
         seed: Mixed into every tensor's own seed.
@@ -47,15 +49,18 @@ class RandomWeights:
             "embed_tokens.weight": (config.vocab_size, config.hidden_size),
             "lm_head.weight": (config.vocab_size, config.hidden_size),
         }
+        if name.endswith(".bias"):
+            return by_suffix[name.removesuffix("bias").rsplit(".", 2)[-2] + ".weight"][:1]
         return next(shape for suffix, shape in by_suffix.items() if name.endswith(suffix))
 
     def read(self, name: str, rows: slice, cols: slice | None = None) -> torch.Tensor:
         """Rows, and for matrices columns, of the tensor with this Hugging Face name, float32."""
         shape = self._shape(name)
-        if len(shape) == 1:
+        if name.endswith("norm.weight"):
             return torch.ones(shape)[rows]
         std = self.std
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * self.config.num_layers)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
-        return torch.randn(shape, generator=generator).mul_(std)[rows, cols or slice(None)]
+        drawn = torch.randn(shape, generator=generator).mul_(std)
+        return drawn[rows] if cols is None else drawn[rows, cols]

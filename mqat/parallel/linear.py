@@ -118,7 +118,10 @@ class QuantizedLinear(QuantizedModule):
         return x, weight
 
     def quantized_output(self, output: Tensor) -> Tensor:
-        """The output after its quantizer; summed over ranks already, without bias."""
+        """The output after its quantizer; summed over ranks already.
+
+        With the bias where Megatron adds it in the linear (qkv), without where the caller adds it.
+        """
         return output if self.output_quantizer is None else self.output_quantizer(output)
 
     def lowered_gemm(
@@ -188,7 +191,7 @@ class QuantizedLinear(QuantizedModule):
 
 
 class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type: ignore[misc]
-    """`ColumnParallelLinear` with quantized operands; takes the same arguments, and four more.
+    """`ColumnParallelLinear` with quantized operands; takes the same arguments, and five more.
 
     Args:
         *args: As for Megatron's `ColumnParallelLinear`.
@@ -196,6 +199,7 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
         scheme: What to quantize; None leaves the linear unquantized (but still calibratable).
         num_shards: Largest tensor-parallel size of the model (`layout.shard_count`).
         parts: 2 for a fused gate/up weight, otherwise 1.
+        has_bias: Takes the place of `bias`, which Megatron's layers set from their config.
         **kwargs: As for Megatron's `ColumnParallelLinear`.
     """
 
@@ -206,8 +210,11 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
         scheme: LinearScheme | None,
         num_shards: int,
         parts: int = 1,
+        has_bias: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        if has_bias is not None:
+            kwargs["bias"] = has_bias
         ColumnParallelLinear.__init__(self, *args, **kwargs)
         self.attach_quantizers(name, scheme, num_shards, parts)
 
@@ -222,7 +229,9 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
             self.input_quantizer(input)
         if self.sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
-        return tiled_linear(input, weight, self.num_tiles * self.parts)
+        output = tiled_linear(input, weight, self.num_tiles * self.parts)
+        bias = kwargs.get("bias")
+        return output if bias is None else output + bias
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As Megatron's, then the output quantizer."""
@@ -231,12 +240,29 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
 
 
 class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignore[misc]
-    """`RowParallelLinear` with quantized operands; arguments as for `QuantColumnParallelLinear`."""
+    """`RowParallelLinear` with quantized operands; arguments as for `QuantColumnParallelLinear`.
+
+    Raises:
+        ValueError: It is to add its bias itself, which the fixed-point sums of calibration could not.
+    """
 
     def __init__(
-        self, *args: Any, name: str, scheme: LinearScheme | None, num_shards: int, **kwargs: Any
+        self,
+        *args: Any,
+        name: str,
+        scheme: LinearScheme | None,
+        num_shards: int,
+        has_bias: bool | None = None,
+        **kwargs: Any,
     ) -> None:
+        if has_bias is not None:
+            kwargs["bias"] = has_bias
         RowParallelLinear.__init__(self, *args, **kwargs)
+        if self.bias is not None and not self.skip_bias_add:
+            raise ValueError(
+                f"{name}: a bias needs skip_bias_add=True here, as in all of Megatron's layers; the "
+                "caller adds it."
+            )
         self.attach_quantizers(name, scheme, num_shards, parts=1)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -84,10 +84,14 @@ def quantize(
     zero_point: Tensor | None = None,
 ) -> Tensor:
     """Codes of `x` in `fmt.storage_dtype`, shaped like `x`; `zero_point` is shaped like `scale`."""
-    x = x.detach().float()
-    groups, steps = grouped_view(x, scale, granularity)
-    low, high = _limits(x, fmt, granularity, zero_point)
-    values = round_values_(groups / steps, fmt, low, high)
+    values = x.detach().float()
+    groups, steps = grouped_view(values, scale, granularity)
+    low, high = _limits(values, fmt, granularity, zero_point)
+    is_copy = values.dtype != x.dtype and groups.data_ptr() == values.data_ptr()
+    ratio = groups.div_(steps) if is_copy else groups / steps
+    if fmt.storage_dtype.is_floating_point:  # the cast rounds; casting back would cost the most
+        return ratio.clamp_(fmt.qmin, fmt.qmax).to(fmt.storage_dtype).view(x.shape)
+    values = round_values_(ratio, fmt, low, high)
     if zero_point is not None:
         values += fmt.qmin - low  # the zero point, broadcast
     return _to_codes(values, fmt).view(x.shape)

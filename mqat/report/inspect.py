@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from mqat.verify.huggingface import HfDirectory
 from mqat.verify.huggingface import check_files as check_hf_files
 from mqat.verify.layout import INT4_ALGORITHMS, MODULES, ServedConfig, read_config
 
+_BIAS = ", bias"  # in the model's dtype, not counted among the bits
 COLUMNS = ("file", "linear", "format", "bits", "shape", "weight scales", "input scale")
 
 
@@ -88,9 +89,11 @@ def _checkpoint_rows(path: Path) -> Iterator[Row]:
             if scheme is None or scheme.weight is None:
                 stored = reader.dtype(f"decoder.layers.{linear}.weight")
                 form = f"unquantized {str(stored).removeprefix('torch.')}"
+                form += _BIAS * (linear in reader.model.biases)
                 yield Row("", name, form, 8 * stored.itemsize, shape)
                 continue
-            yield _quantized_row(reader, name, scheme, shape)
+            row = _quantized_row(reader, name, scheme, shape)
+            yield replace(row, form=row.form + _BIAS * (linear in reader.model.biases))
         name = f"decoder.layers.{layer}.{CORE_ATTENTION}"
         cache, model = reader.kv_cache.get(name), reader.model
         if cache is not None:
@@ -162,6 +165,7 @@ def _trtllm_row(file: str, name: str, handle: safe_open, config: ServedConfig) -
     if is_fp4 and scale is not None and others[1] is not None:
         scale = scale.float() * others[1]
     form = algorithm or f"unquantized {weight.get_dtype()}"
+    form += _BIAS * (f"{name}.bias" in present)
     return Row(file, name, form, bits, shape, scale, step)
 
 
@@ -181,15 +185,17 @@ def _hf_rows(path: Path) -> Iterator[Row]:
             out, inputs = weight.shape
             width = 8 * weight.element_size()
             kind = str(weight.dtype).removeprefix("torch.")
-            yield Row(files[f"{name}.weight"], name, f"unquantized {kind}", width, (out, inputs))
+            form = f"unquantized {kind}" + _BIAS * ("bias" in tensors)
+            yield Row(files[f"{name}.weight"], name, form, width, (out, inputs))
             continue
         stored, kind = tensors[storage.weight_name], storage.weight_name
         shape = config.shape_of(name)
         step = tensors.get(storage.input_scale_name or "")
-        rest = [t for s, t in tensors.items() if s not in (kind, "weight_shape")]
+        rest = [t for s, t in tensors.items() if s not in (kind, "weight_shape", "bias")]
         code_bits = 8 * stored.numel() * stored.element_size() // (shape[0] * shape[1])
         bits, scale = _bits(shape, code_bits, *rest), steps_of(tensors, storage)
-        yield Row(files[f"{name}.{kind}"], name, _form(storage), bits, shape, scale, step)
+        form = _form(storage) + _BIAS * ("bias" in tensors)
+        yield Row(files[f"{name}.{kind}"], name, form, bits, shape, scale, step)
     for layer in range(config.raw["num_hidden_layers"] if config.cache_scales else 0):
         names = [f"model.layers.{layer}.{name}" for name in config.cache_scales.values()]
         shape = (int(config.raw["num_key_value_heads"]), int(config.raw["head_dim"]))

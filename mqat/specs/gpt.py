@@ -5,7 +5,7 @@ Nothing that is already built is touched, and the given spec is not modified.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,12 @@ _REPLACEMENTS = {
 
 
 def quantize_layer_spec(
-    spec: ModuleSpec, schemes: Mapping[str, Scheme], *, layer: int, num_shards: int
+    spec: ModuleSpec,
+    schemes: Mapping[str, Scheme],
+    *,
+    layer: int,
+    num_shards: int,
+    biases: Collection[str] | None = None,
 ) -> ModuleSpec:
     """A copy of a transformer-layer spec with its four linears replaced, its attention wrapped.
 
@@ -45,6 +50,8 @@ def quantize_layer_spec(
             attention without one is left as it is.
         layer: Global, zero-based layer number; it becomes part of the quantizers' names.
         num_shards: Largest valid tensor-parallel size (`parallel.layout.shard_count`).
+        biases: Short names of the linears that have a bias; None: as Megatron's config says, which
+            knows no biases on attention alone.
     """
     linears = {short: s for short, s in schemes.items() if isinstance(s, LinearScheme)}
     cache = schemes.get(CORE_ATTENTION)
@@ -54,6 +61,7 @@ def quantize_layer_spec(
             "name": f"decoder.layers.{layer}.{short}",
             "scheme": linears.get(short),
             "num_shards": num_shards,
+            "has_bias": None if biases is None else short in biases,
         }
         if short == "mlp.linear_fc1":
             params["parts"] = 2
@@ -104,5 +112,9 @@ def quantize_block_spec(
         prefix = f"decoder.layers.{layer}."
         shorts = (*_REPLACEMENTS, CORE_ATTENTION)
         schemes = {s: layers[prefix + s] for s in shorts if prefix + s in layers}
-        specs.append(quantize_layer_spec(spec, schemes, layer=layer, num_shards=shard_count(model)))
+        specs.append(
+            quantize_layer_spec(
+                spec, schemes, layer=layer, num_shards=shard_count(model), biases=model.biases
+            )
+        )
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)

@@ -187,7 +187,7 @@ def save_checkpoint(
     temporary = path.with_name(f".{path.name}.tmp")
     description = {
         "format_version": FORMAT_VERSION,
-        "family": "llama",
+        "family": model.family,
         "model": model.to_dict(),
         "params_dtype": str(next(chunks[0].parameters()).dtype).removeprefix("torch."),
         "iteration": training.step if training else 0,

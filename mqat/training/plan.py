@@ -16,7 +16,7 @@ from mqat.export import huggingface
 from mqat.export.kv_cache import check_exportable as check_cache_exportable
 from mqat.export.tables import check_exportable as check_tables_exportable
 from mqat.export.trtllm import check_exportable
-from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.models.llama import FAMILIES, LINEARS, LlamaConfig
 from mqat.models.manifest import DESCRIPTION, read_description
 from mqat.models.random import RandomWeights
 from mqat.models.source import PretrainedSource, open_pretrained
@@ -182,6 +182,20 @@ def _check_training(settings: QuantizationConfig, layers: Mapping[str, LinearSch
     check_bits(settings.bit_schedule, layers)
 
 
+def _check_decoder(config: RunConfig, model: LlamaConfig) -> None:
+    family = FAMILIES[model.family]
+    given = {
+        "quantization.decoder_type": config.quantization.decoder_type,
+        "export.decoder_type": config.export.decoder_type,
+    }
+    for key, decoder in given.items():
+        if decoder is not None and decoder not in family.decoder_types:
+            raise ValueError(
+                f"config: {key}={decoder}, but the model is {family.name}; leave it out, or use "
+                f"{' or '.join(family.decoder_types)}."
+            )
+
+
 def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     """Checks a configuration as a whole, on every rank alike, touching no process group.
 
@@ -198,6 +212,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         check_plots()
     settings = config.model
     model, source = _source(config)
+    _check_decoder(config, model)
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
     check_parallel_sizes(
         model, tp=tp, pp=pp, virtual_pp=settings.virtual_pipeline_model_parallel_size or 1

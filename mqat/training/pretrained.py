@@ -10,9 +10,9 @@ from mqat.models.llama import (
     HF_EMBEDDING,
     HF_FINAL_NORM,
     HF_LAYER,
-    HF_LAYER_TENSORS,
     HF_LM_HEAD,
     LlamaConfig,
+    hf_parts,
 )
 from mqat.models.random import RandomWeights
 from mqat.models.source import PretrainedSource
@@ -51,10 +51,13 @@ def _local_tensor(
     if name.startswith("decoder.final_layernorm"):
         return source.read(HF_FINAL_NORM, slice(None))
     short = name.split(".", 3)[3]
-    parts = [HF_LAYER.format(i=layer) + part for part in HF_LAYER_TENSORS[short]]
-    if parameter.dim() == 1:
+    parts = [HF_LAYER.format(i=layer) + part for part in hf_parts(short)]
+    if "layernorm" in short:
         return source.read(parts[0], slice(None))
-    pieces = local_pieces(model, short.removesuffix(".weight"), rank, tp)
+    linear, kind = short.rsplit(".", 1)
+    pieces = local_pieces(model, linear, rank, tp)
+    if kind == "bias":  # of the same rows; all of them where columns are cut
+        return torch.cat([source.read(parts[p.part], p.rows) for p in pieces])
     return torch.cat([source.read(parts[p.part], p.rows, p.cols) for p in pieces])
 
 

@@ -106,6 +106,10 @@ def expected_tensors(config: ServedConfig, pp_rank: int) -> dict[str, Expected]:
         for module in MODULES:
             for suffix, expected in _linear_tensors(config, prefix, module).items():
                 result[f"{prefix}{module}.{suffix}"] = expected
+            if module in config.biased:
+                rows, _ = linear_shape(config, module)
+                bias = Expected((rows,), config.dtype, module in ROW_PARALLEL)
+                result[f"{prefix}{module}.bias"] = bias
     if pp_rank == config.pp - 1:
         result[FINAL_NORM] = norm
         result[LM_HEAD] = table

@@ -33,13 +33,21 @@ _SIZES = (
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "architectures": (["LlamaForCausalLM"],),
+    "model_type": ("llama", "mistral", "qwen2"),
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
     "tie_word_embeddings": (True, False),
 }
+_OF_FAMILY: dict[str, dict[str, tuple[Any, ...]]] = {
+    "llama": {
+        "architectures": (["LlamaForCausalLM"],),
+        "attention_bias": (False, True),
+        "mlp_bias": (False, True),
+    },
+    # Without the key, transformers would take a window of 4096 tokens.
+    "mistral": {"architectures": (["MistralForCausalLM"],), "sliding_window": (None,)},
+    "qwen2": {"architectures": (["Qwen2ForCausalLM"],), "use_sliding_window": (False,)},
+}
+_ATTENTION, _MLP = tuple(MODULES)[:4], tuple(MODULES)[4:]
 _FP8_CACHE = {"num_bits": 8, "type": "float", "dynamic": False}
 
 
@@ -124,6 +132,14 @@ class HfConfig:
         """Safetensors name of the model dtype."""
         return SAFETENSORS_DTYPES[self.raw["torch_dtype"]]
 
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Modules with a bias."""
+        if self.raw["model_type"] == "qwen2":
+            return _ATTENTION[:3]
+        attention, mlp = self.raw.get("attention_bias"), self.raw.get("mlp_bias")
+        return (_ATTENTION if attention else ()) + (_MLP if mlp else ())
+
     def size(self, what: str) -> int:
         """`hidden`, `branch` (MLP), `query` or `key` (attention) features."""
         d = int(self.raw["head_dim"])
@@ -172,8 +188,9 @@ def _model_problems(raw: dict[str, Any]) -> Iterator[str]:
         if not _is_size(raw.get(key)):
             yield f"{key}={raw.get(key)!r}, expected a positive integer"
             return
-    for key, allowed in _FIXED.items():
-        if raw.get(key) not in allowed:
+    fixed = _FIXED | _OF_FAMILY.get(str(raw.get("model_type")), {})
+    for key, allowed in fixed.items():
+        if raw.get(key, "nothing") not in allowed:
             yield f"{key}={raw.get(key)!r}, expected one of {allowed}"
     if raw.get("torch_dtype") not in SAFETENSORS_DTYPES:
         yield f"torch_dtype={raw.get('torch_dtype')!r}, expected one of {list(SAFETENSORS_DTYPES)}"

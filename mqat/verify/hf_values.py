@@ -35,6 +35,8 @@ def expected_tensors(config: HfConfig) -> Expected:
             name = prefix + module
             shape = (config.size(rows), config.size(cols))
             storage = config.storage.get(name)
+            if module in config.biased:
+                result[f"{name}.bias"] = (dtype, shape[:1])
             if storage is None:
                 result[f"{name}.weight"] = (dtype, shape)
                 continue

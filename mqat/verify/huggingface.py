@@ -125,8 +125,9 @@ def check_values(directory: HfDirectory) -> Iterator[str]:
             tensors = directory.module(name)
             storage = config.storage.get(name)
             if storage is None:
-                if not tensors["weight"].isfinite().all():
-                    yield f"{name}.weight holds NaN or infinity"
+                for suffix, tensor in tensors.items():
+                    if not tensor.isfinite().all():
+                        yield f"{name}.{suffix} holds NaN or infinity"
                 continue
             shape = (config.size(rows), config.size(cols))
             yield from module_problems(name, tensors, storage, shape)
@@ -138,6 +139,7 @@ def compare_config(config: HfConfig, checkpoint: CheckpointReader) -> Iterator[s
     """`config.json` must describe the trained model."""
     model, raw = checkpoint.model, config.raw
     expected = {
+        "model_type": model.family,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
@@ -224,8 +226,14 @@ def _compare_linear(
     scheme = trained.scheme
     codes = None if scheme is None else trained.blocks(trained.codes())
     weights = trained.blocks(trained.weight()) if scheme is None else []
+    bias = trained.bias()
+    biases = [] if bias is None else trained.blocks(bias)
     for part, name in enumerate(names):
         storage, tensors = directory.config.storage.get(name), directory.module(name)
+        if ("bias" in tensors) != bool(biases):
+            yield f"{name}.bias is in only one of checkpoint and export"
+        elif biases:
+            yield from _same(f"{name}.bias", tensors["bias"], biases[part])
         if (storage is None) != (scheme is None):
             yield f"{name}: quantized in only one of checkpoint and export"
             continue
@@ -279,12 +287,13 @@ class HfReader:
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         tensors, storage = self.directory.module(name), self.config.storage.get(name)
+        bias = tensors.get("bias", torch.zeros(1)).float()
         if storage is None:
-            return x @ tensors["weight"].float().t()
+            return x @ tensors["weight"].float().t() + bias
         step = None if storage.input_scale_name is None else tensors[storage.input_scale_name]
         if step is not None and storage.input_scale_name == "input_global_scale":
             step = 1 / step
-        return served_input(x, storage.input, step) @ module_values(tensors, storage).t()
+        return served_input(x, storage.input, step) @ module_values(tensors, storage).t() + bias
 
     def _cache(self, prefix: str) -> Cache | None:
         names = self.config.cache_scales

@@ -28,17 +28,29 @@ _SIZES = (
 _POSITIVE = ("norm_epsilon", "rotary_base")
 # Keys with the values that the reader and the expected table are written for.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "architecture": ("LlamaForCausalLM",),
+    "architecture": ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"),
     "dtype": tuple(SAFETENSORS_DTYPES),
     "logits_dtype": ("float32", "float16"),
     "hidden_act": ("silu",),
     "position_embedding_type": ("rope_gpt_neox",),
     "qk_layernorm": (False,),
-    "attn_bias": (False,),
-    "mlp_bias": (False,),
+    "attn_bias": (False, True),
+    "mlp_bias": (False, True),
     "embedding_sharding_dim": (0,),
     "share_embedding_table": (False,),
 }
+# What a model class pins down besides, and keys that it alone reads.
+_OF_ARCHITECTURE: dict[str, dict[str, tuple[Any, ...]]] = {
+    "MistralForCausalLM": {"attn_bias": (False,), "mlp_bias": (False,)},
+    "Qwen2ForCausalLM": {
+        "attn_bias": (True,),
+        "mlp_bias": (False,),
+        "qwen_type": ("qwen2",),
+        "seq_length": (8192,),
+        "use_logn_attn": (False,),
+    },
+}
+_ATTENTION, _MLP = ("attention.qkv", "attention.dense"), ("mlp.fc", "mlp.gate", "mlp.proj")
 _OTHER = {"producer", "rotary_scaling", "use_parallel_embedding", "mapping", "quantization"}
 _MAPPING = ("world_size", "tp_size", "pp_size")
 _QUANTIZATION = {
@@ -71,6 +83,12 @@ class ServedConfig:
     def dtype(self) -> str:
         """Safetensors name of the model dtype."""
         return SAFETENSORS_DTYPES[self.raw["dtype"]]
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Modules with a bias; that of a row-parallel one is added once, after the sum over ranks."""
+        attention = _ATTENTION[:1] if "qwen_type" in self.raw else _ATTENTION
+        return (attention if self.raw["attn_bias"] else ()) + (_MLP if self.raw["mlp_bias"] else ())
 
     @property
     def kv_cache(self) -> str | None:
@@ -206,7 +224,8 @@ def _is_positive(value: Any) -> bool:
 
 
 def _model_problems(raw: dict[str, Any]) -> Iterator[str]:
-    for key in sorted(set(raw) - {*_SIZES, *_POSITIVE, *_FIXED, *_OTHER}):
+    fixed = _FIXED | _OF_ARCHITECTURE.get(str(raw.get("architecture")), {})
+    for key in sorted(set(raw) - {*_SIZES, *_POSITIVE, *fixed, *_OTHER}):
         yield f"unknown key {key!r}"
     for key in _SIZES:
         if not _is_size(raw.get(key)):
@@ -214,7 +233,7 @@ def _model_problems(raw: dict[str, Any]) -> Iterator[str]:
     for key in _POSITIVE:
         if not _is_positive(raw.get(key)):
             yield f"{key}={raw.get(key)!r}, expected a positive number"
-    for key, allowed in _FIXED.items():
+    for key, allowed in fixed.items():
         value = raw.get(key)
         if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
             yield f"{key}={value!r}, expected one of {allowed}"

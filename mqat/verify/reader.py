@@ -51,7 +51,7 @@ def _reload_w8a16(weight: Tensor) -> Tensor:
 
 
 def _linear(config: ServedConfig, weights: Weights, module: str, x: Tensor) -> Tensor:
-    """One rank's linear, without the sum over ranks."""
+    """One rank's linear, without the sum over ranks and without a bias."""
     weight = weights[f"{module}.weight"]
     algorithm = config.algorithm_of(module)
     if algorithm is None:
@@ -71,6 +71,12 @@ def _linear(config: ServedConfig, weights: Weights, module: str, x: Tensor) -> T
         steps = scale.repeat_interleave(16, dim=1) * weights[f"{module}.weights_scaling_factor_2"]
         return x @ (fp4_values(fp4_unpacked(weight)) * steps).t()
     return x @ (weight.float() * (scale if algorithm == "FP8" else scale[:, None])).t()
+
+
+def _with_bias(weights: Weights, module: str, y: Tensor) -> Tensor:
+    """Adds what all ranks hold of a row-parallel bias, or one rank's part of a column-parallel one."""
+    bias = weights.get(f"{module}.bias")
+    return y if bias is None else y + bias.float()
 
 
 class RankReader:
@@ -99,7 +105,8 @@ class RankReader:
         rope = Rope(d, config.raw["rotary_base"], config.raw["rotary_scaling"])
         total = torch.zeros_like(x)
         for weights in ranks:
-            qkv = _linear(config, weights, f"{prefix}attention.qkv", x)
+            name = f"{prefix}attention.qkv"
+            qkv = _with_bias(weights, name, _linear(config, weights, name, x))
             q, k, v = qkv.split([heads * d, kept * d, kept * d], dim=-1)
             cache = None
             if config.kv_cache is not None:
@@ -107,16 +114,18 @@ class RankReader:
                 cache = Cache(config.kv_cache == "FP8", scale, scale)
             merged = attend(q, k, v, rope, cache)
             total += _linear(config, weights, f"{prefix}attention.dense", merged)
-        return total
+        return _with_bias(ranks[0], f"{prefix}attention.dense", total)
 
     def _mlp(self, ranks: list[Weights], prefix: str, x: Tensor) -> Tensor:
         total = torch.zeros_like(x)
         for weights in ranks:
             # The graph computes proj(act(fc(x)) * gate(x)): `fc` is the activated branch.
-            activated = F.silu(_linear(self.config, weights, f"{prefix}mlp.fc", x))
-            product = activated * _linear(self.config, weights, f"{prefix}mlp.gate", x)
-            total += _linear(self.config, weights, f"{prefix}mlp.proj", product)
-        return total
+            fc, gate = (
+                _with_bias(weights, name, _linear(self.config, weights, name, x))
+                for name in (f"{prefix}mlp.fc", f"{prefix}mlp.gate")
+            )
+            total += _linear(self.config, weights, f"{prefix}mlp.proj", F.silu(fc) * gate)
+        return _with_bias(ranks[0], f"{prefix}mlp.proj", total)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:

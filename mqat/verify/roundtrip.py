@@ -32,6 +32,11 @@ _OWNERS: dict[str, tuple[str, int | None]] = {
     "mlp.proj": ("mlp.linear_fc2", None),
 }
 _NORMS = {"input_layernorm": "self_attention.linear_qkv", "post_layernorm": "mlp.linear_fc1"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
 # What may have been trained behind what is served.
 _SCHEMES = {
     "W8A8_SQ_PER_CHANNEL": {"int8", "int8_sq"},
@@ -77,6 +82,9 @@ def _compare_config(config: ServedConfig, checkpoint: CheckpointReader) -> Itera
         scaling = {k: v for k, v in model.rope_scaling.items() if k not in ("type", "rope_type")}
         scaling["type"] = "llama3"
     expected = {
+        "architecture": _ARCHITECTURES[model.family],
+        "attn_bias": checkpoint.has("decoder.layers.self_attention.linear_qkv.bias"),
+        "mlp_bias": checkpoint.has("decoder.layers.mlp.linear_fc1.bias"),
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
@@ -171,6 +179,13 @@ class _Linear:
         if (algorithm is not None) != (scheme is not None):
             yield f"{full}: quantized in only one of checkpoint and export"
             return
+        bias = trained.bias()
+        if (
+            bias is not None
+        ):  # the static checks have seen that there are as many as there should be
+            biases = [handle.get_tensor(f"{full}.bias") for handle in self.ranks]
+            if not self._matches(biases, bias.to(biases[0].dtype)):
+                yield f"{full}.bias is not the checkpoint's"
         served = [handle.get_tensor(f"{full}.weight") for handle in self.ranks]
         if scheme is None:
             if not self._matches(served, trained.weight().to(served[0].dtype)):

@@ -47,6 +47,13 @@ class TrainedLinear:
         key, layer = f"decoder.layers.{self.linear}.weight", slice(self.layer, self.layer + 1)
         return self.checkpoint.read(key, (layer,))[0].float()
 
+    def bias(self) -> Tensor | None:
+        """[O], as stored; None: there is none."""
+        key = f"decoder.layers.{self.linear}.bias"
+        if not self.checkpoint.has(key):
+            return None
+        return self.checkpoint.read(key, (slice(self.layer, self.layer + 1),))[0]
+
     def scale(self) -> Tensor:
         """The frozen weight scale."""
         return self.checkpoint.read(f"quantizers.{self.name}.weight_scale")

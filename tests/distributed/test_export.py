@@ -12,6 +12,7 @@ from mqat.data.packaged import python_docs_documents
 from mqat.data.tokenizer import train_small_tokenizer
 from mqat.verify import verify_export
 from tests.distributed.launch import mqat, torchrun
+from tests.distributed.test_import import family
 
 WORKER = Path(__file__).with_name("worker.py")
 CLI = Path(__file__).parents[2] / "mqat" / "cli.py"
@@ -21,20 +22,21 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in directory.iterdir()}
 
 
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory):
+@pytest.fixture(
+    scope="module", params=["llama-untied", pytest.param("qwen2", marks=pytest.mark.slow)]
+)
+def imported(request, tmp_path_factory):
     """A Hugging Face directory in bfloat16 and the checkpoint imported from it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("imported")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=301, hidden_size=64, intermediate_size=192, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-            initializer_range=0.2,
-        )
-    ).bfloat16()  # fmt: skip
+    model = family(request.param, {
+        "vocab_size": 301, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+    }).bfloat16()  # fmt: skip
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # transformers starts with biases of zero
+            parameter.data += 0.2 * torch.randn(parameter.shape)
     model.generation_config.eos_token_id = [3, 5]
     model.save_pretrained(root / "hf")
     train_small_tokenizer(python_docs_documents()[:2], 300).save_pretrained(root / "hf")

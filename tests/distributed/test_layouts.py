@@ -20,6 +20,8 @@ VARIANTS = {
     "bf16-dp2": (2, ["--bf16"]),
     "w4a8": (1, ["--algorithm", "int4_w_int8_a"]),
     "w4a8-tp2-sp": (2, ["--algorithm", "int4_w_int8_a", "--tp", "2", "--sp"]),
+    "biased": (1, ["--model", "biased"]),
+    "biased-tp2-sp": (2, ["--model", "biased", "--tp", "2", "--sp"]),
     "fp8": (1, ["--algorithm", "fp8"]),
     "fp8-tp2-sp": (2, ["--algorithm", "fp8", "--tp", "2", "--sp"]),
 }
@@ -84,6 +86,21 @@ def test_untied_embeddings_train_alike_and_are_another_model(layouts):
     assert staged["unquantized"] == pytest.approx(alone["unquantized"], rel=1e-6)
     assert staged["losses"] == pytest.approx(alone["losses"], rel=2e-3)
     assert tied["losses"] != pytest.approx(alone["losses"], rel=2e-3)  # control
+
+
+def test_biases_train_alike_under_sequence_parallelism_and_matter(layouts):
+    expected, found, without = (layouts[n][1] for n in ("biased", "biased-tp2-sp", "tp1"))
+    assert found["unquantized"] == pytest.approx(expected["unquantized"], rel=1e-6)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
+    assert without["losses"] != pytest.approx(expected["losses"], rel=2e-3)  # control
+    first, second = (CheckpointReader(layouts[n][0] / "ptq") for n in ("biased", "biased-tp2-sp"))
+    for key in first.keys():
+        if key.endswith((".bias", "_scale")):
+            assert torch.equal(first.read(key), second.read(key)), key
+    trained = CheckpointReader(layouts["biased"][0] / "qat")
+    key = "decoder.layers.mlp.linear_fc2.bias"  # replicated over ranks
+    assert not torch.equal(trained.read(key), first.read(key))
 
 
 @pytest.mark.parametrize("algorithm", ["w4a8", "fp8"])

@@ -9,12 +9,13 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mqat.config import ModelConfig, OptimizerConfig
-from mqat.models.llama import LlamaConfig
+from mqat.models.llama import LINEARS, LlamaConfig
 from mqat.models.random import RandomWeights
 from mqat.quant.kv_cache import linear_schemes
 from mqat.runtime import groups
@@ -24,6 +25,14 @@ MODEL = LlamaConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=4,
     num_attention_heads=4, num_query_groups=2, head_dim=32, tie_word_embeddings=True,
 )  # fmt: skip
+# Of another family, with biases; fits tensor-parallel sizes 1, 2, 3 and 6.
+QWEN2 = LlamaConfig(
+    vocab_size=301, hidden_size=192, intermediate_size=384, num_layers=4,
+    num_attention_heads=6, num_query_groups=6, head_dim=32, tie_word_embeddings=True,
+    family="qwen2", biases=LINEARS[:1],
+)  # fmt: skip
+BIASED = dataclasses.replace(MODEL, biases=LINEARS)
+MODELS = {"llama": MODEL, "biased": BIASED, "qwen2": QWEN2}
 TABLES = (
     Rule("embedding.word_embeddings", "int4"),
     Rule(
@@ -52,6 +61,8 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--sp", action="store_true")
     parser.add_argument("--recompute")
     parser.add_argument("--algorithm", default="int8")
+    parser.add_argument("--model", choices=MODELS, default="llama")
+    parser.add_argument("--ptq", action="store_true", help="save the calibrated model and stop")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--untied", action="store_true")
     parser.add_argument("--tables", action="store_true", help="quantize embedding and output layer")
@@ -65,8 +76,17 @@ def parse(options: list[str]) -> argparse.Namespace:
     return parser.parse_args(options)
 
 
+def finish(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    from megatron.core import parallel_state
+
+    if groups.is_main():
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "result.json").write_text(json.dumps(result))
+    parallel_state.destroy_model_parallel()  # the next job has another layout of the same world
+
+
 def run(args: argparse.Namespace) -> None:
-    model = dataclasses.replace(MODEL, tie_word_embeddings=not args.untied)
+    model = dataclasses.replace(MODELS[args.model], tie_word_embeddings=not args.untied)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp)
     from megatron.core import parallel_state
@@ -114,6 +134,9 @@ def run(args: argparse.Namespace) -> None:
             chunks, lambda: evaluate(chunks, [batches]), group=group
         )["linears"]
     save_checkpoint(args.out / "ptq", chunks, model=model, layers=layers, algorithm=args.algorithm)
+    if args.ptq:
+        finish(args, result)
+        return
     optimizer, scheduler = build_optimizer(
         chunks, OptimizerConfig(lr=1e-3), max_steps=10, clip_grad=1.0
     )
@@ -143,10 +166,7 @@ def run(args: argparse.Namespace) -> None:
     result["ahead"] = [step(), step()]
     load_checkpoint(args.out / "qat", chunks, layers=layers, training=state)
     result["resumed_alike"] = [step(), step()] == result["ahead"]
-    if groups.is_main():
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "result.json").write_text(json.dumps(result))
-    parallel_state.destroy_model_parallel()  # the next job has another layout of the same world
+    finish(args, result)
 
 
 if __name__ == "__main__":

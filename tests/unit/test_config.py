@@ -42,6 +42,7 @@ def test_a_bad_key_or_value_is_one_clear_error(override, message):
             8,
             "group_size=128 does not divide in_features_per_partition",
         ),
+        (["export.decoder_type=qwen"], 8, "decoder_type=qwen, but the model is llama; leave it out"),
         (["quantization.rules=[{pattern: 'nothing*', algorithm: null}]"], 8, "matches no linear"),
         (["quantization.disabled=['*.output']"], 8, "matches nothing that is quantized"),
         (

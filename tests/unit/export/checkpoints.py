@@ -31,6 +31,8 @@ TINY = LlamaConfig(
     num_query_groups=2, head_dim=64, max_position_embeddings=128, tie_word_embeddings=True,
 )  # fmt: skip
 UNTIED = replace(TINY, tie_word_embeddings=False)
+BIASED = replace(UNTIED, biases=LINEARS)  # Llama with attention_bias and mlp_bias
+QWEN2 = replace(TINY, family="qwen2", biases=LINEARS[:1])
 EXPORTABLE = ("null", "int8", "int8_wo", "int4", "fp8", "fp8_pc_pt", "nvfp4")
 
 

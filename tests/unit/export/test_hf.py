@@ -9,7 +9,16 @@ from transformers import AutoModelForCausalLM
 
 from mqat.export import export_hf
 from mqat.quant.scheme import named_scheme
-from tests.unit.export.checkpoints import TINY, UNTIED, all_layers, tensors_of, write_checkpoint
+from mqat.verify import verify_hf
+from tests.unit.export.checkpoints import (
+    BIASED,
+    QWEN2,
+    TINY,
+    UNTIED,
+    all_layers,
+    tensors_of,
+    write_checkpoint,
+)
 from tests.unit.export.test_export import Threads, contents
 from tests.unit.verify.test_reader import (
     LLAMA3,
@@ -95,6 +104,28 @@ def test_transformers_computes_the_same_from_an_unquantized_directory(tmp_path):
     with torch.no_grad():
         found = served(TOKENS).logits
     assert torch.equal(found, transformers_logits(model, {}, TOKENS))
+
+
+@pytest.mark.parametrize("algorithm", ["null", "int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    "model", [BIASED, QWEN2, replace(TINY, family="mistral")], ids=["biased", "qwen2", "mistral"]
+)
+def test_other_families_compute_the_same_in_transformers(model, algorithm, tmp_path):
+    if algorithm != "null":
+        pytest.importorskip("compressed_tensors", reason="optional: pip install 'mqat[hf]'")
+    layers = all_layers(algorithm, model)
+    checkpoint = write_checkpoint(tmp_path / "c", model, layers)
+    export(checkpoint, tmp_path / "out")
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert served.config.model_type == model.family
+    with torch.no_grad():
+        found = served(TOKENS).logits
+    expected = transformers_logits(model, layers, TOKENS)
+    assert torch.equal(found, expected)
+    report = verify_hf(
+        tmp_path / "out", reference=checkpoint, tokens=TOKENS, reference_logits=expected
+    )
+    assert report.problems == [] and report.mean_kl < 1e-3  # FP8 codes flip
 
 
 def mixture():

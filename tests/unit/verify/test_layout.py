@@ -52,7 +52,9 @@ def test_the_config_of_every_export_is_accepted(exported):
         ("vocab_size", True, "vocab_size=True"),
         ("num_hidden_layers", 5, "pp_size=2 does not divide num_hidden_layers=5"),
         ("num_key_value_heads", 3, "tp_size=2 does not fit heads 4, key/value heads 3"),
-        ("attn_bias", True, "attn_bias=True"),
+        ("attn_bias", 1, "attn_bias=1"),
+        ("architecture", "Qwen2ForCausalLM", "qwen_type=None"),
+        ("qwen_type", "qwen2", "unknown key 'qwen_type'"),
         ("qk_layernorm", 0, "qk_layernorm=0"),
         ("use_parallel_embedding", False, "use_parallel_embedding=False"),
         ("embedding_sharding_dim", 1, "embedding_sharding_dim=1"),
@@ -81,6 +83,14 @@ def test_a_wrong_config_is_named(broken, path, value, message):
     edited(directory, path, value)
     assert any(message in problem for problem in problems(directory)), problems(directory)
     assert not verify_trtllm(directory).ok
+
+
+def test_biases_that_a_config_announces_must_be_there(broken):
+    directory = broken("int4", tp=2)
+    edited(directory, "attn_bias", True)
+    missing = verify_trtllm(directory).problems
+    assert "rank1.safetensors: transformer.layers.3.attention.dense.bias is missing" in missing
+    assert len(missing) == 2 * 2 * 4
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', "\udcff"])

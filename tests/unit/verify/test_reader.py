@@ -6,8 +6,15 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import DynamicCache, LlamaForCausalLM
-from transformers import LlamaConfig as HFConfig
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from mqat.export import export_trtllm
 from mqat.quant.kv_cache import kv_cache_schemes
@@ -16,6 +23,8 @@ from mqat.verify import compare_logits, verify_trtllm
 from mqat.verify.layout import read_config
 from mqat.verify.reader import RankReader
 from tests.unit.export.checkpoints import (
+    BIASED,
+    QWEN2,
     TINY,
     UNTIED,
     all_layers,
@@ -31,6 +40,13 @@ LLAMA3 = {
 }  # fmt: skip
 
 
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
+
+
 def quantized(state, layers, name, x, kind):
     """One operand of a linear on its frozen grid."""
     scheme = layers.get(name)
@@ -43,7 +59,12 @@ def quantized(state, layers, name, x, kind):
     return quantizer(x)
 
 
-def qkv_parts(weight, model):
+def cut_evenly(tensor, model, parts):
+    """Gate and up, or all."""
+    return tensor.chunk(parts)
+
+
+def qkv_parts(weight, model, parts=3):
     """Query, key, value rows of a fused weight, copied group by group."""
     per_group, d = model.num_attention_heads // model.num_query_groups, model.head_dim
     parts = ([], [], [])
@@ -93,8 +114,12 @@ def transformers_logits(model, layers, tokens, *, quantize=True, tp=1):
     state = tensors_of(model, layers)
     layers = layers if quantize else {}
     rope = {"rope_type": "default"} if model.rope_scaling is None else dict(model.rope_scaling)
-    hf = LlamaForCausalLM(
-        HFConfig(
+    config, decoder = FAMILIES[model.family]
+    switches = {"attention_bias": "self_attention.linear_qkv", "mlp_bias": "mlp.linear_fc1"}
+    biases = {key: linear in model.biases for key, linear in switches.items()}
+    hf = decoder(
+        config(
+            **(biases if model.family == "llama" else {}),
             vocab_size=model.vocab_size, hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size, num_hidden_layers=model.num_layers,
             num_attention_heads=model.num_attention_heads,
@@ -137,8 +162,13 @@ def transformers_logits(model, layers, tokens, *, quantize=True, tp=1):
                     pieces = qkv_parts(weight, model)
                 else:
                     pieces = weight.chunk(len(modules))
-                for module, piece in zip(modules, pieces, strict=True):
+                bias = state.get(f"decoder.layers.{linear}.bias")
+                for part, (module, piece) in enumerate(zip(modules, pieces, strict=True)):
                     module.weight.copy_(piece)
+                    assert (module.bias is None) == (bias is None)
+                    if bias is not None:
+                        split = qkv_parts if len(modules) == 3 else cut_evenly
+                        module.bias.copy_(split(bias[index], model, len(modules))[part])
                     module.register_forward_pre_hook(partial(on_grid, name))
         cache = served_cache(model, layers, state)
         return hf(tokens, past_key_values=cache, use_cache=cache is not None).logits
@@ -205,6 +235,26 @@ def test_other_shapes_untied_heads_and_llama3_rope(model, tmp_path):
         out = tmp_path / str(tp)
         export_trtllm(checkpoint, out, tensor_parallel=tp, dtype="float32")
         assert relative(served_logits(out, TOKENS), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("algorithm", ["null", "int8", "int4"])
+@pytest.mark.parametrize(
+    "model", [BIASED, QWEN2, replace(TINY, family="mistral")], ids=["biased", "qwen2", "mistral"]
+)
+def test_other_families_and_biases(model, algorithm, tp, pp, tmp_path):
+    layers = all_layers(algorithm, model)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", model, layers)
+    out = tmp_path / "out"
+    export_trtllm(checkpoint, out, tensor_parallel=tp, pipeline_parallel=pp, dtype="float32")
+    expected = transformers_logits(model, layers, TOKENS, tp=tp)
+    # More sums than without biases, and so more INT8 codes that flip.
+    limit = 2 * TOLERANCE[algorithm]
+    assert relative(served_logits(out, TOKENS), expected) < limit
+    assert verify_trtllm(out, reference=checkpoint).problems == []
+    if model.biases:  # control: they matter
+        rewrite(out, 0, lambda tensors: [t.zero_() for n, t in tensors.items() if "bias" in n])
+        assert relative(served_logits(out, TOKENS), expected) > 3 * limit
 
 
 def test_llama3_scaling_makes_a_difference():

@@ -1,0 +1,101 @@
+"""What tells one family of Llama-like decoders from another, as data.
+
+All of them normalize with RMSNorm, rotate half of each head's channels against the other half, and have
+a gated MLP; names of tensors are the same (`llama.py`). A further family is a further file like
+`qwen2.py`, and its name in `llama.FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
+FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """How a Hugging Face `config.json` says that tokens attend to near ones only.
+
+    Attributes:
+        default: Value of `sliding_window` where the key is absent.
+        switch: Key that turns it on, false where absent; None: it is always on.
+        first_layer: Key of the first layer that has it, with its value where absent; None: all have.
+    """
+
+    default: int
+    switch: str | None = None
+    first_layer: tuple[str, int] | None = None
+
+    def size(self, hf: Mapping[str, Any]) -> int | None:
+        """Tokens that a windowed layer sees; None: no layer is windowed."""
+        if self.switch is not None and not hf.get(self.switch, False):
+            return None
+        if self.first_layer is not None:
+            key, default = self.first_layer
+            if int(hf.get(key, default)) >= int(hf["num_hidden_layers"]):
+                return None
+        size = hf.get("sliding_window", self.default)
+        return None if size is None else int(size)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of a family, and which of its linears have biases.
+
+    Attributes:
+        name: `model_type` of Hugging Face.
+        hf_architecture: Class there.
+        gguf_architecture: `general.architecture` of llama.cpp.
+        is_interleaved_in_gguf: llama.cpp stores query and key rows with the halves of a head
+            interleaved.
+        trtllm_architecture: Of TensorRT-LLM's `config.json`.
+        decoder_types: Values of `decoder_type` that mean it, as in NeMo and ModelOpt.
+        biased: Linears that always have a bias.
+        bias_switches: Key of the Hugging Face `config.json` -> linears that it gives biases.
+        window: How a sliding window is declared; None: there is none.
+        hf_extra: Further keys of the Hugging Face `config.json`.
+        trtllm_extra: Further keys of TensorRT-LLM's.
+    """
+
+    name: str
+    hf_architecture: str
+    gguf_architecture: str
+    is_interleaved_in_gguf: bool
+    trtllm_architecture: str
+    decoder_types: tuple[str, ...]
+    biased: tuple[str, ...] = ()
+    bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    window: SlidingWindow | None = None
+    hf_extra: Mapping[str, Any] = field(default_factory=dict)
+    trtllm_extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def biases_of(self, hf: Mapping[str, Any]) -> tuple[str, ...]:
+        """Linears with a bias, as a Hugging Face `config.json` says."""
+        switched = [
+            linear
+            for key, linears in self.bias_switches.items()
+            if hf.get(key, False)
+            for linear in linears
+        ]
+        return (*self.biased, *switched)
+
+    def switches_of(self, biases: tuple[str, ...]) -> dict[str, bool]:
+        """The inverse: value of each switch.
+
+        Raises:
+            ValueError: The family cannot have biases there, and only there.
+        """
+        switches = {
+            key: all(linear in biases for linear in linears)
+            for key, linears in self.bias_switches.items()
+        }
+        if set(self.biases_of(switches)) != set(biases):
+            possible = [self.biased, *self.bias_switches.values()]
+            raise ValueError(
+                f"biases on {list(biases)}: a {self.name} model has them on "
+                f"{' and '.join(str(list(p)) for p in possible if p) or 'no linear'}, nowhere else."
+            )
+        return switches
