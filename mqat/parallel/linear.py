@@ -128,8 +128,8 @@ class QuantizedLinear(QuantizedModule):
         assert self.lowered is not None, "lower_() has been called"
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
-        scale = None if self.input_quantizer is None else self.input_quantizer.scale
-        output = lowered_matmul(input, scale, self.lowered)
+        steps = None if self.input_quantizer is None else self.input_quantizer.steps(input)
+        output = lowered_matmul(input, steps, self.lowered)
         return output if bias is None else output + bias
 
     def _is_fast(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def lower_(model: Any) -> tuple[int, int]:
         Bytes of those weights on this rank, before and after.
 
     Raises:
-        ValueError: A linear is not calibrated, or its scheme has no inference GEMM.
+        ValueError: A linear is not calibrated.
     """
     before = after = 0
     linears = quantized_linears(model)
@@ -35,7 +36,10 @@ def lower_(model: Any) -> tuple[int, int]:
             continue
         assert linear.scheme is not None, "a linear with a weight quantizer has a scheme"
         before += linear.weight.numel() * linear.weight.element_size()
-        linear.lowered = lower_weight(linear.weight, quantizer.scale, linear.scheme)
+        # The format in use: a checkpoint may stop on the way to fewer bits.
+        scheme = replace(linear.scheme, weight=replace(quantizer.scheme, format=quantizer.format))
+        scale, zero_point = quantizer.steps(linear.weight)
+        linear.lowered = lower_weight(linear.weight, scale.detach(), scheme, zero_point)
         after += linear.lowered.num_bytes
         linear.weight.requires_grad_(False)
         linear.weight.data = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
