@@ -24,6 +24,38 @@ def _fits_onednn(codes: Tensor) -> bool:
     return codes.device.type == "cpu" and has_int8_units(codes.device)
 
 
+@torch.library.custom_op("mqat::onednn_linear", mutates_args=())
+def onednn_linear(
+    x_NI: Tensor,  # noqa: N803
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    zeros: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`(x - 128) @ w.T * scale * weight_scale` of uint8 inputs and a weight packed by oneDNN.
+
+    An operator of its own because inductor accepts oneDNN's only with constant weights, and for it a
+    number that is read from a tensor ends the graph.
+    """
+    product: Tensor = torch.ops.onednn.qlinear_pointwise(
+        x_NI, float(scale), _ZERO, packed, weight_scale, zeros, None, 1.0, 0, dtype, "none", [], ""
+    )
+    return product
+
+
+@onednn_linear.register_fake
+def _(
+    x: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    zeros: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight_scale.shape[0], dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Int8Product:
     """A weight that is multiplied with INT8 inputs.
@@ -65,23 +97,22 @@ class Int8Product:
         """
         is_per_token = scale.numel() > 1
         steps = scale[:, None] if is_per_token else scale
-        low, high = (INT8_FULL.qmin, INT8_FULL.qmax)
-        codes = (x_NI.float() / steps).round_().clamp_(low, high)
+        ratio = x_NI.float() / steps
         if not is_per_token and x_NI.numel():
-            scale = torch.where(x_NI.amax().isnan(), torch.nan, scale)
+            scale = torch.where(ratio.amax().isnan(), torch.nan, scale)
+        codes = ratio.round_().clamp_(INT8_FULL.qmin, INT8_FULL.qmax).to(torch.int8)
         if self.zeros is None:
-            whole = scaled_matmul(codes.to(torch.int8), self.codes, self.scale, torch.float32)
+            whole = scaled_matmul(codes, self.codes, self.scale, torch.float32)
             return whole.mul_(steps if is_per_token else scale).to(x_NI.dtype)
-        unsigned = codes.add_(_ZERO).to(torch.uint8)
+        unsigned = codes.view(torch.uint8).bitwise_xor_(_ZERO)  # + 128
         if not is_per_token:
-            return self._onednn(unsigned, float(scale), x_NI.dtype)
-        return self._onednn(unsigned, 1.0, torch.float32).mul_(steps).to(x_NI.dtype)
+            return self._onednn(unsigned, scale, x_NI.dtype)
+        one = torch.ones(1, device=x_NI.device)
+        return self._onednn(unsigned, one, torch.float32).mul_(steps).to(x_NI.dtype)
 
-    def _onednn(self, x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            x, scale, _ZERO, self.codes, self.scale, self.zeros, None, 1.0, 0, dtype, "none", [], ""
-        )
-        return product
+    def _onednn(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        assert self.zeros is not None, "the weight is packed"
+        return onednn_linear(x, scale, self.codes, self.scale, self.zeros, dtype)
 
 
 @dataclass(frozen=True)
