@@ -2,7 +2,8 @@
 
     python tools/bench_peers.py --precision bf16 --tokens 256 --json
 
-Same model, data, optimizer and threads: the baseline, mqat and the peers take turns in one process.
+Same model, data, optimizer and threads; each system takes turns with the unquantized baseline, all in
+one process.
 Without the `bench` extra (`pip install 'mqat[bench]'`) the peers' rows are left out, and a line on
 stderr says so.
 
@@ -21,6 +22,7 @@ What the rows are:
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import statistics
@@ -227,19 +229,28 @@ def memory(system: System, data: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def timed(
-    systems: list[System], data: list[dict[str, Any]], repeats: int
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Wall and CPU seconds of interleaved steps, by system; the first round warms up."""
-    wall: list[list[float]] = [[] for _ in systems]
-    cpu: list[list[float]] = [[] for _ in systems]
+    baseline: System, system: System, data: list[dict[str, Any]], repeats: int
+) -> dict[str, Any]:
+    """Steps of both in turns; the first round warms up. CPU seconds are less disturbed than wall."""
+    seconds: list[list[float]] = [[], []]
+    ratios: list[float] = []
     for repeat in range(repeats + 1):
-        for i, system in enumerate(systems):
+        busy = []
+        for i, each in enumerate((baseline, system)):
             began, began_cpu = time.perf_counter(), time.process_time()
-            step(system, data)
+            step(each, data)
+            busy.append(time.process_time() - began_cpu)
             if repeat:
-                wall[i].append(time.perf_counter() - began)
-                cpu[i].append(time.process_time() - began_cpu)
-    return wall, cpu
+                seconds[i].append(time.perf_counter() - began)
+        if repeat:
+            ratios.append(busy[1] / busy[0])
+    first, second = (statistics.median(values) for values in seconds)
+    return {
+        "step_seconds": second,
+        "step_ratio": second / first,
+        "step_cpu_ratio": statistics.median(ratios),
+        "step_cpu_ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
+    }
 
 
 def main() -> None:
@@ -248,34 +259,32 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     start(args)
-    kinds = [("baseline", "null"), *(("mqat", name) for name in args.algorithms), *available()]
-    systems = [(build if name in ("baseline", "mqat") else build_peer)(args, name, algorithm)
-               for name, algorithm in kinds]  # fmt: skip
     data = batches(args)
-    rows = [memory(system, data) for system in systems]
-    wall, cpu = timed(systems, data, args.repeats)
+    baseline = build(args, "baseline", "null")
+    plain = memory(baseline, data)
     results = []
-    for system, row, seconds, busy in zip(systems, rows, wall, cpu, strict=True):
-        ratios = [b / a for a, b in zip(cpu[0], busy, strict=True)]
+    for name, algorithm in [*(("mqat", a) for a in args.algorithms), *available()]:
+        # One at a time beside the baseline: eleven models would not fit a small machine.
+        system = (build if name == "mqat" else build_peer)(args, name, algorithm)
+        row = memory(system, data)
         results.append(
             {
-                "system": system.name,
-                "algorithm": system.algorithm,
+                "system": name,
+                "algorithm": algorithm,
                 "precision": args.precision,
                 "tokens_per_microbatch": args.tokens,
                 "microbatches": args.microbatches,
                 "hidden": args.hidden,
                 "layers": args.layers,
                 "tp": args.tp,
-                "step_seconds": statistics.median(seconds),
-                "step_ratio": statistics.median(seconds) / statistics.median(wall[0]),
-                "step_cpu_ratio": statistics.median(ratios),
-                "step_cpu_ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
-                "linear_saved_ratio": row["linear_saved_bytes"] / rows[0]["linear_saved_bytes"],
-                "saved_ratio": row["saved_bytes"] / rows[0]["saved_bytes"],
+                **timed(baseline, system, data, args.repeats),
+                "linear_saved_ratio": row["linear_saved_bytes"] / plain["linear_saved_bytes"],
+                "saved_ratio": row["saved_bytes"] / plain["saved_bytes"],
                 **row,
             }
         )
+        del system
+        gc.collect()  # wrappers and optimizers refer to each other
     if groups.is_main():
         if args.json:
             print(json.dumps({"results": results}, indent=1))

@@ -1,4 +1,8 @@
-"""Turns a calibrated model into one that stores and multiplies low-precision weights. One way."""
+"""Turns a calibrated model into one that stores and multiplies low-precision weights. One way.
+
+Such a model can also be compiled, layer by layer (`compile_layers_`). That is never done unasked: it
+takes seconds to minutes for every new number of tokens.
+"""
 
 from __future__ import annotations
 
@@ -44,3 +48,21 @@ def lower_(model: Any) -> tuple[int, int]:
         linear.weight.requires_grad_(False)
         linear.weight.data = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
     return before, after
+
+
+def compile_layers_(model: Any) -> None:
+    """Has `torch.compile` translate every transformer layer when it first sees a shape; in place.
+
+    Layers of the same shapes share their code. Calls into Megatron's collectives end a graph.
+
+    Args:
+        model: Chunk or list of chunks of this rank, lowered or not; for inference only.
+    """
+    chunks = model if isinstance(model, (list, tuple)) else [model]
+    # Megatron's linears and ours are called with four weights, and again for every sequence length.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        inner: Any = getattr(chunk, "module", chunk)
+        for layer in inner.decoder.layers:
+            layer.compile(dynamic=False)
