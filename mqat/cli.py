@@ -186,12 +186,15 @@ def _eval(args: argparse.Namespace) -> None:
     with unpacked(args.model) if is_archive else nullcontext(args.model) as model:
         if is_export(model) and args.lowered:
             raise ValueError(f"{args.model}: --lowered is for checkpoints; this is an export.")
+        if args.compile and not args.lowered:
+            raise ValueError("--compile goes with --lowered: other models compute as they train.")
         if is_export(model):
             loss, tokens = export_perplexity(model, args.text, seq_length=args.seq_length)
         else:
             loss, tokens = checkpoint_perplexity(
-                model, args.text, seq_length=args.seq_length, lowered=args.lowered
-            )
+                model, args.text, seq_length=args.seq_length, lowered=args.lowered,
+                compiled=args.compile,
+            )  # fmt: skip
     result = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     if args.json:
         print(json.dumps(result))
@@ -295,6 +298,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--text", type=Path, required=True)
     add.add_argument("--seq-length", type=int, default=256)
     add.add_argument("--lowered", action="store_true", help="run with low-precision weights")
+    add.add_argument(
+        "--compile", action="store_true", help="with --lowered: torch.compile, which takes a while"
+    )
     add.add_argument("--json", action="store_true")
 
     add = command("inspect", _inspect, "formats, bits and scales of a checkpoint or an export")

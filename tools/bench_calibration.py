@@ -1,25 +1,124 @@
 """Time of calibration against plain forward passes over the same tokens.
 
-python tools/bench_calibration.py --tokens 256 --microbatches 4 --json
+    python tools/bench_calibration.py --tokens 256 --microbatches 4 --json
+    python tools/bench_calibration.py --awq --json
+
+The second compares AWQ (`int4_awq`) on SmolLM2-135M in float32 with nvidia-modelopt's `INT4_AWQ_CFG` on
+the same model in transformers, the same sequences, threads and process, in turns.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
+import importlib.util
 import json
 import statistics
+import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 from bench_model import arguments, batches, build, calibrate_on, start
 
+from mqat.config import DataConfig, ModelConfig
+from mqat.data.dataset import load_run_data
+from mqat.data.loader import Microbatch
+from mqat.data.packaged import smollm2_gguf
+from mqat.models.source import open_pretrained
 from mqat.runtime import groups
+from mqat.specs.policy import Policy
+
+Steps = Sequence[Sequence[Microbatch]]
+
+
+def _mqat_awq(source: Any, steps: Steps) -> float:
+    """CPU seconds from the built model to frozen scales."""
+    from megatron.core import parallel_state
+
+    from mqat.calibration.prepare import prepare_
+    from mqat.calibration.recipe import Recipe
+    from mqat.calibration.statistics import calibrate
+    from mqat.training.model import build_model
+    from mqat.training.pretrained import load_pretrained_
+    from mqat.training.step import run_layers
+
+    layers = Policy("int4_awq").resolve(source.config)
+    chunks = list(build_model(source.config, ModelConfig(), layers, torch.float32))
+    load_pretrained_(chunks, source)
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def run() -> None:
+        run_layers(chunks, steps)
+
+    began = time.process_time()
+    recipe = Recipe().including("int4_awq")
+    statistics_ = prepare_(
+        chunks, run, recipe, num_layers=source.config.num_layers, group=group, dp_group=dp_group
+    )
+    calibrate(chunks, run, group=group, weight_statistics=statistics_)
+    return time.process_time() - began
+
+
+def _modelopt_awq(path: Path, steps: Steps) -> float:
+    """CPU seconds of `mtq.quantize`."""
+    from quality_peers import load_model, quantize_
+
+    model = load_model(path)
+    began = time.process_time()
+    quantize_(model, "int4_awq", steps)
+    return time.process_time() - began
+
+
+def compare_awq(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each system."""
+    from quality_peers import batches as microbatches
+
+    path = smollm2_gguf()
+    source = open_pretrained(path)
+    data = load_run_data(
+        DataConfig(packaged="wikipedia", seq_length=512),
+        model=source.config, source=source.tokenizer_source, checkpoint=None,
+    )  # fmt: skip
+    steps = microbatches(data.train, 4).spread(args.sequences)
+    systems = [("mqat", lambda: _mqat_awq(source, steps))]
+    if importlib.util.find_spec("modelopt") is None:
+        print("modelopt is not installed (pip install 'mqat[bench]'): no row", file=sys.stderr)
+    else:
+        systems.append(("modelopt", lambda: _modelopt_awq(path, steps)))
+    seconds: dict[str, list[float]] = {name: [] for name, _ in systems}
+    for _ in range(args.repeats):
+        for name, run in systems:
+            seconds[name].append(run())
+            gc.collect()
+    return [
+        {
+            "system": name,
+            "algorithm": "int4_awq",
+            "tokens": args.sequences * 512,
+            "calibration_cpu_seconds": statistics.median(found),
+            "calibration_cpu_seconds_range": [round(min(found), 2), round(max(found), 2)],
+            "ratio_to_mqat": statistics.median(found) / statistics.median(seconds["mqat"]),
+        }
+        for name, found in seconds.items()
+    ]
 
 
 def main() -> None:
     """Prints a table, or JSON."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--awq", action="store_true", help="beside nvidia-modelopt's AWQ")
+    parser.add_argument("--sequences", type=int, default=16, help="of 512 tokens, with --awq")
     args = parser.parse_args()
     start(args)
+    if args.awq:
+        print(json.dumps({"results": compare_awq(args)}, indent=1))
+        groups.finalize()
+        return
     from mqat.training.step import evaluate
 
     plain = build(args, "baseline", "null")

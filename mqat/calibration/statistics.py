@@ -104,7 +104,7 @@ def calibrate(
         for name in modules:
             if name in overflow and overflow[name].item():
                 raise ValueError(
-                    f"{name}: output is NaN, infinite or above 2**20 during calibration. Check the "
+                    f"{name}: output is NaN or infinite during calibration. Check the "
                     "weights of this layer and the calibration text; the model may have diverged."
                 )
             if name in amax and not bool(amax[name].isfinite().all()):

@@ -5,21 +5,24 @@ bits, and then calibrated scales do too. Here both causes are removed:
 
 - Every GEMM is cut into tiles of `1 / num_shards` of the parallel dimension, whatever the layout.
   A rank owns whole tiles, so each tile is one GEMM of the same shape on every layout.
-- Partial sums over the input dimension are added as 64-bit fixed-point integers, which is
-  associative: the local sum and the all-reduce over ranks may happen in any order.
+- Partial sums over the input dimension are added in float32 in the order of the tiles. Over several
+  ranks, each adds up a share of the tokens, for which it receives the partial sums of all tiles.
 
     column-parallel  x [S, B, I]     w [O/tp, I]  ->  y [S, B, O/tp]   num_shards/tp tiles of rows
-    row-parallel     x [S, B, I/tp]  w [O, I/tp]  ->  fixed-point y [S, B, O], summed over TP later
+    row-parallel     x [S, B, I/tp]  w [O, I/tp]  ->  y [S, B, O], zero but for this rank's tokens
+
+The second is what Megatron then sums over ranks (or scatters by tokens): adding zeros is exact.
+
+    all-to-all       [S B, num_shards/tp, O]  ->  [S B / tp, num_shards, O]
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-# Resolution 2**-36 of one unit; sums stay below 2**62 for 64 tiles of magnitude MAX_PARTIAL.
-FRACTION_BITS = 36
-MAX_PARTIAL = 2.0**20
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 
 def tiled_linear(x: Tensor, weight: Tensor, num_tiles: int) -> Tensor:
@@ -29,35 +32,49 @@ def tiled_linear(x: Tensor, weight: Tensor, num_tiles: int) -> Tensor:
     return torch.cat(tiles, dim=-1).view(*x.shape[:-1], weight.shape[0])
 
 
-def fixed_point_linear(x: Tensor, weight: Tensor, num_tiles: int) -> tuple[Tensor, Tensor]:
-    """Partial `x @ weight.T` over this rank's input features, as an exactly summable integer.
+def _share_of(rows: int, group: Any) -> list[int]:
+    """Tokens that each rank adds up, in order; equal where sequence parallelism cuts them."""
+    size = group.size()
+    return [(rank + 1) * rows // size - rank * rows // size for rank in range(size)]
+
+
+def _added_in_order(partials: list[Tensor]) -> Tensor:
+    total = partials[0].float()
+    total = total.clone() if total is partials[0] else total
+    for partial in partials[1:]:
+        total += partial
+    return total
+
+
+def ordered_linear(x: Tensor, weight: Tensor, num_tiles: int, group: Any) -> tuple[Tensor, Tensor]:
+    """`x @ weight.T` over the input features of all ranks, added in the same order on any layout.
 
     Args:
         x: Local input, shape [..., I/tp].
         weight: Local weight, shape [O, I/tp].
         num_tiles: Number of equal blocks of input features on this rank.
+        group: The tensor-parallel ranks, in the order of their input features.
 
     Returns:
-        int64 tensor [..., O] in units of 2**-FRACTION_BITS, and a 0-d bool tensor that is true when
-        a partial sum was not finite or too large for the format (the sum is then meaningless).
+        [..., O] in the dtype of x: the result for this rank's share of the tokens, zero for others;
+        and a 0-d bool tensor that is true when that share is not finite.
     """
     rows = x.reshape(-1, x.shape[-1])
-    total: Tensor | None = None
-    overflow = torch.zeros((), dtype=torch.bool, device=x.device)
-    for x_tile, w_tile in zip(
-        rows.chunk(num_tiles, dim=1), weight.chunk(num_tiles, dim=1), strict=True
-    ):
-        partial = x_tile.contiguous() @ w_tile.contiguous().t()
-        if partial.numel():
-            low, high = torch.aminmax(partial)
-            overflow |= ~(torch.maximum(-low, high) <= MAX_PARTIAL)
-        # A power of two is exact; what is beyond the point is cut off.
-        fixed = partial.float().mul_(2.0**FRACTION_BITS).to(torch.int64)
-        total = fixed if total is None else total.add_(fixed)
-    assert total is not None, "there is at least one tile"
-    return total.view(*x.shape[:-1], weight.shape[0]), overflow
-
-
-def from_fixed_point(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """Value of a fixed-point sum, rounded once to `dtype`."""
-    return total.double().mul_(2.0**-FRACTION_BITS).to(dtype)
+    blocks = zip(rows.chunk(num_tiles, dim=1), weight.chunk(num_tiles, dim=1), strict=True)
+    partials = [x_tile.contiguous() @ w_tile.contiguous().t() for x_tile, w_tile in blocks]
+    shape = (*x.shape[:-1], weight.shape[0])
+    if group.size() == 1:
+        total = _added_in_order(partials)
+        return total.to(x.dtype).view(shape), ~total.sum().isfinite()
+    shares = _share_of(len(rows), group)
+    own, rank = shares[group.rank()], group.rank()
+    sent = torch.stack(partials, dim=1)
+    received = sent.new_empty(own * group.size(), *sent.shape[1:])
+    dist.all_to_all_single(received, sent, [own] * group.size(), shares, group=group)
+    by_rank = received.view(group.size(), own, num_tiles, -1)
+    tiles = [tile for source in by_rank for tile in source.unbind(dim=1)]
+    total = _added_in_order(tiles)
+    whole = sent.new_zeros(len(rows), weight.shape[0])
+    first = sum(shares[:rank])
+    whole[first : first + own] = total
+    return whole.view(shape), ~total.sum().isfinite()

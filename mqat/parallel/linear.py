@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from mqat.parallel.exact import fixed_point_linear, from_fixed_point, tiled_linear
+from mqat.parallel.exact import ordered_linear, tiled_linear
 from mqat.parallel.quantized import QuantizedModule, quantized_modules
 from mqat.parallel.quantized_gemm import Gemm, GemmKind, gemm_kind, quantized_matmul
 from mqat.parallel.reduce import all_reduce_fused_
@@ -131,8 +131,8 @@ class QuantizedLinear(QuantizedModule):
         assert self.lowered is not None, "lower_() has been called"
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
-        scale = None if self.input_quantizer is None else self.input_quantizer.scale
-        output = lowered_matmul(input, scale, self.lowered)
+        steps = None if self.input_quantizer is None else self.input_quantizer.steps(input)
+        output = lowered_matmul(input, steps, self.lowered)
         return output if bias is None else output + bias
 
     def _is_fast(self) -> bool:
@@ -274,16 +274,14 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
         if self.input_quantizer is not None:
             self.input_quantizer(input)
-        partial, overflow = fixed_point_linear(input, weight, self.num_tiles)
+        output, overflow = ordered_linear(input, weight, self.num_tiles, self.tp_group)
         assert self.overflow is not None, "begin_calibration() creates the flag"
         self.overflow |= overflow
-        return partial
+        return output
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's; in calibration the integer sum over ranks is turned back into floats."""
+        """As Megatron's, then the output quantizer."""
         output, bias = super().forward(input_)
-        if self.is_calibrating:
-            output = from_fixed_point(output, input_.dtype)
         return self.quantized_output(output), bias
 
 

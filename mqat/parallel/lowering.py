@@ -1,7 +1,12 @@
-"""Turns a calibrated model into one that stores and multiplies low-precision weights. One way."""
+"""Turns a calibrated model into one that stores and multiplies low-precision weights. One way.
+
+Such a model can also be compiled, layer by layer (`compile_layers_`). That is never done unasked: it
+takes seconds to minutes for every new number of tokens.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +27,7 @@ def lower_(model: Any) -> tuple[int, int]:
         Bytes of those weights on this rank, before and after.
 
     Raises:
-        ValueError: A linear is not calibrated, or its scheme has no inference GEMM.
+        ValueError: A linear is not calibrated.
     """
     before = after = 0
     linears = quantized_linears(model)
@@ -35,8 +40,29 @@ def lower_(model: Any) -> tuple[int, int]:
             continue
         assert linear.scheme is not None, "a linear with a weight quantizer has a scheme"
         before += linear.weight.numel() * linear.weight.element_size()
-        linear.lowered = lower_weight(linear.weight, quantizer.scale, linear.scheme)
+        # The format in use: a checkpoint may stop on the way to fewer bits.
+        scheme = replace(linear.scheme, weight=replace(quantizer.scheme, format=quantizer.format))
+        scale, zero_point = quantizer.steps(linear.weight)
+        linear.lowered = lower_weight(linear.weight, scale.detach(), scheme, zero_point)
         after += linear.lowered.num_bytes
         linear.weight.requires_grad_(False)
         linear.weight.data = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
     return before, after
+
+
+def compile_layers_(model: Any) -> None:
+    """Has `torch.compile` translate every transformer layer when it first sees a shape; in place.
+
+    Layers of the same shapes share their code. Calls into Megatron's collectives end a graph.
+
+    Args:
+        model: Chunk or list of chunks of this rank, lowered or not; for inference only.
+    """
+    chunks = model if isinstance(model, (list, tuple)) else [model]
+    # Megatron's linears and ours are called with four weights, and again for every sequence length.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        inner: Any = getattr(chunk, "module", chunk)
+        for layer in inner.decoder.layers:
+            layer.compile(dynamic=False)

@@ -1,31 +1,113 @@
-"""Inference GEMMs on stored codes: INT8 and FP8 one byte, INT4 half a byte per weight.
+"""Which storage serves which scheme at inference, and the product with it.
 
-| scheme              | stored              | product                                               |
-|---------------------|---------------------|-------------------------------------------------------|
-| INT8 x INT8, FP8    | codes               | `gemm.scaled_matmul`: what training computes          |
-| INT8 weight only    | codes               | float GEMM with the codes, scaled per output          |
-| INT4 groups         | two codes in a byte | unpacked for the GEMM; for up to `DECODE_ROWS` tokens |
-|                     | + packed for torch  | in bfloat16 on a CPU: `_weight_int4pack_mm_for_cpu`   |
+| weight           | input                    | stored              | product                         |
+|------------------|--------------------------|---------------------|---------------------------------|
+| INT8 per row     | INT8 per tensor or token | codes               | integer GEMM, `lowered_int8`    |
+| INT8 per row     | float                    | codes               | GEMM with codes, scaled per row |
+| FP8 per row      | FP8 per tensor           | codes               | `gemm.scaled_matmul`            |
+| INT4 in groups   | any                      | half a byte each    | torch's kernel, `lowered_int4`  |
+| anything else    | any                      | codes (4 bits: 1/2) | decoded, float GEMM             |
+
+Where a product is in floats, a quantized input is fake-quantized first: the values are those of
+training, the storage is the server's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mqat.quant.formats import INT4
-from mqat.quant.functional import dequantize, quantize
-from mqat.quant.gemm import compute_dtype, decode, float_matmul, scaled_matmul
+from mqat.quant.formats import FP8_E4M3, INT8, INT8_FULL, INT8_LOADER
+from mqat.quant.functional import dequantize, fake_quantize, quantize
+from mqat.quant.gemm import float_matmul, scaled_matmul
 from mqat.quant.gemm_operands import encode_input
-from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
-from mqat.quant.packing import pack_int4, unpack_int4
-from mqat.quant.scheme import LinearScheme
+from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from mqat.quant.lowered_int4 import PackedInt4, pack_for_kernel
+from mqat.quant.lowered_int8 import Int8Codes, Int8Product
+from mqat.quant.packing import pack_nibbles, unpack_nibbles
+from mqat.quant.scheme import LinearScheme, TensorScheme
 
-# Above this many tokens unpacking once and a float GEMM are faster than torch's kernel (measured).
-DECODE_ROWS = 16
-_TORCH_GROUP_SIZES = (32, 64, 128, 256)
+_INT8 = (INT8, INT8_FULL, INT8_LOADER)
+_CHUNK = 256  # rows decoded at a time: intermediate floats stay in the cache
+Steps = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Fp8Product:
+    """FP8 codes [O, I] and their steps, (1,) or (O,); inputs are FP8 per tensor."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """What takes memory."""
+        return (self.codes, self.scale)
+
+    def multiply(self, x_NI: Tensor, scale: Tensor) -> Tensor:  # noqa: N803
+        """`x @ w.T` of floats that are quantized here with the given step."""
+        encoded = encode_input(x_NI, scale, FP8_E4M3, with_mask=False)
+        return scaled_matmul(encoded.codes, self.codes, encoded.scale * self.scale, x_NI.dtype)
+
+
+@dataclass(frozen=True)
+class DecodedCodes:
+    """Codes of any format, decoded for each product.
+
+    Attributes:
+        codes: [O, I] in the storage dtype; of 4 bits: two neighbours of a row in a byte of uint8.
+        scale: float32.
+        zero_point: int32, shaped like `scale`, or None.
+        scheme: Of the weight.
+        shape: (O, I).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    scheme: TensorScheme
+    shape: tuple[int, int]
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """What takes memory."""
+        zero_point = () if self.zero_point is None else (self.zero_point,)
+        return (self.codes, self.scale, *zero_point)
+
+    def _unpacked(self, codes: Tensor) -> Tensor:
+        fmt = self.scheme.format
+        if fmt.bits != 4:
+            return codes
+        nibbles = unpack_nibbles(codes)[:, : self.shape[1]]
+        return (
+            nibbles if fmt.storage_dtype == torch.uint8 else nibbles.to(torch.int8) + int(fmt.qmin)
+        )
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The weight that fake quantization gives, bit for bit."""
+        fmt, granularity = self.scheme.format, self.scheme.granularity
+        is_by_row = isinstance(granularity, PerChannel | PerGroup)
+        step = _CHUNK if is_by_row or isinstance(granularity, PerTensor) else self.shape[0]
+        weight = self.scale.new_empty(self.shape, dtype=dtype)
+        for first in range(0, self.shape[0], step):
+            rows = slice(first, first + step)
+            own = rows if is_by_row else slice(None)
+            zero_point = None if self.zero_point is None else self.zero_point[own]
+            weight[rows] = dequantize(
+                self._unpacked(self.codes[rows]), self.scale[own], granularity, dtype,
+                zero_point=zero_point, fmt=fmt,
+            )  # fmt: skip
+        return weight
+
+    def multiply(self, x_NI: Tensor) -> Tensor:  # noqa: N803
+        """`x @ w.T` in the dtype of x."""
+        return float_matmul(x_NI, self.decode(x_NI.dtype).t(), x_NI.dtype)
+
+
+Storage = Int8Product | Int8Codes | Fp8Product | PackedInt4 | DecodedCodes
 
 
 @dataclass(frozen=True)
@@ -35,99 +117,84 @@ class LoweredWeight:
     Attributes:
         scheme: Of the linear.
         shape: (O, I).
-        codes: int8 or float8 [O, I]; INT4: int8 [O/2, I] of `pack_int4`.
-        scale: float32, as calibrated.
-        torch_pack: INT4 codes and bfloat16 scales as torch's kernel takes them, if it can.
+        storage: What multiplies.
     """
 
     scheme: LinearScheme
     shape: tuple[int, int]
-    codes: Tensor
-    scale: Tensor
-    torch_pack: tuple[Tensor, Tensor] | None
+    storage: Storage
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        held = [self.codes, self.scale, *(self.torch_pack or ())]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.storage.held)
 
 
-def _pack_for_torch(codes: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor] | None:
-    """Operands of `_weight_int4pack_mm_for_cpu`: unsigned codes around 8, (scale, zero) [G, O, 2]."""
-    is_served = (
-        codes.device.type == "cpu"
-        and group_size in _TORCH_GROUP_SIZES
-        and codes.shape[1] % group_size == 0
-        and codes.shape[0] % 16 == 0
-    )
-    if not is_served:
-        return None
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
-    pairs = torch.stack([scale, torch.zeros_like(scale)], dim=-1).transpose(0, 1)
-    return packed, pairs.to(torch.bfloat16).contiguous()
+def _is_by_row(granularity: Granularity) -> bool:
+    return isinstance(granularity, PerTensor) or type(granularity) is PerChannel
+
+
+def _plain_codes(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: TensorScheme
+) -> Any:
+    shape, fmt = (codes.shape[0], codes.shape[1]), scheme.format
+    if fmt.bits == 4:
+        nibbles = codes if codes.dtype == torch.uint8 else (codes - int(fmt.qmin)).to(torch.uint8)
+        codes = pack_nibbles(torch.nn.functional.pad(nibbles, (0, shape[1] % 2)))
+    return DecodedCodes(codes, scale.clone(), zero_point, scheme, shape)
 
 
 @torch.no_grad()
-def lower_weight(weight: Tensor, scale: Tensor, scheme: LinearScheme) -> LoweredWeight:
-    """Quantizes a weight for inference with its frozen scale.
-
-    Raises:
-        ValueError: A scheme without an inference GEMM here.
-    """
+def lower_weight(
+    weight: Tensor, scale: Tensor, scheme: LinearScheme, zero_point: Tensor | None = None
+) -> LoweredWeight:
+    """Quantizes a weight [O, I] for inference with its frozen steps; every scheme is served."""
     assert scheme.weight is not None, "only quantized weights are lowered"
-    fmt, granularity = scheme.weight.format, scheme.weight.granularity
-    is_codes = fmt.bits == 8 and isinstance(granularity, (PerChannel, PerTensor))
-    is_packed = fmt == INT4 and isinstance(granularity, PerGroup) and weight.shape[0] % 2 == 0
-    is_static = scheme.input is None or (
-        scheme.input.granularity == PerTensor() and not scheme.input.is_asymmetric
-    )
-    same_kind = scheme.input is None or scheme.input.format.is_float == fmt.is_float
-    if not (is_static and (is_packed or (is_codes and same_kind))):
-        raise ValueError(
-            f"scheme {scheme.name!r} has no low-precision inference here; known are int8, int8_wo, "
-            "int4, int4_w_int8_a and fp8. Evaluate it without --lowered."
-        )
-    shape = (weight.shape[0], weight.shape[1])
-    codes = quantize(weight, scale, fmt, granularity)
-    if not is_packed:
-        return LoweredWeight(scheme, shape, codes, scale.clone(), None)
-    assert isinstance(granularity, PerGroup)
-    # The kernel has bfloat16 scales only; other grids must not be rounded silently.
-    is_bf16_grid = scheme.weight.scale_dtype == torch.bfloat16
-    torch_pack = _pack_for_torch(codes, scale, granularity.size) if is_bf16_grid else None
-    return LoweredWeight(scheme, shape, pack_int4(codes), scale.clone(), torch_pack)
-
-
-def _int4_matmul(x_NI: Tensor, w: LoweredWeight) -> Tensor:  # noqa: N803
-    assert w.scheme.weight is not None and isinstance(w.scheme.weight.granularity, PerGroup)
-    granularity = w.scheme.weight.granularity
-    if w.torch_pack is not None and x_NI.shape[0] <= DECODE_ROWS and x_NI.dtype == torch.bfloat16:
-        packed, pairs = w.torch_pack
-        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x_NI.contiguous(), packed, granularity.size, pairs
-        )
-        return product
-    values = dequantize(unpack_int4(w.codes), w.scale, granularity, x_NI.dtype)
-    return float_matmul(x_NI, values.t(), x_NI.dtype)
+    operand, operand_of_x = scheme.weight, scheme.input
+    fmt, granularity = operand.format, operand.granularity
+    codes = quantize(weight, scale, fmt, granularity, zero_point=zero_point)
+    shape = (codes.shape[0], codes.shape[1])
+    is_symmetric = zero_point is None and not (operand_of_x and operand_of_x.is_asymmetric)
+    storage: Storage | None = None
+    if fmt in _INT8 and _is_by_row(granularity) and is_symmetric:
+        per_row = scale.expand(shape[0]).contiguous()
+        if operand_of_x is None:
+            storage = Int8Codes.of(codes, per_row)
+        elif operand_of_x.format in _INT8 and isinstance(
+            operand_of_x.granularity, PerTensor | PerToken
+        ):
+            storage = Int8Product.of(codes, per_row)
+    elif fmt == FP8_E4M3 and _is_by_row(granularity) and operand_of_x is not None:
+        if operand_of_x.format == FP8_E4M3 and operand_of_x.granularity == PerTensor():
+            storage = Fp8Product(codes, scale.clone())
+    elif isinstance(granularity, PerGroup):
+        storage = pack_for_kernel(codes, scale, zero_point, fmt, granularity.size)
+    if storage is None:
+        storage = _plain_codes(codes, scale, zero_point, operand)
+    return LoweredWeight(scheme, shape, storage)
 
 
 @torch.no_grad()
-def lowered_matmul(x: Tensor, input_scale: Tensor | None, w: LoweredWeight) -> Tensor:
-    """`x @ w.T` for inference: x [..., I] in floats, result [..., O] in its dtype."""
-    rows = x.reshape(-1, x.shape[-1])
-    operand = w.scheme.input
-    if w.scheme.weight is not None and w.scheme.weight.format == INT4:
-        if operand is not None:
-            assert input_scale is not None, "a quantized input has a scale"
-            encoded = encode_input(rows, input_scale, operand.format, with_mask=False)
-            rows = dequantize(encoded.codes, encoded.scale, PerTensor(), x.dtype)
-        y = _int4_matmul(rows, w)
-    elif operand is not None:
-        assert input_scale is not None, "a quantized input has a scale"
-        encoded = encode_input(rows, input_scale, operand.format, with_mask=False)
-        y = scaled_matmul(encoded.codes, w.codes, encoded.scale * w.scale, x.dtype)
-    else:
-        wide = compute_dtype(x.dtype, x.device)
-        y = ((rows.to(wide) @ decode(w.codes, wide).t()) * w.scale).to(x.dtype)
-    return y.view(*x.shape[:-1], w.shape[0])
+def lowered_matmul(x: Tensor, steps: Steps | None, w: LoweredWeight) -> Tensor:
+    """`x @ w.T` for inference.
+
+    Args:
+        x: Floats [..., I].
+        steps: Scale and zero point of x, static or computed from it; None: it is not quantized.
+        w: The weight.
+
+    Returns:
+        [..., O] in the dtype of x.
+    """
+    storage, operand = w.storage, w.scheme.input
+    if steps is None or operand is None:
+        assert not isinstance(storage, Int8Product | Fp8Product), "the input has a scale"
+        rows = x.reshape(-1, x.shape[-1])
+        return storage.multiply(rows).view(*x.shape[:-1], w.shape[0])
+    if isinstance(storage, Int8Product | Fp8Product):
+        rows = x.reshape(-1, x.shape[-1])
+        return storage.multiply(rows, steps[0].reshape(-1)).view(*x.shape[:-1], w.shape[0])
+    scale, zero_point = steps
+    values = fake_quantize(x, scale, operand.format, operand.granularity, zero_point=zero_point)
+    rows = values.reshape(-1, x.shape[-1])
+    return storage.multiply(rows).view(*x.shape[:-1], w.shape[0])

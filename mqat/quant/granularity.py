@@ -22,8 +22,8 @@ class PerTensor:
         return scale
 
     def largest(self, x: Tensor) -> Tensor:
-        """Largest element of `x`, float32 (1,)."""
-        return x.amax().float().reshape(1)
+        """Largest element of `x`, (1,)."""
+        return x.amax().reshape(1)
 
     def __str__(self) -> str:
         """Name used in checkpoints."""
@@ -43,8 +43,8 @@ class PerChannel:
         return scale[..., None]
 
     def largest(self, x: Tensor) -> Tensor:
-        """Largest element of each row, float32 (O,)."""
-        return x.amax(dim=-1).float()
+        """Largest element of each row, (O,)."""
+        return x.amax(dim=-1)
 
     def __str__(self) -> str:
         """Name used in checkpoints."""
@@ -83,9 +83,9 @@ class PerGroup:
         return scale.repeat_interleave(self.size, dim=-1)[..., : shape[-1]]
 
     def largest(self, x: Tensor) -> Tensor:
-        """Largest element of each group, float32 (..., G); at least 0 where a group is short."""
+        """Largest element of each group, (..., G); at least 0 where a group is short."""
         padded = F.pad(x, (0, -x.shape[-1] % self.size))
-        return padded.reshape(*self.scale_shape(tuple(x.shape)), self.size).amax(dim=-1).float()
+        return padded.reshape(*self.scale_shape(tuple(x.shape)), self.size).amax(dim=-1)
 
     def __str__(self) -> str:
         """Name used in checkpoints."""
@@ -114,10 +114,10 @@ class PerBlock:
         return rows.repeat_interleave(self.size, dim=1)[:, : shape[1]]
 
     def largest(self, x: Tensor) -> Tensor:
-        """Largest element of each square, float32; at least 0 where a square is cut."""
+        """Largest element of each square; at least 0 where a square is cut."""
         rows, cols = self.scale_shape(tuple(x.shape))
         padded = F.pad(x, (0, -x.shape[1] % self.size, 0, -x.shape[0] % self.size))
-        return padded.reshape(rows, self.size, cols, self.size).amax(dim=(1, 3)).float()
+        return padded.reshape(rows, self.size, cols, self.size).amax(dim=(1, 3))
 
     def __str__(self) -> str:
         """Name used in checkpoints."""

@@ -34,7 +34,11 @@ _EPS = 2.0**-24
 
 def compute_amax(x: Tensor, granularity: Granularity) -> Tensor:
     """Largest |x| of each quantization group, float32, shape `granularity.scale_shape(x.shape)`."""
-    return granularity.largest(x.detach().abs())
+    magnitude = x.detach().abs()
+    if x.dtype == torch.bfloat16:
+        # Without a sign its bits are ordered as integers are, NaN last; CPUs compare those faster.
+        return granularity.largest(magnitude.view(torch.int16)).view(torch.bfloat16).float()
+    return granularity.largest(magnitude).float()
 
 
 def compute_range(x: Tensor, granularity: Granularity) -> Tensor:
@@ -43,7 +47,7 @@ def compute_range(x: Tensor, granularity: Granularity) -> Tensor:
     Both are maxima, so that ranges of parts merge by MAX like `compute_amax`.
     """
     x = x.detach()
-    return torch.stack([granularity.largest(side.clamp_min(0)) for side in (-x, x)])
+    return torch.stack([granularity.largest(side.clamp_min(0)).float() for side in (-x, x)])
 
 
 def compute_global_scale(amax: Tensor, fmt: QuantFormat) -> Tensor:

@@ -34,6 +34,7 @@ def open_model(
     pipeline_parallel: int = 1,
     precision: str = "32",
     lowered: bool = False,
+    compiled: bool = False,
 ) -> OpenedModel:
     """Creates process groups and loads an mqat checkpoint, Hugging Face directory or GGUF file.
 
@@ -45,6 +46,7 @@ def open_model(
         pipeline_parallel: Of this session.
         precision: `32` or `bf16`.
         lowered: Store and multiply low-precision weights (`parallel.lowering`).
+        compiled: Have `torch.compile` translate the layers when they first run, if lowered.
 
     Raises:
         ValueError: Nothing readable there, or sizes that do not fit; on every rank.
@@ -84,9 +86,11 @@ def open_model(
     if lowered:
         if not layers:
             raise ValueError(f"{path}: is not quantized, so there is nothing to lower.")
-        from mqat.parallel.lowering import lower_
+        from mqat.parallel.lowering import compile_layers_, lower_
 
         lower_(chunks)
+        if compiled:
+            compile_layers_(chunks)
     for chunk in chunks:
         chunk.eval()
     return OpenedModel(list(chunks), config, tokenizer)

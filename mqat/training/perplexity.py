@@ -26,14 +26,14 @@ def _summed_loss(scores: torch.Tensor, row: torch.Tensor) -> float:
 
 
 def checkpoint_perplexity(
-    path: Path, text: Path, *, seq_length: int, lowered: bool = False
+    path: Path, text: Path, *, seq_length: int, lowered: bool = False, compiled: bool = False
 ) -> tuple[float, int]:
     """Mean loss per token in nats, and the number of tokens; also reads HF directories and GGUF.
 
     Raises:
         ValueError: As `open_model` and `read_texts`.
     """
-    model = open_model(path, lowered=lowered)
+    model = open_model(path, lowered=lowered, compiled=compiled)
     rows = _windows(text, model.tokenizer, seq_length).tokens.long()
     loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]).cpu(), row) for row in rows)
     groups.finalize()

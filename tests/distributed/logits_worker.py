@@ -16,11 +16,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--lowered", action="store_true")
     args = parser.parse_args()
     from mqat.training.opened import open_model
     from mqat.training.step import logits
 
-    model = open_model(args.model, tensor_parallel=args.tp, pipeline_parallel=args.pp)
+    model = open_model(args.model, tensor_parallel=args.tp, pipeline_parallel=args.pp,
+                       lowered=args.lowered)  # fmt: skip
     result = logits(model.chunks, torch.load(args.tokens))
     if groups.is_main():
         torch.save(result, args.out)

@@ -235,3 +235,22 @@ def test_the_quality_report_is_the_same(layout, layouts):
         assert same["outliers"]["count"] == entry["outliers"]["count"]
         # Control: the figures of weights of 4 bits are far away.
         assert other[name]["output_sqnr_db"] < entry["output_sqnr_db"] - 1
+
+
+@pytest.mark.parametrize("name", ["tp1", "w4a8"])
+def test_lowered_at_tp_2_is_the_model_that_was_calibrated(layouts, tmp_path, name):
+    tokens, worker = tmp_path / "tokens.pt", Path(__file__).with_name("logits_worker.py")
+    torch.save(torch.arange(24).view(2, 12), tokens)
+    found = {}
+    for how, (processes, options) in {
+        "whole": (1, []), "lowered": (2, ["--tp", "2", "--lowered"])
+    }.items():  # fmt: skip
+        out = tmp_path / f"{how}.pt"
+        done = torchrun(processes, worker, layouts[name][0] / "ptq", tokens, out, *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[how] = torch.load(out)
+    distance = (found["lowered"] - found["whole"]).norm() / found["whole"].norm()
+    # float32 sums in another order; flipped INT8 codes of later layers' inputs add to it
+    assert 0 < float(distance) < 1e-2
+    shifted = (found["lowered"][:, 1:] - found["whole"][:, :-1]).norm() / found["whole"].norm()
+    assert float(shifted) > 0.1  # control

@@ -71,7 +71,9 @@ def calibrated(world: None) -> Callable[..., list[Any]]:
             calibrate(chunks, lambda: evaluate(chunks, [microbatches()]), group=group)
         for linear in quantized_linears(chunks).values():
             for quantizer in linear.quantizers.values():
-                quantizer.load_scale_(quantizer.scale * 0.6)
+                frozen = quantizer.frozen_tensors
+                smaller = {"scale": frozen["scale"] * 0.6} if "scale" in frozen else {}
+                quantizer.load_(frozen | smaller)
         return chunks
 
     return make

@@ -332,3 +332,18 @@ def test_the_maximum_of_a_stretched_grid_is_trained(fmt):
     reach = TensorScheme(fmt, PerChannel()).reach
     fake_quantize(x, scale, fmt, PerChannel(), reach=reach).sum().backward()
     assert (x.grad == 1).all()
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(5), PerBlock(4)])
+def test_the_maximum_of_bfloat16_numbers_is_that_of_their_floats(granularity):
+    x = torch.randn(6, 13, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[0, 0] = -100.0
+    expected = granularity.largest(x.float().abs())
+    assert compute_amax(x, granularity).dtype == torch.float32
+    assert torch.equal(compute_amax(x, granularity), expected)
+    x[1, 1] = torch.inf
+    x[5, 12] = -torch.nan
+    found = compute_amax(x, granularity)
+    assert found.isnan().any() and not torch.equal(found, expected)  # control
+    if not isinstance(granularity, PerTensor):
+        assert found.isinf().any()
