@@ -243,7 +243,7 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
     """`RowParallelLinear` with quantized operands; arguments as for `QuantColumnParallelLinear`.
 
     Raises:
-        ValueError: It is to add its bias itself, which the fixed-point sums of calibration could not.
+        ValueError: It is to add its bias itself: an output is quantized without it.
     """
 
     def __init__(

@@ -11,7 +11,8 @@ from tests.distributed.recipes_worker import MODEL, RECIPES
 
 WORKER = Path(__file__).with_name("recipes_worker.py")
 ALONE = {
-    "tp1": {}, "tp1-other-text": {"seed": 1}, "tp1-one-batch": {"batches": 1}, "tp1-bf16": {"bf16": True},
+    "tp1": {}, "tp1-other-text": {"seed": 1}, "tp1-one-batch": {"batches": 1},
+    "tp1-bf16": {"bf16": True},
 }  # fmt: skip
 PAIRS = {
     "tp2-sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "dp2-one-batch": {"batches": 1},

@@ -76,7 +76,7 @@ def test_a_rule_in_yaml_composes_weight_input_and_output(tmp_path):
         ("group:32", "groups:32", r"rules\[1\].weight: granularity 'groups:32': did you mean 'group"),
         ("dynamic: true", "dynamic: maybe", r"input\.dynamic: Value 'maybe'"),
         ("dynamic: true", "dynamic: false", r"rules\[1\].input: granularity 'token' is known only"),
-        ("granularity: tensor", "granularity: 'group:32'", r"rules\[1\].output: static scales have granularity"),
+        ("granularity: tensor", "granularity: 'group:32'", r"rules\[1\].output: static scales have"),
         ("format: int4, ", "", r"rules\[1\].weight.format is missing"),
         ('fc2"\n', 'fc2"\n      algorithm: int8\n', r"rules\[1\] has both algorithm='int8' and weight"),
         ("algorithm: null", "algorithm: nul", r"'nul' is unknown; did you mean 'null'"),
