@@ -8,7 +8,7 @@ A linear is in one of four modes:
   multiplied, and the weight's are kept for the optimizer step (`quantized_step.py`).
 - reference: both operands pass through their quantizers (identity until frozen and enabled), then
   Megatron's GEMM with its autograd function; the straight-through gradient is the quantizers' own.
-- lowered (`lowering.py`): inference with stored codes; there are no float weights any more.
+- lowered (`lowering.py`): stored codes, for inference or as a frozen backbone; no float weights.
 - calibrating (no gradient): unquantized, layout-exact GEMMs (`exact.py`) under observation.
 
 Dynamic scales of tokens whose features are cut over TP (input of row-parallel, output of
@@ -22,7 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
 from mqat.parallel.exact import ordered_linear, tiled_linear
@@ -30,6 +33,7 @@ from mqat.parallel.quantized import QuantizedModule, quantized_modules
 from mqat.parallel.quantized_gemm import Gemm, GemmKind, gemm_kind, quantized_matmul
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.parallel.step_weights import WeightCache
+from mqat.quant.gemm_frozen import frozen_matmul
 from mqat.quant.gemm_lowered import LoweredWeight, lowered_matmul
 from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from mqat.quant.quantizer import Quantizer
@@ -125,14 +129,28 @@ class QuantizedLinear(QuantizedModule):
         return output if self.output_quantizer is None else self.output_quantizer(output)
 
     def lowered_gemm(
-        self, input: Tensor, *, bias: Tensor | None, sequence_parallel: bool, **_: Any
+        self,
+        input: Tensor,
+        *,
+        bias: Tensor | None,
+        sequence_parallel: bool,
+        allreduce_dgrad: bool,
+        **_: Any,
     ) -> Tensor:
-        """Inference behind Megatron's `_forward_impl`; other arguments concern gradients."""
+        """With stored codes, behind Megatron's `_forward_impl`; the weight gets no gradient."""
         assert self.lowered is not None, "lower_() has been called"
+        wants_gradient = torch.is_grad_enabled() and input.requires_grad
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
-        steps = None if self.input_quantizer is None else self.input_quantizer.steps(input)
-        output = lowered_matmul(input, steps, self.lowered)
+        elif allreduce_dgrad and wants_gradient:
+            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+        if wants_gradient:
+            if self.input_quantizer is not None:
+                input = self.input_quantizer(input)
+            output = frozen_matmul(input, self.lowered)
+        else:
+            steps = None if self.input_quantizer is None else self.input_quantizer.steps(input)
+            output = lowered_matmul(input, steps, self.lowered)
         return output if bias is None else output + bias
 
     def _is_fast(self) -> bool:

@@ -1,5 +1,9 @@
 """Turns a calibrated model into one that stores and multiplies low-precision weights. One way.
 
+For inference; or, where only weights are quantized, as the frozen backbone under adapters: gradients
+pass to the inputs of its linears (`quant/gemm_frozen.py`) and over ranks as Megatron's do. Lower it
+before it is wrapped for data parallelism.
+
 Such a model can also be compiled, layer by layer (`compile_layers_`). That is never done unasked: it
 takes seconds to minutes for every new number of tokens.
 """
@@ -15,13 +19,16 @@ from mqat.parallel.linear import quantized_linears
 from mqat.quant.gemm_lowered import lower_weight
 
 
-def lower_(model: Any) -> tuple[int, int]:
-    """Replaces the weights of all quantized linears by codes; for inference only.
+def lower_(model: Any, *, double_quantization: bool = False) -> tuple[int, int]:
+    """Replaces the weights of all quantized linears by codes.
 
-    The float weights are freed: the model can no longer be trained or saved.
+    The float weights are freed: they can no longer be trained or saved.
 
     Args:
         model: Chunk or list of chunks of this rank, with frozen scales.
+        double_quantization: Keep the block maxima of NF4 in 8 bits as well, 4.127 bits per weight in
+            all instead of 4.5. They move by at most half of 1/127 of the range of 256 of them, which
+            depends on how a weight is cut over ranks.
 
     Returns:
         Bytes of those weights on this rank, before and after.
@@ -43,7 +50,13 @@ def lower_(model: Any) -> tuple[int, int]:
         # The format in use: a checkpoint may stop on the way to fewer bits.
         scheme = replace(linear.scheme, weight=replace(quantizer.scheme, format=quantizer.format))
         scale, zero_point = quantizer.steps(linear.weight)
-        linear.lowered = lower_weight(linear.weight, scale.detach(), scheme, zero_point)
+        linear.lowered = lower_weight(
+            linear.weight,
+            scale.detach(),
+            scheme,
+            zero_point,
+            double_quantization=double_quantization,
+        )
         after += linear.lowered.num_bytes
         linear.weight.requires_grad_(False)
         linear.weight.data = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)

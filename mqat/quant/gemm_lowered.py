@@ -6,6 +6,7 @@
 | INT8 per row     | float                    | codes               | GEMM with codes, scaled per row |
 | FP8 per row      | FP8 per tensor           | codes               | `gemm.scaled_matmul`            |
 | INT4 in groups   | any                      | half a byte each    | torch's kernel, `lowered_int4`  |
+| NF4, if asked    | float                    | 4.127 bits, `nf4`   | decoded, float GEMM             |
 | anything else    | any                      | codes (4 bits: 1/2) | decoded, float GEMM             |
 
 Where a product is in floats, a quantized input is fake-quantized first: the values are those of
@@ -20,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mqat.quant.formats import FP8_E4M3, INT8, INT8_FULL, INT8_LOADER
+from mqat.quant.formats import FP8_E4M3, INT8, INT8_FULL, INT8_LOADER, NF4
 from mqat.quant.functional import dequantize, fake_quantize, quantize
 from mqat.quant.gemm import float_matmul, scaled_matmul
 from mqat.quant.gemm_operands import encode_input
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.lowered_int4 import PackedInt4, pack_for_kernel
 from mqat.quant.lowered_int8 import Int8Codes, Int8Product
+from mqat.quant.nf4 import BLOCK, Nf4Weight, nf4_quantize
 from mqat.quant.packing import pack_nibbles, unpack_nibbles
 from mqat.quant.scheme import LinearScheme, TensorScheme
 
@@ -107,7 +109,7 @@ class DecodedCodes:
         return float_matmul(x_NI, self.decode(x_NI.dtype).t(), x_NI.dtype)
 
 
-Storage = Int8Product | Int8Codes | Fp8Product | PackedInt4 | DecodedCodes
+Storage = Int8Product | Int8Codes | Fp8Product | PackedInt4 | Nf4Weight | DecodedCodes
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,24 @@ def _plain_codes(
 
 @torch.no_grad()
 def lower_weight(
-    weight: Tensor, scale: Tensor, scheme: LinearScheme, zero_point: Tensor | None = None
+    weight: Tensor,
+    scale: Tensor,
+    scheme: LinearScheme,
+    zero_point: Tensor | None = None,
+    *,
+    double_quantization: bool = False,
 ) -> LoweredWeight:
-    """Quantizes a weight [O, I] for inference with its frozen steps; every scheme is served."""
+    """Quantizes a weight [O, I] with its frozen steps; every scheme is served.
+
+    `double_quantization` keeps the block maxima of NF4 in 8 bits, which moves them (`nf4.py`).
+    """
     assert scheme.weight is not None, "only quantized weights are lowered"
     operand, operand_of_x = scheme.weight, scheme.input
     fmt, granularity = operand.format, operand.granularity
+    is_nf4 = fmt == NF4 and granularity == PerGroup(BLOCK) and weight.shape[1] % BLOCK == 0
+    if double_quantization and is_nf4:
+        rows, width = weight.shape
+        return LoweredWeight(scheme, (rows, width), nf4_quantize(weight))
     codes = quantize(weight, scale, fmt, granularity, zero_point=zero_point)
     shape = (codes.shape[0], codes.shape[1])
     is_symmetric = zero_point is None and not (operand_of_x and operand_of_x.is_asymmetric)

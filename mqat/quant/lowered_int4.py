@@ -59,7 +59,11 @@ class PackedInt4:
         return (self.packed, self.scale, *zero, *self.pairs)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The weight that fake quantization gives, bit for bit, transposed: [I', O']."""
+        """The weight [O, I] that fake quantization gives, bit for bit; a view of its transpose."""
+        return self._decode_padded(dtype).t()[: self.shape[0], : self.shape[1]]
+
+    def _decode_padded(self, dtype: torch.dtype) -> Tensor:
+        """The same, [I', O']."""
         num_groups, rows = self.scale.shape
         half, size = self.half, self.group_size
         blocks = self.packed.view(torch.uint8).view(-1, num_groups * size, half)
@@ -93,7 +97,7 @@ class PackedInt4:
             for correction in self.pairs[1:]:
                 product += kernel(x, self.packed, self.group_size, correction)
         else:
-            product = float_matmul(x, self.decode(x.dtype), x.dtype)
+            product = float_matmul(x, self._decode_padded(x.dtype), x.dtype)
         return product[:, : self.shape[0]] if product.shape[1] > self.shape[0] else product
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from mqat.quant.formats import INT8_FULL
+from mqat.quant.functional import dequantize
 from mqat.quant.gemm import compute_dtype, decode, has_int8_units, scaled_matmul
+from mqat.quant.granularity import PerChannel
 
 # Up to this many tokens torch's weight-only kernel is faster than decoding and a bfloat16 GEMM.
 KERNEL_ROWS = 8
@@ -138,6 +140,10 @@ class Int8Codes:
     def held(self) -> tuple[Tensor, ...]:
         """What takes memory."""
         return (self.codes, self.scale, self.ones)
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The weight [O, I] that fake quantization gives, bit for bit."""
+        return dequantize(self.codes, self.scale, PerChannel(), dtype)
 
     def multiply(self, x_NI: Tensor) -> Tensor:  # noqa: N803
         """`x @ w.T` in the dtype of x: the product with the codes, then the scale."""

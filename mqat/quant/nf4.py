@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mqat.quant.formats import INT8, NF4
 from mqat.quant.functional import dequantize, quantize
+from mqat.quant.gemm import float_matmul
 from mqat.quant.granularity import PerGroup
 from mqat.quant.packing import pack_nibbles, unpack_nibbles
 from mqat.quant.scales import compute_amax, compute_scale
@@ -62,20 +63,29 @@ class Nf4Weight:
     shape: tuple[int, ...]
 
     @property
-    def num_bytes(self) -> int:
-        """Memory held."""
+    def held(self) -> tuple[Tensor, ...]:
+        """What takes memory."""
         double = self.scales
         parts = (
-            [double] if isinstance(double, Tensor) else [double.codes, double.steps, double.mean]
+            (double,) if isinstance(double, Tensor) else (double.codes, double.steps, double.mean)
         )
-        return sum(part.numel() * part.element_size() for part in (self.packed, *parts))
+        return (self.packed, *parts)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(part.numel() * part.element_size() for part in self.held)
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight that is computed with: level * maximum in float32, rounded once to `dtype`."""
         scale = self.scales if isinstance(self.scales, Tensor) else self.scales.values()
         codes = unpack_nibbles(self.packed).view(-1, BLOCK)
         values = dequantize(codes, scale[:, None], PerGroup(BLOCK), dtype, fmt=NF4)
         return values.view(-1)[: torch.Size(self.shape).numel()].view(self.shape)
+
+    def multiply(self, x_NI: Tensor) -> Tensor:  # noqa: N803
+        """`x @ w.T` in the dtype of x."""
+        return float_matmul(x_NI, self.decode(x_NI.dtype).t(), x_NI.dtype)
 
 
 def nf4_quantize(weight: Tensor, *, double: bool = True) -> Nf4Weight:
