@@ -22,7 +22,6 @@ from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from mqat.quant.kv_cache import Scheme
 from mqat.quant.scheme import LinearScheme
-from mqat.specs.backend import Norm
 
 _REPLACEMENTS = {
     "self_attention.linear_qkv": QuantColumnParallelLinear,
@@ -90,7 +89,7 @@ def quantize_block_spec(
     """Specs of the layers that one pipeline stage (and virtual chunk) builds.
 
     Args:
-        spec: Layer spec used for every layer.
+        spec: Layer spec used for every layer; the last norm is like its first.
         layers: Global name -> scheme, as from `Policy.resolve`.
         model: Global sizes.
         transformer_config: Megatron's config, which knows how layers are spread over stages.
@@ -105,4 +104,4 @@ def quantize_block_spec(
         shorts = (*_REPLACEMENTS, CORE_ATTENTION)
         schemes = {s: layers[prefix + s] for s in shorts if prefix + s in layers}
         specs.append(quantize_layer_spec(spec, schemes, layer=layer, num_shards=shard_count(model)))
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=spec.submodules.input_layernorm)
