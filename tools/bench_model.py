@@ -17,6 +17,12 @@ from mqat.specs.policy import Policy
 ALGORITHMS = ("int8", "int4", "int4_w_int8_a", "fp8")
 
 
+def systems_of(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Name and algorithm of what is compared: Megatron's layers, mqat's unquantized ones, and QAT."""
+    kinds = [("baseline", "null"), ("mqat", "null"), *(("mqat", a) for a in args.algorithms)]
+    return kinds + [("mqat-reference", a) for a in args.algorithms if args.reference]
+
+
 @dataclass
 class System:
     """One thing to measure: a trainable model with its optimizer."""
@@ -39,7 +45,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--reference", action="store_true", help="also the fake-quantized path")
     parser.add_argument("--json", action="store_true")
     return parser
 
@@ -129,7 +137,9 @@ def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
     model = llama(args)
     layers = Policy(algorithm).resolve(model)
     settings = ModelConfig(
-        tensor_model_parallel_size=args.tp, sequence_parallel=args.sequence_parallel
+        tensor_model_parallel_size=args.tp,
+        pipeline_model_parallel_size=args.pp,
+        sequence_parallel=args.sequence_parallel,
     )
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     spec = megatron_layer_spec() if name == "baseline" else None
@@ -148,7 +158,7 @@ def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
 
 def start(args: argparse.Namespace) -> None:
     """Creates the process groups; then Megatron can be imported."""
-    groups.initialize(tensor_parallel=args.tp)
+    groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp)
 
 
 def step(system: System, data: list[dict[str, Any]]) -> float:
