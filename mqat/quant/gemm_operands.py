@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,7 +13,7 @@ from torch import Tensor
 from mqat.quant import native
 from mqat.quant.formats import FP8_E4M3, QuantFormat
 from mqat.quant.functional import dequantize, fake_quantize
-from mqat.quant.granularity import Granularity, PerGroup, PerTensor, grouped_view
+from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, grouped_view
 
 # Times eight bytes of 0 or 1: their bits, in the highest byte (no two partial products meet in a bit).
 # A byte times the other: the same byte eight times, of which `_BITS` keeps a bit each.
@@ -102,6 +103,26 @@ def _kernel_grid(fmt: QuantFormat, reach: float | None) -> native.Grid:
     return native.Grid(fmt.qmin, fmt.qmax, *_passing(fmt, reach), fmt.is_float)
 
 
+# Elements of a weight at a time: the float32 temporaries of torch then stay in a CPU cache,
+# and are not fetched from and returned to the system at every call.
+_PIECE = 1 << 17
+
+
+def _pieces(
+    x: Tensor, scale: Tensor, granularity: Granularity
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Row blocks of a large weight on a CPU with their scales; None: take it whole."""
+    if x.device.type != "cpu" or x.dim() != 2 or x.numel() <= 2 * _PIECE:
+        return None
+    if not isinstance(granularity, PerTensor | PerChannel | PerGroup):
+        return None
+    rows = max(8, _PIECE // x.shape[1] // 8 * 8)  # whole bytes of mask
+    blocks = x.split(rows)
+    is_one = isinstance(granularity, PerTensor)
+    scales = [scale] * len(blocks) if is_one else scale.split(rows)
+    return list(zip(blocks, scales, strict=True))
+
+
 def dequantized_with_mask(
     x: Tensor, scale: Tensor, fmt: QuantFormat, granularity: Granularity, *, reach: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -113,6 +134,9 @@ def dequantized_with_mask(
         values, mask = native.fake_quantize(x, scale, run, grid, with_mask=True)
         assert mask is not None, "asked for"
         return values, mask
+    if pieces := _pieces(x, scale, granularity):
+        done = [dequantized_with_mask(b, s, fmt, granularity, reach=reach) for b, s in pieces]
+        return torch.cat([values for values, _ in done]), torch.cat([mask for _, mask in done])
     groups, steps = grouped_view(x.float(), scale, granularity)
     mask = pack_mask(inside_range(groups / steps, fmt, reach))
     return fake_quantize(x, scale, fmt, granularity), mask
@@ -148,6 +172,17 @@ def encode(
             x, scale, run, _kernel_grid(fmt, reach), zero=zero_point, with_mask=with_mask
         )
         return Encoded(codes.view(fmt.storage_dtype), torch.where(is_nan, torch.nan, scale), mask)
+    if zero_point is None and (pieces := _pieces(x, scale, granularity)):
+        options: dict[str, Any] = {"with_mask": with_mask, "reach": reach}
+        done = [encode(block, steps, fmt, granularity, **options) for block, steps in pieces]
+        is_nan = torch.stack([part.scale.isnan().any() for part in done]).any()
+        masks = [part.mask for part in done if part.mask is not None]
+        codes = torch.cat([part.codes.view(torch.uint8) for part in done])
+        return Encoded(
+            codes.view(fmt.storage_dtype),
+            torch.where(is_nan, torch.nan, scale),
+            torch.cat(masks) if with_mask else None,
+        )
     groups, steps = grouped_view(x.float(), scale, granularity)
     ratio = groups / steps
     mask = pack_mask(inside_range(ratio, fmt, reach)) if with_mask else None
