@@ -17,6 +17,12 @@ from mqat.specs.policy import Policy
 ALGORITHMS = ("int8", "int4", "int4_w_int8_a", "fp8")
 
 
+def systems_of(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Name and algorithm of what is compared: Megatron's layers, mqat's unquantized ones, and QAT."""
+    kinds = [("baseline", "null"), ("mqat", "null"), *(("mqat", a) for a in args.algorithms)]
+    return kinds + [("mqat-reference", a) for a in args.algorithms if args.reference]
+
+
 @dataclass
 class System:
     """One thing to measure: a trainable model with its optimizer."""
@@ -39,7 +45,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--reference", action="store_true", help="also the fake-quantized path")
     parser.add_argument("--json", action="store_true")
     return parser
 
@@ -87,13 +95,39 @@ def calibrate_on(chunks: list[Any], data: list[dict[str, Any]]) -> None:
     calibrate(chunks, lambda: run_layers(chunks, [data]), group=group)
 
 
+class TorchNorm:
+    """`torch.nn.RMSNorm` as Megatron wraps it, but allowed under sequence parallelism."""
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
+        """Arguments as Megatron passes them."""
+        made = torch.nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
+        made.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return made
+
+
+def megatron_layer_spec() -> Any:
+    """What users train with on torch alone: Megatron's MLP and torch's norm; SDPA for its attention.
+
+    SDPA instead of Megatron's own attention is in the baseline's favour: faster and smaller.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from mqat.specs.backend import SdpaAttention
+
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TorchNorm
+    spec.submodules.self_attention.submodules.core_attention = SdpaAttention
+    return spec
+
+
 def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
     """A calibrated model and its optimizer.
 
     Args:
         args: From `arguments`.
-        name: `baseline`, `mqat` or `mqat-reference` (fake-quantized floats in Megatron's GEMM).
-        algorithm: `null` for the baseline.
+        name: `baseline` (`megatron_layer_spec`), `mqat` or `mqat-reference` (fake-quantized floats in
+            Megatron's GEMM).
+        algorithm: `null` for unquantized.
     """
     from mqat.parallel.linear import quantized_linears
     from mqat.training.model import build_model
@@ -103,10 +137,13 @@ def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
     model = llama(args)
     layers = Policy(algorithm).resolve(model)
     settings = ModelConfig(
-        tensor_model_parallel_size=args.tp, sequence_parallel=args.sequence_parallel
+        tensor_model_parallel_size=args.tp,
+        pipeline_model_parallel_size=args.pp,
+        sequence_parallel=args.sequence_parallel,
     )
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    chunks: list[Any] = list(build_model(model, settings, layers, dtype))
+    spec = megatron_layer_spec() if name == "baseline" else None
+    chunks: list[Any] = list(build_model(model, settings, layers, dtype, layer_spec=spec))
     load_pretrained_(chunks, RandomWeights(model, 1, 0.02))
     chunks = wrap_for_training(chunks)
     if layers:
@@ -121,7 +158,7 @@ def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
 
 def start(args: argparse.Namespace) -> None:
     """Creates the process groups; then Megatron can be imported."""
-    groups.initialize(tensor_parallel=args.tp)
+    groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp)
 
 
 def step(system: System, data: list[dict[str, Any]]) -> float:

@@ -1,9 +1,11 @@
 """Time of a QAT step against the unquantized step, interleaved in one process.
 
-    python tools/bench_qat_step.py --precision 32 --tokens 256 --json
+    python tools/bench_qat_step.py --tokens 256 --json
+    torchrun --nproc-per-node 2 tools/bench_qat_step.py --tp 2 [--sequence-parallel]
 
-Under torchrun with `--tp N`, rank 0 reports. CPU seconds are those of rank 0's process, and less
-disturbed by other programs on the machine than wall seconds.
+Ratios are to `baseline`: Megatron's own layers with torch's norm and SDPA attention, unquantized, in the
+same precision. `mqat null` is mqat's own unquantized model, whose norms and SwiGLU are leaner. Rank 0
+reports; CPU seconds are those of its process, and less disturbed by other programs than wall seconds.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from typing import Any
 
-from bench_model import arguments, batches, build, start, step
+from bench_model import arguments, batches, build, start, step, systems_of
 
 from mqat.runtime import groups
 
@@ -25,13 +28,10 @@ def main() -> None:
     """Prints a table, or JSON."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--reference", action="store_true", help="also the fake-quantized path")
+    parser.set_defaults(precision="bf16")
     args = parser.parse_args()
     start(args)
-    kinds = [("baseline", "null"), *(("mqat", name) for name in args.algorithms)]
-    if args.reference:
-        kinds += [("mqat-reference", name) for name in args.algorithms]
-    systems = [build(args, *kind) for kind in kinds]
+    systems = [build(args, *kind) for kind in systems_of(args)]
     data = batches(args)
     wall: list[list[float]] = [[] for _ in systems]
     cpu: list[list[float]] = [[] for _ in systems]
@@ -42,7 +42,7 @@ def main() -> None:
             if repeat:  # the first round warms up
                 wall[i].append(time.perf_counter() - began)
                 cpu[i].append(time.process_time() - began_cpu)
-    results = []
+    results: list[dict[str, Any]] = []
     for system, seconds, busy in zip(systems, wall, cpu, strict=True):
         results.append(
             {
@@ -54,9 +54,12 @@ def main() -> None:
                 "hidden": args.hidden,
                 "layers": args.layers,
                 "tp": args.tp,
+                "pp": args.pp,
+                "sequence_parallel": args.sequence_parallel,
                 "step_seconds": statistics.median(seconds),
                 "step_seconds_range": _spread(seconds),
                 "step_ratio": statistics.median(seconds) / statistics.median(wall[0]),
+                "step_ratio_of_fastest": min(seconds) / min(wall[0]),
                 "step_cpu_ratio": statistics.median(busy) / statistics.median(cpu[0]),
                 # Each repeat against the baseline that ran just before it.
                 "step_cpu_ratio_range": _spread([b / a for a, b in zip(cpu[0], busy, strict=True)]),

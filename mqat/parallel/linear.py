@@ -30,7 +30,13 @@ from torch import Tensor
 
 from mqat.parallel.exact import ordered_linear, tiled_linear
 from mqat.parallel.quantized import QuantizedModule, quantized_modules
-from mqat.parallel.quantized_gemm import Gemm, GemmKind, gemm_kind, quantized_matmul
+from mqat.parallel.quantized_gemm import (
+    Gemm,
+    GemmKind,
+    accumulated_by_megatron,
+    gemm_kind,
+    quantized_matmul,
+)
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.parallel.step_weights import WeightCache
 from mqat.quant.gemm_frozen import frozen_matmul
@@ -117,6 +123,8 @@ class QuantizedLinear(QuantizedModule):
         """Both operands after their quantizers; bit-equal to what a server dequantizes."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
+        if self.gemm_kind is not None and torch.is_grad_enabled():
+            weight = accumulated_by_megatron(weight)
         if self.weight_quantizer is not None:
             weight = self.weight_quantizer(weight)
         return x, weight
@@ -203,8 +211,8 @@ class QuantizedLinear(QuantizedModule):
             tp_group=tp_group,
             keeps_graph=torch.is_grad_enabled(),
         )
-        scale = None if self.input_quantizer is None else self.input_quantizer.scale
-        output = quantized_matmul(input, weight, scale, used, gemm)
+        steps = (None, None) if self.input_quantizer is None else self.input_quantizer.steps(input)
+        output = quantized_matmul(input, weight, steps, used, gemm)
         return output if bias is None else output + bias
 
 

@@ -2,19 +2,22 @@
 
 What a linear computes and what it keeps of its weight for an optimizer step, by scheme:
 
-| input             | weight               | kept of the weight | forward                            |
-|-------------------|----------------------|--------------------|------------------------------------|
-| INT8 per tensor   | INT8 per channel     | codes, mask        | integer GEMM, then one scale       |
-| FP8 per tensor    | FP8 per tensor       | codes, mask        | GEMM of codes, then one scale      |
-| INT8/FP8 p.tensor | other integer format | values, mask       | GEMM of dequantized operands       |
-| -                 | any integer format   | values, mask       | GEMM with the dequantized weight   |
+| input                   | weight                | kept of the weight | forward                       |
+|-------------------------|-----------------------|--------------------|-------------------------------|
+| INT8, tensor or token   | INT8 per channel      | codes, mask        | integer GEMM, then the scales |
+| FP8, tensor or token    | FP8 tensor or channel | codes, mask        | GEMM of codes, then scales    |
+| INT8 (any token), FP8   | other integer format  | values, mask       | GEMM of dequantized operands  |
+| -                       | any integer format    | values, mask       | GEMM with dequantized weight  |
 
 Any other scheme stays on the reference path (fake-quantized floats through Megatron's own GEMM).
-Kept for backward of a quantized input: its codes and one bit per element, never a float copy.
+Kept for backward of a quantized input: its codes and one bit per element (none per token, where nothing
+is clipped), never a float copy. On a CPU the masked weight gradient is added to Megatron's `main_grad`
+here, in one pass, by the protocol of its own fused kernels (`grad_added_to_main_grad`).
 
 Collectives, with local shapes (column-parallel; row-parallel linears have none in here):
 
-    forward   sequence parallel: all-gather of codes  [S/tp, B, I] -> [S, B, I]
+    forward   sequence parallel: all-gather of codes  [S/tp, B, I] -> [S, B, I]; of their steps
+              [S/tp, B] -> [S, B] too if every token has its own
     backward  sequence parallel: the same gather, under the input-gradient GEMM; then a reduce-scatter
               of the input gradient, under the weight-gradient GEMM
               otherwise: all-reduce of the input gradient [S, B, I], under the weight-gradient GEMM
@@ -22,6 +25,7 @@ Collectives, with local shapes (column-parallel; row-parallel linears have none 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -30,15 +34,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mqat.quant.formats import FP8_E4M3, INT4, INT8, INT8_FULL, INT8_LOADER
-from mqat.quant.functional import dequantize, fake_quantize
+from mqat.quant import native
+from mqat.quant.formats import FP8_E4M3, INT8, INT8_FULL, INT8_LOADER, QuantFormat
+from mqat.quant.functional import fake_quantize
 from mqat.quant.gemm import compute_dtype, decode, float_matmul, scaled_matmul
-from mqat.quant.gemm_operands import apply_mask_, encode, encode_input, mask_of
-from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
+from mqat.quant.gemm_operands import apply_mask_, decode_scaled, dequantized_with_mask, encode
+from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.scheme import LinearScheme, TensorScheme
 
 _INT8 = (INT8, INT8_FULL, INT8_LOADER)
-_INTEGERS = (*_INT8, INT4)
 
 
 class GemmKind(Enum):
@@ -48,29 +52,39 @@ class GemmKind(Enum):
     VALUES = "values"  # dequantized operands
 
 
-def _is_plain(scheme: TensorScheme) -> bool:
-    """Whether format, granularity and grid of scales say all there is to this scheme."""
-    is_shifted = scheme.is_dynamic or scheme.is_asymmetric
-    return not is_shifted and scheme.reach is None  # gradients end where codes do
+def _is_integer(fmt: QuantFormat) -> bool:
+    return not fmt.is_float and fmt.storage_dtype == torch.int8
+
+
+def _serves_weight(weight: TensorScheme) -> bool:
+    is_known = isinstance(weight.granularity, (PerChannel, PerTensor, PerGroup))
+    is_fp8 = weight.format == FP8_E4M3 and weight.reach is None
+    is_shifted = weight.is_dynamic or weight.is_asymmetric
+    return is_known and not is_shifted and (_is_integer(weight.format) or is_fp8)
+
+
+def _serves_input(operand: TensorScheme) -> bool:
+    """Gradients end where codes do, or nowhere."""
+    is_static = operand.granularity == PerTensor() and not operand.is_asymmetric
+    is_per_token = operand.granularity == PerToken() and operand.is_dynamic
+    return operand.format in (*_INT8, FP8_E4M3) and (is_static or is_per_token)
 
 
 def gemm_kind(scheme: LinearScheme | None) -> GemmKind | None:
     """Which fast path serves a scheme; None: only the reference path does."""
-    if scheme is None or scheme.weight is None or not _is_plain(scheme.weight):
+    if scheme is None or scheme.weight is None or not _serves_weight(scheme.weight):
         return None
     weight, operand = scheme.weight, scheme.input
-    is_per_row = isinstance(weight.granularity, (PerChannel, PerTensor))
-    is_known = isinstance(weight.granularity, (PerChannel, PerTensor, PerGroup))
     if operand is None:
-        return GemmKind.VALUES if weight.format in _INTEGERS and is_known else None
-    if not _is_plain(operand) or operand.granularity != PerTensor():
+        return GemmKind.VALUES if _is_integer(weight.format) else None
+    if not _serves_input(operand):
         return None
-    if operand.format in _INT8 and weight.format in _INT8 and is_per_row:
+    is_per_row = isinstance(weight.granularity, (PerChannel, PerTensor))
+    is_int8 = operand.format in _INT8 and weight.format in _INT8
+    is_fp8 = operand.format == FP8_E4M3 and weight.format == FP8_E4M3
+    if is_per_row and (is_int8 or is_fp8) and not operand.is_asymmetric:
         return GemmKind.CODES
-    if operand.format == FP8_E4M3 and weight.format == FP8_E4M3 and is_per_row:
-        return GemmKind.CODES
-    has_codes = operand.format in (*_INT8, FP8_E4M3)
-    return GemmKind.VALUES if has_codes and weight.format in _INTEGERS and is_known else None
+    return GemmKind.VALUES if _is_integer(weight.format) else None
 
 
 @dataclass(frozen=True)
@@ -99,12 +113,14 @@ def encode_weight(
     weight: Tensor, scale: Tensor, scheme: TensorScheme, kind: GemmKind, *, with_mask: bool
 ) -> StepWeight:
     """Quantizes a weight [O, I] for as long as it does not change."""
-    fmt, granularity = scheme.format, scheme.granularity
+    fmt, granularity, reach = scheme.format, scheme.granularity, scheme.reach
     if kind is GemmKind.CODES:
-        encoded = encode(weight, scale, fmt, granularity, with_mask=with_mask)
+        encoded = encode(weight, scale, fmt, granularity, with_mask=with_mask, reach=reach)
         return StepWeight(encoded.codes, encoded.scale, encoded.mask)
-    mask = mask_of(weight, scale, fmt, granularity) if with_mask else None
-    return StepWeight(fake_quantize(weight, scale, fmt, granularity), None, mask)
+    if not with_mask:
+        return StepWeight(fake_quantize(weight, scale, fmt, granularity), None, None)
+    values, mask = dequantized_with_mask(weight, scale, fmt, granularity, reach=reach)
+    return StepWeight(values, None, mask)
 
 
 @dataclass(frozen=True)
@@ -143,54 +159,96 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+@dataclass(frozen=True)
+class _Operand:
+    """An input as this rank has it or, once gathered, of all tokens.
+
+    Attributes:
+        x: Codes with `scale`, floats without.
+        scale: float32 (1,), or [S, B] with a step per token.
+        zero_point: int32, shaped like `scale`, of asymmetric codes.
+    """
+
+    x: Tensor
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    @property
+    def granularity(self) -> Granularity:
+        """Of the scale."""
+        assert self.scale is not None, "codes have a scale"
+        return PerToken() if self.scale.dim() > 1 else PerTensor()
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """In floats."""
+        if self.scale is None:
+            return self.x.to(dtype)
+        return decode_scaled(self.x, self.scale, self.granularity, dtype, self.zero_point)
+
+    def gathered(self, group: Any, *, async_op: bool = False) -> tuple[_Operand, list[Any]]:
+        """Of all sequence-parallel ranks, and handles to wait for."""
+        handles, parts = [], []
+        for part in (self.x, self.scale, self.zero_point):
+            if part is not None and (part is self.x or part.dim() > 1):
+                part, handle = _gather_tokens(part, group, async_op=async_op)
+                handles.append(handle)
+            parts.append(part)
+        x, scale, zero_point = parts
+        assert x is not None, "gathered"
+        return _Operand(x, scale, zero_point), [h for h in handles if h is not None]
+
+
 class _QuantizedGemm(torch.autograd.Function):
     """`x @ w.T` with the gradients of the straight-through estimator."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, used: StepWeight, gemm: Gemm
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        used: StepWeight,
+        gemm: Gemm,
     ) -> Tensor:
         """`weight` only receives the gradient; `used` is what is multiplied. Returns [N, O]."""
         wants_dx = gemm.keeps_graph and x.requires_grad
         wants_dw = gemm.keeps_graph and weight.requires_grad
-        ctx.gemm, ctx.used, ctx.dtype = gemm, used, x.dtype
-        if gemm.input_scheme is None:
-            kept: list[Tensor | None] = [x if wants_dw else None, None, None]
-        else:
-            assert scale is not None, "a quantized input has a scale"
-            fmt = gemm.input_scheme.format
-            encoded = encode_input(x, scale, fmt, with_mask=wants_dx)
-            x, scale = encoded.codes, encoded.scale
-            kept = [encoded.codes if wants_dw else None, encoded.mask, encoded.scale]
-        ctx.save_for_backward(*kept)
+        ctx.gemm, ctx.used, ctx.dtype, ctx.weight = gemm, used, x.dtype, weight
+        operand, mask = _Operand(x, None, None), None
+        if gemm.input_scheme is not None:
+            operand, mask = _encode_input(x, scale, zero_point, gemm.input_scheme, wants_dx)
+        kept = (operand.x, operand.scale, operand.zero_point) if wants_dw else (None, None, None)
+        ctx.save_for_backward(*kept, mask)
         if gemm.sequence_parallel:
-            x, _ = _gather_tokens(x, gemm.tp_group)
-        ctx.tokens = x.shape[:-1]
-        if gemm.kind is GemmKind.CODES:
-            assert scale is not None and used.scale is not None, "codes have scales"
-            y = scaled_matmul(_rows(x), used.operand, scale * used.scale, ctx.dtype)
-        else:
-            if scale is not None:
-                x = dequantize(x, scale, PerTensor(), ctx.dtype)
-            y = float_matmul(_rows(x), used.operand.t(), ctx.dtype)
-        return y  # no view of it: autograd forbids in-place changes (a vocabulary loss's) of those
+            operand, _ = operand.gathered(gemm.tp_group)
+        ctx.tokens = operand.x.shape[:-1]
+        # No view of the result: autograd forbids in-place changes (a vocabulary loss's) of those.
+        if gemm.kind is GemmKind.VALUES:
+            return float_matmul(_rows(operand.values(ctx.dtype)), used.operand.t(), ctx.dtype)
+        assert operand.scale is not None and used.scale is not None, "codes have scales"
+        codes = _rows(operand.x)
+        if operand.granularity == PerToken():
+            steps = operand.scale.view(-1)
+            return scaled_matmul(codes, used.operand, used.scale, ctx.dtype, row_scale=steps)
+        return scaled_matmul(codes, used.operand, operand.scale * used.scale, ctx.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """As Megatron overlaps it: communication of the input under the GEMM of the other."""
-        (dy,) = grads
         gemm: Gemm = ctx.gemm
-        x, mask, scale = ctx.saved_tensors
+        x, scale, zero_point, mask = ctx.saved_tensors
         group = gemm.tp_group
-        handle = None
-        if gemm.sequence_parallel and ctx.needs_input_grad[1]:
-            x, handle = _gather_tokens(x, group, async_op=True)
-        wide = compute_dtype(ctx.dtype, dy.device)
-        dy_rows = dy.to(wide)
+        wants_dx, wants_dw = ctx.needs_input_grad[:2]
+        operand = _Operand(x, scale, zero_point)
+        handles: list[Any] = []
+        if gemm.sequence_parallel and wants_dw:
+            operand, handles = operand.gathered(group, async_op=True)
+        dy_rows = grads[0].to(compute_dtype(ctx.dtype, grads[0].device))
         dx = dw = None
-        if ctx.needs_input_grad[0]:
+        if wants_dx:
             dx = _input_gradient(dy_rows, ctx.used, ctx.dtype).view(*ctx.tokens, -1)
-        if handle is not None:
+        for handle in handles:
             handle.wait()
         sent, dx_sum = None, dx
         if dx is not None and gemm.sequence_parallel:
@@ -199,54 +257,133 @@ class _QuantizedGemm(torch.autograd.Function):
             sent = dist.reduce_scatter_tensor(dx_sum, dx, group=group, async_op=True)
         elif dx is not None and gemm.allreduce_dgrad:
             sent = dist.all_reduce(dx, group=group, async_op=True)
-        if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(dy_rows, x, scale, ctx.used, ctx.dtype)
+        if wants_dw:
+            dw, factor = _weight_gradient(dy_rows, operand, ctx.dtype)
+            assert ctx.used.mask is not None, "encoded with one for a weight that gets a gradient"
+            dw = _deliver(dw, ctx.used.mask, factor, ctx.weight, ctx.next_functions[1][0])
         if sent is not None:
             sent.wait()
         if dx_sum is not None and mask is not None:
             apply_mask_(dx_sum, mask)
-        return dx_sum, dw, None, None, None
+        return dx_sum, dw, None, None, None, None
+
+
+def _encode_input(
+    x: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    scheme: TensorScheme,
+    wants_dx: bool,
+) -> tuple[_Operand, Tensor | None]:
+    assert scale is not None, "a quantized input has a scale"
+    clips = scheme.reach is None or math.isfinite(scheme.reach)
+    encoded = encode(
+        x, scale, scheme.format, scheme.granularity,
+        with_mask=wants_dx and clips, zero_point=zero_point, reach=scheme.reach,
+    )  # fmt: skip
+    return _Operand(encoded.codes, encoded.scale, zero_point), encoded.mask
 
 
 def _input_gradient(dy_NO: Tensor, used: StepWeight, dtype: torch.dtype) -> Tensor:  # noqa: N803
-    """`dy @ w`, [N, I], before masking. A scale per row of w is cheaper to put on dy."""
+    """`dy @ w`, [N, I], before masking."""
     wide = dy_NO.dtype
     if used.scale is None:
         return (dy_NO @ used.operand.to(wide)).to(dtype)
+    if native.serves(used.operand):
+        granularity = PerTensor() if used.scale.numel() == 1 else PerChannel()
+        return (dy_NO @ decode_scaled(used.operand, used.scale, granularity, wide)).to(dtype)
+    # In separate passes, a scale per row of w is cheaper to put on dy.
     return ((dy_NO * used.scale).to(wide) @ decode(used.operand, wide)).to(dtype)
 
 
 def _weight_gradient(
     dy_NO: Tensor,  # noqa: N803
-    x: Tensor,
-    scale: Tensor | None,
-    used: StepWeight,
+    operand: _Operand,
     dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """`dy.T @ x`, [O, I], before masking, and the factor (1,) that it lacks."""
+    codes = operand.x
+    if operand.scale is not None and operand.granularity == PerTensor() and native.serves(codes):
+        # Codes are exact in any float type; the scale is applied in the pass that masks.
+        return (dy_NO.t() @ decode(_rows(codes), dy_NO.dtype)).to(dtype), operand.scale
+    return (dy_NO.t() @ _rows(operand.values(dy_NO.dtype))).to(dtype), None
+
+
+def _accumulates(node: Any) -> bool:
+    """Whether this backward pass ends in `.grad` (and Megatron's hook) of the leaf behind `node`."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # says that `torch.autograd.grad` collects it
+        return False
+
+
+def _deliver(
+    dw: Tensor, mask: Tensor, factor: Tensor | None, weight: Tensor, accumulator: Any
 ) -> Tensor:
-    """`dy.T @ x`, [O, I], zero where the weight was clipped; x is codes when it has a scale."""
-    x_NI = decode(_rows(x), dy_NO.dtype)  # noqa: N806
-    if scale is not None:
-        x_NI = x_NI.mul_(scale)  # noqa: N806
-    dw = (dy_NO.t() @ x_NI).to(dtype)
-    assert used.mask is not None, "encoded with a mask for a weight that gets a gradient"
-    return apply_mask_(dw, used.mask)
+    """Masks a weight gradient; adds it to `main_grad` at once where Megatron lets kernels do so.
+
+    `grad_added_to_main_grad` tells its DDP hook, which runs next, to leave the returned tensor alone.
+    Not while `torch.autograd.grad` collects gradients, which nobody would add up.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    if not hasattr(weight, "grad_added_to_main_grad") or main_grad is None:
+        return apply_mask_(dw, mask, factor)
+    weight.grad_added_to_main_grad = (
+        main_grad.dtype == torch.float32
+        and dw.numel() % 8 == 0
+        and native.serves_floats(dw)
+        and native.serves(main_grad)
+        and _accumulates(accumulator)
+    )
+    if not weight.grad_added_to_main_grad:
+        return apply_mask_(dw, mask, factor)
+    native.accumulate_(main_grad, dw, mask, factor)
+    return dw
+
+
+class _AccumulatedByMegatron(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        ctx.weight.grad_added_to_main_grad = False
+        return grads[0]
+
+
+def accumulated_by_megatron(weight: Tensor) -> Tensor:
+    """The weight, for a pass that leaves its gradient to Megatron's hook.
+
+    The flag of `_deliver` outlives a microbatch, and without this the hook would drop the gradient.
+    """
+    if not (weight.requires_grad and hasattr(weight, "grad_added_to_main_grad")):
+        return weight
+    marked: Tensor = _AccumulatedByMegatron.apply(weight)  # type: ignore[no-untyped-call]
+    return marked
 
 
 def quantized_matmul(
-    x: Tensor, weight: Tensor, input_scale: Tensor | None, used: StepWeight, gemm: Gemm
+    x: Tensor,
+    weight: Tensor,
+    input_steps: tuple[Tensor | None, Tensor | None],
+    used: StepWeight,
+    gemm: Gemm,
 ) -> Tensor:
     """`x @ weight.T` of the quantized operands, differentiable in `x` and `weight`.
 
     Args:
         x: Float [S/tp, B, I] under sequence parallelism, else [S, B, I].
         weight: The parameter [O, I] that receives the gradient.
-        input_scale: float32 (1,); None leaves the input in floats.
+        input_steps: float32 scale (1,), or [S/tp, B] per token; int32 zero point shaped like it or
+            None. No scale leaves the input in floats.
         used: What `encode_weight` made of `weight`.
         gemm: Kind and communication.
 
     Returns:
         [S, B, O] in the dtype of `x`.
     """
-    rows: Tensor = _QuantizedGemm.apply(x, weight, input_scale, used, gemm)  # type: ignore[no-untyped-call]
+    rows: Tensor = _QuantizedGemm.apply(x, weight, *input_steps, used, gemm)  # type: ignore[no-untyped-call]
     sequence = x.shape[0] * (gemm.tp_group.size() if gemm.sequence_parallel else 1)
     return rows.view(sequence, *x.shape[1:-1], rows.shape[-1])

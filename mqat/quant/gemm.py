@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mqat.quant import native
+
 # 1024 products of at most 128 * 128 sum to at most 2**24, up to which float32 holds all integers.
 EXACT_BLOCK = 1024
 
@@ -74,6 +76,8 @@ def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     mantissa are moved to their places in a wider float, and 2**120 makes up for the exponent bias
     (127 - 7). Subnormals come out right; the NaN code does not (`encode` marks NaN in the scale).
     """
+    if codes.element_size() == 1 and dtype in native.DTYPES and native.serves(codes):
+        return native.decode(codes, None, codes.numel(), dtype)
     if codes.dtype != torch.float8_e4m3fn or dtype not in (torch.float32, torch.bfloat16):
         return codes.to(dtype)
     word, shift = (torch.int32, 20) if dtype == torch.float32 else (torch.int16, 4)
@@ -92,23 +96,33 @@ def scaled_matmul(
     w_OI: Tensor,  # noqa: N803
     scale: Tensor,
     dtype: torch.dtype,
+    *,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """`(x @ w.T) * scale` of codes, scaled in float32 and rounded once to `dtype`.
 
     Args:
         x_NI: int8 or float8 codes.
         w_OI: Codes of the same dtype.
-        scale: float32, (1,) or (O,): product of the steps of both operands.
+        scale: float32, (1,) or (O,): product of the steps of both operands, or with
+            `row_scale` those of `w_OI`.
         dtype: Of the result.
+        row_scale: float32 (N,): a step for each row of `x_NI`.
     """
     if x_NI.dtype == torch.int8:
         product = int8_matmul(x_NI, w_OI)
     else:
         # Where bfloat16 is native its GEMM rounds the sum once more than this function promises.
         wide = compute_dtype(dtype, x_NI.device)
-        product = (decode(x_NI, wide) @ decode(w_OI, wide).t()).float()
-    scaled = product.mul_(scale) if product.dtype == torch.float32 else product * scale
-    return scaled.to(dtype)
+        product = decode(x_NI, wide) @ decode(w_OI, wide).t()
+    if dtype in native.DTYPES and native.serves(product, scale):
+        out = torch.empty(product.shape, dtype=dtype)
+        native.scale_product_(product, scale, row_scale, out)
+        return out
+    product = product.float()
+    if row_scale is not None:
+        product = product.mul_(row_scale[:, None])
+    return product.mul_(scale).to(dtype)
 
 
 def float_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

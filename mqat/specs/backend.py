@@ -1,4 +1,4 @@
-"""The unquantized layer spec: torch norms and scaled-dot-product attention, on CPU and CUDA alike."""
+"""The unquantized layer spec: lean norms and SwiGLU, scaled-dot-product attention; any device."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
+from mqat.specs.elementwise import RmsNorm, Swiglu
+
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm, by `config.normalization`, that also works under sequence parallelism.
@@ -24,7 +26,7 @@ class Norm(nn.Module):
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
         """Arguments as Megatron passes them to a norm; extra ones do not apply to torch norms."""
-        kinds: dict[str, type[nn.Module]] = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
+        kinds: dict[str, type[nn.Module]] = {"RMSNorm": RmsNorm, "LayerNorm": nn.LayerNorm}
         if config.normalization not in kinds:
             raise ValueError(
                 f"normalization={config.normalization!r}: only {sorted(kinds)} are supported."
@@ -98,7 +100,8 @@ class SdpaAttention(nn.Module):
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("SdpaAttention supports neither attention_bias nor packed_seq_params.")
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        # Saved for backward, `value` alone would keep the whole output of linear_qkv, whose view it is.
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value.contiguous()))
         dropout = self.dropout if self.training else 0.0
         # Ranks hold other heads, so they need other random numbers; sequence parallelism forks outside.
         needs_fork = dropout > 0.0 and not self.config.sequence_parallel
@@ -117,9 +120,13 @@ class SdpaAttention(nn.Module):
 
 
 def gpt_layer_spec() -> ModuleSpec:
-    """Megatron's local GPT layer spec with `Norm` and `SdpaAttention`."""
+    """Megatron's local GPT layer spec with `Norm`, `SdpaAttention` and `Swiglu`.
+
+    Megatron calls `Swiglu` where its config says `use_te_activation_func`, and its own otherwise.
+    """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
     spec.submodules.self_attention.submodules.core_attention = SdpaAttention
+    spec.submodules.mlp.submodules.activation_func = Swiglu
     return spec

@@ -22,7 +22,6 @@ from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from mqat.quant.kv_cache import Scheme
 from mqat.quant.scheme import LinearScheme
-from mqat.specs.backend import Norm
 
 _REPLACEMENTS = {
     "self_attention.linear_qkv": QuantColumnParallelLinear,
@@ -98,7 +97,7 @@ def quantize_block_spec(
     """Specs of the layers that one pipeline stage (and virtual chunk) builds.
 
     Args:
-        spec: Layer spec used for every layer.
+        spec: Layer spec used for every layer; the last norm is like its first.
         layers: Global name -> scheme, as from `Policy.resolve`.
         model: Global sizes.
         transformer_config: Megatron's config, which knows how layers are spread over stages.
@@ -117,4 +116,4 @@ def quantize_block_spec(
                 spec, schemes, layer=layer, num_shards=shard_count(model), biases=model.biases
             )
         )
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=spec.submodules.input_layernorm)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -104,9 +105,15 @@ def padded_vocab_size(model: LlamaConfig) -> int:
 
 
 def transformer_config(
-    model: LlamaConfig, settings: ModelConfig, dtype: torch.dtype
+    model: LlamaConfig,
+    settings: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    spec_has_activation: bool = True,
 ) -> TransformerConfig:
     """Megatron's configuration for a Llama decoder.
+
+    `spec_has_activation`: the layer spec says what computes SwiGLU, not Megatron's MLP.
 
     Raises:
         ValueError: RoPE scaling that Megatron's rotary embedding cannot express.
@@ -131,6 +138,7 @@ def transformer_config(
         layernorm_epsilon=model.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=spec_has_activation,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -163,6 +171,8 @@ def build_model(
     settings: ModelConfig,
     layers: Mapping[str, Scheme],
     dtype: torch.dtype,
+    *,
+    layer_spec: ModuleSpec | None = None,
 ) -> list[LlamaModel]:
     """This rank's pipeline chunks, with uninitialized weights and quantizers not yet calibrated.
 
@@ -171,13 +181,16 @@ def build_model(
         settings: Parallel sizes and recompute; process groups must already exist.
         layers: Global name -> scheme (`Policy.resolve`).
         dtype: Of parameters and activations.
+        layer_spec: In the place of `gpt_layer_spec()`.
     """
-    config = transformer_config(model, settings, dtype)
+    spec = layer_spec or gpt_layer_spec()
+    has_activation = spec.submodules.mlp.submodules.activation_func is not None
+    config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)
     virtual = settings.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(virtual) if virtual else [None]:
         block_spec = quantize_block_spec(
-            gpt_layer_spec(),
+            spec,
             layers,
             model=model,
             transformer_config=config,

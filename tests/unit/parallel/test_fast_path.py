@@ -6,13 +6,24 @@ import torch
 from mqat.parallel.linear import quantized_linears
 from mqat.parallel.quantized_gemm import GemmKind, gemm_kind
 from mqat.parallel.quantized_step import quantized_step
+from mqat.quant import native
 from mqat.quant.formats import INT8
 from mqat.quant.granularity import PerChannel, PerGroup
 from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
 from mqat.training.step import _forward_loss, _run
 from tests.unit.parallel.conftest import microbatches
 
-QUANTIZED = ["int8", "int8_wo", "int4", "int4_w_int8_a", "fp8"]
+STATIC = ["int8", "int8_wo", "int4", "int4_w_int8_a", "fp8", "w_int4_sym"]
+PER_TOKEN = ["int8_pc_pt", "fp8_pc_pt", "8da4w"]
+QUANTIZED = [*STATIC, *PER_TOKEN]
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+def kernels(request):
+    """The CPU kernels, and torch's operations in their place."""
+    native.set_enabled(request.param)
+    yield request.param
+    native.set_enabled(True)
 
 
 def use_reference(chunks, is_reference: bool) -> None:
@@ -33,8 +44,9 @@ def linear_alone(linear, dtype, is_reference):
     """Output and gradients of one linear on a fixed input that clips."""
     generator = torch.Generator().manual_seed(5)
     quantizer = linear.input_quantizer
+    is_static = quantizer is not None and not quantizer.scheme.is_dynamic
     # Half the largest code that is not clipped.
-    size = 2.0 if quantizer is None else float(quantizer.scale) * quantizer.scheme.format.qmax / 2
+    size = float(quantizer.scale) * quantizer.scheme.format.qmax / 2 if is_static else 2.0
     x = (torch.randn(24, 2, linear.weight.shape[1], generator=generator) * size).to(dtype)
     x.requires_grad_()
     linear.is_reference = is_reference
@@ -52,7 +64,7 @@ def relative(found, expected):
 @pytest.mark.parametrize("name", ["mlp.linear_fc1", "mlp.linear_fc2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("algorithm", QUANTIZED)
-def test_one_linear_equals_the_reference(calibrated, algorithm, dtype, name):
+def test_one_linear_equals_the_reference(calibrated, kernels, algorithm, dtype, name):
     linear = quantized_linears(calibrated(algorithm, dtype))[f"decoder.layers.0.{name}"]
     fast = linear_alone(linear, dtype, is_reference=False)
     reference = linear_alone(linear, dtype, is_reference=True)
@@ -62,10 +74,13 @@ def test_one_linear_equals_the_reference(calibrated, algorithm, dtype, name):
     for found, expected in zip(fast, reference, strict=True):
         assert relative(found, expected) <= limit
     for found, expected in zip(fast[1:], reference[1:], strict=True):
-        # Zeros of a gradient are where the straight-through estimator blocks it.
-        assert torch.equal(found == 0, expected == 0)
+        # Zeros of a gradient are where the straight-through estimator blocks it, or (a few in bfloat16)
+        # where a sum cancels, which leaves the other side a number far below the usual size.
+        differ = (found == 0) != (expected == 0)
+        assert int(differ.sum()) <= 2
+        assert bool(((found - expected).abs()[differ] < 1e-2 * expected.std()).all())
     assert int((fast[2] == 0).sum()) > 0  # control: some weight is clipped
-    if linear.input_quantizer is not None:
+    if algorithm not in PER_TOKEN and linear.input_quantizer is not None:
         assert int((fast[1] == 0).sum()) > 0  # and some input
 
 
@@ -93,8 +108,13 @@ def test_only_schemes_the_fast_path_knows_are_served():
     assert gemm_kind(named_scheme("int4")) is GemmKind.VALUES
     assert gemm_kind(named_scheme("int4_w_int8_a")) is GemmKind.VALUES
     assert gemm_kind(None) is None
-    per_token = LinearScheme("new", weight, TensorScheme(INT8, PerGroup(64), is_dynamic=True))
-    assert gemm_kind(per_token) is None
+    assert gemm_kind(named_scheme("int8_pc_pt")) is GemmKind.CODES
+    assert gemm_kind(named_scheme("fp8_pc_pt")) is GemmKind.CODES
+    assert gemm_kind(named_scheme("8da4w")) is GemmKind.VALUES
+    for other in ("nvfp4", "mxfp8", "nf4", "w_uint4_asym"):
+        assert gemm_kind(named_scheme(other)) is None
+    per_group = LinearScheme("new", weight, TensorScheme(INT8, PerGroup(64), is_dynamic=True))
+    assert gemm_kind(per_group) is None
     fp8_weight_only = LinearScheme("new", named_scheme("fp8").weight, None)
     assert gemm_kind(fp8_weight_only) is None
 
@@ -217,7 +237,7 @@ def test_quantization_that_starts_late_or_pauses_takes_effect_at_once(calibrated
     assert loss_and_gradients(chunks)[0] == quantized
 
 
-@pytest.mark.parametrize("algorithm", QUANTIZED)
+@pytest.mark.parametrize("algorithm", STATIC)
 def test_a_frozen_weight_passes_gradients_through_and_keeps_no_input(calibrated, algorithm):
     linear = quantized_linears(calibrated(algorithm))["decoder.layers.0.mlp.linear_fc1"]
     linear.weight.requires_grad_(False)
@@ -268,3 +288,69 @@ def test_outputs_may_be_changed_in_place_as_vocabulary_losses_do(calibrated, alg
         output.sum().backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients) and bool(gradients[0].any())
+
+
+@pytest.mark.parametrize("algorithm", ["int8", "int4_w_int8_a", "fp8", "8da4w"])
+def test_gradients_added_to_main_grad_at_once_are_those_megatron_would_add(calibrated, algorithm):
+    chunks = calibrated(algorithm, torch.bfloat16)
+    weights = [linear.weight for linear in quantized_linears(chunks).values()]
+    found = loss_and_gradients(chunks)[1]
+    assert all(weight.grad_added_to_main_grad for weight in weights)
+    native.set_enabled(False)
+    expected = loss_and_gradients(chunks)[1]
+    native.set_enabled(True)
+    assert not any(weight.grad_added_to_main_grad for weight in weights)
+    for name, gradient in expected.items():
+        assert relative(found[name], gradient) < 2e-2, name
+    # The same microbatches twice have the same mean gradient: nothing is dropped or counted twice.
+    double = []
+    for repeats in (1, 2):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        with quantized_step(chunks):
+            _run(_forward_loss, chunks, microbatches() * repeats, forward_only=False)
+        double.append([weight.main_grad.clone() for weight in weights])
+    for once, twice in zip(*double, strict=True):
+        assert relative(twice, once) < 1e-2
+
+
+@pytest.mark.parametrize("order", [(False, True), (True, False)])
+def test_fast_and_reference_microbatches_of_one_step_both_count(calibrated, order):
+    chunks = calibrated("int8")
+    weights = [linear.weight for linear in quantized_linears(chunks).values()]
+    totals = []
+    for is_reference in (order, order[:1], order[1:]):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        losses = []
+        for reference, batch in zip(is_reference, microbatches()[: len(is_reference)], strict=True):
+            use_reference(chunks, reference)
+            args = batch["tokens"], batch["position_ids"], batch["attention_mask"]
+            losses.append(chunks[0](*args, labels=microbatches()[0]["labels"]).sum())
+        for loss in losses:  # all forward before any backward, as pipelines do
+            loss.backward()
+        totals.append([weight.main_grad.clone() for weight in weights])
+    use_reference(chunks, False)
+    assert all(bool(grad.any()) for grad in totals[0])
+    for both, first in zip(totals[0], totals[1], strict=True):
+        assert relative(both, first) > 0.1  # control: the second microbatch matters
+
+
+def test_gradients_that_are_asked_for_go_to_the_caller_and_nowhere_else(calibrated):
+    linear = quantized_linears(calibrated("int8"))["decoder.layers.0.mlp.linear_fc1"]
+    linear.weight.main_grad.zero_()
+    x = torch.randn(8, 1, 128, requires_grad=True)
+    (found,) = torch.autograd.grad(linear(x)[0].sum(), [linear.weight])
+    assert not bool(linear.weight.main_grad.any())
+    linear(x)[0].sum().backward()
+    assert bool(linear.weight.main_grad.any())  # control
+    torch.testing.assert_close(linear.weight.main_grad, found, rtol=1e-5, atol=1e-5)
+
+
+def test_plain_loops_without_megatrons_buffers_get_masked_gradients(calibrated):
+    linear = quantized_linears(calibrated("int8"))["decoder.layers.0.mlp.linear_fc1"]
+    weight = torch.nn.Parameter(linear.weight.detach().clone())
+    x = torch.randn(8, 1, 128)
+    linear(x, weight=weight)[0].sum().backward()
+    (expected,) = torch.autograd.grad(linear(x)[0].sum(), [linear.weight])
+    assert torch.equal(weight.grad, expected)

@@ -1,0 +1,409 @@
+// Element-wise passes around quantized GEMMs, each in one read and one write; see __init__.py.
+//
+// Every function computes what the torch expression named above it computes, element by element, in
+// float32 and with the same roundings, whatever the number of threads. No torch headers: pointers,
+// sizes and plain structs only. `run` is the number of consecutive elements that share a scale; it
+// is a multiple of 8, so that a byte of a mask belongs to one scale. Bit i of byte j of a mask is element 8 j + i.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t kBlock = 1024;  // elements per inner loop: small enough for L1, a multiple of 8
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float load(float v) { return v; }
+
+inline float load(bf16 v) {
+  const uint32_t word = static_cast<uint32_t>(v.bits) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+inline void store(float* to, float v) { *to = v; }
+
+inline void store(bf16* to, float v) {  // nearest, ties to even, as torch
+  uint32_t word;
+  std::memcpy(&word, &v, 4);
+  const uint32_t rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
+  to->bits = static_cast<uint16_t>(v != v ? 0x7FC0u : rounded);
+}
+
+template <typename T>
+inline float through(float v) {  // rounded to T and back
+  T stored;
+  store(&stored, v);
+  return load(stored);
+}
+
+inline float load(int32_t v) { return static_cast<float>(v); }
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The eight bytes of a word are 0 or 1 -> the bits of a byte.
+inline uint8_t pack_word(const uint8_t* bools) {
+  uint64_t word;
+  std::memcpy(&word, bools, 8);
+  return static_cast<uint8_t>((word * 0x0102040810204080ull) >> 56);
+}
+
+// The bits of a byte -> eight bytes, zero or not.
+inline void unpack_byte(uint8_t byte, uint8_t* bytes) {
+  const uint64_t word = (byte * 0x0101010101010101ull) & 0x8040201008040201ull;
+  std::memcpy(bytes, &word, 8);
+}
+
+// Nearest E4M3 number, ties to even, of |v| <= 448, as the code's bits; NaN is not kept.
+inline uint8_t to_e4m3(float v) {
+  uint32_t word;
+  std::memcpy(&word, &v, 4);
+  const uint32_t sign = (word >> 24) & 0x80u;
+  const uint32_t magnitude = word & 0x7FFFFFFFu;
+  float size;
+  std::memcpy(&size, &magnitude, 4);
+  // Normal numbers: drop 20 of 23 mantissa bits; the exponent bias goes from 127 to 7.
+  const uint32_t normal = ((magnitude + 0x7FFFFu + ((magnitude >> 20) & 1u)) >> 20) - (120u << 3);
+  // Below 2**-6 steps are 2**-9: adding 2**14 leaves the rounded multiple in the low mantissa bits.
+  const float shifted = size + 16384.0f;
+  uint32_t subnormal;
+  std::memcpy(&subnormal, &shifted, 4);
+  const uint32_t is_small = -static_cast<uint32_t>(size < 0.015625f);  // all ones or zero
+  return static_cast<uint8_t>((is_small & subnormal & 0xFu) | (~is_small & normal) | sign);
+}
+
+inline float from_e4m3(uint8_t code) {  // but for NaN, which codes do not hold
+  const uint32_t word = (static_cast<uint32_t>(code & 0x80u) << 24) | (static_cast<uint32_t>(code & 0x7Fu) << 20);
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value * 0x1p120f;
+}
+
+struct Grid {
+  float low, high;    // clamping
+  float first, last;  // gradients pass between these
+  int32_t is_float;   // E4M3 instead of integers
+};
+
+// Calls body(begin, end, scale index) on pieces of at most kBlock elements with one scale each.
+template <typename Body>
+void for_runs(int64_t n, int64_t run, int threads, Body body) {
+  const int64_t size = smaller(run, kBlock);
+  const int64_t per_run = (run + size - 1) / size;
+  const int64_t pieces = (n / run) * per_run;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t index = piece / per_run;
+    const int64_t begin = index * run + (piece % per_run) * size;
+    body(begin, smaller(begin + size, (index + 1) * run), index);
+  }
+}
+
+template <typename T>
+void ratios(const T* x, float step, int64_t count, float* ratio) {
+#pragma omp simd
+  for (int64_t k = 0; k < count; ++k) ratio[k] = load(x[k]) / step;
+}
+
+void mask_of(const float* ratio, int64_t count, const Grid& grid, uint8_t* mask) {
+  uint8_t inside[kBlock];
+  const float first = grid.first, last = grid.last;
+#pragma omp simd
+  for (int64_t k = 0; k < count; ++k) inside[k] = (ratio[k] >= first) & (ratio[k] <= last);
+  for (int64_t k = 0; k < count; k += 8) mask[k / 8] = pack_word(inside + k);
+}
+
+inline float clamp(float v, float low, float high) { return v < low ? low : (v > high ? high : v); }
+
+template <typename T>
+void encode(const T* x, const float* scale, const int32_t* zero, int64_t n, int64_t run, const Grid& grid,
+            int8_t* codes, uint8_t* mask, int32_t* nan, int threads) {
+  int32_t found = 0;
+  for_runs(n, run, threads, [&](int64_t begin, int64_t end, int64_t index) {
+    float ratio[kBlock];
+    const int64_t count = end - begin;
+    ratios(x + begin, scale[index], count, ratio);
+    if (mask) mask_of(ratio, count, grid, mask + begin / 8);
+    int32_t any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t k = 0; k < count; ++k) any |= ratio[k] != ratio[k];
+    if (any) __atomic_store_n(&found, 1, __ATOMIC_RELAXED);
+    int8_t* to = codes + begin;
+    const float shift = zero ? static_cast<float>(zero[index]) : 0.0f;
+    const float low = grid.low - shift, high = grid.high - shift;
+    if (grid.is_float) {
+#pragma omp simd
+      for (int64_t k = 0; k < count; ++k)
+        to[k] = static_cast<int8_t>(to_e4m3(clamp(ratio[k], low, high)));
+    } else {
+#pragma omp simd
+      for (int64_t k = 0; k < count; ++k) {
+        const float code = clamp(std::rint(ratio[k]), low, high) + shift;
+        to[k] = static_cast<int8_t>(static_cast<int32_t>(code));
+      }
+    }
+  });
+  *nan = found;
+}
+
+template <typename T>
+void fake_quantize(const T* x, const float* scale, int64_t n, int64_t run, const Grid& grid, T* out,
+                   uint8_t* mask, int threads) {
+  for_runs(n, run, threads, [&](int64_t begin, int64_t end, int64_t index) {
+    float ratio[kBlock];
+    const int64_t count = end - begin;
+    ratios(x + begin, scale[index], count, ratio);
+    if (mask) mask_of(ratio, count, grid, mask + begin / 8);
+    const float low = grid.low, high = grid.high, step = scale[index];
+    // -0.0 + 0.0 is 0.0: integer codes have no negative zero.
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k)
+      store(out + begin + k, clamp(std::rint(ratio[k]), low, high) * step + 0.0f);
+  });
+}
+
+template <typename T>
+void decode(const int8_t* codes, int is_float, const float* scale, const int32_t* zero, int64_t n, int64_t run,
+            T* out, int threads) {
+  for_runs(n, run, threads, [&](int64_t begin, int64_t end, int64_t index) {
+    const float step = scale ? scale[index] : 1.0f;
+    const int32_t shift = zero ? zero[index] : 0;
+    if (is_float) {
+#pragma omp simd
+      for (int64_t k = begin; k < end; ++k)
+        store(out + k, from_e4m3(static_cast<uint8_t>(codes[k])) * step);
+    } else {
+#pragma omp simd
+      for (int64_t k = begin; k < end; ++k) store(out + k, static_cast<float>(codes[k] - shift) * step);
+    }
+  });
+}
+
+template <typename P, typename T>
+void scale_product(const P* product, int64_t rows, int64_t cols, int64_t pitch, const float* col_scale,
+                   int64_t col_scales, const float* row_scale, T* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < rows; ++row) {
+    const P* from = product + row * cols;
+    T* to = out + row * pitch;
+    const float factor = row_scale ? row_scale[row] : 1.0f;
+    if (col_scales == 1) {
+#pragma omp simd
+      for (int64_t k = 0; k < cols; ++k) store(to + k, load(from[k]) * factor * col_scale[0]);
+    } else {
+#pragma omp simd
+      for (int64_t k = 0; k < cols; ++k) store(to + k, load(from[k]) * factor * col_scale[k]);
+    }
+  }
+}
+
+// Calls body(begin, count, keep) with a byte per element that says whether its bit is set.
+template <typename Body>
+void for_masked(int64_t n, const uint8_t* mask, int threads, Body body) {
+  const int64_t pieces = (n + kBlock - 1) / kBlock;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t begin = piece * kBlock, count = smaller(kBlock, n - begin);
+    uint8_t keep[kBlock];
+    if (mask) {
+      for (int64_t k = 0; k < count; k += 8) unpack_byte(mask[(begin + k) / 8], keep + k);
+    } else {
+      std::memset(keep, 1, sizeof keep);
+    }
+    body(begin, count, keep);
+  }
+}
+
+template <typename T>
+void apply_mask(T* x, int64_t n, const uint8_t* mask, const float* scale, int threads) {
+  const float factor = scale ? *scale : 1.0f;
+  for_masked(n, mask, threads, [&](int64_t begin, int64_t count, const uint8_t* keep) {
+    T* to = x + begin;
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) {
+      const float value = load(to[k]) * factor;
+      store(to + k, keep[k] ? value : 0.0f);
+    }
+  });
+}
+
+template <typename T>
+void accumulate(const T* x, int64_t n, const uint8_t* mask, const float* scale, float* total, int threads) {
+  const float factor = scale ? *scale : 1.0f;
+  for_masked(n, mask, threads, [&](int64_t begin, int64_t count, const uint8_t* keep) {
+    float* to = total + begin;
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) {
+      const float value = load(x[begin + k]) * factor;
+      to[k] += keep[k] ? value : 0.0f;
+    }
+  });
+}
+
+// exp(v), relative error below 2**-22 (Cody and Waite's reduction, polynomial of degree 6).
+inline float exponential(float v) {
+  const float x = clamp(v, -87.0f, 88.0f);
+  const float k = std::rint(x * 1.44269504f);
+  const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+  float p = 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+template <typename T>
+void swiglu(const T* x, int64_t rows, int64_t cols, T* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < rows; ++row) {
+    const T *gate = x + row * 2 * cols, *up = gate + cols;
+#pragma omp simd
+    for (int64_t k = 0; k < cols; ++k) {
+      const float g = load(gate[k]);
+      store(out + row * cols + k, through<T>(g / (1.0f + exponential(-g))) * load(up[k]));
+    }
+  }
+}
+
+template <typename T>
+void swiglu_backward(const T* grad, const T* x, int64_t rows, int64_t cols, T* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < rows; ++row) {
+    const T *gate = x + row * 2 * cols, *up = gate + cols, *dy = grad + row * cols;
+    T *dgate = out + row * 2 * cols, *dup = dgate + cols;
+#pragma omp simd
+    for (int64_t k = 0; k < cols; ++k) {
+      const float g = load(gate[k]), d = load(dy[k]);
+      const float sigmoid = 1.0f / (1.0f + exponential(-g));
+      const float dsilu = through<T>(d * load(up[k]));
+      store(dup + k, d * through<T>(g / (1.0f + exponential(-g))));
+      store(dgate + k, dsilu * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+    }
+  }
+}
+
+template <typename T>
+void rms_norm(const T* x, const T* weight, int64_t rows, int64_t cols, float eps, T* out, float* rstd,
+              int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* from = x + row * cols;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < cols; ++k) sum += load(from[k]) * load(from[k]);
+    const float factor = 1.0f / std::sqrt(sum / static_cast<float>(cols) + eps);
+    rstd[row] = factor;
+#pragma omp simd
+    for (int64_t k = 0; k < cols; ++k) store(out + row * cols + k, load(from[k]) * factor * load(weight[k]));
+  }
+}
+
+template <typename T>
+void rms_norm_backward(const T* grad, const T* x, const T* weight, const float* rstd, int64_t rows, int64_t cols,
+                       T* dx, float* dweight, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < rows; ++row) {
+    const T *dy = grad + row * cols, *from = x + row * cols;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < cols; ++k) sum += load(dy[k]) * load(weight[k]) * load(from[k]);
+    const float factor = rstd[row];
+    const float shift = factor * factor * (sum / static_cast<float>(cols));
+#pragma omp simd
+    for (int64_t k = 0; k < cols; ++k)
+      store(dx + row * cols + k, factor * (load(dy[k]) * load(weight[k]) - load(from[k]) * shift));
+  }
+  if (!dweight) return;
+  constexpr int64_t kCols = 256;  // a thread adds up whole columns, in the order of rows
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t first = 0; first < cols; first += kCols) {
+    float sum[kCols] = {0.0f};
+    const int64_t count = smaller(kCols, cols - first);
+    for (int64_t row = 0; row < rows; ++row) {
+      const T *dy = grad + row * cols + first, *from = x + row * cols + first;
+#pragma omp simd
+      for (int64_t k = 0; k < count; ++k) sum[k] += load(dy[k]) * (load(from[k]) * rstd[row]);
+    }
+    std::memcpy(dweight + first, sum, count * sizeof(float));
+  }
+}
+
+}  // namespace
+
+#define FOR_BOTH(NAME, CALL)        \
+  extern "C" void mqat_##NAME##_f32 CALL(float) extern "C" void mqat_##NAME##_bf16 CALL(bf16)
+
+#define ENCODE(T)                                                                                            \
+  (const T* x, const float* scale, const int32_t* zero, int64_t n, int64_t run, const Grid* grid,          \
+   int8_t* codes, uint8_t* mask, int32_t* nan, int threads) {                                               \
+    encode(x, scale, zero, n, run, *grid, codes, mask, nan, threads);                                       \
+  }
+FOR_BOTH(encode, ENCODE)
+
+#define FAKE_QUANTIZE(T)                                                                                     \
+  (const T* x, const float* scale, int64_t n, int64_t run, const Grid* grid, T* out, uint8_t* mask,         \
+   int threads) { fake_quantize(x, scale, n, run, *grid, out, mask, threads); }
+FOR_BOTH(fake_quantize, FAKE_QUANTIZE)
+
+#define DECODE(T)                                                                                            \
+  (const int8_t* codes, int is_float, const float* scale, const int32_t* zero, int64_t n, int64_t run, T* out, \
+   int threads) { decode(codes, is_float, scale, zero, n, run, out, threads); }
+FOR_BOTH(decode, DECODE)
+
+#define SCALE(T, P)                                                                                          \
+  (const P* product, int64_t rows, int64_t cols, int64_t pitch, const float* col_scale, int64_t col_scales, \
+   const float* row_scale, T* out, int threads) {                                                            \
+    scale_product(product, rows, cols, pitch, col_scale, col_scales, row_scale, out, threads);              \
+  }
+#define SCALE_INTS(T) SCALE(T, int32_t)
+FOR_BOTH(scale_ints, SCALE_INTS)
+#define SCALE_FLOATS(T) SCALE(T, float)
+FOR_BOTH(scale_floats, SCALE_FLOATS)
+#define SCALE_HALVES(T) SCALE(T, bf16)
+FOR_BOTH(scale_halves, SCALE_HALVES)
+
+#define APPLY_MASK(T)                                                                                        \
+  (T * x, int64_t n, const uint8_t* mask, const float* scale, int threads) {                                \
+    apply_mask(x, n, mask, scale, threads);                                                                  \
+  }
+FOR_BOTH(apply_mask, APPLY_MASK)
+
+#define ACCUMULATE(T)                                                                                        \
+  (const T* x, int64_t n, const uint8_t* mask, const float* scale, float* total, int threads) {             \
+    accumulate(x, n, mask, scale, total, threads);                                                           \
+  }
+FOR_BOTH(accumulate, ACCUMULATE)
+
+#define SWIGLU(T) \
+  (const T* x, int64_t rows, int64_t cols, T* out, int threads) { swiglu(x, rows, cols, out, threads); }
+FOR_BOTH(swiglu, SWIGLU)
+
+#define SWIGLU_BACKWARD(T)                                                                                   \
+  (const T* grad, const T* x, int64_t rows, int64_t cols, T* out, int threads) {                            \
+    swiglu_backward(grad, x, rows, cols, out, threads);                                                      \
+  }
+FOR_BOTH(swiglu_backward, SWIGLU_BACKWARD)
+
+#define RMS_NORM(T)                                                                                          \
+  (const T* x, const T* weight, int64_t rows, int64_t cols, float eps, T* out, float* rstd, int threads) {  \
+    rms_norm(x, weight, rows, cols, eps, out, rstd, threads);                                                \
+  }
+FOR_BOTH(rms_norm, RMS_NORM)
+
+#define RMS_NORM_BACKWARD(T)                                                                                 \
+  (const T* grad, const T* x, const T* weight, const float* rstd, int64_t rows, int64_t cols, T* dx,        \
+   float* dweight, int threads) {                                                                            \
+    rms_norm_backward(grad, x, weight, rstd, rows, cols, dx, dweight, threads);                              \
+  }
+FOR_BOTH(rms_norm_backward, RMS_NORM_BACKWARD)
