@@ -161,11 +161,12 @@ def build_peer(args: argparse.Namespace, name: str, algorithm: str) -> System:
 class SavedBytes:
     """Unique storages that autograd saves, parameters excluded, by what they belong to.
 
-    `of_weights` are those in the shape of the weight of the linear that runs: what a system keeps of
-    each weight besides the parameter itself.
+    `of_weights` are those with as many elements as the weight of the linear that runs: what a system
+    keeps of each weight besides the parameter itself.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
         self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self.storages: dict[int, torch.UntypedStorage] = {}
         self.by_linears: set[int] = set()
@@ -192,7 +193,9 @@ class SavedBytes:
             self.storages[pointer] = storage  # kept, so that its address is not used again
             if self.weight_shape is not None:
                 self.by_linears.add(pointer)
-                if self.weight_shape in (tensor.shape, tensor.shape[::-1]):
+                # Groups change the shape, not the number; tokens come first in activations.
+                is_activation = tensor.shape[:1] == (self.num_tokens,)
+                if tensor.numel() == self.weight_shape.numel() and not is_activation:
                     self.of_weights.add(pointer)
         return tensor
 
@@ -208,7 +211,7 @@ def memory(system: System, data: list[dict[str, Any]]) -> dict[str, float]:
     from mqat.parallel.quantized_step import quantized_step
 
     (chunk,) = system.chunks
-    saved = SavedBytes(chunk)
+    saved = SavedBytes(chunk, data[0]["tokens"].shape[1])
     alive = []
     with quantized_step(system.chunks):
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
