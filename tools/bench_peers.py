@@ -2,8 +2,8 @@
 
     python tools/bench_peers.py --precision bf16 --tokens 256 --json
 
-Same model, data, optimizer and threads; each system takes turns with the unquantized baseline, all in
-one process.
+Same model, data, optimizer and threads; each system takes turns with the unquantized baseline in a
+process of their own (modelopt's and Megatron's globals would keep the models of earlier ones alive).
 Without the `bench` extra (`pip install 'mqat[bench]'`) the peers' rows are left out, and a line on
 stderr says so.
 
@@ -22,10 +22,10 @@ What the rows are:
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -161,11 +161,12 @@ def build_peer(args: argparse.Namespace, name: str, algorithm: str) -> System:
 class SavedBytes:
     """Unique storages that autograd saves, parameters excluded, by what they belong to.
 
-    `of_weights` are those in the shape of the weight of the linear that runs: what a system keeps of
-    each weight besides the parameter itself.
+    `of_weights` are those with as many elements as the weight of the linear that runs: what a system
+    keeps of each weight besides the parameter itself.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
         self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self.storages: dict[int, torch.UntypedStorage] = {}
         self.by_linears: set[int] = set()
@@ -192,7 +193,9 @@ class SavedBytes:
             self.storages[pointer] = storage  # kept, so that its address is not used again
             if self.weight_shape is not None:
                 self.by_linears.add(pointer)
-                if self.weight_shape in (tensor.shape, tensor.shape[::-1]):
+                # Groups change the shape, not the number; tokens come first in activations.
+                is_activation = tensor.shape[:1] == (self.num_tokens,)
+                if tensor.numel() == self.weight_shape.numel() and not is_activation:
                     self.of_weights.add(pointer)
         return tensor
 
@@ -208,7 +211,7 @@ def memory(system: System, data: list[dict[str, Any]]) -> dict[str, float]:
     from mqat.parallel.quantized_step import quantized_step
 
     (chunk,) = system.chunks
-    saved = SavedBytes(chunk)
+    saved = SavedBytes(chunk, data[0]["tokens"].shape[1])
     alive = []
     with quantized_step(system.chunks):
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
@@ -253,50 +256,58 @@ def timed(
     }
 
 
+def measure(args: argparse.Namespace, name: str, algorithm: str) -> dict[str, Any]:
+    """The row of one system."""
+    start(args)
+    data = batches(args)
+    baseline = build(args, "baseline", "null")
+    system = (build if name == "mqat" else build_peer)(args, name, algorithm)
+    plain, row = memory(baseline, data), memory(system, data)
+    found = {
+        "system": name,
+        "algorithm": algorithm,
+        "precision": args.precision,
+        "tokens_per_microbatch": args.tokens,
+        "microbatches": args.microbatches,
+        "hidden": args.hidden,
+        "layers": args.layers,
+        "tp": args.tp,
+        **timed(baseline, system, data, args.repeats),
+        "linear_saved_ratio": row["linear_saved_bytes"] / plain["linear_saved_bytes"],
+        "saved_ratio": row["saved_bytes"] / plain["saved_bytes"],
+        **row,
+    }
+    groups.finalize()
+    return found
+
+
 def main() -> None:
     """Prints a table, or JSON."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "ALGORITHM"))
     args = parser.parse_args()
-    start(args)
-    data = batches(args)
-    baseline = build(args, "baseline", "null")
-    plain = memory(baseline, data)
-    results = []
+    if args.one:
+        print(json.dumps(measure(args, *args.one)))
+        return
+    results: list[dict[str, Any]] = []
     for name, algorithm in [*(("mqat", a) for a in args.algorithms), *available()]:
-        # One at a time beside the baseline: eleven models would not fit a small machine.
-        system = (build if name == "mqat" else build_peer)(args, name, algorithm)
-        row = memory(system, data)
-        results.append(
-            {
-                "system": name,
-                "algorithm": algorithm,
-                "precision": args.precision,
-                "tokens_per_microbatch": args.tokens,
-                "microbatches": args.microbatches,
-                "hidden": args.hidden,
-                "layers": args.layers,
-                "tp": args.tp,
-                **timed(baseline, system, data, args.repeats),
-                "linear_saved_ratio": row["linear_saved_bytes"] / plain["linear_saved_bytes"],
-                "saved_ratio": row["saved_bytes"] / plain["saved_bytes"],
-                **row,
-            }
-        )
-        del system
-        gc.collect()  # wrappers and optimizers refer to each other
-    if groups.is_main():
-        if args.json:
-            print(json.dumps({"results": results}, indent=1))
-        else:
-            for line in results:
-                print(
-                    f"{line['system']:>9} {line['algorithm']:>14}  {line['step_seconds']:7.3f} s"
-                    f"  x{line['step_cpu_ratio']:.3f} CPU {line['step_cpu_ratio_range']}"
-                    f"  linears x{line['linear_saved_ratio']:.2f}  all x{line['saved_ratio']:.2f}"
-                    f"  {line['extra_bytes_per_param']:.2f} B/parameter"
-                )
-    groups.finalize()
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", name, algorithm]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{name} {algorithm}: {done.stderr}")
+        row = json.loads(done.stdout.splitlines()[-1])
+        results.append(row)
+        if not args.json:
+            print(
+                f"{name:>9} {algorithm:>14}  {row['step_seconds']:7.3f} s"
+                f"  x{row['step_cpu_ratio']:.3f} CPU {row['step_cpu_ratio_range']}"
+                f"  linears x{row['linear_saved_ratio']:.2f}  all x{row['saved_ratio']:.2f}"
+                f"  {row['extra_bytes_per_param']:.2f} B/parameter",
+                flush=True,
+            )
+    if args.json:
+        print(json.dumps({"results": results}, indent=1))
 
 
 if __name__ == "__main__":
