@@ -1,11 +1,14 @@
 """The same model on every parallel layout: losses, gradients, scales and exported bytes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from mqat.data.packaged import python_docs_documents
+from mqat.data.tokenizer import train_small_tokenizer
 from mqat.export import export_trtllm
 from mqat.export.slices import CheckpointReader
 from mqat.verify import verify_trtllm
@@ -197,8 +200,6 @@ def test_a_flipped_byte_in_an_export_is_found(layouts, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(layouts, tmp_path):
-    import shutil
-
     copy = tmp_path / "damaged"
     shutil.copytree(layouts["tp1"][0] / "ptq", copy)
     file = next(copy.glob("*.distcp"))
@@ -240,13 +241,17 @@ def test_the_quality_report_is_the_same(layout, layouts):
 @pytest.mark.parametrize("name", ["tp1", "w4a8"])
 def test_lowered_at_tp_2_is_the_model_that_was_calibrated(layouts, tmp_path, name):
     tokens, worker = tmp_path / "tokens.pt", Path(__file__).with_name("logits_worker.py")
+    checkpoint = shutil.copytree(layouts[name][0] / "ptq", tmp_path / "ptq")
+    train_small_tokenizer(python_docs_documents()[:2], 300).save_pretrained(
+        checkpoint / "tokenizer"
+    )
     torch.save(torch.arange(24).view(2, 12), tokens)
     found = {}
     for how, (processes, options) in {
         "whole": (1, []), "lowered": (2, ["--tp", "2", "--lowered"])
     }.items():  # fmt: skip
         out = tmp_path / f"{how}.pt"
-        done = torchrun(processes, worker, layouts[name][0] / "ptq", tokens, out, *options)
+        done = torchrun(processes, worker, checkpoint, tokens, out, *options)
         assert done.returncode == 0, done.stderr[-3000:]
         found[how] = torch.load(out)
     distance = (found["lowered"] - found["whole"]).norm() / found["whole"].norm()
