@@ -177,7 +177,7 @@ def lower_weight(
         elif operand_of_x.format in _INT8 and isinstance(
             operand_of_x.granularity, PerTensor | PerToken
         ):
-            storage = Int8Product.of(codes, per_row)
+            storage = Int8Product.of(codes, per_row, operand_of_x.format)
     elif fmt == FP8_E4M3 and _is_by_row(granularity) and operand_of_x is not None:
         if operand_of_x.format == FP8_E4M3 and operand_of_x.granularity == PerTensor():
             storage = Fp8Product(codes, scale.clone())

@@ -98,7 +98,8 @@ class PackedInt4:
                 product += kernel(x, self.packed, self.group_size, correction)
         else:
             product = float_matmul(x, self._decode_padded(x.dtype), x.dtype)
-        return product[:, : self.shape[0]] if product.shape[1] > self.shape[0] else product
+        # Contiguous: sums over ranks are written to what is returned.
+        return product[:, : self.shape[0]].contiguous()
 
 
 def _half(packed: Tensor, codes: Tensor) -> int | None:
@@ -149,12 +150,12 @@ def pack_for_kernel(
         zero = F.pad(zero_point.t().float() - fmt.qmin, (0, below), value=_MIDDLE)
         offset = (_MIDDLE - zero) * steps
     pairs = [torch.stack([coarse, offset.bfloat16()], dim=-1)]
-    if bool(fine.any()):
-        rest = (offset - offset.bfloat16().float()).bfloat16()
+    rest = (offset - offset.bfloat16().float()).bfloat16()
+    if bool(fine.any() | rest.any()):
         pairs.append(torch.stack([fine, rest], dim=-1))
     return PackedInt4(
         packed,
-        steps if len(pairs) > 1 else coarse,
+        steps if bool(fine.any()) else coarse,
         None if zero is None else zero.bfloat16().contiguous(),
         tuple(pairs),
         group_size,

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mqat.quant.formats import INT8_FULL
+from mqat.quant.formats import QuantFormat
 from mqat.quant.functional import dequantize
 from mqat.quant.gemm import compute_dtype, decode, has_int8_units, scaled_matmul
-from mqat.quant.granularity import PerChannel
+from mqat.quant.gemm_operands import encode
+from mqat.quant.granularity import PerChannel, PerTensor, PerToken
 
 # Up to this many tokens torch's weight-only kernel is faster than decoding and a bfloat16 GEMM.
 KERNEL_ROWS = 8
@@ -66,19 +67,21 @@ class Int8Product:
         codes: int8 [O, I]; opaque where oneDNN has packed it.
         scale: float32 (O,).
         zeros: int64 (O,), oneDNN's weight zero points; None where `codes` are plain.
+        input_format: Of the inputs' codes.
     """
 
     codes: Tensor
     scale: Tensor
     zeros: Tensor | None
+    input_format: QuantFormat
 
     @classmethod
-    def of(cls, codes: Tensor, scale: Tensor) -> Int8Product:
+    def of(cls, codes: Tensor, scale: Tensor, input_format: QuantFormat) -> Int8Product:
         """From int8 codes [O, I] and steps (O,)."""
         if not _fits_onednn(codes):
-            return cls(codes, scale, None)
+            return cls(codes, scale, None, input_format)
         zeros = torch.zeros(codes.shape[0], dtype=torch.int64)
-        return cls(torch.ops.onednn.qlinear_prepack(codes, None), scale, zeros)
+        return cls(torch.ops.onednn.qlinear_prepack(codes, None), scale, zeros, input_format)
 
     @property
     def held(self) -> tuple[Tensor, ...]:
@@ -99,10 +102,9 @@ class Int8Product:
         """
         is_per_token = scale.numel() > 1
         steps = scale[:, None] if is_per_token else scale
-        ratio = x_NI.float() / steps
-        if not is_per_token and x_NI.numel():
-            scale = torch.where(ratio.amax().isnan(), torch.nan, scale)
-        codes = ratio.round_().clamp_(INT8_FULL.qmin, INT8_FULL.qmax).to(torch.int8)
+        granularity = PerToken() if is_per_token else PerTensor()
+        encoded = encode(x_NI, scale, self.input_format, granularity, with_mask=False)
+        codes, scale = encoded.codes, encoded.scale
         if self.zeros is None:
             whole = scaled_matmul(codes, self.codes, self.scale, torch.float32)
             return whole.mul_(steps if is_per_token else scale).to(x_NI.dtype)
