@@ -76,7 +76,8 @@ def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     mantissa are moved to their places in a wider float, and 2**120 makes up for the exponent bias
     (127 - 7). Subnormals come out right; the NaN code does not (`encode` marks NaN in the scale).
     """
-    if codes.element_size() == 1 and dtype in native.DTYPES and native.serves(codes):
+    is_known = codes.dtype in (torch.int8, torch.float8_e4m3fn) and dtype in native.DTYPES
+    if is_known and codes.numel() and native.serves(codes):
         return native.decode(codes, None, codes.numel(), dtype)
     if codes.dtype != torch.float8_e4m3fn or dtype not in (torch.float32, torch.bfloat16):
         return codes.to(dtype)
@@ -116,9 +117,7 @@ def scaled_matmul(
         wide = compute_dtype(dtype, x_NI.device)
         product = decode(x_NI, wide) @ decode(w_OI, wide).t()
     if dtype in native.DTYPES and native.serves(product, scale):
-        out = torch.empty(product.shape, dtype=dtype)
-        native.scale_product_(product, scale, row_scale, out)
-        return out
+        return native.scale_product(product, scale, row_scale, dtype)
     product = product.float()
     if row_scale is not None:
         product = product.mul_(row_scale[:, None])

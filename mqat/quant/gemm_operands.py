@@ -117,6 +117,8 @@ def _pieces(
     if not isinstance(granularity, PerTensor | PerChannel | PerGroup):
         return None
     rows = max(8, _PIECE // x.shape[1] // 8 * 8)  # whole bytes of mask
+    if rows >= len(x):
+        return None
     blocks = x.split(rows)
     is_one = isinstance(granularity, PerTensor)
     scales = [scale] * len(blocks) if is_one else scale.split(rows)

@@ -94,6 +94,17 @@ class Quantizer(nn.Module):
         self.rule, self.grad_scale = rule, grad_scale
         return parameter
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """Steps move with the module but keep their dtype: `Float16Module` would cast them."""
+        tensors = {**self._buffers, **self._parameters}
+        held = {name: x.data for name, x in tensors.items() if x is not None}
+        super()._apply(fn, recurse)
+        for name, before in held.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                after.data = before.to(after.device)
+        return self
+
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
         """Nothing: a learned scale is no more part of the model's own keys than a frozen one."""
 

@@ -36,9 +36,9 @@ class Grid:
 
     Attributes:
         low: Smallest code.
-        high: Largest.
-        first: Of the mask.
-        last: Of the mask.
+        high: Largest code.
+        first: Smallest x / scale that passes gradients.
+        last: Largest.
         is_float: E4M3 codes.
     """
 
@@ -66,6 +66,7 @@ def serves(*tensors: Tensor) -> bool:
     """Whether these tensors can be handed to the kernels."""
     return (
         _switch.is_on
+        and not torch.compiler.is_compiling()
         and all(x.device.type == "cpu" and x.is_contiguous() for x in tensors)
         and library() is not None
     )
@@ -87,8 +88,13 @@ def _grid(grid: Grid) -> object:
     return ctypes.byref(_Grid(*fields))
 
 
+def _steps(scale: Tensor | None) -> Tensor | None:
+    """As the kernels read them, whatever a caller's module was cast to."""
+    return None if scale is None else scale.float().contiguous()
+
+
 def _mask_like(x: Tensor) -> Tensor:
-    return torch.empty(x.numel() // 8, dtype=torch.uint8)
+    return torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
 
 
 def encode(
@@ -104,10 +110,11 @@ def encode(
         zero: int32 zero points, shaped like `scale`.
         with_mask: Whether the mask is wanted.
     """
-    codes = torch.empty(x.shape, dtype=torch.int8)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     mask = _mask_like(x) if with_mask else None
-    nan = torch.zeros(1, dtype=torch.int32)
-    _call("encode", x.dtype, x, scale, zero, x.numel(), run, _grid(grid), codes, mask, nan)
+    nan = torch.zeros(1, dtype=torch.int32, device=x.device)
+    zero = None if zero is None else zero.int().contiguous()
+    _call("encode", x.dtype, x, _steps(scale), zero, x.numel(), run, _grid(grid), codes, mask, nan)
     return codes, mask, nan.bool()
 
 
@@ -117,7 +124,7 @@ def fake_quantize(
     """Dequantized codes of an integer format in the dtype of `x`, and the packed mask."""
     values = torch.empty_like(x)
     mask = _mask_like(x) if with_mask else None
-    _call("fake_quantize", x.dtype, x, scale, x.numel(), run, _grid(grid), values, mask)
+    _call("fake_quantize", x.dtype, x, _steps(scale), x.numel(), run, _grid(grid), values, mask)
     return values, mask
 
 
@@ -130,38 +137,41 @@ def decode(
     zero: Tensor | None = None,
 ) -> Tensor:
     """`(codes - zero) * scale`, rounded once to `dtype`; int8 or E4M3 codes."""
-    values = torch.empty(codes.shape, dtype=dtype)
+    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     is_float = int(codes.dtype != torch.int8)
-    _call("decode", dtype, codes, is_float, scale, zero, codes.numel(), run, values)
+    zero = None if zero is None else zero.int().contiguous()
+    _call("decode", dtype, codes, is_float, _steps(scale), zero, codes.numel(), run, values)
     return values
 
 
-def scale_product_(
-    product: Tensor, col_scale: Tensor, row_scale: Tensor | None, out: Tensor
-) -> None:
-    """Writes `product * row_scale[:, None] * col_scale` to `out`, whose rows may lie further apart."""
+def scale_product(
+    product: Tensor, col_scale: Tensor, row_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`product * row_scale[:, None] * col_scale`, [N, O]; `col_scale` is (1,) or (O,)."""
     names = {torch.int32: "ints", torch.float32: "floats", torch.bfloat16: "halves"}
     rows, cols = product.shape
+    out = torch.empty(rows, cols, dtype=dtype, device=product.device)
     _call(
-        f"scale_{names[product.dtype]}", out.dtype,
-        product, rows, cols, out.stride(0), col_scale, col_scale.numel(), row_scale, out,
+        f"scale_{names[product.dtype]}", dtype,
+        product, rows, cols, _steps(col_scale), col_scale.numel(), _steps(row_scale), out,
     )  # fmt: skip
+    return out
 
 
 def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
     """`x *= scale` where the bit is set, zero elsewhere."""
-    _call("apply_mask", x.dtype, x, x.numel(), mask, scale)
+    _call("apply_mask", x.dtype, x, x.numel(), mask, _steps(scale))
 
 
 def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
     """`total += x * scale` where the bit is set; `total` is float32."""
-    _call("accumulate", x.dtype, x, x.numel(), mask, scale, total)
+    _call("accumulate", x.dtype, x, x.numel(), mask, _steps(scale), total)
 
 
 def swiglu(x: Tensor) -> Tensor:
     """`silu(gate) * up` of [..., gate | up]."""
     rows, cols = x.numel() // x.shape[-1], x.shape[-1] // 2
-    out = torch.empty(*x.shape[:-1], cols, dtype=x.dtype)
+    out = torch.empty(*x.shape[:-1], cols, dtype=x.dtype, device=x.device)
     _call("swiglu", x.dtype, x, rows, cols, out)
     return out
 
@@ -175,7 +185,8 @@ def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`x / rms(x) * weight`, and 1 / rms(x) of each row in float32."""
-    out, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+    out = torch.empty_like(x)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     _call("rms_norm", x.dtype, x, weight, rstd.numel(), x.shape[-1], eps, out, rstd)
     return out, rstd
 
@@ -184,7 +195,8 @@ def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `rms_norm` for `x`, and in float32 for `weight`."""
-    dx, dweight = torch.empty_like(x), torch.empty(x.shape[-1], dtype=torch.float32)
+    dx = torch.empty_like(x)
+    dweight = torch.empty(x.shape[-1], dtype=torch.float32, device=x.device)
     _call(
         "rms_norm_backward", x.dtype, grad, x, weight, rstd, rstd.numel(), x.shape[-1], dx, dweight
     )

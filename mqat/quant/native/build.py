@@ -6,6 +6,7 @@ compiler there is none, and callers take torch's own operations instead.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -21,7 +22,7 @@ import torch
 
 _logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_COMPILERS = ("c++", "g++", "clang++")
+_COMPILERS = ("c++", "g++")
 # No contraction into fused multiply-adds: each operation rounds as torch's does.
 _FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC",
@@ -33,9 +34,9 @@ _SIGNATURES = {
     "encode": (_P, _P, _P, _N, _N, _P, _P, _P, _P, _I),
     "fake_quantize": (_P, _P, _N, _N, _P, _P, _P, _I),
     "decode": (_P, _I, _P, _P, _N, _N, _P, _I),
-    "scale_ints": (_P, _N, _N, _N, _P, _N, _P, _P, _I),
-    "scale_floats": (_P, _N, _N, _N, _P, _N, _P, _P, _I),
-    "scale_halves": (_P, _N, _N, _N, _P, _N, _P, _P, _I),
+    "scale_ints": (_P, _N, _N, _P, _N, _P, _P, _I),
+    "scale_floats": (_P, _N, _N, _P, _N, _P, _P, _I),
+    "scale_halves": (_P, _N, _N, _P, _N, _P, _P, _I),
     "apply_mask": (_P, _N, _P, _P, _I),
     "accumulate": (_P, _N, _P, _P, _P, _I),
     "swiglu": (_P, _N, _N, _P, _I),
@@ -57,12 +58,16 @@ def _cpu_features() -> str:
 
 
 def _cache_directory() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(home) / "mqat"
+    """Of this user; where there is none to write to, a new one that is removed with the process."""
     try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        directory = Path(home) / "mqat"
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="mqat-"))
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        directory = Path()
+    if directory == Path() or not os.access(directory, os.W_OK):
+        directory = Path(tempfile.mkdtemp(prefix="mqat-"))
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
 
 
@@ -86,9 +91,9 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         _logger.warning("no C++ compiler: passes around quantized GEMMs run in torch, slower")
         return None
-    key = "\n".join([_SOURCE.read_text(), *_FLAGS, compiler, _cpu_features()])
-    target = _cache_directory() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
+        key = "\n".join([_SOURCE.read_text(), *_FLAGS, compiler, _cpu_features()])
+        target = _cache_directory() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         if not target.exists():
             _compile(compiler, target)
         loaded = ctypes.CDLL(str(target))

@@ -93,6 +93,7 @@ struct Grid {
 // Calls body(begin, end, scale index) on pieces of at most kBlock elements with one scale each.
 template <typename Body>
 void for_runs(int64_t n, int64_t run, int threads, Body body) {
+  if (n == 0) return;
   const int64_t size = smaller(run, kBlock);
   const int64_t per_run = (run + size - 1) / size;
   const int64_t pieces = (n / run) * per_run;
@@ -185,12 +186,12 @@ void decode(const int8_t* codes, int is_float, const float* scale, const int32_t
 }
 
 template <typename P, typename T>
-void scale_product(const P* product, int64_t rows, int64_t cols, int64_t pitch, const float* col_scale,
+void scale_product(const P* product, int64_t rows, int64_t cols, const float* col_scale,
                    int64_t col_scales, const float* row_scale, T* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < rows; ++row) {
     const P* from = product + row * cols;
-    T* to = out + row * pitch;
+    T* to = out + row * cols;
     const float factor = row_scale ? row_scale[row] : 1.0f;
     if (col_scales == 1) {
 #pragma omp simd
@@ -362,9 +363,9 @@ FOR_BOTH(fake_quantize, FAKE_QUANTIZE)
 FOR_BOTH(decode, DECODE)
 
 #define SCALE(T, P)                                                                                          \
-  (const P* product, int64_t rows, int64_t cols, int64_t pitch, const float* col_scale, int64_t col_scales, \
+  (const P* product, int64_t rows, int64_t cols, const float* col_scale, int64_t col_scales, \
    const float* row_scale, T* out, int threads) {                                                            \
-    scale_product(product, rows, cols, pitch, col_scale, col_scales, row_scale, out, threads);              \
+    scale_product(product, rows, cols, col_scale, col_scales, row_scale, out, threads);              \
   }
 #define SCALE_INTS(T) SCALE(T, int32_t)
 FOR_BOTH(scale_ints, SCALE_INTS)

@@ -106,3 +106,45 @@ def test_several_threads_give_the_same_bits():
         results.append((e.codes, e.mask, native.swiglu(x), *native.rms_norm(x, x[0], 1e-5)))
     torch.set_num_threads(threads)
     assert_same(*results)
+
+
+def test_steps_of_another_dtype_or_layout_are_read_as_torch_reads_them():
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 3
+    cast = (PerChannel().largest(x.abs()) / 127).bfloat16()
+    expanded = torch.tensor([0.05]).expand(64)
+    for scale in (cast, expanded):
+        found, expected = both(
+            lambda scale=scale: [encode(x, scale, INT8, PerChannel(), with_mask=True).codes]
+        )
+        assert_same(found, expected)
+    assert not torch.equal(found[0], encode(x, cast, INT8, PerChannel(), with_mask=True).codes)
+
+
+def test_nothing_is_encoded_decoded_and_multiplied():
+    empty = torch.empty(0, 16, dtype=torch.float8_e4m3fn)
+    assert decode(empty, torch.float32).shape == (0, 16)
+    weight = torch.ones(8, 16).to(torch.float8_e4m3fn)
+    assert scaled_matmul(empty, weight, torch.ones(1), torch.float32).shape == (0, 8)
+
+
+def test_rows_wider_than_a_piece_are_taken_whole():
+    x = torch.randn(16, 53248, generator=torch.Generator().manual_seed(0))
+    found, expected = both(
+        lambda: [encode(x, torch.tensor([0.05]), INT8, PerTensor(), with_mask=True).mask]
+    )
+    assert_same(found, expected)
+
+
+def test_tensors_are_made_where_the_operand_is():
+    x = torch.randn(4, 64)
+    with torch.device("meta"):
+        found = native.swiglu(x)
+    assert found.device.type == "cpu"
+
+
+def test_a_home_that_cannot_be_written_to_is_no_obstacle(monkeypatch):
+    from mqat.quant.native import build
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    directory = build._cache_directory()
+    (directory / "probe").write_text("written")

@@ -176,3 +176,16 @@ def test_a_stage_has_other_levels_over_the_same_range(rule):
         assert values.amax().item() == pytest.approx(2.0)
         levels.append(values.unique().numel())
     assert levels[0] == 255 and 8 < levels[1] <= 16 and levels[2] == 3
+
+
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_casting_a_model_leaves_its_steps_in_float32(is_learned):
+    quantizer = Quantizer(TensorScheme(FORMATS["int8"], PerChannel()), (4, 8), "x")
+    quantizer.freeze_(torch.tensor([1.0, 2.0, 3.0, 4.1]))
+    if is_learned:
+        quantizer.learn_("lsq", 1.0)
+    before = quantizer.scale.detach().clone()
+    module = torch.nn.ModuleList([quantizer, torch.nn.Linear(2, 2)]).bfloat16()
+    assert module[1].weight.dtype == torch.bfloat16  # control
+    assert quantizer.scale.dtype == torch.float32
+    assert torch.equal(quantizer.scale, before)
