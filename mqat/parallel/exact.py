@@ -71,7 +71,7 @@ def ordered_linear(x: Tensor, weight: Tensor, num_tiles: int, group: Any) -> tup
     sent = torch.stack(partials, dim=1)
     received = sent.new_empty(own * group.size(), *sent.shape[1:])
     dist.all_to_all_single(received, sent, [own] * group.size(), shares, group=group)
-    by_rank = received.view(group.size(), own, num_tiles, -1)
+    by_rank = received.view(group.size(), own, num_tiles, sent.shape[-1])
     tiles = [tile for source in by_rank for tile in source.unbind(dim=1)]
     total = _added_in_order(tiles)
     whole = sent.new_zeros(len(rows), weight.shape[0])

@@ -167,21 +167,17 @@ class _Operand:
         x: Codes with `scale`, floats without.
         scale: float32 (1,), or [S, B] with a step per token.
         zero_point: int32, shaped like `scale`, of asymmetric codes.
+        granularity: Of the scale; None without.
     """
 
     x: Tensor
     scale: Tensor | None
     zero_point: Tensor | None
-
-    @property
-    def granularity(self) -> Granularity:
-        """Of the scale."""
-        assert self.scale is not None, "codes have a scale"
-        return PerToken() if self.scale.dim() > 1 else PerTensor()
+    granularity: Granularity | None
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """In floats."""
-        if self.scale is None:
+        if self.scale is None or self.granularity is None:
             return self.x.to(dtype)
         return decode_scaled(self.x, self.scale, self.granularity, dtype, self.zero_point)
 
@@ -189,13 +185,15 @@ class _Operand:
         """Of all sequence-parallel ranks, and handles to wait for."""
         handles, parts = [], []
         for part in (self.x, self.scale, self.zero_point):
-            if part is not None and (part is self.x or part.dim() > 1):
+            if part is not None and (part is self.x or self.granularity == PerToken()):
                 part, handle = _gather_tokens(part, group, async_op=async_op)
                 handles.append(handle)
             parts.append(part)
         x, scale, zero_point = parts
         assert x is not None, "gathered"
-        return _Operand(x, scale, zero_point), [h for h in handles if h is not None]
+        return _Operand(x, scale, zero_point, self.granularity), [
+            h for h in handles if h is not None
+        ]
 
 
 class _QuantizedGemm(torch.autograd.Function):
@@ -215,7 +213,7 @@ class _QuantizedGemm(torch.autograd.Function):
         wants_dx = gemm.keeps_graph and x.requires_grad
         wants_dw = gemm.keeps_graph and weight.requires_grad
         ctx.gemm, ctx.used, ctx.dtype, ctx.weight = gemm, used, x.dtype, weight
-        operand, mask = _Operand(x, None, None), None
+        operand, mask = _Operand(x, None, None, None), None
         if gemm.input_scheme is not None:
             operand, mask = _encode_input(x, scale, zero_point, gemm.input_scheme, wants_dx)
         kept = (operand.x, operand.scale, operand.zero_point) if wants_dw else (None, None, None)
@@ -240,7 +238,8 @@ class _QuantizedGemm(torch.autograd.Function):
         x, scale, zero_point, mask = ctx.saved_tensors
         group = gemm.tp_group
         wants_dx, wants_dw = ctx.needs_input_grad[:2]
-        operand = _Operand(x, scale, zero_point)
+        scheme = gemm.input_scheme
+        operand = _Operand(x, scale, zero_point, scheme.granularity if scheme else None)
         handles: list[Any] = []
         if gemm.sequence_parallel and wants_dw:
             operand, handles = operand.gathered(group, async_op=True)
@@ -281,7 +280,7 @@ def _encode_input(
         x, scale, scheme.format, scheme.granularity,
         with_mask=wants_dx and clips, zero_point=zero_point, reach=scheme.reach,
     )  # fmt: skip
-    return _Operand(encoded.codes, encoded.scale, zero_point), encoded.mask
+    return _Operand(encoded.codes, encoded.scale, zero_point, scheme.granularity), encoded.mask
 
 
 def _input_gradient(dy_NO: Tensor, used: StepWeight, dtype: torch.dtype) -> Tensor:  # noqa: N803
@@ -303,8 +302,8 @@ def _weight_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """`dy.T @ x`, [O, I], before masking, and the factor (1,) that it lacks."""
     codes = operand.x
-    if operand.scale is not None and operand.granularity == PerTensor() and native.serves(codes):
-        # Codes are exact in any float type; the scale is applied in the pass that masks.
+    if operand.granularity == PerTensor() and dtype in native.DTYPES and native.serves(codes):
+        # Codes are exact in float32 and bfloat16; the scale is applied in the pass that masks.
         return (dy_NO.t() @ decode(_rows(codes), dy_NO.dtype)).to(dtype), operand.scale
     return (dy_NO.t() @ _rows(operand.values(dy_NO.dtype))).to(dtype), None
 

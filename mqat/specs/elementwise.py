@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mqat.quant import native
 
@@ -28,6 +29,7 @@ class _RmsNorm(torch.autograd.Function):
         return F.rms_norm(x, weight.shape, weight, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         if rstd is None:
@@ -70,6 +72,7 @@ class _Swiglu(torch.autograd.Function):
         return native.swiglu(x) if native.serves_floats(x) else _torch_swiglu(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         if native.serves_floats(x, grads[0]):

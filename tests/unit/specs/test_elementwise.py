@@ -96,3 +96,10 @@ def test_other_activations_are_refused():
 
     with pytest.raises(ValueError, match="SwiGLU"):
         Swiglu(Gelu)
+
+
+def test_gradients_of_gradients_are_refused_not_zero():
+    x = torch.randn(4, 64, requires_grad=True)
+    (first,) = torch.autograd.grad(RmsNorm(64, eps=1e-6)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
