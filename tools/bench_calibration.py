@@ -67,7 +67,7 @@ def _modelopt_awq(path: Path, steps: Steps) -> float:
     """CPU seconds of `mtq.quantize`."""
     from quality_peers import load_model, quantize_
 
-    model = load_model(path)
+    model = load_model(path, torch.float32)
     began = time.process_time()
     quantize_(model, "int4_awq", steps)
     return time.process_time() - began
@@ -121,7 +121,7 @@ def main() -> None:
         return
     from mqat.training.step import evaluate
 
-    plain = build(args, "baseline", "null")
+    plain = build(args, "mqat", "null")
     data = batches(args)
     results = []
     for algorithm in args.algorithms:

@@ -32,7 +32,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_model import System, arguments, batches, build, llama, start, step
+from bench_model import (
+    System,
+    arguments,
+    batches,
+    build,
+    llama,
+    megatron_layer_spec,
+    start,
+    step,
+)
 from torch import Tensor
 
 from mqat.runtime import groups
@@ -143,7 +152,9 @@ def build_peer(args: argparse.Namespace, name: str, algorithm: str) -> System:
         tensor_model_parallel_size=args.tp, sequence_parallel=args.sequence_parallel
     )
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    chunks: list[Any] = list(build_model(model, settings, {}, dtype))
+    chunks: list[Any] = list(
+        build_model(model, settings, {}, dtype, layer_spec=megatron_layer_spec())
+    )
     load_pretrained_(chunks, RandomWeights(model, 1, 0.02))
     for chunk in chunks:
         _as_megatrons_own(chunk)

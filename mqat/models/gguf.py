@@ -21,6 +21,7 @@ from mqat.models.llama import (
     HF_LM_HEAD,
     LINEARS,
     LlamaConfig,
+    check_window,
 )
 
 # Without `.weight` and `.bias`, which are the same.
@@ -94,6 +95,10 @@ class GgufCheckpoint:
                 f"{self.path}: scaled rotary positions (rope scaling {scaling!r}) are not read from "
                 "GGUF; use the Hugging Face directory of this model."
             )
+        window = value(f"{architecture}.attention.sliding_window")
+        check_window(
+            None if window is None else int(window), int(value(f"{architecture}.context_length"))
+        )
         heads = int(value(f"{architecture}.attention.head_count"))
         hidden = int(value(f"{architecture}.embedding_length"))
         return LlamaConfig(

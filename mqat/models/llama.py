@@ -260,7 +260,11 @@ class LlamaConfig:
 def _check_window(family: Family, hf: Mapping[str, Any]) -> None:
     """Refuses a sliding window that a sequence could be longer than."""
     window = None if family.window is None else family.window.size(hf)
-    longest = int(hf["max_position_embeddings"])
+    check_window(window, int(hf["max_position_embeddings"]))
+
+
+def check_window(window: int | None, longest: int) -> None:
+    """Raises ValueError for a sliding window of fewer tokens than a sequence may have."""
     if window is not None and window < longest:
         raise ValueError(
             f"sliding_window={window}: attention over a window is not built, and sequences of this "

@@ -180,9 +180,8 @@ class _Linear:
             yield f"{full}: quantized in only one of checkpoint and export"
             return
         bias = trained.bias()
-        if (
-            bias is not None
-        ):  # the static checks have seen that there are as many as there should be
+        # The static checks have seen that there are as many as there should be.
+        if bias is not None:
             biases = [handle.get_tensor(f"{full}.bias") for handle in self.ranks]
             if not self._matches(biases, bias.to(biases[0].dtype)):
                 yield f"{full}.bias is not the checkpoint's"
