@@ -95,10 +95,9 @@ class GgufCheckpoint:
                 f"{self.path}: scaled rotary positions (rope scaling {scaling!r}) are not read from "
                 "GGUF; use the Hugging Face directory of this model."
             )
-        window = value(f"{architecture}.attention.sliding_window")
-        check_window(
-            None if window is None else int(window), int(value(f"{architecture}.context_length"))
-        )
+        context = int(value(f"{architecture}.context_length"))
+        # Few converters write the key: a file without it is taken to have no window.
+        check_window(int(value(f"{architecture}.attention.sliding_window", context)), context)
         heads = int(value(f"{architecture}.attention.head_count"))
         hidden = int(value(f"{architecture}.embedding_length"))
         return LlamaConfig(
@@ -112,7 +111,7 @@ class GgufCheckpoint:
             head_dim=int(value(f"{architecture}.attention.key_length", hidden // heads)),
             rms_norm_eps=float(value(f"{architecture}.attention.layer_norm_rms_epsilon")),
             rope_theta=float(value(f"{architecture}.rope.freq_base", 10000.0)),
-            max_position_embeddings=int(value(f"{architecture}.context_length")),
+            max_position_embeddings=context,
             tie_word_embeddings="output.weight" not in self._tensors,
             family=family.name,
             biases=tuple(

@@ -98,7 +98,7 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(path, model, tensors):
+def write_gguf(path, model, tensors, window=None):
     """As llama.cpp's converter: rows of query and key of a Llama model are interleaved."""
     from gguf import GGUFWriter
 
@@ -112,6 +112,8 @@ def write_gguf(path, model, tensors):
     writer.add_head_count_kv(model.num_query_groups)
     writer.add_layer_norm_rms_eps(model.rms_norm_eps)
     writer.add_rope_freq_base(model.rope_theta)
+    if window is not None:
+        writer.add_sliding_window(window)
     for name, tensor in tensors.items():
         value = tensor.numpy()
         for part, heads in (
@@ -152,3 +154,17 @@ def test_gguf_files_with_biases_are_read(told, tmp_path):
             assert torch.equal(read, tensor[1:30, :32]), name
     with pytest.raises(ValueError, match=r"blk.1.attn_q.weird' is missing"):
         source.read("model.layers.1.self_attn.q_proj.weird", slice(0, 1))
+
+
+@pytest.mark.parametrize(("window", "is_read"), [(128, False), (1 << 20, True)])
+def test_windows_of_gguf_files_that_sequences_outgrow_are_refused(window, is_read, tmp_path):
+    pytest.importorskip("gguf", reason="pip install 'mqat[demo]' to read GGUF files")
+    from mqat.models.gguf import GgufCheckpoint
+
+    model = LlamaConfig.from_hf(SIZES | {"model_type": "llama"})
+    write_gguf(tmp_path / "model.gguf", model, tensors_of(model), window)
+    if is_read:
+        assert GgufCheckpoint(tmp_path / "model.gguf").config.num_layers == model.num_layers
+        return
+    with pytest.raises(ValueError, match="sliding_window=128: attention over a window"):
+        GgufCheckpoint(tmp_path / "model.gguf")
