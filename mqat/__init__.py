@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mqat.config import load_config as load_config
     from mqat.export import export_hf as export_hf
     from mqat.export import export_trtllm as export_trtllm
+    from mqat.parallel.lowering import lower_ as lower_
     from mqat.parallel.quantized_step import quantized_step as quantized_step
     from mqat.quant.scheme import named_scheme as named_scheme
     from mqat.runtime.groups import finalize as finalize
@@ -40,6 +41,7 @@ _HOME = {
     "initialize": "mqat.runtime.groups",
     "load_checkpoint": "mqat.training.checkpoint",
     "load_config": "mqat.config",
+    "lower_": "mqat.parallel.lowering",
     "named_scheme": "mqat.quant.scheme",
     "prepare_": "mqat.calibration.prepare",
     "quantize_block_spec": "mqat.specs.gpt",
