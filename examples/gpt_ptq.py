@@ -1,5 +1,6 @@
 """Post-training quantization: calibrate, export for TensorRT-LLM, verify.
 
+torchrun --nproc-per-node 8 examples/gpt_sft.py      # first: conf/ptq_tiny.yaml quantizes what it writes
 torchrun --nproc-per-node 8 examples/gpt_ptq.py
 torchrun --nproc-per-node 8 examples/gpt_ptq.py --config my.yaml model.optim.lr=1e-5
 """

@@ -128,7 +128,7 @@ def _verify(args: argparse.Namespace) -> None:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         print(f"{args.directory}: {report.headline()}")
-        for problem in report.problems:
+        for problem in report.problems[1:]:  # the headline has the first
             print(f"  {problem}")
     sys.exit(0 if report.ok else 1)
 
@@ -149,6 +149,7 @@ def _json_object(file: Path) -> dict[str, Any]:
 def _verified(directory: Path, args: argparse.Namespace) -> Report:
     import torch
 
+    from mqat.export.slices import CheckpointReader
     from mqat.verify import verify_export
 
     tokens = expected = None
@@ -157,7 +158,7 @@ def _verified(directory: Path, args: argparse.Namespace) -> Report:
         tokens = _token_window(args.text, directory, args.tokens)
     elif config:
         # No text given: a fixed spread of token ids still exercises every tensor.
-        tokens = torch.arange(32)[None] * 7919 % config.get("vocab_size", 2)
+        tokens = torch.arange(256).view(4, 64) * 7919 % config.get("vocab_size", 2)
     if args.reference is not None and tokens is not None:
         from mqat.runtime import groups
         from mqat.training.opened import open_model
@@ -167,6 +168,12 @@ def _verified(directory: Path, args: argparse.Namespace) -> Report:
         if dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(
                 f"{directory / 'config.json'}: dtype={dtype!r} is not one mqat writes."
+            )
+        trained = CheckpointReader(args.reference).model.vocab_size
+        if trained != config.get("vocab_size"):
+            raise ValueError(
+                f"{args.reference}: has vocab_size={trained}, {directory} has "
+                f"{config.get('vocab_size')}: this is not the checkpoint that was exported there."
             )
         model = open_model(args.reference)
         expected = served_logits(model.chunks, tokens, dtype).cpu()

@@ -44,7 +44,8 @@ class AtomicDirectory:
             return
         if not overwrite:
             raise ValueError(
-                f"{target} exists already; choose another directory, or allow overwriting it."
+                f"{target} exists already; choose another directory, or allow overwriting it "
+                "(--overwrite)."
             )
         is_empty = self.target.is_dir() and not any(self.target.iterdir())
         if as_tar:

@@ -21,6 +21,14 @@ def _windows(text: Path, tokenizer: object, seq_length: int) -> PackedDataset:
     return pack_text(read_texts([text], "error", ReadStats()), tokenizer, seq_length)
 
 
+def _check_length(path: Path, seq_length: int, longest: int) -> None:
+    if seq_length > longest:
+        raise ValueError(
+            f"{path}: sequences of {seq_length} tokens are longer than its max_position_embeddings="
+            f"{longest}; evaluate with --seq-length {longest} or less."
+        )
+
+
 def _summed_loss(scores: torch.Tensor, row: torch.Tensor) -> float:
     return float(F.cross_entropy(scores[0].float(), row[1:], reduction="sum"))
 
@@ -34,6 +42,7 @@ def checkpoint_perplexity(
         ValueError: As `open_model` and `read_texts`.
     """
     model = open_model(path, lowered=lowered, compiled=compiled)
+    _check_length(path, seq_length, model.config.max_position_embeddings)
     rows = _windows(text, model.tokenizer, seq_length).tokens.long()
     loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]).cpu(), row) for row in rows)
     groups.finalize()
@@ -75,6 +84,7 @@ def export_perplexity(directory: Path, text: Path, *, seq_length: int) -> tuple[
         ValueError: The directory's config cannot be used; names the first problem.
     """
     reader = open_export(directory)
+    _check_length(directory, seq_length, int(reader.config.raw["max_position_embeddings"]))
     rows = _windows(text, load_tokenizer(directory), seq_length).tokens.long()
     loss = sum(_summed_loss(reader.logits(row[None, :-1]), row) for row in rows)
     return loss / (len(rows) * seq_length), len(rows) * seq_length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -83,16 +84,23 @@ class Report:
         return ", ".join(parts)
 
 
+def least_top1(positions: int) -> float:
+    """The limit of `top1_agreement`: `MIN_TOP1`, less two standard errors of a share of so many."""
+    return MIN_TOP1 - 2 * math.sqrt(MIN_TOP1 * (1 - MIN_TOP1) / positions)
+
+
 def compare_logits(report: Report, served: Tensor, reference: Tensor) -> None:
     """Adds the agreement of two logit tensors [b, s, V] to a report; problems if beyond limits."""
     p, q = reference.float().log_softmax(-1), served.float().log_softmax(-1)
     report.mean_kl = float((p.exp() * (p - q)).sum(-1).mean())
     report.top1_agreement = float((p.argmax(-1) == q.argmax(-1)).float().mean())
     report.max_abs_difference = float((served - reference).abs().max())
-    if not report.mean_kl <= MAX_KL or not report.top1_agreement >= MIN_TOP1:
+    positions = p[..., 0].numel()
+    least = least_top1(positions)
+    if not report.mean_kl <= MAX_KL or not report.top1_agreement >= least:
         report.problems.append(
             f"logits differ from the training model's: KL {report.mean_kl:.3g} (at most {MAX_KL}), "
-            f"same top token {report.top1_agreement:.1%} (at least {MIN_TOP1:.0%})"
+            f"same top token {report.top1_agreement:.1%} of {positions} (at least {least:.1%})"
         )
 
 

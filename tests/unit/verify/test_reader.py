@@ -19,7 +19,7 @@ from transformers import (
 from mqat.export import export_trtllm
 from mqat.quant.kv_cache import kv_cache_schemes
 from mqat.quant.quantizer import Quantizer
-from mqat.verify import compare_logits, verify_trtllm
+from mqat.verify import Report, compare_logits, verify_trtllm
 from mqat.verify.layout import read_config
 from mqat.verify.reader import RankReader
 from tests.unit.export.checkpoints import (
@@ -293,8 +293,6 @@ def test_w8a16_weights_are_quantized_again_as_the_loader_does(exported):
 
 
 def test_compare_logits_measures_what_it_says():
-    from mqat.verify import Report
-
     reference = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
     report = Report()
     compare_logits(report, reference.flip(-1), reference)
@@ -326,3 +324,15 @@ def test_tokens_outside_the_vocabulary_are_an_error(token, exported):
 def test_reference_logits_of_another_vocabulary_are_an_error(exported):
     with pytest.raises(ValueError, match=r"reference logits have shape \(2, 40, 304\)"):
         verify_trtllm(exported("null"), tokens=TOKENS, reference_logits=torch.zeros(2, 40, 304))
+
+
+@pytest.mark.parametrize(("positions", "same", "is_ok"), [(32, 28, True), (1024, 896, False)])
+def test_a_share_of_few_positions_may_be_lower_by_chance(positions, same, is_ok):
+    """87.5% of 32 are within two standard errors of 90%; of 1024 they are not."""
+    reference = torch.zeros(1, positions, 4)
+    reference[..., 0] = 0.01
+    served = reference.clone()
+    served[:, same:, 1] = 0.02
+    report = Report()
+    compare_logits(report, served, reference)
+    assert report.ok == is_ok
