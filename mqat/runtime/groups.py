@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +81,7 @@ def initialize(
     from megatron.core import tensor_parallel as megatron_tp
 
     if not dist.is_initialized():
+        _settle_at_exit()
         rank = int(os.environ.get("RANK", "0"))
         timeout = timedelta(minutes=timeout_minutes)
         backend = "nccl" if on_cuda else "gloo"
@@ -98,6 +102,17 @@ def initialize(
         distributed_timeout_minutes=timeout_minutes,
     )
     megatron_tp.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+@functools.cache
+def _settle_at_exit() -> None:
+    """Lets gloo's threads finish before the interpreter ends; once per process.
+
+    A thread drops the tensors of its last collective a moment after `wait` has returned, for which it
+    needs the interpreter's lock; asking for it while the interpreter ends aborts the process. Destroying
+    a group ends its threads, but only if nothing, such as a model, refers to the group any more.
+    """
+    atexit.register(time.sleep, 0.1)
 
 
 def finalize() -> None:
@@ -144,7 +159,7 @@ def anywhere(flag: bool) -> bool:
 
 
 def _leave() -> None:
-    """Ends gloo's threads: an interpreter that exits while they run aborts now and then."""
+    """Leaves the process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

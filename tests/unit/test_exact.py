@@ -60,15 +60,15 @@ from mqat.parallel.exact import ordered_linear
 from tests.unit.test_exact import Alone
 
 dist.init_process_group("gloo")
-group, rank = dist.group.WORLD, dist.get_rank()
+rank = dist.get_rank()
 for dtype in (torch.float32, torch.bfloat16):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(7, 3, 96, generator=generator).to(dtype)  # 21 tokens, which two ranks share unevenly
     w = torch.randn(48, 96, generator=generator).to(dtype)
     whole, _ = ordered_linear(x, w, 4, Alone())
     half = slice(48 * rank, 48 * (rank + 1))
-    part, _ = ordered_linear(x[..., half], w[:, half], 2, group)
-    one, _ = ordered_linear(x[:1, :1, half], w[:, half], 2, group)
+    part, _ = ordered_linear(x[..., half], w[:, half], 2, dist.group.WORLD)
+    one, _ = ordered_linear(x[:1, :1, half], w[:, half], 2, dist.group.WORLD)
     assert one.shape == (1, 1, 48)  # one rank has no token of its own
     assert bool((part == 0).view(21, -1).all(dim=1).sum() in (10, 11))
     dist.all_reduce(part)
