@@ -69,11 +69,9 @@ def _export(args: argparse.Namespace) -> None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     together: dict[str, Any] = {"rank": rank, "world_size": world_size}
     if world_size > 1:
-        import torch.distributed as dist
+        from mqat.runtime.groups import agree, join
 
-        from mqat.runtime.groups import agree
-
-        dist.init_process_group("gloo")
+        join("gloo")
         together["agree"] = agree
     together |= {"dtype": args.dtype, "overwrite": args.overwrite}
     if args.format == "hf":

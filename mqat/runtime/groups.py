@@ -81,20 +81,7 @@ def initialize(
     from megatron.core import tensor_parallel as megatron_tp
 
     if not dist.is_initialized():
-        _settle_at_exit()
-        rank = int(os.environ.get("RANK", "0"))
-        timeout = timedelta(minutes=timeout_minutes)
-        backend = "nccl" if on_cuda else "gloo"
-        if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-        else:
-            dist.init_process_group(
-                backend,
-                store=torch._C._distributed_c10d.HashStore(),
-                rank=0,
-                world_size=1,
-                timeout=timeout,
-            )
+        join("nccl" if on_cuda else "gloo", timeout_minutes)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
@@ -102,6 +89,18 @@ def initialize(
         distributed_timeout_minutes=timeout_minutes,
     )
     megatron_tp.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def join(backend: str, timeout_minutes: float = 10.0) -> None:
+    """Creates the group of all processes, without Megatron; without torchrun, a world of one."""
+    _settle_at_exit()
+    timeout = timedelta(minutes=timeout_minutes)
+    if "MASTER_ADDR" in os.environ:
+        rank = int(os.environ.get("RANK", "0"))
+        dist.init_process_group(backend, rank=rank, world_size=world_size(), timeout=timeout)
+        return
+    store = torch._C._distributed_c10d.HashStore()
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 @functools.cache
@@ -112,7 +111,7 @@ def _settle_at_exit() -> None:
     needs the interpreter's lock; asking for it while the interpreter ends aborts the process. Destroying
     a group ends its threads, but only if nothing, such as a model, refers to the group any more.
     """
-    atexit.register(time.sleep, 0.1)
+    atexit.register(time.sleep, 0.3)  # 0.1 was too short once, on a machine with ten times its load
 
 
 def finalize() -> None:
