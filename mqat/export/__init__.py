@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from mqat.export.reshard import InferenceRank
 from mqat.export.slices import CheckpointReader
 from mqat.export.stream import TensorPlan
 from mqat.export.writer import AtomicDirectory
+from mqat.models.manifest import checking_contents
 
 __all__ = ["Agree", "export_hf", "export_trtllm"]
 
@@ -166,7 +167,7 @@ def _export(
     with _together(agree):
         if dtype not in trtllm.DTYPES:
             raise ValueError(f"export.dtype={dtype!r}: must be one of {', '.join(trtllm.DTYPES)}.")
-        reader = CheckpointReader(checkpoint, crc=rank == 0)
+        reader = CheckpointReader(checkpoint, crc=False)
         tables.check_exportable(reader.tables)
         planned = contents(reader)
         directory = AtomicDirectory(out, overwrite=overwrite, as_tar=as_tar)
@@ -176,7 +177,8 @@ def _export(
         with _together(agree):
             if rank == 0:
                 directory.create()
-        with _together(agree):
+        checking = checking_contents(checkpoint, reader.description) if rank == 0 else nullcontext()
+        with _together(agree), checking:
             for name in list(planned.weights)[rank::world_size]:
                 directory.write_tensors(name, planned.weights[name]())
             if rank == 0:

@@ -35,9 +35,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     if padding:
         codes = F.pad(codes, (0, padding), value=-half)  # zeros, once half is added
     codes = codes.contiguous()
-    # Two's complement becomes offset binary when the highest bit of each field is flipped.
-    if bits == 8:
+    if bits == 8:  # flipping the highest bit adds 128
         return (codes.view(torch.uint8) ^ 0x80).view(torch.int32)
-    pairs = codes.view(torch.int16)  # the even column in the low byte: vectorized, unlike strides
-    packed = (pairs & 0xF) | ((pairs >> 4) & 0xF0)
-    return (packed ^ 0x88).to(torch.uint8).view(torch.int32)
+    pairs = (codes + half).view(torch.int16)  # even columns in the low bytes: no slow strides
+    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8).view(torch.int32)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,18 @@ def check_files(checkpoint: Path, description: Mapping[str, Any], *, crc: bool =
                 f"{file}: contents do not match the checksum in {DESCRIPTION}. The checkpoint is "
                 "damaged; copy it again or use an earlier one."
             )
+
+
+@contextmanager
+def checking_contents(checkpoint: Path, description: Mapping[str, Any]) -> Iterator[None]:
+    """Compares checksums in a thread while the body reads the files.
+
+    Raises:
+        ValueError: As `check_files`, at the end, also where the body failed: damage explains more.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(check_files, checkpoint, description)
+        try:
+            yield
+        finally:
+            check.result()

@@ -137,12 +137,29 @@ def test_a_disk_that_fills_up_leaves_nothing(tiny, tmp_path):
     assert list(out.parent.iterdir()) == []
 
 
+def test_damage_explains_whatever_else_failed_and_leaves_nothing(tiny, tmp_path):
+    checkpoint = shutil.copytree(tiny("int8"), tmp_path / "checkpoint")
+    damage(checkpoint)
+    (checkpoint / "tokenizer" / "extra").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="do not match the checksum"):
+        export(checkpoint, tmp_path / "x" / "out")
+    assert list((tmp_path / "x").iterdir()) == []
+
+
 def test_a_tokenizer_that_cannot_be_copied_leaves_nothing(tiny, tmp_path):
     checkpoint = shutil.copytree(tiny("int8"), tmp_path / "checkpoint")
     (checkpoint / "tokenizer" / "extra").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="extra: writing failed"):
         export(checkpoint, tmp_path / "x" / "out")
     assert list((tmp_path / "x").iterdir()) == []
+
+
+def fork():
+    """0 in the child, which lacks the parent's OpenMP threads and would wait for them."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+    return child
 
 
 def test_killed_at_any_moment_the_target_is_absent_or_complete(tiny, tmp_path):
@@ -153,7 +170,7 @@ def test_killed_at_any_moment_the_target_is_absent_or_complete(tiny, tmp_path):
     out = tmp_path / "x" / "out"
     choose = random.Random(0)
     for _ in range(12):
-        child = os.fork()
+        child = fork()
         if child == 0:
             export_trtllm(tiny("int8"), out, tensor_parallel=2, overwrite=True)
             os._exit(0)
@@ -170,7 +187,7 @@ def test_killed_at_any_moment_the_target_is_absent_or_complete(tiny, tmp_path):
 def test_killed_at_each_step_of_replacing_an_export(step, tiny, tmp_path, monkeypatch):
     out = tmp_path / "x" / "out"
     old = export(tiny("null"), out)
-    child = os.fork()
+    child = fork()
     if child == 0:
         from pathlib import Path
 
