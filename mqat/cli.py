@@ -259,23 +259,26 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    default = "default: %(default)s"
     add = command("import", _import, "Hugging Face directory or GGUF -> dist-checkpoint")
     add.add_argument("source", type=Path)
     add.add_argument("--out", type=Path, required=True)
-    add.add_argument("--precision", choices=("bf16", "32"), default="32")
-    add.add_argument("--tensor-parallel", type=int, default=1)
-    add.add_argument("--pipeline-parallel", type=int, default=1)
+    add.add_argument("--precision", choices=("bf16", "32"), default="32", help=default)
+    add.add_argument("--tensor-parallel", type=int, default=1, help=default)
+    add.add_argument("--pipeline-parallel", type=int, default=1, help=default)
 
     add = command("export", _export, "checkpoint -> directory for serving")
     add.add_argument("checkpoint", type=Path)
-    add.add_argument("--format", choices=("trtllm", "hf"), default="trtllm")
-    add.add_argument("--inference-tp", type=int, default=1, help="trtllm")
-    add.add_argument("--inference-pp", type=int, default=1, help="trtllm")
+    add.add_argument("--format", choices=("trtllm", "hf"), default="trtllm", help=default)
+    add.add_argument("--inference-tp", type=int, default=1, help=f"trtllm; {default}")
+    add.add_argument("--inference-pp", type=int, default=1, help=f"trtllm; {default}")
     add.add_argument(
         "--style", choices=("compressed-tensors", "modelopt"), default="compressed-tensors",
-        help="hf: how quantized tensors are stored",
+        help=f"hf: how quantized tensors are stored; {default}",
     )  # fmt: skip
-    add.add_argument("--max-shard-gb", type=float, default=5.0, help="hf: largest file, 1e9 bytes")
+    add.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help=f"hf: largest file, 1e9 bytes; {default}"
+    )
     add.add_argument(
         "--qnemo", nargs="?", choices=("directory", "tar"), const="directory",
         help="trtllm: a .qnemo for NeMo, as a directory or (its older releases) as one file",
@@ -285,9 +288,11 @@ def _parser() -> argparse.ArgumentParser:
         help="trtllm: accept that the loader rounds int8_wo weights a second time",
     )  # fmt: skip
     dtypes = ("bfloat16", "float16", "float32")
-    add.add_argument("--dtype", choices=dtypes, default="bfloat16")
+    add.add_argument(
+        "--dtype", choices=dtypes, default="bfloat16", help=f"of unquantized tensors; {default}"
+    )
     add.add_argument("--out", type=Path, required=True)
-    add.add_argument("--overwrite", action="store_true")
+    add.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
     add = command(
         "verify", _verify, "check an exported directory; status 1 if it must not be served"
@@ -295,13 +300,13 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("directory", type=Path)
     add.add_argument("--reference", type=Path, help="the checkpoint it was exported from")
     add.add_argument("--text", type=Path, help="UTF-8 text to run through both")
-    add.add_argument("--tokens", type=int, default=128, help="tokens of the text to use")
+    add.add_argument("--tokens", type=int, default=128, help=f"of the text; {default}")
     add.add_argument("--json", action="store_true")
 
     add = command("eval", _eval, "token perplexity of a checkpoint or an exported directory")
     add.add_argument("model", type=Path)
     add.add_argument("--text", type=Path, required=True)
-    add.add_argument("--seq-length", type=int, default=256)
+    add.add_argument("--seq-length", type=int, default=256, help=default)
     add.add_argument("--lowered", action="store_true", help="run with low-precision weights")
     add.add_argument(
         "--compile", action="store_true", help="with --lowered: torch.compile, which takes a while"
@@ -317,9 +322,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument(
         "--out", type=Path, required=True, help="directory for quality.json, quality.html"
     )
-    add.add_argument("--seq-length", type=int, default=256)
-    add.add_argument("--tensor-parallel", type=int, default=1)
-    add.add_argument("--pipeline-parallel", type=int, default=1)
+    add.add_argument("--seq-length", type=int, default=256, help=default)
+    add.add_argument("--tensor-parallel", type=int, default=1, help=default)
+    add.add_argument("--pipeline-parallel", type=int, default=1, help=default)
 
     add = command("plan", _plan, "check a configuration and estimate memory before queueing a job")
     add.add_argument("--config", type=Path, required=True)

@@ -351,7 +351,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     if path is not None:
         try:
             layers.append(OmegaConf.load(path))
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise ValueError(f"config file {path}: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
             raise ValueError(f"config file {path}: {error}.") from error
         except Exception as error:  # the YAML library's own error types
             raise ValueError(f"config file {path}: not valid YAML: {error}") from error

@@ -92,7 +92,7 @@ def pack_text(
     if count <= 0:
         raise ValueError(
             f"{len(documents)} documents have {len(ids)} tokens, fewer than one sequence of "
-            f"model.data.seq_length={seq_length} + 1; add text or shorten the sequences."
+            f"{seq_length} + 1; add text or shorten the sequences (seq_length)."
         )
     used = count * seq_length + 1
     flat = torch.tensor(ids[:used], dtype=torch.int32)
@@ -179,8 +179,8 @@ def pack_conversations(
     if not examples:
         skipped = stats.skipped_lines
         raise ValueError(
-            f"none of {len(conversations)} conversations has an answer within "
-            f"model.data.seq_length={seq_length} tokens; lengthen the sequences."
+            f"none of {len(conversations)} conversations has an answer within {seq_length} "
+            "tokens; lengthen the sequences (seq_length)."
             + (f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else "")
         )
     rows = best_fit([len(ids) for ids, _ in examples], room)

@@ -47,6 +47,8 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
             a newer format.
     """
     file = checkpoint / DESCRIPTION
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint}: no such file or directory.")
     if not file.is_file():
         raise ValueError(
             f"{checkpoint}: not a complete mqat checkpoint ({DESCRIPTION} is missing; it is written "

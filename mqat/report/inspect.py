@@ -67,6 +67,8 @@ def rows(path: Path) -> Iterator[Row]:
     Raises:
         ValueError: None of these, or a damaged one; says what is wrong.
     """
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or directory.")
     if (path / DESCRIPTION).is_file():
         return _checkpoint_rows(path)
     return _hf_rows(path) if is_huggingface(path) else _trtllm_rows(path)

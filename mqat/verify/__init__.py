@@ -238,7 +238,8 @@ def unpacked(export: Path) -> Iterator[Path]:
             with tarfile.open(export) as archive:
                 _extract(archive, Path(temporary))
         except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"{export}: not a .qnemo archive ({error}).") from error
+            reason = str(error).splitlines()[0].rstrip(":")
+            raise ValueError(f"{export}: not a .qnemo archive ({reason}).") from error
         yield Path(temporary)
 
 

@@ -134,7 +134,7 @@ def test_export_verify_eval_and_inspect_commands(trained, tmp_path):
         (1, ["trainer.max_step=3"], "did you mean trainer.max_steps"),
         (1, ["model.restore_from_path=nowhere", "model.architecture=null",
              "model.tensor_model_parallel_size=1", "model.pipeline_model_parallel_size=1"],
-         "nowhere: no pretrained model found"),
+         "nowhere: no such file or directory"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_a_status(processes, arguments, message, tmp_path):

@@ -51,7 +51,7 @@ def test_a_begin_token_is_kept_where_the_tokenizer_has_one(tokenizer: Any) -> No
 
 
 def test_text_shorter_than_a_window_is_an_error(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"1 documents have \d+ tokens.*seq_length=512 \+ 1"):
+    with pytest.raises(ValueError, match=r"1 documents have \d+ tokens.*of 512 \+ 1; add text"):
         pack_text(["short"], tokenizer, 512)
     with pytest.raises(ValueError, match="0 documents have 0 tokens"):
         pack_text([], tokenizer, 512)
@@ -123,7 +123,7 @@ def test_long_conversations_are_cut_or_dropped_and_counted(tokenizer: Any) -> No
     assert packed.stats.cut_conversations == 1
     assert packed.stats.dropped_conversations == 1
     assert packed.dropped_tokens == lengths[0] - 33 + lengths[1]
-    with pytest.raises(ValueError, match=r"none of 1 conversations.*seq_length=32"):
+    with pytest.raises(ValueError, match=r"none of 1 conversations.*within 32 tokens"):
         pack_conversations([hopeless], tokenizer, 32)
 
 
