@@ -101,17 +101,17 @@ def measure(model: Any, algorithm: str, calibration: Steps, evaluation: Steps) -
     """One line of the table; what cannot run here says why."""
     row: dict[str, Any] = {}
     started = time.perf_counter()
-    if algorithm != "null":
-        row["config"] = CONFIGS[algorithm]
-        try:
+    try:
+        if algorithm != "null":
+            row["config"] = CONFIGS[algorithm]
             model, row["quantizers"] = quantize_(model, algorithm, calibration)
-        except (RuntimeError, NotImplementedError, AssertionError, ImportError, TypeError) as error:
-            lines = str(error).strip().splitlines()
-            return row | {"ppl": None, "error": f"{type(error).__name__}: {lines[0][:200]}"}
-        row["calibration_seconds"] = round(time.perf_counter() - started, 2)
-    evaluated = time.perf_counter()
-    row["ppl"] = perplexity(model, evaluation)
-    row["evaluation_seconds"] = round(time.perf_counter() - evaluated, 2)
+            row["calibration_seconds"] = round(time.perf_counter() - started, 2)
+        evaluated = time.perf_counter()
+        row["ppl"] = perplexity(model, evaluation)
+        row["evaluation_seconds"] = round(time.perf_counter() - evaluated, 2)
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError, TypeError) as error:
+        lines = str(error).strip().splitlines()
+        return row | {"ppl": None, "error": f"{type(error).__name__}: {lines[0][:200]}"}
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     return row
 

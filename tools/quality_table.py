@@ -48,6 +48,7 @@ ROWS = {
     "int8_pc_pt": Row(
         "INT8, inputs per token, SmoothQuant", {"algorithm": "int8_pc_pt", "equalize": "true"}
     ),
+    "int8_wo": Row("INT8, weights only", {"algorithm": "int8_wo"}),
     "fp8": Row("FP8", {"algorithm": "fp8"}),
     "fp8_pc_pt": Row("FP8, per channel and token", {"algorithm": "fp8_pc_pt"}),
     "int4": Row("INT4 g128", {"algorithm": "int4"}),
