@@ -16,6 +16,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mqat.models.decoder import FAMILIES
+
 
 @dataclass
 class TrainerConfig:
@@ -210,7 +212,7 @@ class RunConfig:
 
 
 # That of the model, unless somebody insists (`plan.make_plan` compares).
-_DECODERS = (None, "llama", "mistral", "qwen", "qwen2")
+_DECODERS = (None, *sorted({name for f in FAMILIES.values() for name in f.decoder_types}))
 _CHOICES = {
     "trainer.precision": ("auto", "bf16", "32"),
     "model.optim.sched.name": ("CosineAnnealing", "constant"),

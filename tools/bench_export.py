@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from mqat.export import export_hf, export_trtllm
-from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.models.decoder import LINEARS, DecoderConfig
 from mqat.models.manifest import DESCRIPTION, FORMAT_VERSION, describe_files
 from mqat.quant.functional import compute_amax, compute_scale
 from mqat.quant.scheme import LinearScheme, named_scheme
@@ -65,7 +65,7 @@ class CheckpointWriter:
         index = MetadataIndex(key, where.offsets)
         self._records[index] = _StorageInfo(DATA, start, self._file.tell() - start)
 
-    def close(self, model: LlamaConfig, layers: dict[str, LinearScheme]) -> None:
+    def close(self, model: DecoderConfig, layers: dict[str, LinearScheme]) -> None:
         """Writes the index and `mqat.json`."""
         self._file.close()
         index = Metadata(self._tensors, storage_data=self._records)
@@ -80,7 +80,7 @@ class CheckpointWriter:
         (self.path / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
 
 
-def write_checkpoint(path: Path, model: LlamaConfig, algorithm: str) -> None:
+def write_checkpoint(path: Path, model: DecoderConfig, algorithm: str) -> None:
     """Random bf16 weights, every layer a chunk, as Megatron saves them."""
     scheme = named_scheme(algorithm)
     writer = CheckpointWriter(path)
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     width = args.hidden_size
-    model = LlamaConfig(
+    model = DecoderConfig(
         vocab_size=32000, hidden_size=width, intermediate_size=width * 43 // 16,
         num_layers=args.layers, num_attention_heads=width // 128, num_query_groups=width // 128,
         head_dim=128,

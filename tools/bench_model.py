@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mqat.config import ModelConfig, OptimizerConfig
-from mqat.models.llama import LlamaConfig
+from mqat.models.decoder import DecoderConfig
 from mqat.models.random import RandomWeights
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
@@ -52,10 +52,10 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def llama(args: argparse.Namespace) -> LlamaConfig:
+def llama(args: argparse.Namespace) -> DecoderConfig:
     """Llama proportions: heads of 64, two query heads per group, MLP of 2.75 hidden sizes."""
     heads = args.hidden // 64
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
         intermediate_size=args.hidden * 11 // 4,

@@ -12,7 +12,7 @@ from mqat.data.documents import ReadStats, read_conversations, read_texts
 from mqat.data.packaged import hold_out, python_docs_documents, wikipedia_documents
 from mqat.data.packing import PackedDataset, pack_conversations, pack_text
 from mqat.data.tokenizer import load_tokenizer, train_small_tokenizer
-from mqat.models.llama import LlamaConfig
+from mqat.models.decoder import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load_dataset(
 
 
 def _tokenizer(
-    source: Path | None, checkpoint: Path | None, train: Sequence[str], model: LlamaConfig
+    source: Path | None, checkpoint: Path | None, train: Sequence[str], model: DecoderConfig
 ) -> Any:
     if checkpoint is not None:
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
@@ -103,7 +103,7 @@ def _describe(train: PackedDataset, validation: PackedDataset, seq_length: int) 
 
 
 def load_run_data(
-    settings: DataConfig, *, model: LlamaConfig, source: Path | None, checkpoint: Path | None
+    settings: DataConfig, *, model: DecoderConfig, source: Path | None, checkpoint: Path | None
 ) -> RunData:
     """Tokenizes and packs everything a run reads; identical on every rank.
 

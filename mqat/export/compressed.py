@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mqat.export import linears as content
-from mqat.models.llama import LlamaConfig
+from mqat.models.decoder import DecoderConfig
 from mqat.parallel.layout import linear_of
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.scheme import LinearScheme, TensorScheme
@@ -80,7 +80,7 @@ _INSTEAD = {
 }
 
 
-def check_exportable(model: LlamaConfig, layers: Mapping[str, LinearScheme]) -> None:
+def check_exportable(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -> None:
     """Refuses algorithms and sizes that the format lacks.
 
     Raises:

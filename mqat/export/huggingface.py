@@ -29,7 +29,7 @@ from mqat.export.reshard import (
 )
 from mqat.export.slices import CheckpointReader
 from mqat.export.stream import TensorPlan
-from mqat.models.llama import (
+from mqat.models.decoder import (
     HF_EMBEDDING,
     HF_FINAL_NORM,
     HF_LAYER,
@@ -37,7 +37,7 @@ from mqat.models.llama import (
     HF_LM_HEAD,
     HF_NORMS,
     LINEARS,
-    LlamaConfig,
+    DecoderConfig,
 )
 from mqat.quant.kv_cache import KvCacheScheme
 from mqat.quant.scheme import LinearScheme
@@ -48,7 +48,7 @@ _WHOLE = InferenceRank(0, 1, 0, 1)
 
 
 def check_exportable(
-    model: LlamaConfig, layers: Mapping[str, LinearScheme], *, style: str = "compressed-tensors"
+    model: DecoderConfig, layers: Mapping[str, LinearScheme], *, style: str = "compressed-tensors"
 ) -> None:
     """Refuses what the style cannot hold; meant to run before training.
 
@@ -64,7 +64,7 @@ def check_exportable(
 
 
 def module_schemes(
-    model: LlamaConfig, layers: Mapping[str, LinearScheme]
+    model: DecoderConfig, layers: Mapping[str, LinearScheme]
 ) -> dict[str, LinearScheme | None]:
     """Hugging Face module name -> scheme, for every linear of the decoder, in model order."""
     return {
@@ -75,7 +75,7 @@ def module_schemes(
     }
 
 
-def _rows_of(model: LlamaConfig) -> dict[str, list[Rows]]:
+def _rows_of(model: DecoderConfig) -> dict[str, list[Rows]]:
     """Megatron linear -> checkpoint rows of each of its Hugging Face modules."""
     hidden = [slice(0, model.hidden_size)]
     return {
@@ -148,7 +148,7 @@ def shard(plans: Sequence[TensorPlan], max_bytes: int) -> dict[str, list[TensorP
 
 
 def texts(
-    model: LlamaConfig,
+    model: DecoderConfig,
     layers: Mapping[str, LinearScheme],
     dtype: str,
     style: str,

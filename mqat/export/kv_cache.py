@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mqat.export.slices import CheckpointReader
 from mqat.export.stream import TensorPlan
-from mqat.models.llama import CORE_ATTENTION
+from mqat.models.decoder import CORE_ATTENTION
 from mqat.quant.kv_cache import KvCacheScheme
 from mqat.quant.scheme import LinearScheme
 

@@ -22,14 +22,14 @@ from mqat.export.reshard import (
 from mqat.export.slices import CheckpointReader
 from mqat.export.stream import TensorPlan
 from mqat.export.trtllm import FORMATS, UNQUANTIZED
-from mqat.models.llama import (
+from mqat.models.decoder import (
     TRTLLM_EMBEDDING,
     TRTLLM_FINAL_NORM,
     TRTLLM_LAYER,
     TRTLLM_LINEARS,
     TRTLLM_LM_HEAD,
     TRTLLM_NORMS,
-    LlamaConfig,
+    DecoderConfig,
 )
 
 
@@ -83,7 +83,7 @@ def plan_norm(
     return TensorPlan(name, dtype, (reader.model.hidden_size,), blocks)
 
 
-def _rows_of(model: LlamaConfig, rank: InferenceRank) -> dict[str, Rows]:
+def _rows_of(model: DecoderConfig, rank: InferenceRank) -> dict[str, Rows]:
     hidden = [slice(0, model.hidden_size)]
     return {
         "attention.qkv": qkv_rows(model, rank),
@@ -94,7 +94,7 @@ def _rows_of(model: LlamaConfig, rank: InferenceRank) -> dict[str, Rows]:
     }
 
 
-def _cols_of(model: LlamaConfig, rank: InferenceRank, linear: str) -> slice:
+def _cols_of(model: DecoderConfig, rank: InferenceRank, linear: str) -> slice:
     heads, d = even_part(model.num_attention_heads, rank), model.head_dim
     row_parallel = {
         "self_attention.linear_proj": slice(heads.start * d, heads.stop * d),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mqat.models.llama import LlamaConfig
+from mqat.models.decoder import DecoderConfig
 
 Rows = list[slice]
 
@@ -30,7 +30,7 @@ class InferenceRank:
     pp_rank: int
     pp: int
 
-    def layers(self, model: LlamaConfig) -> range:
+    def layers(self, model: DecoderConfig) -> range:
         """Global numbers of the layers of this stage; the file numbers them from zero."""
         per_stage = model.num_layers // self.pp
         return range(self.pp_rank * per_stage, (self.pp_rank + 1) * per_stage)
@@ -46,7 +46,7 @@ class InferenceRank:
         return self.pp_rank == self.pp - 1
 
 
-def key_value_heads(model: LlamaConfig, rank: InferenceRank) -> range:
+def key_value_heads(model: DecoderConfig, rank: InferenceRank) -> range:
     """Key/value heads of a rank; with more ranks than heads, each head has several copies."""
     heads = model.num_query_groups
     if rank.tp > heads:
@@ -56,7 +56,7 @@ def key_value_heads(model: LlamaConfig, rank: InferenceRank) -> range:
     return range(rank.tp_rank * per_rank, (rank.tp_rank + 1) * per_rank)
 
 
-def query_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+def query_rows(model: DecoderConfig, rank: InferenceRank) -> Rows:
     """Checkpoint rows of this rank's query heads, in order."""
     d = model.head_dim
     per_group = model.num_attention_heads // model.num_query_groups
@@ -68,7 +68,7 @@ def query_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
     return rows
 
 
-def _head_rows(model: LlamaConfig, rank: InferenceRank, part: int) -> Rows:
+def _head_rows(model: DecoderConfig, rank: InferenceRank, part: int) -> Rows:
     d = model.head_dim
     per_group = model.num_attention_heads // model.num_query_groups
     starts = [
@@ -77,17 +77,17 @@ def _head_rows(model: LlamaConfig, rank: InferenceRank, part: int) -> Rows:
     return [slice(start, start + d) for start in starts]
 
 
-def key_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+def key_rows(model: DecoderConfig, rank: InferenceRank) -> Rows:
     """Checkpoint rows of this rank's key heads."""
     return _head_rows(model, rank, 0)
 
 
-def value_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+def value_rows(model: DecoderConfig, rank: InferenceRank) -> Rows:
     """Checkpoint rows of this rank's value heads."""
     return _head_rows(model, rank, 1)
 
 
-def qkv_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+def qkv_rows(model: DecoderConfig, rank: InferenceRank) -> Rows:
     """Checkpoint rows of this rank's fused qkv, in TensorRT-LLM's order."""
     return [*query_rows(model, rank), *key_rows(model, rank), *value_rows(model, rank)]
 
@@ -98,19 +98,19 @@ def even_part(size: int, rank: InferenceRank) -> slice:
     return slice(rank.tp_rank * share, (rank.tp_rank + 1) * share)
 
 
-def gate_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+def gate_rows(model: DecoderConfig, rank: InferenceRank) -> Rows:
     """Checkpoint rows of this rank's gate (activated) branch."""
     return [even_part(model.intermediate_size, rank)]
 
 
-def up_rows(model: LlamaConfig, rank: InferenceRank) -> Rows:
+def up_rows(model: DecoderConfig, rank: InferenceRank) -> Rows:
     """Checkpoint rows of this rank's up (linear) branch."""
     part = even_part(model.intermediate_size, rank)
     shift = model.intermediate_size
     return [slice(part.start + shift, part.stop + shift)]
 
 
-def vocab_rows(model: LlamaConfig, rank: InferenceRank) -> tuple[slice, int]:
+def vocab_rows(model: DecoderConfig, rank: InferenceRank) -> tuple[slice, int]:
     """Real rows of this rank's part of a vocabulary table, and how many zero rows follow them."""
     share = -(-model.vocab_size // rank.tp)
     start = min(rank.tp_rank * share, model.vocab_size)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mqat.export.records import MappedFile
-from mqat.models.llama import TABLES, LlamaConfig
+from mqat.models.decoder import TABLES, DecoderConfig
 from mqat.models.manifest import DESCRIPTION, check_files, read_description
 from mqat.parallel.layout import linear_of
 from mqat.quant.kv_cache import (
@@ -126,7 +126,7 @@ class CheckpointReader:
         self.description = read_description(path)
         try:
             check_files(path, self.description, crc=crc)
-            self.model = LlamaConfig.from_dict(self.description["model"])
+            self.model = DecoderConfig.from_dict(self.description["model"])
             quantization = self.description["quantization"] or {"layers": {}}
             schemes = {
                 name: scheme_from_dict(scheme) for name, scheme in quantization["layers"].items()
@@ -243,7 +243,9 @@ class CheckpointReader:
         return tensor
 
 
-def _scale_shapes(model: LlamaConfig, schemes: Mapping[str, Scheme]) -> dict[str, tuple[int, ...]]:
+def _scale_shapes(
+    model: DecoderConfig, schemes: Mapping[str, Scheme]
+) -> dict[str, tuple[int, ...]]:
     """Shape of everything that the quantizers of a quantized checkpoint have frozen."""
     shapes = {}
     for name, scheme in schemes.items():

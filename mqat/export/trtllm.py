@@ -13,14 +13,14 @@ from typing import Any
 
 from mqat import __version__
 from mqat.export import linears as content
-from mqat.models.family import FC1, QKV
-from mqat.models.llama import (
+from mqat.models.decoder import (
     FAMILIES,
     LINEARS,
     TRTLLM_LAYER,
     TRTLLM_LINEARS,
-    LlamaConfig,
+    DecoderConfig,
 )
+from mqat.models.family import FC1, QKV
 from mqat.parallel.layout import ROW_PARALLEL, linear_of
 from mqat.quant.granularity import PerGroup
 from mqat.quant.scheme import LinearScheme
@@ -184,7 +184,7 @@ def _check_algorithms(layers: Mapping[str, LinearScheme], allow_requantization: 
 
 
 def _by_stage(
-    model: LlamaConfig, layers: Mapping[str, LinearScheme], pp: int
+    model: DecoderConfig, layers: Mapping[str, LinearScheme], pp: int
 ) -> list[dict[str, LinearScheme | None]]:
     """For each stage: module name, local to it -> scheme."""
     per_stage = model.num_layers // pp
@@ -199,7 +199,7 @@ def _by_stage(
 
 
 def _modules(
-    model: LlamaConfig, layers: Mapping[str, LinearScheme], pp: int
+    model: DecoderConfig, layers: Mapping[str, LinearScheme], pp: int
 ) -> dict[str, LinearScheme | None]:
     """Module name -> scheme, valid for every stage.
 
@@ -216,14 +216,16 @@ def _modules(
     return stages[0]
 
 
-def excluded_modules(model: LlamaConfig, layers: Mapping[str, LinearScheme], pp: int) -> list[str]:
+def excluded_modules(
+    model: DecoderConfig, layers: Mapping[str, LinearScheme], pp: int
+) -> list[str]:
     """Exact module names of linears that a policy left unquantized, after the built-in list."""
     left = [name for name, scheme in _modules(model, layers, pp).items() if scheme is None]
     return [*_NEVER_QUANTIZED, *sorted(left)]
 
 
 def check_exportable(
-    model: LlamaConfig,
+    model: DecoderConfig,
     layers: Mapping[str, LinearScheme],
     *,
     tp: int,
@@ -262,7 +264,7 @@ def check_exportable(
 
 
 def _check_awq(
-    model: LlamaConfig, name: str, group_size: int, sizes: tuple[int, ...], tp: int
+    model: DecoderConfig, name: str, group_size: int, sizes: tuple[int, ...], tp: int
 ) -> None:
     """TensorRT-LLM's size rule for group-wise INT4 (quantization/layers.py pads otherwise)."""
     if group_size not in sizes:
@@ -289,7 +291,7 @@ def _check_awq(
             )
 
 
-def _check_blocks(model: LlamaConfig, name: str, block: int | None, tp: int) -> None:
+def _check_blocks(model: DecoderConfig, name: str, block: int | None, tp: int) -> None:
     """Blocks along the input dimension must not be cut, where ranks hold part of it."""
     linear = linear_of(name)
     width = model.linear_shape(linear)[1]
@@ -302,7 +304,11 @@ def _check_blocks(model: LlamaConfig, name: str, block: int | None, tp: int) -> 
 
 
 def quant_cfg_json(
-    model: LlamaConfig, layers: Mapping[str, LinearScheme], *, pp: int, kv_cache: str | None = None
+    model: DecoderConfig,
+    layers: Mapping[str, LinearScheme],
+    *,
+    pp: int,
+    kv_cache: str | None = None,
 ) -> dict[str, Any] | None:
     """The `quant_cfg.json` of a mixed model; None when `config.json` says it all."""
     if not is_mixed(layers):
@@ -318,7 +324,7 @@ def quant_cfg_json(
 
 
 def config_json(
-    model: LlamaConfig,
+    model: DecoderConfig,
     layers: Mapping[str, LinearScheme],
     *,
     tp: int,

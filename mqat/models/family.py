@@ -1,8 +1,9 @@
 """What tells one family of Llama-like decoders from another, as data.
 
 All of them normalize with RMSNorm, rotate half of each head's channels against the other half, and have
-a gated MLP; names of tensors are the same (`llama.py`). A further family is a further file like
-`qwen2.py`, and its name in `llama.FAMILIES`.
+a gated MLP; names of tensors are the same (`decoder.py`). A further family is a further file like
+`qwen2.py`, its name in `decoder.FAMILIES`, and, as a second opinion, in `verify/hf_layout.py`,
+`verify/layout.py`, `verify/roundtrip.py`.
 """
 
 from __future__ import annotations

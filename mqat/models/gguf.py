@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mqat.models.llama import (
+from mqat.models.decoder import (
     FAMILIES,
     HF_EMBEDDING,
     HF_FINAL_NORM,
     HF_LINEARS,
     HF_LM_HEAD,
     LINEARS,
-    LlamaConfig,
+    DecoderConfig,
     check_window,
 )
 
@@ -75,7 +75,7 @@ class GgufCheckpoint:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.config = self._read_config(reader)
 
-    def _read_config(self, reader: Any) -> LlamaConfig:
+    def _read_config(self, reader: Any) -> DecoderConfig:
         def value(key: str, default: Any = None) -> Any:
             field = reader.get_field(key)
             if field is None and default is None:
@@ -100,7 +100,7 @@ class GgufCheckpoint:
         check_window(int(value(f"{architecture}.attention.sliding_window", context)), context)
         heads = int(value(f"{architecture}.attention.head_count"))
         hidden = int(value(f"{architecture}.embedding_length"))
-        return LlamaConfig(
+        return DecoderConfig(
             # The tensor, not the metadata key: some converters leave the key out.
             vocab_size=int(self._tensors["token_embd.weight"].shape[1]),
             hidden_size=hidden,

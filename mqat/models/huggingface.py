@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mqat.models.llama import HF_LM_HEAD, LlamaConfig, hf_tensors
+from mqat.models.decoder import HF_LM_HEAD, DecoderConfig, hf_tensors
 
 
 class HuggingFaceCheckpoint:
@@ -26,7 +26,9 @@ class HuggingFaceCheckpoint:
         self.path = path
         self.tokenizer_source = path
         try:
-            self.config = LlamaConfig.from_hf(json.loads((path / "config.json").read_text("utf-8")))
+            self.config = DecoderConfig.from_hf(
+                json.loads((path / "config.json").read_text("utf-8"))
+            )
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(
                 f"{path / 'config.json'}: not a Hugging Face model config ({error!r})."

@@ -11,7 +11,7 @@ import zlib
 
 import torch
 
-from mqat.models.llama import LlamaConfig
+from mqat.models.decoder import DecoderConfig
 
 
 class RandomWeights:
@@ -27,7 +27,7 @@ class RandomWeights:
 
     tokenizer_source = None
 
-    def __init__(self, config: LlamaConfig, seed: int, std: float = 0.02) -> None:
+    def __init__(self, config: DecoderConfig, seed: int, std: float = 0.02) -> None:
         self.config = config
         self.seed = seed
         self.std = std

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.models.decoder import LINEARS, DecoderConfig
 from mqat.quant.granularity import PerBlock, PerGroup
 from mqat.quant.kv_cache import Scheme, linear_schemes
 
@@ -31,12 +31,12 @@ def linear_of(name: str) -> str:
     return name.split(".", 3)[3]
 
 
-def shard_count(model: LlamaConfig) -> int:
+def shard_count(model: DecoderConfig) -> int:
     """Largest tensor-parallel size that cuts every linear evenly; every valid size divides it."""
     return math.gcd(model.num_query_groups, model.num_attention_heads, model.intermediate_size)
 
 
-def local_pieces(model: LlamaConfig, linear: str, rank: int, tp: int) -> list[Piece]:
+def local_pieces(model: DecoderConfig, linear: str, rank: int, tp: int) -> list[Piece]:
     """Pieces whose rows, concatenated in this order, are the local weight of `linear`.
 
     `self_attention.linear_qkv` follows Megatron's order: per query group its query heads, its key
@@ -58,7 +58,7 @@ def local_pieces(model: LlamaConfig, linear: str, rank: int, tp: int) -> list[Pi
     return pieces
 
 
-def check_parallel_sizes(model: LlamaConfig, *, tp: int, pp: int, virtual_pp: int = 1) -> None:
+def check_parallel_sizes(model: DecoderConfig, *, tp: int, pp: int, virtual_pp: int = 1) -> None:
     """Refuses layouts that would not cut the model evenly.
 
     Raises:
@@ -83,7 +83,7 @@ def check_parallel_sizes(model: LlamaConfig, *, tp: int, pp: int, virtual_pp: in
 
 
 def check_group_sizes(
-    model: LlamaConfig, layers: Mapping[str, Scheme], *, tp: int, purpose: str
+    model: DecoderConfig, layers: Mapping[str, Scheme], *, tp: int, purpose: str
 ) -> None:
     """Refuses groups and squares that would cross a cut at tensor-parallel size `tp`.
 
@@ -125,7 +125,7 @@ def _check_columns(
 
 
 def _check_rows(
-    name: str, granularity: PerBlock, model: LlamaConfig, linear: str, tp: int, purpose: str
+    name: str, granularity: PerBlock, model: DecoderConfig, linear: str, tp: int, purpose: str
 ) -> None:
     """Squares may cross neither ranks nor fused parts, which are stored and served apart."""
     if linear in ROW_PARALLEL:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mqat.export.slices import CheckpointReader
-from mqat.models.llama import CORE_ATTENTION, LINEARS
+from mqat.models.decoder import CORE_ATTENTION, LINEARS
 from mqat.models.manifest import DESCRIPTION
 from mqat.quant.scheme import LinearScheme
 from mqat.verify import is_huggingface

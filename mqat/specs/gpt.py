@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from mqat.models.llama import CORE_ATTENTION, LlamaConfig
+from mqat.models.decoder import CORE_ATTENTION, DecoderConfig
 from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
@@ -89,7 +89,7 @@ def quantize_block_spec(
     spec: ModuleSpec,
     layers: Mapping[str, Scheme],
     *,
-    model: LlamaConfig,
+    model: DecoderConfig,
     transformer_config: Any,
     pp_rank: int,
     vp_stage: int | None = None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mqat.models.llama import CORE_ATTENTION, EMBEDDING, LINEARS, TABLES, LlamaConfig
+from mqat.models.decoder import CORE_ATTENTION, EMBEDDING, LINEARS, TABLES, DecoderConfig
 from mqat.quant.formats import FORMATS
 from mqat.quant.granularity import PerChannel, PerGroup, granularity_from_str
 from mqat.quant.kv_cache import Scheme, kv_cache_scheme
@@ -89,7 +89,7 @@ def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
         raise ValueError(f"config: {path}: {error}") from error
 
 
-def _check_table(name: str, scheme: LinearScheme, model: LlamaConfig) -> None:
+def _check_table(name: str, scheme: LinearScheme, model: DecoderConfig) -> None:
     """Refuses what a vocabulary table cannot do.
 
     Raises:
@@ -141,7 +141,7 @@ class Policy:
     kv_cache_scales: str = "shared"
     disabled: Sequence[str] = field(default=())
 
-    def resolve(self, model: LlamaConfig) -> dict[str, Scheme]:
+    def resolve(self, model: DecoderConfig) -> dict[str, Scheme]:
         """Global name -> scheme: linears in model order, tables, caches; what is unquantized is absent.
 
         Raises:

@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mqat.data.tokenizer import save_tokenizer
-from mqat.models.llama import LlamaConfig
+from mqat.models.decoder import DecoderConfig
 from mqat.models.manifest import (
     DESCRIPTION,
     FORMAT_VERSION,
@@ -160,7 +160,7 @@ def save_checkpoint(
     path: Path,
     chunks: Sequence[Any],
     *,
-    model: LlamaConfig,
+    model: DecoderConfig,
     layers: dict[str, Scheme],
     algorithm: str | None,
     tokenizer: Any | None = None,

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mqat.config import ModelConfig
-from mqat.models.llama import EMBEDDING, OUTPUT_LAYER, LlamaConfig
+from mqat.models.decoder import EMBEDDING, OUTPUT_LAYER, DecoderConfig
 from mqat.parallel.embedding import QuantVocabParallelEmbedding
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear
@@ -98,14 +98,14 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
         return loss
 
 
-def padded_vocab_size(model: LlamaConfig) -> int:
+def padded_vocab_size(model: DecoderConfig) -> int:
     """Rows of the embedding table: a multiple of every valid TP size, the same on all layouts."""
     multiple = shard_count(model)
     return -(-model.vocab_size // multiple) * multiple
 
 
 def transformer_config(
-    model: LlamaConfig,
+    model: DecoderConfig,
     settings: ModelConfig,
     dtype: torch.dtype,
     *,
@@ -167,7 +167,7 @@ def transformer_config(
 
 
 def build_model(
-    model: LlamaConfig,
+    model: DecoderConfig,
     settings: ModelConfig,
     layers: Mapping[str, Scheme],
     dtype: torch.dtype,

@@ -10,7 +10,7 @@ import torch
 
 from mqat.config import ModelConfig
 from mqat.data.tokenizer import load_tokenizer
-from mqat.models.llama import LlamaConfig
+from mqat.models.decoder import DecoderConfig
 from mqat.models.manifest import DESCRIPTION, read_description
 from mqat.models.source import open_pretrained
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
@@ -23,7 +23,7 @@ class OpenedModel:
     """Model chunks of this rank, in evaluation mode, with the tokenizer that belongs to them."""
 
     chunks: list[Any]
-    config: LlamaConfig
+    config: DecoderConfig
     tokenizer: Any
 
 
@@ -54,7 +54,10 @@ def open_model(
     is_checkpoint = (path / DESCRIPTION).exists()
     if is_checkpoint:
         description = read_description(path)
-        config, layers = LlamaConfig.from_dict(description["model"]), checkpoint_layers(description)
+        config, layers = (
+            DecoderConfig.from_dict(description["model"]),
+            checkpoint_layers(description),
+        )
         source = None
         tokenizer = load_tokenizer(path / "tokenizer")
     else:

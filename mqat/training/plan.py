@@ -16,7 +16,7 @@ from mqat.export import huggingface
 from mqat.export.kv_cache import check_exportable as check_cache_exportable
 from mqat.export.tables import check_exportable as check_tables_exportable
 from mqat.export.trtllm import check_exportable
-from mqat.models.llama import FAMILIES, LINEARS, LlamaConfig
+from mqat.models.decoder import FAMILIES, LINEARS, DecoderConfig
 from mqat.models.manifest import DESCRIPTION, read_description
 from mqat.models.random import RandomWeights
 from mqat.models.source import PretrainedSource, open_pretrained
@@ -46,7 +46,7 @@ class RunPlan:
     """
 
     config: RunConfig
-    model: LlamaConfig
+    model: DecoderConfig
     source: PretrainedSource | RandomWeights | Path
     layers: dict[str, Scheme]
     dtype: torch.dtype
@@ -69,7 +69,7 @@ def resolve_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" or native else torch.float32
 
 
-def _source(config: RunConfig) -> tuple[LlamaConfig, PretrainedSource | RandomWeights | Path]:
+def _source(config: RunConfig) -> tuple[DecoderConfig, PretrainedSource | RandomWeights | Path]:
     settings = config.model
     given = {
         "model.restore_from_path": settings.restore_from_path,
@@ -90,7 +90,7 @@ def _source(config: RunConfig) -> tuple[LlamaConfig, PretrainedSource | RandomWe
                 f"model.architecture: hidden_size={sizes.hidden_size} is not a multiple of "
                 f"num_attention_heads={sizes.num_attention_heads}; change one, or set head_dim."
             )
-        model = LlamaConfig(
+        model = DecoderConfig(
             vocab_size=sizes.vocab_size,
             hidden_size=sizes.hidden_size,
             intermediate_size=sizes.intermediate_size,
@@ -104,7 +104,7 @@ def _source(config: RunConfig) -> tuple[LlamaConfig, PretrainedSource | RandomWe
         return model, RandomWeights(model, config.trainer.seed)
     path = smollm2_gguf() if settings.packaged else Path(str(settings.restore_from_path))
     if (path / DESCRIPTION).exists():
-        return LlamaConfig.from_dict(read_description(path)["model"]), path
+        return DecoderConfig.from_dict(read_description(path)["model"]), path
     source = open_pretrained(path)
     return source.config, source
 
@@ -182,7 +182,7 @@ def _check_training(settings: QuantizationConfig, layers: Mapping[str, LinearSch
     check_bits(settings.bit_schedule, layers)
 
 
-def _check_decoder(config: RunConfig, model: LlamaConfig) -> None:
+def _check_decoder(config: RunConfig, model: DecoderConfig) -> None:
     family = FAMILIES[model.family]
     given = {
         "quantization.decoder_type": config.quantization.decoder_type,

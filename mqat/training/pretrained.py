@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from mqat.models.llama import (
+from mqat.models.decoder import (
     HF_EMBEDDING,
     HF_FINAL_NORM,
     HF_LAYER,
     HF_LM_HEAD,
-    LlamaConfig,
+    DecoderConfig,
     hf_parts,
 )
 from mqat.models.random import RandomWeights
@@ -35,7 +35,7 @@ def _vocab_rows(
 
 def _local_tensor(
     source: PretrainedSource | RandomWeights,
-    model: LlamaConfig,
+    model: DecoderConfig,
     name: str,
     parameter: torch.Tensor,
     layer: int,

@@ -17,12 +17,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from mqat.calibration.recipe import Recipe
 from mqat.config import ModelConfig
-from mqat.models.llama import LlamaConfig
+from mqat.models.decoder import DecoderConfig
 from mqat.models.random import RandomWeights
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
 
-MODEL = LlamaConfig(
+MODEL = DecoderConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,
     num_attention_heads=8, num_query_groups=4, head_dim=16, tie_word_embeddings=True,
 )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 
 from mqat.export import export_hf, export_trtllm
 from mqat.export.slices import CheckpointReader
-from mqat.models.llama import CORE_ATTENTION
+from mqat.models.decoder import CORE_ATTENTION
 from mqat.verify import verify_export
 from tests.distributed.test_layouts import run
 from tests.distributed.worker import MODEL, TOKENS

@@ -15,18 +15,18 @@ import torch
 import torch.distributed as dist
 
 from mqat.config import ModelConfig, OptimizerConfig
-from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.models.decoder import LINEARS, DecoderConfig
 from mqat.models.random import RandomWeights
 from mqat.quant.kv_cache import linear_schemes
 from mqat.runtime import groups
 from mqat.specs.policy import Policy, Rule
 
-MODEL = LlamaConfig(
+MODEL = DecoderConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=4,
     num_attention_heads=4, num_query_groups=2, head_dim=32, tie_word_embeddings=True,
 )  # fmt: skip
 # Of another family, with biases; fits tensor-parallel sizes 1, 2, 3 and 6.
-QWEN2 = LlamaConfig(
+QWEN2 = DecoderConfig(
     vocab_size=301, hidden_size=192, intermediate_size=384, num_layers=4,
     num_attention_heads=6, num_query_groups=6, head_dim=32, tie_word_embeddings=True,
     family="qwen2", biases=LINEARS[:1],

@@ -10,13 +10,13 @@ import torch
 from mqat.config import DataConfig
 from mqat.data.dataset import load_dataset, load_run_data
 from mqat.data.tokenizer import save_tokenizer
-from mqat.models.llama import LlamaConfig
+from mqat.models.decoder import DecoderConfig
 
 PAIR = {"input": "What is a class?", "output": "A template for objects."}
 
 
-def model(vocab_size: int) -> LlamaConfig:
-    return LlamaConfig(
+def model(vocab_size: int) -> DecoderConfig:
+    return DecoderConfig(
         vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_layers=2,
         num_attention_heads=4, num_query_groups=2, head_dim=16,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from mqat.models.llama import CORE_ATTENTION, LINEARS, LlamaConfig
+from mqat.models.decoder import CORE_ATTENTION, LINEARS, DecoderConfig
 from mqat.models.manifest import describe_files
 from mqat.quant.functional import compute_scale
 from mqat.quant.kv_cache import Scheme, kv_cache_scheme, kv_cache_schemes, linear_schemes
@@ -26,7 +26,7 @@ from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme, named_scheme
 
 # Legal for INT4 groups of 64 up to inference TP 4, where the two key/value heads are copied.
-TINY = LlamaConfig(
+TINY = DecoderConfig(
     vocab_size=301, hidden_size=256, intermediate_size=512, num_layers=4, num_attention_heads=4,
     num_query_groups=2, head_dim=64, max_position_embeddings=128, tie_word_embeddings=True,
 )  # fmt: skip
@@ -36,7 +36,7 @@ QWEN2 = replace(TINY, family="qwen2", biases=LINEARS[:1])
 EXPORTABLE = ("null", "int8", "int8_wo", "int4", "fp8", "fp8_pc_pt", "nvfp4")
 
 
-def all_layers(algorithm: str, model: LlamaConfig = TINY) -> dict[str, LinearScheme]:
+def all_layers(algorithm: str, model: DecoderConfig = TINY) -> dict[str, LinearScheme]:
     """Every linear quantized alike; empty for `null`."""
     # W4A8 kernels know groups of 128 only.
     scheme = named_scheme(algorithm, group_size=128 if algorithm == "w4a8_awq" else 64)
@@ -44,14 +44,14 @@ def all_layers(algorithm: str, model: LlamaConfig = TINY) -> dict[str, LinearSch
     return {} if scheme is None else dict.fromkeys(names, scheme)
 
 
-def all_caches(name: str, scales: str = "shared", model: LlamaConfig = TINY) -> dict[str, Scheme]:
+def all_caches(name: str, scales: str = "shared", model: DecoderConfig = TINY) -> dict[str, Scheme]:
     """Every layer's key/value cache quantized; to be merged into `all_layers`."""
     scheme = kv_cache_scheme(name, scales)
     return {f"decoder.layers.{i}.{CORE_ATTENTION}": scheme for i in range(model.num_layers)}
 
 
 def tensors_of(
-    model: LlamaConfig, layers: Mapping[str, Scheme], dtype: torch.dtype = torch.float32
+    model: DecoderConfig, layers: Mapping[str, Scheme], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Random weights and frozen scales; the weights moved on after calibration, as in training."""
     generator = torch.Generator().manual_seed(0)
@@ -134,7 +134,7 @@ def describe(path: Path, **changes: object) -> None:
 
 def write_checkpoint(
     path: Path,
-    model: LlamaConfig,
+    model: DecoderConfig,
     layers: Mapping[str, Scheme],
     *,
     dtype: torch.dtype = torch.float32,

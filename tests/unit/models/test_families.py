@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mqat.models.decoder import FAMILIES, LINEARS, DecoderConfig, hf_tensors
 from mqat.models.huggingface import HuggingFaceCheckpoint
-from mqat.models.llama import FAMILIES, LINEARS, LlamaConfig, hf_tensors
 from mqat.models.random import RandomWeights
 
 SIZES = {
@@ -35,10 +35,10 @@ QKV, PROJ, FC1, FC2 = LINEARS
 )
 def test_a_config_says_which_linears_have_biases(told, biases):
     """Windows as long as the longest sequence, or of layers that do not exist, change nothing."""
-    model = LlamaConfig.from_hf(SIZES | told)
+    model = DecoderConfig.from_hf(SIZES | told)
     assert model.biases == biases and model.family == told["model_type"]
-    assert LlamaConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
-    assert LlamaConfig.from_hf(model.to_hf("bfloat16")) == model
+    assert DecoderConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
+    assert DecoderConfig.from_hf(model.to_hf("bfloat16")) == model
     with_bias = {key for key in model.checkpoint_shapes() if key.endswith(".bias")}
     assert with_bias == {f"decoder.layers.{linear}.bias" for linear in biases}
 
@@ -56,11 +56,11 @@ def test_a_config_says_which_linears_have_biases(told, biases):
 )  # fmt: skip
 def test_what_would_be_computed_wrongly_is_refused(told, message):
     with pytest.raises(ValueError, match=message):
-        LlamaConfig.from_hf(SIZES | told)
+        DecoderConfig.from_hf(SIZES | told)
 
 
 def test_biases_that_no_config_could_express_are_refused():
-    model = LlamaConfig.from_hf(SIZES | {"model_type": "llama"})
+    model = DecoderConfig.from_hf(SIZES | {"model_type": "llama"})
     with pytest.raises(ValueError, match="a llama model has them on"):
         replace(model, biases=(QKV,))
     with pytest.raises(ValueError, match="a qwen2 model has them on"):
@@ -81,7 +81,7 @@ def tensors_of(model):
 def test_tensors_that_would_be_dropped_are_refused(tmp_path):
     """A model whose config.json forgets its biases would load, run, and be wrong."""
     told = SIZES | {"model_type": "llama"}
-    biased = LlamaConfig.from_hf(told | {"attention_bias": True})
+    biased = DecoderConfig.from_hf(told | {"attention_bias": True})
     save_file(tensors_of(biased), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(told))
     with pytest.raises(ValueError, match=r"k_proj.bias' and 7 more tensors have no place"):
@@ -141,7 +141,7 @@ def test_gguf_files_with_biases_are_read(told, tmp_path):
     pytest.importorskip("gguf", reason="pip install 'mqat[demo]' to read GGUF files")
     from mqat.models.gguf import GgufCheckpoint
 
-    model = LlamaConfig.from_hf(SIZES | told)
+    model = DecoderConfig.from_hf(SIZES | told)
     tensors = tensors_of(model)
     write_gguf(tmp_path / "model.gguf", model, tensors)
     source = GgufCheckpoint(tmp_path / "model.gguf")
@@ -161,7 +161,7 @@ def test_windows_of_gguf_files_that_sequences_outgrow_are_refused(window, is_rea
     pytest.importorskip("gguf", reason="pip install 'mqat[demo]' to read GGUF files")
     from mqat.models.gguf import GgufCheckpoint
 
-    model = LlamaConfig.from_hf(SIZES | {"model_type": "llama"})
+    model = DecoderConfig.from_hf(SIZES | {"model_type": "llama"})
     write_gguf(tmp_path / "model.gguf", model, tensors_of(model), window)
     if is_read:
         assert GgufCheckpoint(tmp_path / "model.gguf").config.num_layers == model.num_layers

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from mqat.models.llama import LlamaConfig
+from mqat.models.decoder import DecoderConfig
 from mqat.models.random import RandomWeights
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
 
-MODEL = LlamaConfig(
+MODEL = DecoderConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,
     num_attention_heads=4, num_query_groups=2, head_dim=32, tie_word_embeddings=True,
 )  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mqat.models.llama import LINEARS
+from mqat.models.decoder import LINEARS
 from mqat.models.random import RandomWeights
 from mqat.specs.policy import Policy
 from tests.unit.parallel.conftest import MODEL, microbatches

@@ -1,12 +1,12 @@
 import pytest
 
-from mqat.models.llama import LlamaConfig
+from mqat.models.decoder import DecoderConfig
 from mqat.parallel.layout import check_group_sizes
 from mqat.quant.formats import FP8_E4M3
 from mqat.quant.granularity import PerBlock
 from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
 
-MODEL = LlamaConfig(
+MODEL = DecoderConfig(
     vocab_size=301, hidden_size=256, intermediate_size=512, num_layers=1,
     num_attention_heads=4, num_query_groups=2, head_dim=64, tie_word_embeddings=True,
 )  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mqat.config import load_config
-from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.models.decoder import LINEARS, DecoderConfig
 from mqat.quant.formats import FORMATS, FP8_E4M3, INT4, INT8_FULL
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
 from mqat.quant.kv_cache import kv_cache_scheme, kv_cache_schemes, table_schemes
@@ -12,7 +12,7 @@ from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
 from mqat.specs.policy import Policy, Rule, tensor_scheme
 from mqat.training.plan import describe, make_plan
 
-MODEL = LlamaConfig(
+MODEL = DecoderConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,
     num_attention_heads=4, num_query_groups=2, head_dim=32, tie_word_embeddings=True,
 )  # fmt: skip

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mqat.export import export_hf, export_trtllm
-from mqat.models.llama import LINEARS, LlamaConfig
+from mqat.models.decoder import LINEARS, DecoderConfig
 from mqat.quant.scheme import named_scheme
 from mqat.verify import verify_export
 from tests.unit.export.checkpoints import all_caches, write_checkpoint
 from tests.unit.verify.test_matrix import FORMATS, REFUSED
 
 # As small as INT4 kernels allow with groups of 64 on two ranks.
-MODEL = LlamaConfig(
+MODEL = DecoderConfig(
     vocab_size=45, hidden_size=128, intermediate_size=256, num_layers=2, num_attention_heads=4,
     num_query_groups=2, head_dim=32, max_position_embeddings=64, biases=LINEARS,
 )  # fmt: skip
