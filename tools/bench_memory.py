@@ -29,7 +29,7 @@ from mqat.runtime import groups
 class _Packed:
     """A saved tensor; autograd drops it when it has been used."""
 
-    def __init__(self, tensor: torch.Tensor, saved: SavedBytes, kinds: tuple[str, ...]) -> None:
+    def __init__(self, tensor: torch.Tensor, saved: PeakSavedBytes, kinds: tuple[str, ...]) -> None:
         self.tensor, self.saved, self.kinds = tensor, saved, kinds
         saved.change(self, 1)
 
@@ -37,7 +37,7 @@ class _Packed:
         self.saved.change(self, -1)
 
 
-class SavedBytes:
+class PeakSavedBytes:
     """Unique storages that autograd holds, by whether a linear saved them.
 
     Attributes:
@@ -99,7 +99,7 @@ def measure(args: Any, name: str, algorithm: str) -> dict[str, Any]:
     start(args)
     system = build(args, name, algorithm)
     (chunk,) = system.chunks
-    saved = SavedBytes(chunk)
+    saved = PeakSavedBytes(chunk)
     linears = quantized_linears(chunk).values()
     data = batches(args)
     with quantized_step(chunk):
