@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)
+    parser.add_argument("--precision", choices=("bf16", "32"), default="32", help="to compute in")
     parser.add_argument("--lowered", action="store_true", help="run with low-precision weights")
     args = parser.parse_args()
     with command_line():
@@ -30,6 +31,7 @@ def main() -> None:
             args.checkpoint,
             tensor_parallel=args.tensor_parallel,
             pipeline_parallel=args.pipeline_parallel,
+            precision=args.precision,
             lowered=args.lowered,
         )
         if "" in args.prompt:

@@ -189,16 +189,19 @@ def _eval(args: argparse.Namespace) -> None:
         raise ValueError(f"--seq-length={args.seq_length} must be at least 1.")
     is_archive = args.model.suffix == ".qnemo"
     with unpacked(args.model) if is_archive else nullcontext(args.model) as model:
-        if is_export(model) and args.lowered:
-            raise ValueError(f"{args.model}: --lowered is for checkpoints; this is an export.")
+        if is_export(model) and (args.lowered or args.precision != "32"):
+            raise ValueError(
+                f"{args.model}: --lowered and --precision are for checkpoints; this is an export, "
+                "which is computed in float32."
+            )
         if args.compile and not args.lowered:
             raise ValueError("--compile goes with --lowered: other models compute as they train.")
         if is_export(model):
             loss, tokens = export_perplexity(model, args.text, seq_length=args.seq_length)
         else:
             loss, tokens = checkpoint_perplexity(
-                model, args.text, seq_length=args.seq_length, lowered=args.lowered,
-                compiled=args.compile,
+                model, args.text, seq_length=args.seq_length, precision=args.precision,
+                lowered=args.lowered, compiled=args.compile,
             )  # fmt: skip
     result = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     if args.json:
@@ -307,6 +310,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("model", type=Path)
     add.add_argument("--text", type=Path, required=True)
     add.add_argument("--seq-length", type=int, default=256, help=default)
+    add.add_argument(
+        "--precision", choices=("bf16", "32"), default="32", help=f"to compute in; {default}"
+    )
     add.add_argument("--lowered", action="store_true", help="run with low-precision weights")
     add.add_argument(
         "--compile", action="store_true", help="with --lowered: torch.compile, which takes a while"

@@ -34,14 +34,20 @@ def _summed_loss(scores: torch.Tensor, row: torch.Tensor) -> float:
 
 
 def checkpoint_perplexity(
-    path: Path, text: Path, *, seq_length: int, lowered: bool = False, compiled: bool = False
+    path: Path,
+    text: Path,
+    *,
+    seq_length: int,
+    precision: str = "32",
+    lowered: bool = False,
+    compiled: bool = False,
 ) -> tuple[float, int]:
     """Mean loss per token in nats, and the number of tokens; also reads HF directories and GGUF.
 
     Raises:
         ValueError: As `open_model` and `read_texts`.
     """
-    model = open_model(path, lowered=lowered, compiled=compiled)
+    model = open_model(path, precision=precision, lowered=lowered, compiled=compiled)
     _check_length(path, seq_length, model.config.max_position_embeddings)
     rows = _windows(text, model.tokenizer, seq_length).tokens.long()
     loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]).cpu(), row) for row in rows)

@@ -116,10 +116,13 @@ def test_export_verify_eval_and_inspect_commands(trained, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["top1_agreement"] > 0.9
     losses = []
-    for model in (checkpoint, out):
-        done = mqat("eval", model, "--text", text, "--seq-length", 64, "--json")
+    for arguments in ([checkpoint], [out], [checkpoint, "--precision", "bf16"]):
+        done = mqat("eval", *arguments, "--text", text, "--seq-length", 64, "--json")
         losses.append(json.loads(done.stdout)["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # the export is bf16
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-2)  # the export is bf16
+    assert losses[2] != losses[0]
+    done = mqat("eval", out, "--text", text, "--precision", "bf16")
+    assert done.returncode == 2 and "this is an export" in done.stderr
     assert "unquantized" in mqat("inspect", checkpoint).stdout
     done = mqat("report", checkpoint, "--text", text, "--out", tmp_path / "q", "--seq-length", 64)
     assert "error: quality report: nothing of this model is quantized" in done.stderr
