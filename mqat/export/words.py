@@ -34,8 +34,11 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     padding = -codes.shape[1] % (32 // bits)
     if padding:
         codes = F.pad(codes, (0, padding), value=-half)  # zeros, once half is added
-    codes = codes.contiguous()
+    rows, cols = codes.shape
+    flat = codes.reshape(-1)
     if bits == 8:  # flipping the highest bit adds 128
-        return (codes.view(torch.uint8) ^ 0x80).view(torch.int32)
-    pairs = (codes + half).view(torch.int16)  # even columns in the low bytes: no slow strides
-    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8).view(torch.int32)
+        packed = flat.view(torch.uint8) ^ 0x80
+    else:
+        pairs = (flat + half).view(torch.int16)  # even columns in the low bytes: no slow strides
+        packed = (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
+    return packed.view(torch.int32).view(rows, cols * bits // 32)

@@ -36,10 +36,12 @@ QWEN2 = replace(TINY, family="qwen2", biases=LINEARS[:1])
 EXPORTABLE = ("null", "int8", "int8_wo", "int4", "fp8", "fp8_pc_pt", "nvfp4")
 
 
-def all_layers(algorithm: str, model: DecoderConfig = TINY) -> dict[str, LinearScheme]:
+def all_layers(
+    algorithm: str, model: DecoderConfig = TINY, group_size: int = 64
+) -> dict[str, LinearScheme]:
     """Every linear quantized alike; empty for `null`."""
     # W4A8 kernels know groups of 128 only.
-    scheme = named_scheme(algorithm, group_size=128 if algorithm == "w4a8_awq" else 64)
+    scheme = named_scheme(algorithm, group_size=128 if algorithm == "w4a8_awq" else group_size)
     names = [f"decoder.layers.{i}.{linear}" for i in range(model.num_layers) for linear in LINEARS]
     return {} if scheme is None else dict.fromkeys(names, scheme)
 

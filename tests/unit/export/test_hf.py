@@ -218,11 +218,14 @@ def scheme_of(directory):
 
 
 @pytest.mark.parametrize("algorithm", ["w_uint4_asym", "int8_pc_pt", "nvfp4"])
-def test_zero_points_and_levels_unpack_with_the_packages_own_reader(algorithm, tmp_path):
+@pytest.mark.parametrize("group_size", [64, UNTIED.hidden_size])  # also one group a row
+def test_zero_points_and_levels_unpack_with_the_packages_own_reader(
+    algorithm, group_size, tmp_path
+):
     pytest.importorskip("compressed_tensors", reason="optional: pip install 'mqat[hf]'")
     from compressed_tensors.compressors import BaseCompressor
 
-    layers = all_layers(algorithm, UNTIED)
+    layers = all_layers(algorithm, UNTIED, group_size=group_size)
     export(write_checkpoint(tmp_path / "c", UNTIED, layers), tmp_path / "out")
     form = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"][
         "format"
