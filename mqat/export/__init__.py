@@ -18,7 +18,7 @@ from mqat.export.reshard import InferenceRank
 from mqat.export.slices import CheckpointReader
 from mqat.export.stream import TensorPlan
 from mqat.export.writer import AtomicDirectory
-from mqat.models.manifest import checking_contents
+from mqat.models.manifest import checking_data
 
 __all__ = ["Agree", "export_hf", "export_trtllm"]
 
@@ -167,7 +167,7 @@ def _export(
     with _together(agree):
         if dtype not in trtllm.DTYPES:
             raise ValueError(f"export.dtype={dtype!r}: must be one of {', '.join(trtllm.DTYPES)}.")
-        reader = CheckpointReader(checkpoint, crc=False)
+        reader = CheckpointReader(checkpoint, crc="index" if rank == 0 else "none")
         tables.check_exportable(reader.tables)
         planned = contents(reader)
         directory = AtomicDirectory(out, overwrite=overwrite, as_tar=as_tar)
@@ -177,7 +177,7 @@ def _export(
         with _together(agree):
             if rank == 0:
                 directory.create()
-        checking = checking_contents(checkpoint, reader.description) if rank == 0 else nullcontext()
+        checking = checking_data(checkpoint, reader.description) if rank == 0 else nullcontext()
         with _together(agree), checking:
             for name in list(planned.weights)[rank::world_size]:
                 directory.write_tensors(name, planned.weights[name]())

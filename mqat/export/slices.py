@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mqat.export.records import MappedFile
 from mqat.models.decoder import TABLES, DecoderConfig
-from mqat.models.manifest import DESCRIPTION, check_files, read_description
+from mqat.models.manifest import DESCRIPTION, Checksums, check_files, read_description
 from mqat.parallel.layout import linear_of
 from mqat.quant.kv_cache import (
     Scheme,
@@ -115,13 +115,13 @@ class CheckpointReader:
 
     Args:
         path: Checkpoint directory.
-        crc: Also compare every file's checksum, not only its size.
+        crc: Files whose checksums are compared too, as for `check_files`.
 
     Raises:
         ValueError: Incomplete, damaged, or not a checkpoint; names the file.
     """
 
-    def __init__(self, path: Path, *, crc: bool = True) -> None:
+    def __init__(self, path: Path, *, crc: Checksums = "all") -> None:
         self.path = path
         self.description = read_description(path)
         try:

@@ -2,7 +2,7 @@
 
 `mqat.json` is written last, inside a directory that is renamed into place afterwards, and lists
 every file with its size and CRC-32: a checkpoint without it was never finished, and a truncated or
-damaged file is found before a single tensor is used.
+damaged file is found before a tensor is used or, by an export, before its directory appears.
 """
 
 from __future__ import annotations
@@ -10,20 +10,25 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, Literal
 
+Checksums = Literal["all", "index", "data", "none"]
+_DATA_SUFFIX = ".distcp"  # of Megatron's files with tensors
 DESCRIPTION = "mqat.json"
 FORMAT_VERSION = 1
 
 
-def file_crc32(path: Path) -> str:
-    """CRC-32 of a file's bytes, as eight hexadecimal digits."""
+def file_crc32(path: Path, stop: Event | None = None) -> str:
+    """CRC-32 of a file's bytes, as eight hexadecimal digits; CancelledError once `stop` is set."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
+            if stop is not None and stop.is_set():
+                raise CancelledError(f"{path}: not read to its end")
             crc = zlib.crc32(block, crc)
     return f"{crc:08x}"
 
@@ -63,22 +68,45 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
     return description
 
 
-def check_files(checkpoint: Path, description: Mapping[str, Any], *, crc: bool = True) -> None:
-    """Compares every listed file with its recorded size, and with its CRC-32 unless `crc` is off.
+def check_files(
+    checkpoint: Path,
+    description: Mapping[str, Any],
+    *,
+    crc: Checksums = "all",
+    stop: Event | None = None,
+) -> None:
+    """Compares every listed file with its recorded size, and some with their CRC-32.
+
+    Args:
+        checkpoint: Its directory.
+        description: Parsed `mqat.json`.
+        crc: Which files are read for it: `data` are those with tensors, `index` all others.
+        stop: Makes the reading end soon, once it is set.
 
     Raises:
         ValueError: Names the first file that is missing, truncated or damaged.
+        CancelledError: `stop` was set.
     """
-    for name, expected in description["files"].items():
+    try:
+        expected = {
+            str(name): (entry["bytes"], entry["crc32"])
+            for name, entry in description["files"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{checkpoint / DESCRIPTION}: damaged ({error!r}); use another checkpoint."
+        ) from error
+    for name, (expected_size, expected_crc) in expected.items():
         file = checkpoint / name
         size = file.stat().st_size if file.is_file() else None
-        if size != expected["bytes"]:
+        if size != expected_size:
             found = "missing" if size is None else f"{size} bytes"
             raise ValueError(
-                f"{file}: {found}, expected {expected['bytes']} bytes. The checkpoint is incomplete; "
+                f"{file}: {found}, expected {expected_size} bytes. The checkpoint is incomplete; "
                 "copy it again or use an earlier one."
             )
-        if crc and file_crc32(file) != expected["crc32"]:
+        kind = "data" if name.endswith(_DATA_SUFFIX) else "index"
+        if crc in ("all", kind) and file_crc32(file, stop) != expected_crc:
             raise ValueError(
                 f"{file}: contents do not match the checksum in {DESCRIPTION}. The checkpoint is "
                 "damaged; copy it again or use an earlier one."
@@ -86,15 +114,24 @@ def check_files(checkpoint: Path, description: Mapping[str, Any], *, crc: bool =
 
 
 @contextmanager
-def checking_contents(checkpoint: Path, description: Mapping[str, Any]) -> Iterator[None]:
-    """Compares checksums in a thread while the body reads the files.
+def checking_data(checkpoint: Path, description: Mapping[str, Any]) -> Iterator[None]:
+    """Compares checksums of the files with tensors in a thread while the body reads these.
+
+    Waits for the comparison at the end, also where the body failed: damage explains more than what it
+    led to. An interrupt does not wait.
 
     Raises:
-        ValueError: As `check_files`, at the end, also where the body failed: damage explains more.
+        ValueError: As `check_files`.
     """
+    stop = Event()
     with ThreadPoolExecutor(1) as pool:
-        check = pool.submit(check_files, checkpoint, description)
+        check = pool.submit(check_files, checkpoint, description, crc="data", stop=stop)
         try:
             yield
-        finally:
+        except Exception:
             check.result()
+            raise
+        except BaseException:
+            stop.set()
+            raise
+        check.result()

@@ -99,8 +99,8 @@ def test_ranks_in_parallel_write_the_same_bytes_as_one_process(size, tiny, tmp_p
     assert contents(tmp_path / "together") == alone
 
 
-def damage(checkpoint):
-    file = next(iter(checkpoint.glob("*.distcp")))
+def damage(checkpoint, pattern="*.distcp"):
+    file = next(iter(checkpoint.glob(pattern)))
     file.write_bytes(file.read_bytes()[:-1] + b"!")  # only rank 0 compares checksums
 
 
@@ -112,6 +112,8 @@ def occupy(out):
     ("setup", "message"),
     [
         (lambda checkpoint, out: damage(checkpoint), "do not match the checksum"),
+        (lambda checkpoint, out: damage(checkpoint, ".metadata"), "do not match the checksum"),
+        (lambda checkpoint, out: damage(checkpoint, "tokenizer/*"), "do not match the checksum"),
         (lambda checkpoint, out: occupy(out), "exists already"),
         (lambda checkpoint, out: out.parent.joinpath(".out.tmp").write_text(""), "writing failed"),
     ],

@@ -1,5 +1,6 @@
 """`.qnemo`: what NeMo looks for, as a directory and as one file."""
 
+import gzip
 import json
 import shutil
 import tarfile
@@ -71,9 +72,10 @@ def test_a_damaged_archive_is_found(huggingface, tmp_path):
     data[len(data) // 2] ^= 1
     out.write_bytes(data)
     assert not verify_export(out, reference=huggingface).ok
-    out.write_bytes(b"not a tar")
-    with pytest.raises(ValueError, match=r"model\.qnemo: not a \.qnemo archive"):
-        verify_export(out)
+    for content in (b"not a tar", gzip.compress(b"cut off")[:20]):
+        out.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.qnemo: not a \.qnemo archive"):
+            verify_export(out)
 
 
 def test_files_of_others_are_not_replaced_and_a_tokenizer_is_needed(huggingface, tiny, tmp_path):

@@ -111,7 +111,7 @@ def test_a_missing_truncated_or_changed_file_is_named(damaged):
 def test_a_damaged_record_is_an_error_even_without_the_checksum(damaged):
     file = data_file(damaged)
     file.write_bytes(bytes(file.stat().st_size))
-    reader = CheckpointReader(damaged, crc=False)
+    reader = CheckpointReader(damaged, crc="none")
     with pytest.raises(ValueError, match=rf"{file.name}: record of .* cannot be read"):
         reader.read(FC1)
 
