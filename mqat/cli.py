@@ -303,7 +303,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("directory", type=Path)
     add.add_argument("--reference", type=Path, help="the checkpoint it was exported from")
     add.add_argument("--text", type=Path, help="UTF-8 text to run through both")
-    add.add_argument("--tokens", type=int, default=128, help=f"of the text; {default}")
+    add.add_argument(
+        "--tokens", type=int, default=128, help=f"tokens of the text to use; {default}"
+    )
     add.add_argument("--json", action="store_true")
 
     add = command("eval", _eval, "token perplexity of a checkpoint or an exported directory")

@@ -354,7 +354,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         try:
             layers.append(OmegaConf.load(path))
         except OSError as error:
-            raise ValueError(f"config file {path}: {error.strerror}.") from error
+            raise ValueError(f"config file {path}: {error.strerror or error}.") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"config file {path}: {error}.") from error
         except Exception as error:  # the YAML library's own error types

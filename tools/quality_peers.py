@@ -110,8 +110,8 @@ def measure(model: Any, algorithm: str, calibration: Steps, evaluation: Steps) -
         row["ppl"] = perplexity(model, evaluation)
         row["evaluation_seconds"] = round(time.perf_counter() - evaluated, 2)
     except (RuntimeError, NotImplementedError, AssertionError, ImportError, TypeError) as error:
-        lines = str(error).strip().splitlines()
-        return row | {"ppl": None, "error": f"{type(error).__name__}: {lines[0][:200]}"}
+        reason = next(iter(str(error).strip().splitlines()), "")[:200]
+        return row | {"ppl": None, "error": f"{type(error).__name__}: {reason}"}
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     return row
 

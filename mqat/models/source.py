@@ -25,10 +25,7 @@ def open_pretrained(path: Path) -> PretrainedSource:
         if len(files) == 1:
             return GgufCheckpoint(files[0])
     if not path.exists():
-        raise ValueError(
-            f"{path}: no such file or directory. (conf/ptq_tiny.yaml continues from what "
-            "examples/gpt_sft.py writes.)"
-        )
+        raise ValueError(f"{path}: no such file or directory.")
     raise ValueError(
         f"{path}: no pretrained model found. Expected an mqat checkpoint, a Hugging Face directory "
         "(config.json and *.safetensors), or one .gguf file."

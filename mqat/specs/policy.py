@@ -122,7 +122,7 @@ class Policy:
     """Default algorithm for every linear of the decoder; the first matching rule overrides it.
 
     The embedding and the output layer are quantized only by a rule whose pattern is exactly their name
-    (`models.llama.TABLES`): no wildcard reaches them.
+    (`models.decoder.TABLES`): no wildcard reaches them.
 
     Attributes:
         algorithm: Of linears without a rule.

@@ -31,7 +31,7 @@ _MEGATRON_ROPE = {
 }
 
 
-class LlamaModel(GPTModel):  # type: ignore[misc]
+class DecoderModel(GPTModel):  # type: ignore[misc]
     """`GPTModel` that keeps vocabulary padding out of the softmax.
 
     The table is padded so that any valid TP size cuts it evenly; without the mask, padded rows would
@@ -111,7 +111,7 @@ def transformer_config(
     *,
     spec_has_activation: bool = True,
 ) -> TransformerConfig:
-    """Megatron's configuration for a Llama decoder.
+    """Megatron's configuration for a decoder.
 
     `spec_has_activation`: the layer spec says what computes SwiGLU, not Megatron's MLP.
 
@@ -173,7 +173,7 @@ def build_model(
     dtype: torch.dtype,
     *,
     layer_spec: ModuleSpec | None = None,
-) -> list[LlamaModel]:
+) -> list[DecoderModel]:
     """This rank's pipeline chunks, with uninitialized weights and quantizers not yet calibrated.
 
     Args:
@@ -198,7 +198,7 @@ def build_model(
             vp_stage=vp_stage,
         )
         stage = {"ignore_virtual": False, "vp_stage": vp_stage}
-        chunk = LlamaModel(
+        chunk = DecoderModel(
             config,
             block_spec,
             vocab_size=padded_vocab_size(model),

@@ -105,6 +105,11 @@ def _source(config: RunConfig) -> tuple[DecoderConfig, PretrainedSource | Random
     path = smollm2_gguf() if settings.packaged else Path(str(settings.restore_from_path))
     if (path / DESCRIPTION).exists():
         return DecoderConfig.from_dict(read_description(path)["model"]), path
+    if not path.exists():
+        raise ValueError(
+            f"model.restore_from_path={path}: no such file or directory. (conf/ptq_tiny.yaml continues "
+            "from what examples/gpt_sft.py writes.)"
+        )
     source = open_pretrained(path)
     return source.config, source
 

@@ -18,7 +18,7 @@ from mqat.models.random import RandomWeights
 from mqat.models.source import PretrainedSource
 from mqat.parallel.layout import local_pieces
 from mqat.parallel.learned_scales import scale_rule
-from mqat.training.model import LlamaModel
+from mqat.training.model import DecoderModel
 
 
 def _vocab_rows(
@@ -63,7 +63,7 @@ def _local_tensor(
 
 @torch.no_grad()
 def load_pretrained_(
-    chunks: Sequence[LlamaModel], source: PretrainedSource | RandomWeights
+    chunks: Sequence[DecoderModel], source: PretrainedSource | RandomWeights
 ) -> None:
     """Copies weights into every parameter of `chunks` but scales, in the parameters' dtype.
 

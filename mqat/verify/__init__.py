@@ -237,8 +237,8 @@ def unpacked(export: Path) -> Iterator[Path]:
         try:
             with tarfile.open(export) as archive:
                 _extract(archive, Path(temporary))
-        except (tarfile.TarError, OSError) as error:
-            reason = str(error).splitlines()[0].rstrip(":")
+        except (tarfile.TarError, OSError, EOFError) as error:
+            reason = next(iter(str(error).splitlines()), repr(error)).rstrip(":")
             raise ValueError(f"{export}: not a .qnemo archive ({reason}).") from error
         yield Path(temporary)
 

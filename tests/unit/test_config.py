@@ -30,6 +30,21 @@ def test_a_bad_key_or_value_is_one_clear_error(override, message):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "run.yaml: No such file"),
+        ("3", "run.yaml: .*int"),
+        ("a: [", "run.yaml: not valid YAML"),
+    ],
+)
+def test_a_bad_config_file_is_one_clear_error(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ValueError, match=f"config file .*{message}"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
     ("overrides", "world_size", "message"),
     [
         ([], 3, "world size 3 is not a multiple"),

@@ -70,6 +70,8 @@ def test_what_cannot_be_read_is_an_error_that_says_why(tiny, tmp_path):
         list(rows(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"config\.json: unreadable"):
         list(rows(tmp_path))
+    with pytest.raises(ValueError, match="nowhere: no such file or directory"):
+        list(rows(tmp_path / "nowhere"))
     export_trtllm(tiny("int8"), tmp_path / "ranks", tensor_parallel=1)
     config = json.loads((tmp_path / "ranks" / "config.json").read_text())
     (tmp_path / "ranks" / "config.json").write_text(json.dumps(config | {"hidden_size": 0}))
