@@ -62,6 +62,8 @@ def reference(trained, name: str) -> tuple[Path, dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradients_of_scales_are_those_of_one_process(trained, name):
+    losses = [run[1]["losses"][0] for run in (reference(trained, name), trained[name])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6), "a code flipped: try another seed"
     expected, found = gradients(reference(trained, name)[0]), gradients(trained[name][0])
     assert found.keys() == expected.keys() and len(found) == 16  # 2 layers x 4 linears x 2 operands
     for key, gradient in expected.items():
