@@ -82,8 +82,11 @@ def perplexity(model: Any, steps: Steps) -> float:
     return math.exp(loss / count)
 
 
-def quantize_(model: Any, algorithm: str, steps: Steps) -> tuple[Any, int]:
-    """The model after modelopt's calibration, and how many of its quantizers are switched on."""
+def quantize_(model: Any, algorithm: str, steps: Steps, stretch: float = 1.0) -> tuple[Any, int]:
+    """The model after modelopt's calibration, and how many of its quantizers are switched on.
+
+    `stretch` multiplies the largest weight afterwards: another grid, as good for a float format.
+    """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.nn import TensorQuantizer
 
@@ -93,18 +96,24 @@ def quantize_(model: Any, algorithm: str, steps: Steps) -> tuple[Any, int]:
             model(microbatch["tokens"], use_cache=False)
 
     model = mtq.quantize(model, getattr(mtq, CONFIGS[algorithm]), forward_loop)
+    for linear in model.modules():
+        quantizer = getattr(linear, "weight_quantizer", None)
+        if stretch != 1 and quantizer is not None and quantizer.is_enabled:
+            quantizer.amax = quantizer.amax * stretch
     quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer)]
     return model, sum(quantizer.is_enabled for quantizer in quantizers)
 
 
-def measure(model: Any, algorithm: str, calibration: Steps, evaluation: Steps) -> dict[str, Any]:
+def measure(
+    model: Any, algorithm: str, calibration: Steps, evaluation: Steps, stretch: float = 1.0
+) -> dict[str, Any]:
     """One line of the table; what cannot run here says why."""
     row: dict[str, Any] = {}
     started = time.perf_counter()
     try:
         if algorithm != "null":
             row["config"] = CONFIGS[algorithm]
-            model, row["quantizers"] = quantize_(model, algorithm, calibration)
+            model, row["quantizers"] = quantize_(model, algorithm, calibration, stretch)
             row["calibration_seconds"] = round(time.perf_counter() - started, 2)
         evaluated = time.perf_counter()
         row["ppl"] = perplexity(model, evaluation)
@@ -127,6 +136,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--stretch", type=float, default=1.0, help="factor of weights' amax")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -143,7 +153,7 @@ def main() -> None:
         if algorithm in results:
             continue
         model = load_model(path, getattr(torch, args.dtype))
-        results[algorithm] = measure(model, algorithm, calibration, evaluation)
+        results[algorithm] = measure(model, algorithm, calibration, evaluation, args.stretch)
         args.out.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
         print(algorithm, json.dumps(results[algorithm]), flush=True)
 
