@@ -145,8 +145,8 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 def _verified(directory: Path, args: argparse.Namespace) -> Report:
-    import torch
 
+    from mqat.data.sample import NUM_TOKENS, sample_tokens
     from mqat.export.slices import CheckpointReader
     from mqat.verify import verify_export
 
@@ -155,8 +155,11 @@ def _verified(directory: Path, args: argparse.Namespace) -> Report:
     if args.text is not None:
         tokens = _token_window(args.text, directory, args.tokens)
     elif config:
-        # No text given: a fixed spread of token ids still exercises every tensor.
-        tokens = torch.arange(256).view(4, 64) * 7919 % config.get("vocab_size", 2)
+        tokens = sample_tokens(
+            directory,
+            vocab_size=config.get("vocab_size", 2),
+            longest=config.get("max_position_embeddings", NUM_TOKENS),
+        )
     if args.reference is not None and tokens is not None:
         from mqat.runtime import groups
         from mqat.training.opened import open_model
@@ -302,7 +305,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add.add_argument("directory", type=Path)
     add.add_argument("--reference", type=Path, help="the checkpoint it was exported from")
-    add.add_argument("--text", type=Path, help="UTF-8 text to run through both")
+    add.add_argument(
+        "--text", type=Path, help="UTF-8 text to run through both (default: one of its own)"
+    )
     add.add_argument(
         "--tokens", type=int, default=128, help=f"tokens of the text to use; {default}"
     )
@@ -313,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--text", type=Path, required=True)
     add.add_argument("--seq-length", type=int, default=256, help=default)
     add.add_argument(
-        "--precision", choices=("bf16", "32"), default="32", help=f"to compute in; {default}"
+        "--precision", choices=("bf16", "32"), default="32", help=f"of a checkpoint; {default}"
     )
     add.add_argument("--lowered", action="store_true", help="run with low-precision weights")
     add.add_argument(

@@ -92,7 +92,7 @@ def pack_text(
     if count <= 0:
         raise ValueError(
             f"{len(documents)} documents have {len(ids)} tokens, fewer than one sequence of "
-            f"{seq_length} + 1; add text or shorten the sequences (seq_length)."
+            f"{seq_length} + 1; add text or shorten the sequences (--seq-length, model.data.seq_length)."
         )
     used = count * seq_length + 1
     flat = torch.tensor(ids[:used], dtype=torch.int32)

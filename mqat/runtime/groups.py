@@ -182,7 +182,8 @@ def command_line() -> Iterator[None]:
     """Around a script's main function: quiet dependencies, and errors as people want them.
 
     A ValueError (which every rank raises alike, see `agree`) becomes one line from the first rank that
-    gets here and exit status 2 on all ranks: torchrun ends the others as soon as one has exited.
+    gets here and exit status 2 on all ranks: torchrun ends the others as soon as one has exited. Ctrl-C
+    becomes a word and status 130.
     Warnings that users cannot act on are hidden: Megatron uses what newer torch calls deprecated, and
     reports the absence of optional packages.
     """
@@ -194,4 +195,7 @@ def command_line() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave()
         sys.exit(2)
+    except KeyboardInterrupt:  # other ranks may be in the middle of a collective: nothing to leave
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     _leave()
