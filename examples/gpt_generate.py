@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--lowered", action="store_true", help="run with low-precision weights")
     args = parser.parse_args()
     with command_line():
-        from mqat.training.opened import open_model
-        from mqat.training.step import generate_greedy
+        from mqat.checkpoints.load_model import open_model
+        from mqat.evaluation.generation import generate_greedy
 
         model = open_model(
             args.checkpoint,

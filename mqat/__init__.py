@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mqat.calibration.prepare import prepare_ as prepare_
+    from mqat.calibration.calibrate import calibrate as calibrate
     from mqat.calibration.recipe import Recipe as Recipe
-    from mqat.calibration.statistics import calibrate as calibrate
+    from mqat.calibration.weight_recipe import prepare_ as prepare_
+    from mqat.checkpoints.dist_checkpoint import load_checkpoint as load_checkpoint
+    from mqat.checkpoints.dist_checkpoint import save_checkpoint as save_checkpoint
     from mqat.config import load_config as load_config
-    from mqat.export import export_hf as export_hf
-    from mqat.export import export_trtllm as export_trtllm
-    from mqat.parallel.lowering import lower_ as lower_
+    from mqat.export.export import export_hf as export_hf
+    from mqat.export.export import export_trtllm as export_trtllm
+    from mqat.parallel.pack_weights import lower_ as lower_
     from mqat.parallel.quantized_step import quantized_step as quantized_step
     from mqat.quant.scheme import named_scheme as named_scheme
     from mqat.runtime.groups import finalize as finalize
@@ -26,30 +28,28 @@ if TYPE_CHECKING:
     from mqat.specs.gpt import quantize_block_spec as quantize_block_spec
     from mqat.specs.gpt import quantize_layer_spec as quantize_layer_spec
     from mqat.specs.policy import Policy as Policy
-    from mqat.training.checkpoint import load_checkpoint as load_checkpoint
-    from mqat.training.checkpoint import save_checkpoint as save_checkpoint
-    from mqat.verify import verify_export as verify_export
-    from mqat.verify import verify_trtllm as verify_trtllm
+    from mqat.verify.verify import verify_export as verify_export
+    from mqat.verify.verify import verify_trtllm as verify_trtllm
 
 _HOME = {
     "Policy": "mqat.specs.policy",
     "Recipe": "mqat.calibration.recipe",
-    "calibrate": "mqat.calibration.statistics",
-    "export_hf": "mqat.export",
-    "export_trtllm": "mqat.export",
+    "calibrate": "mqat.calibration.calibrate",
+    "export_hf": "mqat.export.export",
+    "export_trtllm": "mqat.export.export",
     "finalize": "mqat.runtime.groups",
     "initialize": "mqat.runtime.groups",
-    "load_checkpoint": "mqat.training.checkpoint",
+    "load_checkpoint": "mqat.checkpoints.dist_checkpoint",
     "load_config": "mqat.config",
-    "lower_": "mqat.parallel.lowering",
+    "lower_": "mqat.parallel.pack_weights",
     "named_scheme": "mqat.quant.scheme",
-    "prepare_": "mqat.calibration.prepare",
+    "prepare_": "mqat.calibration.weight_recipe",
     "quantize_block_spec": "mqat.specs.gpt",
     "quantize_layer_spec": "mqat.specs.gpt",
     "quantized_step": "mqat.parallel.quantized_step",
-    "save_checkpoint": "mqat.training.checkpoint",
-    "verify_export": "mqat.verify",
-    "verify_trtllm": "mqat.verify",
+    "save_checkpoint": "mqat.checkpoints.dist_checkpoint",
+    "verify_export": "mqat.verify.verify",
+    "verify_trtllm": "mqat.verify.verify",
 }
 __all__ = sorted(_HOME)
 

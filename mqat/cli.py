@@ -21,7 +21,7 @@ from mqat.runtime.groups import command_line
 if TYPE_CHECKING:
     import torch
 
-    from mqat.verify import Report
+    from mqat.verify.verify import Report
 
 
 def recipe_config(default: Path, description: str | None = None) -> RunConfig:
@@ -38,9 +38,9 @@ def recipe_config(default: Path, description: str | None = None) -> RunConfig:
 
 
 def _import(args: argparse.Namespace) -> None:
+    from mqat.checkpoints.dist_checkpoint import save_checkpoint
+    from mqat.checkpoints.load_model import open_model
     from mqat.runtime import groups
-    from mqat.training.checkpoint import save_checkpoint
-    from mqat.training.opened import open_model
 
     if args.out.exists():
         raise ValueError(f"{args.out} exists already; choose another path, or delete it first.")
@@ -64,7 +64,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from mqat.export import export_hf, export_trtllm
+    from mqat.export.export import export_hf, export_trtllm
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     together: dict[str, Any] = {"rank": rank, "world_size": world_size}
@@ -118,7 +118,7 @@ def _token_window(text: Path, tokenizer_dir: Path, length: int) -> torch.Tensor:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from mqat.verify import unpacked
+    from mqat.verify.verify import unpacked
 
     with unpacked(args.directory) as directory:
         report = _verified(directory, args)
@@ -146,9 +146,9 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 def _verified(directory: Path, args: argparse.Namespace) -> Report:
 
+    from mqat.checkpoints.reader import CheckpointReader
     from mqat.data.sample import NUM_TOKENS, sample_tokens
-    from mqat.export.slices import CheckpointReader
-    from mqat.verify import verify_export
+    from mqat.verify.verify import verify_export
 
     tokens = expected = None
     config = _json_object(directory / "config.json")
@@ -161,9 +161,9 @@ def _verified(directory: Path, args: argparse.Namespace) -> Report:
             longest=config.get("max_position_embeddings", NUM_TOKENS),
         )
     if args.reference is not None and tokens is not None:
+        from mqat.checkpoints.load_model import open_model
+        from mqat.evaluation.forward import served_logits
         from mqat.runtime import groups
-        from mqat.training.opened import open_model
-        from mqat.training.step import served_logits
 
         dtype = config.get("torch_dtype", config.get("dtype", "float32"))
         if dtype not in ("bfloat16", "float16", "float32"):
@@ -185,8 +185,8 @@ def _verified(directory: Path, args: argparse.Namespace) -> Report:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from mqat.training.perplexity import checkpoint_perplexity, export_perplexity
-    from mqat.verify import is_export, unpacked
+    from mqat.evaluation.perplexity import checkpoint_perplexity, export_perplexity
+    from mqat.verify.verify import is_export, unpacked
 
     if args.seq_length < 1:
         raise ValueError(f"--seq-length={args.seq_length} must be at least 1.")
@@ -217,8 +217,8 @@ def _inspect(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mqat.report.inspect import COLUMNS, rows
-    from mqat.verify import unpacked
+    from mqat.evaluation.inspect import COLUMNS, rows
+    from mqat.verify.verify import unpacked
 
     table = Table(*COLUMNS, title=str(args.path))
     with unpacked(args.path) as path:
@@ -228,9 +228,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from mqat.evaluation.perplexity import checkpoint_quality
     from mqat.report.page import check_plots, write_report
     from mqat.runtime import groups
-    from mqat.training.perplexity import checkpoint_quality
 
     check_plots()
     if args.seq_length < 1:
@@ -249,7 +249,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from mqat.training.plan import describe, make_plan, memory_estimate
+    from mqat.plan.run import describe, make_plan, memory_estimate
 
     plan = make_plan(load_config(args.config, args.overrides), world_size=args.world_size)
     for key, value in (describe(plan) | memory_estimate(plan)).items():

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from bench_model import arguments, batches, build, calibrate_on, start
 
+from mqat.checkpoints.source import open_pretrained
 from mqat.config import DataConfig, ModelConfig
 from mqat.data.dataset import load_run_data
 from mqat.data.loader import Microbatch
 from mqat.data.packaged import smollm2_gguf
-from mqat.models.source import open_pretrained
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
 
@@ -38,12 +38,12 @@ def _mqat_awq(source: Any, steps: Steps) -> float:
     """CPU seconds from the built model to frozen scales."""
     from megatron.core import parallel_state
 
-    from mqat.calibration.prepare import prepare_
+    from mqat.calibration.calibrate import calibrate
     from mqat.calibration.recipe import Recipe
-    from mqat.calibration.statistics import calibrate
-    from mqat.training.model import build_model
-    from mqat.training.pretrained import load_pretrained_
-    from mqat.training.step import run_layers
+    from mqat.calibration.weight_recipe import prepare_
+    from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.evaluation.forward import run_layers
+    from mqat.specs.model import build_model
 
     layers = Policy("int4_awq").resolve(source.config)
     chunks = list(build_model(source.config, ModelConfig(), layers, torch.float32))
@@ -119,7 +119,7 @@ def main() -> None:
         print(json.dumps({"results": compare_awq(args)}, indent=1))
         groups.finalize()
         return
-    from mqat.training.step import evaluate
+    from mqat.evaluation.forward import evaluate
 
     plain = build(args, "mqat", "null")
     data = batches(args)

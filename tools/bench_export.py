@@ -34,9 +34,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mqat.export import export_hf, export_trtllm
+from mqat.checkpoints.manifest import DESCRIPTION, FORMAT_VERSION, describe_files
+from mqat.export.export import export_hf, export_trtllm
 from mqat.models.decoder import LINEARS, DecoderConfig
-from mqat.models.manifest import DESCRIPTION, FORMAT_VERSION, describe_files
 from mqat.quant.functional import compute_amax, compute_scale
 from mqat.quant.scheme import LinearScheme, named_scheme
 

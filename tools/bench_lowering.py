@@ -58,15 +58,15 @@ def _policy(kind: str) -> Policy:
 
 def _source(args: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]], Tensor | None]:
     """Model sizes, weights, calibration microbatches and held-out rows [n, SEQUENCE + 1]."""
-    from mqat.models.random import RandomWeights
+    from mqat.checkpoints.random_weights import RandomWeights
 
     if not args.packaged:
         model = llama(args)
         return model, RandomWeights(model, 1, 0.02), batches(args)[:2], None
+    from mqat.checkpoints.source import open_pretrained
     from mqat.config import DataConfig
     from mqat.data.dataset import load_run_data
     from mqat.data.packaged import smollm2_gguf
-    from mqat.models.source import open_pretrained
 
     source = open_pretrained(smollm2_gguf())
     config = DataConfig(packaged="wikipedia", seq_length=SEQUENCE)
@@ -98,10 +98,10 @@ def perplexity(chunk: Any, rows: Tensor) -> float:
 
 def build(kind: str, mode: str, args: argparse.Namespace) -> Lowered:
     """Calibrates, lowers, and takes the perplexity before anything is compiled."""
+    from mqat.checkpoints.pretrained import load_pretrained_
     from mqat.parallel.linear import decoder_linears
-    from mqat.parallel.lowering import compile_layers_, lower_
-    from mqat.training.model import build_model
-    from mqat.training.pretrained import load_pretrained_
+    from mqat.parallel.pack_weights import compile_layers_, lower_
+    from mqat.specs.model import build_model
 
     model, weights, microbatches, held_out = _source(args)
     layers = _policy(kind).resolve(model)

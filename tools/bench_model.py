@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig, OptimizerConfig
 from mqat.models.decoder import DecoderConfig
-from mqat.models.random import RandomWeights
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
 
@@ -88,8 +88,8 @@ def calibrate_on(chunks: list[Any], data: list[dict[str, Any]]) -> None:
     """Freezes all scales on `data`."""
     from megatron.core import parallel_state
 
-    from mqat.calibration.statistics import calibrate
-    from mqat.training.step import run_layers
+    from mqat.calibration.calibrate import calibrate
+    from mqat.evaluation.forward import run_layers
 
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     calibrate(chunks, lambda: run_layers(chunks, [data]), group=group)
@@ -129,10 +129,10 @@ def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
             Megatron's GEMM).
         algorithm: `null` for unquantized.
     """
+    from mqat.checkpoints.pretrained import load_pretrained_
     from mqat.parallel.linear import quantized_linears
-    from mqat.training.model import build_model
+    from mqat.specs.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
-    from mqat.training.pretrained import load_pretrained_
 
     model = llama(args)
     layers = Policy(algorithm).resolve(model)

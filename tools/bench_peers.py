@@ -141,11 +141,11 @@ def build_peer(args: argparse.Namespace, name: str, algorithm: str) -> System:
         name: `modelopt` or `torchao`.
         algorithm: One that `available` lists.
     """
+    from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.checkpoints.random_weights import RandomWeights
     from mqat.config import ModelConfig, OptimizerConfig
-    from mqat.models.random import RandomWeights
-    from mqat.training.model import build_model
+    from mqat.specs.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
-    from mqat.training.pretrained import load_pretrained_
 
     model = llama(args)
     settings = ModelConfig(

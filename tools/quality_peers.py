@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
+from mqat.checkpoints.source import open_pretrained
 from mqat.config import DataConfig
 from mqat.data.dataset import load_run_data
 from mqat.data.loader import Batches, Microbatch
 from mqat.data.packaged import smollm2_gguf
 from mqat.data.packing import PackedDataset
-from mqat.models.source import open_pretrained
 
 # mqat's name of the nearest scheme -> modelopt's configuration; its lists leave out lm_head.
 CONFIGS = {

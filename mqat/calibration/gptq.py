@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import PerChannel
+from mqat.quant.qparams import steps_of
 from mqat.quant.scales import compute_global_scale
 from mqat.quant.scheme import TensorScheme
-from mqat.quant.steps import steps_of
 
 _BLOCK = 128
 

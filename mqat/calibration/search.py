@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mqat.calibration.sites import Site, round_scale
+from mqat.calibration.smoothing_pairs import Site, round_scale
+from mqat.quant.qparams import rounded
 from mqat.quant.scheme import TensorScheme
-from mqat.quant.steps import rounded
 
 _FLOOR = 1e-5  # dead channels: keep their factor moderate
 # A factor belongs to an input channel, which all rows share: a part of them orders candidates as well.

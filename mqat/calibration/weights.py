@@ -21,8 +21,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mqat.quant.granularity import Granularity, PerGroup, PerTensor
+from mqat.quant.qparams import rounded
 from mqat.quant.scheme import TensorScheme
-from mqat.quant.steps import rounded
 
 METHODS = ("max", "mse", "awq", "sawb")
 FACTORS = tuple(1 - 0.05 * i for i in range(12))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mqat import __version__
+from mqat.checkpoints.reader import CheckpointReader
 from mqat.export import compressed, modelopt
 from mqat.export.kv_cache import cache_scheme, plan_scales, quant_algo
 from mqat.export.linears import Maker, ServedLinear, unquantized, with_bias
@@ -27,7 +28,6 @@ from mqat.export.reshard import (
     up_rows,
     value_rows,
 )
-from mqat.export.slices import CheckpointReader
 from mqat.export.stream import TensorPlan
 from mqat.models.decoder import (
     HF_EMBEDDING,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mqat.export.slices import CheckpointReader
+from mqat.checkpoints.reader import CheckpointReader
 from mqat.export.stream import TensorPlan
 from mqat.models.decoder import CORE_ATTENTION
 from mqat.quant.kv_cache import KvCacheScheme

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mqat.checkpoints.reader import CheckpointReader
 from mqat.export.reshard import Rows, count, row_blocks
-from mqat.export.slices import CheckpointReader
 from mqat.export.stream import TensorPlan
 from mqat.export.words import pack_words
 from mqat.quant.functional import dequantize, quantize

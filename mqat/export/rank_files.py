@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mqat.checkpoints.reader import CheckpointReader
 from mqat.export.kv_cache import plan_scales
 from mqat.export.linears import ServedLinear, with_bias
 from mqat.export.reshard import (
@@ -19,7 +20,6 @@ from mqat.export.reshard import (
     up_rows,
     vocab_rows,
 )
-from mqat.export.slices import CheckpointReader
 from mqat.export.stream import TensorPlan
 from mqat.export.trtllm import FORMATS, UNQUANTIZED
 from mqat.models.decoder import (

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from mqat.models.families.llama import LLAMA
+from mqat.models.families.mistral import MISTRAL
+from mqat.models.families.qwen2 import QWEN2
 from mqat.models.family import FC1, FC2, PROJ, QKV, Family
-from mqat.models.llama import LLAMA
-from mqat.models.mistral import MISTRAL
-from mqat.models.qwen2 import QWEN2
 
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
 

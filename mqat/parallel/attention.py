@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mqat.parallel.quantized import QuantizedModule
+from mqat.parallel.quantized_module import QuantizedModule
 from mqat.quant.kv_cache import KvCacheScheme
 from mqat.quant.quantizer import Quantizer
 

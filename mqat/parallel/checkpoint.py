@@ -30,7 +30,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
 
 from mqat.parallel.linear import QuantRowParallelLinear
-from mqat.parallel.quantized import QuantizedModule, quantized_modules
+from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor
 
 

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from mqat.parallel.quantized import QuantizedModule
+from mqat.parallel.quantized_module import QuantizedModule
 from mqat.quant.functional import fake_quantize
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mqat.models.decoder import LINEARS, DecoderConfig
+from mqat.models.schemes import Scheme, linear_schemes
 from mqat.quant.granularity import PerBlock, PerGroup
-from mqat.quant.kv_cache import Scheme, linear_schemes
 
 ROW_PARALLEL = ("self_attention.linear_proj", "mlp.linear_fc2")
 

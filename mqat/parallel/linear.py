@@ -28,8 +28,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from mqat.kernels.packed_frozen import frozen_matmul
+from mqat.kernels.packed_weight import LoweredWeight, lowered_matmul
 from mqat.parallel.exact import ordered_linear, tiled_linear
-from mqat.parallel.quantized import QuantizedModule, quantized_modules
 from mqat.parallel.quantized_gemm import (
     Gemm,
     GemmKind,
@@ -37,10 +38,9 @@ from mqat.parallel.quantized_gemm import (
     gemm_kind,
     quantized_matmul,
 )
+from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.parallel.step_weights import WeightCache
-from mqat.quant.gemm_frozen import frozen_matmul
-from mqat.quant.gemm_lowered import LoweredWeight, lowered_matmul
 from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme

@@ -34,11 +34,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mqat.quant import native
+from mqat.kernels.cpu import passes as native
+from mqat.kernels.gemm import compute_dtype, decode, float_matmul, scaled_matmul
+from mqat.kernels.operands import apply_mask_, decode_scaled, dequantized_with_mask, encode
 from mqat.quant.formats import FP8_E4M3, INT8, INT8_FULL, INT8_LOADER, QuantFormat
 from mqat.quant.functional import fake_quantize
-from mqat.quant.gemm import compute_dtype, decode, float_matmul, scaled_matmul
-from mqat.quant.gemm_operands import apply_mask_, decode_scaled, dequantized_with_mask, encode
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.scheme import LinearScheme, TensorScheme
 

@@ -14,14 +14,13 @@ So one scale, from the larger of both maxima, is the default: it is served every
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mqat.quant.formats import FP8_E4M3, INT8_FULL
 from mqat.quant.granularity import PerTensor
 from mqat.quant.scales import SCALE_DTYPES
-from mqat.quant.scheme import LinearScheme, TensorScheme, nearest_hint
+from mqat.quant.scheme import TensorScheme, nearest_hint
 
 # INT8 codes saturate at -128, as the kernels' conversion does. FP8 scales lie on the bfloat16 grid,
 # because compressed-tensors keeps them in the model's dtype.
@@ -68,9 +67,6 @@ class KvCacheScheme:
         return {"kv_cache": self.name, "is_shared": self.is_shared}
 
 
-Scheme = LinearScheme | KvCacheScheme
-
-
 def kv_cache_scheme(name: str, scales: str = "shared") -> KvCacheScheme:
     """The scheme of a configuration's words.
 
@@ -89,27 +85,3 @@ def kv_cache_scheme(name: str, scales: str = "shared") -> KvCacheScheme:
         hint = nearest_hint(scales, KV_SCALES)
         raise ValueError(f"quantization.kv_cache_scales={scales!r} is unknown; {hint}")
     return KvCacheScheme(name, _TENSORS[name], scales == "shared")
-
-
-def scheme_from_dict(values: Mapping[str, Any]) -> Scheme:
-    """Inverse of the `to_dict` of either kind."""
-    if "kv_cache" not in values:
-        return LinearScheme.from_dict(values)
-    return kv_cache_scheme(values["kv_cache"], "shared" if values["is_shared"] else "separate")
-
-
-def linear_schemes(schemes: Mapping[str, Scheme]) -> dict[str, LinearScheme]:
-    """Those of the decoder's linears."""
-    found = {name: s for name, s in schemes.items() if isinstance(s, LinearScheme)}
-    return {name: s for name, s in found.items() if name.startswith("decoder.")}
-
-
-def table_schemes(schemes: Mapping[str, Scheme]) -> dict[str, LinearScheme]:
-    """Those of vocabulary tables: the embedding, the output layer."""
-    found = {name: s for name, s in schemes.items() if isinstance(s, LinearScheme)}
-    return {name: s for name, s in found.items() if not name.startswith("decoder.")}
-
-
-def kv_cache_schemes(schemes: Mapping[str, Scheme]) -> dict[str, KvCacheScheme]:
-    """Those of caches."""
-    return {name: s for name, s in schemes.items() if isinstance(s, KvCacheScheme)}

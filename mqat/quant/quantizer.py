@@ -12,9 +12,9 @@ from mqat.quant.formats import QuantFormat
 from mqat.quant.functional import dequantize, fake_quantize, quantize
 from mqat.quant.learned import Rule, check_learnable, fake_quantize_learned, served_scale
 from mqat.quant.observers import ActivationObserver
+from mqat.quant.qparams import statistic_of, steps_of
 from mqat.quant.scales import compute_global_scale
 from mqat.quant.scheme import TensorScheme
-from mqat.quant.steps import statistic_of, steps_of
 
 
 class Quantizer(nn.Module):

@@ -14,7 +14,7 @@ from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mqat.quant import native
+from mqat.kernels.cpu import passes as native
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -17,10 +17,10 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from mqat.models.decoder import CORE_ATTENTION, DecoderConfig
+from mqat.models.schemes import Scheme
 from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
-from mqat.quant.kv_cache import Scheme
 from mqat.quant.scheme import LinearScheme
 
 _REPLACEMENTS = {

@@ -11,9 +11,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from mqat.models.decoder import CORE_ATTENTION, EMBEDDING, LINEARS, TABLES, DecoderConfig
+from mqat.models.schemes import Scheme
 from mqat.quant.formats import FORMATS
 from mqat.quant.granularity import PerChannel, PerGroup, granularity_from_str
-from mqat.quant.kv_cache import Scheme, kv_cache_scheme
+from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.quant.scales import SCALE_DTYPES
 from mqat.quant.scheme import (
     LinearScheme,

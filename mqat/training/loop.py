@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mqat.checkpoints.dist_checkpoint import TrainingState
 from mqat.data.loader import Batches
-from mqat.training.checkpoint import TrainingState
 from mqat.training.log import RunLog
 from mqat.training.schedule import QuantizerSchedule
 from mqat.training.step import forward_backward

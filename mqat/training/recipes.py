@@ -13,15 +13,15 @@ import torch.distributed as dist
 from rich.table import Table
 
 from mqat.config import RunConfig
-from mqat.export import export_hf, export_trtllm
+from mqat.evaluation.forward import served_logits
+from mqat.export.export import export_hf, export_trtllm
+from mqat.plan.run import RunPlan, make_plan
 from mqat.runtime import groups
 from mqat.runtime.groups import agree, is_main
 from mqat.training.loop import Phase
-from mqat.training.plan import RunPlan, make_plan
 from mqat.training.schedule import QuantizerSchedule
 from mqat.training.session import Session, open_session
-from mqat.training.step import served_logits
-from mqat.verify import verify_export
+from mqat.verify.verify import verify_export
 
 
 def _start(config: RunConfig, *, quantizes: bool) -> Session:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from mqat.parallel.quantized import quantized_modules
+from mqat.parallel.quantized_module import quantized_modules
 from mqat.quant.formats import FORMATS, QuantFormat
 from mqat.quant.scheme import LinearScheme, TensorScheme
 

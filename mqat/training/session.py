@@ -16,30 +16,31 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from mqat.calibration.prepare import prepare_
-from mqat.calibration.quality import quality_report
+from mqat.calibration.calibrate import calibrate
 from mqat.calibration.recipe import Recipe
-from mqat.calibration.statistics import calibrate
-from mqat.data.dataset import load_run_data
-from mqat.data.loader import Batches
-from mqat.parallel.learned_scales import learn_scales_
-from mqat.parallel.quantized import all_quantizers
-from mqat.report.page import write_report
-from mqat.runtime.groups import agree, is_main
-from mqat.training.checkpoint import (
+from mqat.calibration.weight_recipe import prepare_
+from mqat.checkpoints.dist_checkpoint import (
     TrainingState,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
+from mqat.checkpoints.pretrained import load_pretrained_
+from mqat.data.dataset import load_run_data
+from mqat.data.loader import Batches
+from mqat.evaluation.forward import evaluate, run_layers
+from mqat.evaluation.generation import generate_greedy
+from mqat.evaluation.quality import quality_report
+from mqat.parallel.learned_scales import learn_scales_
+from mqat.parallel.quantized_module import all_quantizers
+from mqat.plan.run import RunPlan, describe
+from mqat.report.page import write_report
+from mqat.runtime.groups import agree, is_main
+from mqat.specs.model import build_model
 from mqat.training.log import RunLog, write_json
 from mqat.training.loop import Phase, train_phase
-from mqat.training.model import build_model
 from mqat.training.optimizer import build_optimizer, wrap_for_training
-from mqat.training.plan import RunPlan, describe
-from mqat.training.pretrained import load_pretrained_
 from mqat.training.run_directory import open_run_directory
-from mqat.training.step import evaluate, generate_greedy, run_layers
 
 
 @dataclass

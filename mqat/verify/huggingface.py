@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mqat.export.slices import CheckpointReader
+from mqat.checkpoints.reader import CheckpointReader
 from mqat.quant.scheme import LinearScheme
 from mqat.verify.decoder import Cache, Rope, attend, rms_norm
 from mqat.verify.hf_layout import MODULES, HfConfig, Storage

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mqat.export.slices import CheckpointReader
+from mqat.checkpoints.reader import CheckpointReader
 from mqat.quant.scheme import LinearScheme
 from mqat.verify.expected import CACHE_SCALE, EMBEDDING, FINAL_NORM, LM_HEAD, ROW_PARALLEL
 from mqat.verify.layout import INT4_ALGORITHMS, ServedConfig

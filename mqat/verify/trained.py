@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mqat.export.slices import CheckpointReader
+from mqat.checkpoints.reader import CheckpointReader
 from mqat.quant.scheme import LinearScheme
 from mqat.verify.operands import fp4_codes
 

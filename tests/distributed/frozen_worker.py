@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig
-from mqat.models.random import RandomWeights
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
 from tests.distributed.worker import MODEL
@@ -19,10 +19,10 @@ def main() -> None:
     groups.initialize(tensor_parallel=tensor_parallel)
     from megatron.core import parallel_state
 
-    from mqat.calibration.statistics import calibrate
-    from mqat.parallel.lowering import lower_
-    from mqat.training.model import build_model
-    from mqat.training.pretrained import load_pretrained_
+    from mqat.calibration.calibrate import calibrate
+    from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.parallel.pack_weights import lower_
+    from mqat.specs.model import build_model
 
     settings = ModelConfig(
         tensor_model_parallel_size=tensor_parallel, sequence_parallel=is_sequence_parallel

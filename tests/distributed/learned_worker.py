@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig, OptimizerConfig, QuantizationConfig
-from mqat.models.random import RandomWeights
 from mqat.runtime import groups
 from mqat.specs.policy import Policy, Rule
 from tests.distributed.schemes_worker import SMALL, microbatches, most_levels
@@ -78,15 +78,16 @@ def run(args: argparse.Namespace) -> None:
     groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp)
     from megatron.core import parallel_state
 
-    from mqat.calibration.statistics import calibrate
+    from mqat.calibration.calibrate import calibrate
+    from mqat.checkpoints.dist_checkpoint import TrainingState, load_checkpoint, save_checkpoint
+    from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.evaluation.forward import evaluate
     from mqat.parallel.learned_scales import learn_scales_
     from mqat.parallel.linear import quantized_linears
-    from mqat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-    from mqat.training.model import build_model
+    from mqat.specs.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
-    from mqat.training.pretrained import load_pretrained_
     from mqat.training.schedule import QuantizerSchedule
-    from mqat.training.step import evaluate, forward_backward
+    from mqat.training.step import forward_backward
 
     rules = [
         Rule(f"*.{name}", operands={"weight": weight, "input": INPUT})

@@ -16,9 +16,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from mqat.calibration.recipe import Recipe
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig
 from mqat.models.decoder import DecoderConfig
-from mqat.models.random import RandomWeights
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
 
@@ -97,12 +97,12 @@ def main() -> None:
 def run(out: Path, layout: dict, algorithm: str, calibrator: str, recipe: Recipe) -> dict:
     from megatron.core import parallel_state
 
-    from mqat.calibration.prepare import prepare_
-    from mqat.calibration.statistics import calibrate
+    from mqat.calibration.calibrate import calibrate
+    from mqat.calibration.weight_recipe import prepare_
+    from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.evaluation.forward import evaluate
     from mqat.parallel.checkpoint import quantizer_sharded_state
-    from mqat.training.model import build_model
-    from mqat.training.pretrained import load_pretrained_
-    from mqat.training.step import evaluate
+    from mqat.specs.model import build_model
 
     layers = Policy(algorithm, group_size=32).resolve(MODEL)
     settings = ModelConfig(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig, OptimizerConfig
-from mqat.models.random import RandomWeights
 from mqat.runtime import groups
 from mqat.specs.policy import Policy, Rule
 from tests.distributed.worker import MODEL
@@ -120,12 +120,13 @@ def microbatches(rank: int, size: int) -> list[dict]:
 def run(algorithm: str, out: Path, args: argparse.Namespace) -> dict:
     from megatron.core import parallel_state
 
-    from mqat.calibration.statistics import calibrate
-    from mqat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-    from mqat.training.model import build_model
+    from mqat.calibration.calibrate import calibrate
+    from mqat.checkpoints.dist_checkpoint import TrainingState, load_checkpoint, save_checkpoint
+    from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.evaluation.forward import evaluate
+    from mqat.specs.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
-    from mqat.training.pretrained import load_pretrained_
-    from mqat.training.step import evaluate, forward_backward
+    from mqat.training.step import forward_backward
 
     is_composed = algorithm == "composed"
     policy = Policy("null", 32, COMPOSED) if is_composed else Policy(algorithm, 32)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mqat.data.packaged import python_docs_documents
 from mqat.data.tokenizer import train_small_tokenizer
-from mqat.verify import verify_export
+from mqat.verify.verify import verify_export
 from tests.distributed.launch import mqat, torchrun
 from tests.distributed.test_import import family
 

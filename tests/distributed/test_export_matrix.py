@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mqat.export import export_hf, export_trtllm
-from mqat.export.slices import CheckpointReader
-from mqat.verify import verify_export
+from mqat.checkpoints.reader import CheckpointReader
+from mqat.export.export import export_hf, export_trtllm
+from mqat.verify.verify import verify_export
 from tests.distributed.launch import torchrun
 from tests.distributed.test_layouts import run
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mqat.export import export_hf, export_trtllm
-from mqat.export.slices import CheckpointReader
+from mqat.checkpoints.reader import CheckpointReader
+from mqat.export.export import export_hf, export_trtllm
 from mqat.models.decoder import CORE_ATTENTION
-from mqat.verify import verify_export
+from mqat.verify.verify import verify_export
 from tests.distributed.test_layouts import run
 from tests.distributed.worker import MODEL, TOKENS
 

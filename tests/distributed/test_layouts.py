@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mqat.checkpoints.reader import CheckpointReader
 from mqat.data.packaged import python_docs_documents
 from mqat.data.tokenizer import train_small_tokenizer
-from mqat.export import export_trtllm
-from mqat.export.slices import CheckpointReader
-from mqat.verify import verify_trtllm
+from mqat.export.export import export_trtllm
+from mqat.verify.verify import verify_trtllm
 from tests.distributed.launch import torchrun
 
 WORKER = Path(__file__).with_name("worker.py")

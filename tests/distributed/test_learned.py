@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 
-from mqat.export.slices import CheckpointReader
+from mqat.checkpoints.reader import CheckpointReader
 from tests.distributed.launch import ROOT, torchrun
 
 WORKER = Path(__file__).with_name("learned_worker.py")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mqat.export.slices import CheckpointReader
+from mqat.checkpoints.reader import CheckpointReader
 from mqat.quant.scheme import ALGORITHMS, named_scheme
 from tests.distributed.launch import torchrun
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mqat.export import export_hf
-from mqat.export.slices import CheckpointReader
-from mqat.report.inspect import rows
+from mqat.checkpoints.reader import CheckpointReader
+from mqat.evaluation.inspect import rows
+from mqat.export.export import export_hf
 from tests.distributed.test_layouts import run
 from tests.distributed.worker import MODEL
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig, OptimizerConfig
 from mqat.models.decoder import LINEARS, DecoderConfig
-from mqat.models.random import RandomWeights
-from mqat.quant.kv_cache import linear_schemes
+from mqat.models.schemes import linear_schemes
 from mqat.runtime import groups
 from mqat.specs.policy import Policy, Rule
 
@@ -91,13 +91,14 @@ def run(args: argparse.Namespace) -> None:
     groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp)
     from megatron.core import parallel_state
 
-    from mqat.calibration.quality import quality_report
-    from mqat.calibration.statistics import calibrate
-    from mqat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-    from mqat.training.model import build_model
+    from mqat.calibration.calibrate import calibrate
+    from mqat.checkpoints.dist_checkpoint import TrainingState, load_checkpoint, save_checkpoint
+    from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.evaluation.forward import evaluate, logits
+    from mqat.evaluation.quality import quality_report
+    from mqat.specs.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
-    from mqat.training.pretrained import load_pretrained_
-    from mqat.training.step import evaluate, forward_backward, logits
+    from mqat.training.step import forward_backward
 
     policy = Policy(
         args.algorithm, 64, TABLES if args.tables else (), args.kv_cache, args.kv_cache_scales

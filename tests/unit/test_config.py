@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from mqat.config import load_config
-from mqat.training.plan import make_plan
+from mqat.plan.run import make_plan
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = CONF / "qat_tiny.yaml"

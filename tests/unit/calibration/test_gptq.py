@@ -6,8 +6,8 @@ import torch
 from mqat.calibration.gptq import inverse_factor, round_tile
 from mqat.quant.formats import FP4_E2M1, INT4, UINT4
 from mqat.quant.granularity import PerChannel, PerGroup
+from mqat.quant.qparams import rounded, statistic_of
 from mqat.quant.scheme import TensorScheme
-from mqat.quant.steps import rounded, statistic_of
 
 WIDTH = 160  # more than one block of columns
 SCHEMES = {

@@ -9,11 +9,11 @@ from mqat.calibration.search import (
     smoothquant_scale,
     tile_losses,
 )
-from mqat.calibration.sites import round_scale
+from mqat.calibration.smoothing_pairs import round_scale
 from mqat.quant.formats import FP8_E4M3, INT4, INT8_FULL
 from mqat.quant.granularity import PerGroup, PerTensor, PerToken
+from mqat.quant.qparams import rounded
 from mqat.quant.scheme import TensorScheme
-from mqat.quant.steps import rounded
 
 WEIGHT = TensorScheme(INT4, PerGroup(8))
 INPUT = TensorScheme(INT8_FULL, PerTensor())

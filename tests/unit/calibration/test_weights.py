@@ -6,8 +6,8 @@ import torch
 from mqat.calibration.weights import FACTORS, sawb_amax, sawb_sums, shrink_errors, shrunk
 from mqat.quant.formats import FP8_E4M3, INT4, UINT4
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
+from mqat.quant.qparams import rounded, statistic_of
 from mqat.quant.scheme import TensorScheme
-from mqat.quant.steps import rounded, statistic_of
 
 GROUPS = TensorScheme(INT4, PerGroup(4))
 

@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from mqat.checkpoints.manifest import describe_files
 from mqat.models.decoder import CORE_ATTENTION, LINEARS, DecoderConfig
-from mqat.models.manifest import describe_files
+from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes
 from mqat.quant.functional import compute_scale
-from mqat.quant.kv_cache import Scheme, kv_cache_scheme, kv_cache_schemes, linear_schemes
+from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme, named_scheme
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mqat.export import export_trtllm
+from mqat.export.export import export_trtllm
 from mqat.quant.functional import fake_quantize
 from tests.unit.export.checkpoints import (
     EXPORTABLE,

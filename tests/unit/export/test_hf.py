@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mqat.export import export_hf
+from mqat.export.export import export_hf
 from mqat.quant.scheme import named_scheme
-from mqat.verify import verify_hf
+from mqat.verify.verify import verify_hf
 from tests.unit.export.checkpoints import (
     BIASED,
     QWEN2,

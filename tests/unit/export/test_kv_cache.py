@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mqat.export import export_hf, export_trtllm
+from mqat.export.export import export_hf, export_trtllm
 from mqat.export.kv_cache import check_exportable
-from mqat.quant.kv_cache import kv_cache_schemes
+from mqat.models.schemes import kv_cache_schemes
 from tests.unit.export.checkpoints import TINY, all_caches, all_layers, write_checkpoint
 
 HF = ["compressed-tensors", "modelopt"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mqat.export import export_hf, export_trtllm
+from mqat.export.export import export_hf, export_trtllm
 from tests.unit.export.checkpoints import TINY, all_layers, write_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")

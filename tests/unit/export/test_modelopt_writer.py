@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mqat.export import export_hf, export_trtllm
+from mqat.export.export import export_hf, export_trtllm
 from tests.unit.export.checkpoints import QWEN2, TINY, tensors_of, write_checkpoint
 from tests.unit.verify.test_reader import TOKENS, all_layers, qkv_parts
 

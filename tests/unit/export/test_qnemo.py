@@ -7,8 +7,8 @@ import tarfile
 
 import pytest
 
-from mqat.export import export_trtllm
-from mqat.verify import unpacked, verify_export
+from mqat.export.export import export_trtllm
+from mqat.verify.verify import unpacked, verify_export
 from tests.unit.export.checkpoints import describe
 from tests.unit.export.test_export import contents
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from mqat.export.slices import CheckpointReader
+from mqat.checkpoints.reader import CheckpointReader
 from tests.unit.export.checkpoints import (
     TINY,
     UNTIED,

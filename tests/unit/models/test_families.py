@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.models.decoder import FAMILIES, LINEARS, DecoderConfig, hf_tensors
-from mqat.models.huggingface import HuggingFaceCheckpoint
-from mqat.models.random import RandomWeights
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -139,7 +139,7 @@ def write_gguf(path, model, tensors, window=None):
 ])  # fmt: skip
 def test_gguf_files_with_biases_are_read(told, tmp_path):
     pytest.importorskip("gguf", reason="pip install 'mqat[demo]' to read GGUF files")
-    from mqat.models.gguf import GgufCheckpoint
+    from mqat.checkpoints.gguf import GgufCheckpoint
 
     model = DecoderConfig.from_hf(SIZES | told)
     tensors = tensors_of(model)
@@ -159,7 +159,7 @@ def test_gguf_files_with_biases_are_read(told, tmp_path):
 @pytest.mark.parametrize(("window", "is_read"), [(128, False), (1 << 20, True)])
 def test_windows_of_gguf_files_that_sequences_outgrow_are_refused(window, is_read, tmp_path):
     pytest.importorskip("gguf", reason="pip install 'mqat[demo]' to read GGUF files")
-    from mqat.models.gguf import GgufCheckpoint
+    from mqat.checkpoints.gguf import GgufCheckpoint
 
     model = DecoderConfig.from_hf(SIZES | {"model_type": "llama"})
     write_gguf(tmp_path / "model.gguf", model, tensors_of(model), window)

@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from mqat.models import manifest
-from mqat.models.manifest import (
+from mqat.checkpoints.manifest import (
     DESCRIPTION,
     FORMAT_VERSION,
     check_files,
@@ -14,6 +13,7 @@ from mqat.models.manifest import (
     describe_files,
     read_description,
 )
+from mqat.models import manifest
 
 DATA, INDEX = "__0_0.distcp", ".metadata"
 

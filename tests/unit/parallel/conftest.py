@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.models.decoder import DecoderConfig
-from mqat.models.random import RandomWeights
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
 
@@ -53,13 +53,13 @@ def calibrated(world: None) -> Callable[..., list[Any]]:
     ) -> list[Any]:
         from megatron.core import parallel_state
 
-        from mqat.calibration.statistics import calibrate
+        from mqat.calibration.calibrate import calibrate
+        from mqat.checkpoints.pretrained import load_pretrained_
         from mqat.config import ModelConfig
+        from mqat.evaluation.forward import evaluate
         from mqat.parallel.linear import quantized_linears
-        from mqat.training.model import build_model
+        from mqat.specs.model import build_model
         from mqat.training.optimizer import wrap_for_training
-        from mqat.training.pretrained import load_pretrained_
-        from mqat.training.step import evaluate
 
         layers = Policy(algorithm, group_size=64).resolve(MODEL)
         settings = ModelConfig(activations_checkpoint_granularity=recompute)
@@ -81,7 +81,7 @@ def calibrated(world: None) -> Callable[..., list[Any]]:
 
 def switch_off(chunks):
     """Every quantizer is the identity from now on."""
-    from mqat.parallel.quantized import all_quantizers
+    from mqat.parallel.quantized_module import all_quantizers
 
     for quantizer in all_quantizers(chunks):
         quantizer.is_enabled = False

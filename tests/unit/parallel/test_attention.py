@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mqat.models.random import RandomWeights
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.specs.policy import Policy
 from tests.unit.parallel.conftest import MODEL, microbatches, switch_off
@@ -82,13 +82,13 @@ def built(world):
     def make(kv_cache, algorithm="null", method="max", scales="shared", recompute=None):
         from megatron.core import parallel_state
 
-        from mqat.calibration.statistics import calibrate
+        from mqat.calibration.calibrate import calibrate
+        from mqat.checkpoints.pretrained import load_pretrained_
         from mqat.config import ModelConfig
+        from mqat.evaluation.forward import evaluate
         from mqat.parallel.attention import KvCacheAttention
-        from mqat.training.model import build_model
+        from mqat.specs.model import build_model
         from mqat.training.optimizer import wrap_for_training
-        from mqat.training.pretrained import load_pretrained_
-        from mqat.training.step import evaluate
 
         layers = Policy(algorithm, 64, (), kv_cache, scales).resolve(MODEL)
         settings = ModelConfig(activations_checkpoint_granularity=recompute)
@@ -118,9 +118,10 @@ def levels(tensors):
 @pytest.mark.parametrize(("kv_cache", "most"), [("int8", 256), ("fp8", 254)])
 def test_keys_and_values_lie_on_the_grid_before_and_after_a_step(built, kv_cache, most, recompute):
     from mqat.config import OptimizerConfig
-    from mqat.parallel.quantized import all_quantizers
+    from mqat.evaluation.forward import evaluate
+    from mqat.parallel.quantized_module import all_quantizers
     from mqat.training.optimizer import build_optimizer
-    from mqat.training.step import evaluate, forward_backward
+    from mqat.training.step import forward_backward
 
     chunks, seen = built(kv_cache, recompute=recompute)
     quantized = evaluate(chunks, [microbatches()])
@@ -147,8 +148,8 @@ def test_keys_and_values_lie_on_the_grid_before_and_after_a_step(built, kv_cache
 
 
 def test_what_is_calibrated_is_the_largest_key_after_rope_or_value(built):
-    from mqat.parallel.quantized import quantized_modules
-    from mqat.training.step import evaluate
+    from mqat.evaluation.forward import evaluate
+    from mqat.parallel.quantized_module import quantized_modules
 
     chunks, seen = built("fp8", scales="separate")
     switch_off(chunks)
@@ -169,7 +170,7 @@ def test_what_is_calibrated_is_the_largest_key_after_rope_or_value(built):
 
 @pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
 def test_every_observer_calibrates_caches(built, method):
-    from mqat.parallel.quantized import all_quantizers
+    from mqat.parallel.quantized_module import all_quantizers
 
     chunks, _ = built("int8", method=method)
     assert all(q.is_frozen and 0 < q.scale.item() < 1 for q in all_quantizers(chunks))

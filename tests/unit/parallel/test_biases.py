@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.models.decoder import LINEARS
-from mqat.models.random import RandomWeights
 from mqat.specs.policy import Policy
 from tests.unit.parallel.conftest import MODEL, microbatches
 
@@ -18,11 +18,11 @@ def chunks(world):
     """`chunks("int8")`: a calibrated tiny model with a bias on every linear."""
     from megatron.core import parallel_state
 
-    from mqat.calibration.statistics import calibrate
+    from mqat.calibration.calibrate import calibrate
+    from mqat.checkpoints.pretrained import load_pretrained_
     from mqat.config import ModelConfig
-    from mqat.training.model import build_model
-    from mqat.training.pretrained import load_pretrained_
-    from mqat.training.step import evaluate
+    from mqat.evaluation.forward import evaluate
+    from mqat.specs.model import build_model
 
     def make(algorithm):
         layers = Policy(algorithm, group_size=32).resolve(BIASED)
@@ -37,7 +37,7 @@ def chunks(world):
 
 
 def lower(chunks):
-    from mqat.parallel.lowering import lower_
+    from mqat.parallel.pack_weights import lower_
 
     lower_(chunks)
 
@@ -98,8 +98,8 @@ def test_biases_train(algorithm, chunks):
 
 @torch.no_grad()
 def test_rescaling_inputs_does_not_change_the_function(chunks):
-    from mqat.calibration.sites import find_sites
-    from mqat.training.step import logits
+    from mqat.calibration.smoothing_pairs import find_sites
+    from mqat.evaluation.forward import logits
 
     model = chunks("null")
     tokens = microbatches()[0]["tokens"]

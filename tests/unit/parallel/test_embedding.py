@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mqat.models.random import RandomWeights
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.quant.granularity import PerGroup
 from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
 from mqat.specs.policy import Policy, Rule
@@ -68,12 +68,12 @@ def test_gradients_reach_the_looked_up_rows_where_nothing_is_clipped(lookup):
 def chunks(world):
     from megatron.core import parallel_state
 
-    from mqat.calibration.statistics import calibrate
+    from mqat.calibration.calibrate import calibrate
+    from mqat.checkpoints.pretrained import load_pretrained_
     from mqat.config import ModelConfig
-    from mqat.training.model import build_model
+    from mqat.evaluation.forward import evaluate
+    from mqat.specs.model import build_model
     from mqat.training.optimizer import wrap_for_training
-    from mqat.training.pretrained import load_pretrained_
-    from mqat.training.step import evaluate
 
     layers = Policy("null", 32, RULES).resolve(UNTIED)
     chunks = build_model(UNTIED, ModelConfig(), layers, torch.float32)
@@ -86,9 +86,10 @@ def chunks(world):
 
 def test_both_tables_are_on_their_grids_and_train(chunks):
     from mqat.config import OptimizerConfig
-    from mqat.parallel.quantized import quantized_modules
+    from mqat.evaluation.forward import evaluate
+    from mqat.parallel.quantized_module import quantized_modules
     from mqat.training.optimizer import build_optimizer
-    from mqat.training.step import evaluate, forward_backward
+    from mqat.training.step import forward_backward
 
     modules = quantized_modules(chunks)
     embedding, head = (modules[rule.pattern] for rule in RULES)
@@ -121,9 +122,9 @@ def test_both_tables_are_on_their_grids_and_train(chunks):
 def test_recipes_leave_tables_alone(chunks):
     from megatron.core import parallel_state
 
-    from mqat.calibration.prepare import prepare_
     from mqat.calibration.recipe import Recipe
-    from mqat.training.step import evaluate
+    from mqat.calibration.weight_recipe import prepare_
+    from mqat.evaluation.forward import evaluate
 
     statistics = prepare_(
         chunks, lambda: evaluate(chunks, [microbatches()]), Recipe(equalize=True),

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from mqat.kernels.cpu import passes as native
 from mqat.parallel.linear import quantized_linears
 from mqat.parallel.quantized_gemm import GemmKind, gemm_kind
 from mqat.parallel.quantized_step import quantized_step
-from mqat.quant import native
 from mqat.quant.formats import INT8
 from mqat.quant.granularity import PerChannel, PerGroup
 from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
@@ -165,7 +165,7 @@ def test_scopes_do_not_nest(calibrated):
 
 def fresh_loss(chunks):
     """Loss by the reference path, which keeps nothing."""
-    from mqat.training.step import evaluate
+    from mqat.evaluation.forward import evaluate
 
     use_reference(chunks, True)
     loss = evaluate(chunks, [microbatches()])[0]
@@ -182,7 +182,8 @@ def shrink_views_(chunks):
 
 
 def test_weights_written_between_any_two_passes_are_seen(calibrated):
-    from mqat.training.step import evaluate, forward_backward, logits
+    from mqat.evaluation.forward import evaluate, logits
+    from mqat.training.step import forward_backward
 
     chunks = calibrated("int8")
     tokens = microbatches()[0]["tokens"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mqat.parallel.linear import quantized_linears
-from mqat.parallel.lowering import lower_
+from mqat.parallel.pack_weights import lower_
 from tests.unit.parallel.conftest import microbatches, switch_off
 
 
@@ -50,7 +50,7 @@ def test_nothing_of_a_weight_is_kept_for_backward(calibrated):
 
 
 def test_double_quantization_takes_4_127_bits_and_moves_little(calibrated):
-    from mqat.training.step import logits
+    from mqat.evaluation.forward import logits
 
     tokens = microbatches()[0]["tokens"]
     chunks = calibrated("nf4")

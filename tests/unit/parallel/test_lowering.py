@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mqat.parallel.linear import quantized_linears
-from mqat.parallel.lowering import lower_
+from mqat.parallel.pack_weights import lower_
 from mqat.quant.formats import INT4
 from mqat.quant.scheme import ALGORITHMS
 from tests.unit.parallel.conftest import microbatches, switch_off
@@ -29,7 +29,7 @@ def distance(found, expected):
 def test_a_lowered_model_gives_the_logits_of_the_trained_one_from_fewer_bytes(
     calibrated, algorithm
 ):
-    from mqat.training.step import logits
+    from mqat.evaluation.forward import logits
 
     chunks = calibrated(algorithm)
     tokens = microbatches()[0]["tokens"]
@@ -47,7 +47,7 @@ def test_a_lowered_model_gives_the_logits_of_the_trained_one_from_fewer_bytes(
 @pytest.mark.parametrize("algorithm", COMMON)
 def test_in_bfloat16_they_agree_within_its_rounding(calibrated, algorithm, length):
     """One token and two times 32: torch's kernels for few tokens, and decoded weights."""
-    from mqat.training.step import logits
+    from mqat.evaluation.forward import logits
 
     chunks = calibrated(algorithm, torch.bfloat16)
     tokens = microbatches()[0]["tokens"][:, :length]
@@ -66,7 +66,7 @@ def test_in_bfloat16_they_agree_within_its_rounding(calibrated, algorithm, lengt
 
 def test_the_format_in_use_is_lowered(calibrated):
     """A checkpoint may stop while bits are still on their way down."""
-    from mqat.training.step import logits
+    from mqat.evaluation.forward import logits
 
     chunks = calibrated("int8")
     tokens = microbatches()[0]["tokens"]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mqat.models.random import RandomWeights
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.quant.granularity import PerTensor
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import TensorScheme, named_scheme
@@ -22,13 +22,13 @@ def calibrated(world):
     def make(algorithm, change=None, **policy):
         from megatron.core import parallel_state
 
-        from mqat.calibration.quality import quality_report
-        from mqat.calibration.statistics import calibrate
+        from mqat.calibration.calibrate import calibrate
+        from mqat.checkpoints.pretrained import load_pretrained_
         from mqat.config import ModelConfig
+        from mqat.evaluation.forward import run_layers
+        from mqat.evaluation.quality import quality_report
         from mqat.parallel.linear import quantized_linears
-        from mqat.training.model import build_model
-        from mqat.training.pretrained import load_pretrained_
-        from mqat.training.step import run_layers
+        from mqat.specs.model import build_model
 
         layers = Policy(algorithm, 32, **policy).resolve(MODEL)
         chunks = build_model(MODEL, ModelConfig(), layers, torch.float32)
@@ -98,7 +98,7 @@ def test_an_outlier_channel_is_counted_and_named(calibrated):
 
 
 def test_clipping_is_counted():
-    from mqat.calibration.watched import clipped
+    from mqat.evaluation.sqnr_hooks import clipped
 
     quantizer = Quantizer(TensorScheme(named_scheme("int8").input.format, PerTensor()), None, "x")
     quantizer.load_({"scale": torch.tensor([0.5])})

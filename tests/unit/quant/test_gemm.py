@@ -1,9 +1,7 @@
 import pytest
 import torch
 
-from mqat.quant.formats import FP8_E4M3, INT4, INT8, INT8_FULL
-from mqat.quant.functional import fake_quantize, quantize
-from mqat.quant.gemm import (
+from mqat.kernels.gemm import (
     EXACT_BLOCK,
     decode,
     int8_matmul,
@@ -11,7 +9,9 @@ from mqat.quant.gemm import (
     int8_matmul_native,
     scaled_matmul,
 )
-from mqat.quant.gemm_operands import apply_mask_, encode, pack_mask, unpack_mask
+from mqat.kernels.operands import apply_mask_, encode, pack_mask, unpack_mask
+from mqat.quant.formats import FP8_E4M3, INT4, INT8, INT8_FULL
+from mqat.quant.functional import fake_quantize, quantize
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
 from mqat.quant.scales import compute_amax
 

@@ -7,8 +7,8 @@ from mqat.quant.formats import FP8_E4M3, INT4, INT8_FULL
 from mqat.quant.granularity import PerTensor
 from mqat.quant.histogram import entropy_amax, mse_amax
 from mqat.quant.observers import ActivationObserver
+from mqat.quant.qparams import rounded
 from mqat.quant.scheme import TensorScheme
-from mqat.quant.steps import rounded
 
 
 def observed(x: torch.Tensor, method: str) -> ActivationObserver:

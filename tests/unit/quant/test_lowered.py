@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from mqat.kernels.packed_int4 import KERNEL_ROWS, PackedInt4, pack_for_kernel
+from mqat.kernels.packed_int8 import Int8Codes, Int8Product
+from mqat.kernels.packed_weight import DecodedCodes, lower_weight, lowered_matmul
 from mqat.quant.formats import INT4, INT4_EVEN, INT8, INT8_FULL, UINT4
 from mqat.quant.functional import fake_quantize, quantize
-from mqat.quant.gemm_lowered import DecodedCodes, lower_weight, lowered_matmul
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
-from mqat.quant.lowered_int4 import KERNEL_ROWS, PackedInt4, pack_for_kernel
-from mqat.quant.lowered_int8 import Int8Codes, Int8Product
+from mqat.quant.qparams import statistic_of, steps_of
 from mqat.quant.scheme import ALGORITHMS, LinearScheme, TensorScheme, named_scheme
-from mqat.quant.steps import statistic_of, steps_of
 
 SHAPE = (72, 200)  # neither whole blocks of rows nor whole groups
 

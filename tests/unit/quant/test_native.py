@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from mqat.quant import native
-from mqat.quant.formats import FP8_E4M3, INT4, INT4_EVEN, INT8, INT8_FULL
-from mqat.quant.gemm import decode, int8_matmul, scaled_matmul
-from mqat.quant.gemm_operands import (
+from mqat.kernels.cpu import passes as native
+from mqat.kernels.cpu.build import library
+from mqat.kernels.gemm import decode, int8_matmul, scaled_matmul
+from mqat.kernels.operands import (
     apply_mask_,
     decode_scaled,
     dequantized_with_mask,
     encode,
     pack_mask,
 )
+from mqat.quant.formats import FP8_E4M3, INT4, INT4_EVEN, INT8, INT8_FULL
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from mqat.quant.native.build import library
 from mqat.quant.scales import compute_affine, compute_range
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler here")
@@ -143,7 +143,7 @@ def test_tensors_are_made_where_the_operand_is():
 
 
 def test_a_home_that_cannot_be_written_to_is_no_obstacle(monkeypatch):
-    from mqat.quant.native import build
+    from mqat.kernels.cpu import build
 
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     directory = build._cache_directory()

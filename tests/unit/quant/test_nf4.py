@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from mqat.kernels.packed_nf4 import DoubleScales, nf4_quantize
 from mqat.quant.formats import NF4
 from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import PerGroup
-from mqat.quant.nf4 import DoubleScales, nf4_quantize
 from mqat.quant.scales import compute_amax
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mqat.export import export_hf, export_trtllm
-from mqat.report.inspect import COLUMNS, rows
+from mqat.evaluation.inspect import COLUMNS, rows
+from mqat.export.export import export_hf, export_trtllm
 
 
 @pytest.mark.parametrize(

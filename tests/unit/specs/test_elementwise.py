@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from mqat.quant import native
+from mqat.kernels.cpu import passes as native
 from mqat.specs.elementwise import RmsNorm, Swiglu, _torch_swiglu
 
 

@@ -5,12 +5,13 @@ import torch
 
 from mqat.config import load_config
 from mqat.models.decoder import LINEARS, DecoderConfig
+from mqat.models.schemes import kv_cache_schemes, table_schemes
+from mqat.plan.run import describe, make_plan
 from mqat.quant.formats import FORMATS, FP8_E4M3, INT4, INT8_FULL
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
-from mqat.quant.kv_cache import kv_cache_scheme, kv_cache_schemes, table_schemes
+from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
 from mqat.specs.policy import Policy, Rule, tensor_scheme
-from mqat.training.plan import describe, make_plan
 
 MODEL = DecoderConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mqat.export import export_trtllm
+from mqat.export.export import export_trtllm
 
 
 @pytest.fixture(scope="session")

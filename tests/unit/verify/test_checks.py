@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mqat.verify import verify_trtllm
 from mqat.verify.values import int4_codes
+from mqat.verify.verify import verify_trtllm
 from tests.unit.verify.exports import rewrite
 
 QKV = "transformer.layers.1.attention.qkv"

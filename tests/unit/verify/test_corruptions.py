@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mqat.export import export_hf, export_trtllm
+from mqat.export.export import export_hf, export_trtllm
 from mqat.models.decoder import LINEARS, DecoderConfig
 from mqat.quant.scheme import named_scheme
-from mqat.verify import verify_export
+from mqat.verify.verify import verify_export
 from tests.unit.export.checkpoints import all_caches, write_checkpoint
 from tests.unit.verify.test_matrix import FORMATS, REFUSED
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mqat.export import export_hf
-from mqat.verify import verify_hf
+from mqat.export.export import export_hf
+from mqat.verify.verify import verify_hf
 from tests.unit.export.checkpoints import TINY, UNTIED, all_layers, tensors_of, write_checkpoint
 from tests.unit.export.test_hf import mixture
 from tests.unit.verify.test_reader import TOKENS, replace, transformers_logits

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mqat.export import export_hf, export_trtllm
-from mqat.report.inspect import rows
-from mqat.verify import verify_export
+from mqat.evaluation.inspect import rows
+from mqat.export.export import export_hf, export_trtllm
+from mqat.verify.verify import verify_export
 from tests.unit.export.checkpoints import (
     TINY,
     all_caches,
@@ -81,7 +81,7 @@ def test_the_directory_holds_the_frozen_scales_and_computes_the_trained_logits(c
 
 def test_the_reader_quantizes_the_cache(case):
     layers, _, directory, _ = case
-    from mqat.verify import open_export
+    from mqat.verify.verify import open_export
 
     served = open_export(directory).logits(TOKENS)
     without = {name: s for name, s in layers.items() if "core_attention" not in name}

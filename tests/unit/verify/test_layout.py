@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mqat.verify import verify_trtllm
 from mqat.verify.layout import read_config
+from mqat.verify.verify import verify_trtllm
 
 
 def edited(directory, path, value):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mqat.export import export_hf, export_trtllm
-from mqat.verify import verify_export
+from mqat.export.export import export_hf, export_trtllm
+from mqat.verify.verify import verify_export
 from tests.unit.export.checkpoints import TINY, all_layers, write_checkpoint
 from tests.unit.verify.test_reader import TOKENS, relative, transformers_logits
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from mqat.export import export_trtllm
+from mqat.export.export import export_trtllm
 from mqat.quant.scheme import named_scheme
-from mqat.verify import verify_trtllm
+from mqat.verify.verify import verify_trtllm
 from tests.unit.export.checkpoints import TINY, all_layers, write_checkpoint
 from tests.unit.verify.exports import rewrite
 from tests.unit.verify.test_reader import TOKENS, relative, served_logits, transformers_logits

@@ -16,12 +16,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from mqat.export import export_trtllm
-from mqat.quant.kv_cache import kv_cache_schemes
+from mqat.export.export import export_trtllm
+from mqat.models.schemes import kv_cache_schemes
 from mqat.quant.quantizer import Quantizer
-from mqat.verify import Report, compare_logits, verify_trtllm
 from mqat.verify.layout import read_config
 from mqat.verify.reader import RankReader
+from mqat.verify.verify import Report, compare_logits, verify_trtllm
 from tests.unit.export.checkpoints import (
     BIASED,
     QWEN2,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mqat.export import export_trtllm
+from mqat.export.export import export_trtllm
 from mqat.quant.functional import compute_amax, compute_scale
 from mqat.quant.scheme import named_scheme
-from mqat.verify import verify_trtllm
+from mqat.verify.verify import verify_trtllm
 from tests.unit.export.checkpoints import (
     EXPORTABLE,
     TINY,

@@ -1,0 +1,121 @@
+"""Calibration: watch unquantized activations, merge over ranks once, freeze every scale.
+
+The forward passes are layout-exact (`parallel/exact.py`) and every statistic merges exactly, so the
+same sequences give bit-equal scales at any TP, PP, DP, with and without sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mqat.parallel.linear import quantized_linears, weight_amax_spans_ranks
+from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
+from mqat.parallel.reduce import all_reduce_fused_
+from mqat.runtime.groups import agree, anywhere
+
+
+@contextmanager
+def exact_forward(modules: Mapping[str, QuantizedModule]) -> Iterator[None]:
+    """Layout-exact, unquantized GEMMs inside the context, under `torch.no_grad()`."""
+    for module in modules.values():
+        module.begin_calibration()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in modules.values():
+            module.end_calibration()
+
+
+def _weight_amax(modules: Mapping[str, QuantizedModule]) -> dict[str, Tensor]:
+    return {
+        name: module.quantizers["weight"].statistic(module.weight)
+        for name, module in modules.items()
+        if "weight" in module.quantizers
+    }
+
+
+def calibrate(
+    model: Any,
+    run_batches: Callable[[], None],
+    *,
+    group: dist.ProcessGroup,
+    method: str = "max",
+    percentile: float = 99.9999,
+    weight_statistics: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Freezes every quantizer of `model` at the scale found for it.
+
+    Args:
+        model: Chunk or list of chunks of this rank, with quantized modules.
+        run_batches: Runs the forward passes of the calibration set (forward only, all ranks).
+        group: All ranks that hold parts of the same layers: TP x DP x CP of one pipeline stage.
+        method: For inputs and caches: `max`, `percentile`, `mse` or `entropy`.
+        percentile: In (0, 100].
+        weight_statistics: Clipping points from `prepare_`, by linear; others use their maximum.
+
+    Raises:
+        ValueError: On every rank: NaN or infinite values, or a module that no token reached; names
+            it.
+    """
+    modules, linears = quantized_modules(model), quantized_linears(model)
+    activations = {
+        quantizer.name: quantizer
+        for module in modules.values()
+        for kind, quantizer in module.quantizers.items()
+        if kind != "weight"
+    }
+    for quantizer in activations.values():
+        quantizer.start_observing(method)
+    overflow: dict[str, Tensor] = {}
+    if anywhere(bool(activations)):  # weights alone need no text
+        with exact_forward(modules):
+            run_batches()
+            overflow = {
+                name: linear.overflow.float()
+                for name, linear in linears.items()
+                if linear.overflow is not None
+            }
+    amax = _weight_amax(modules) | dict(weight_statistics or {})
+    whole = {name: local.amax().reshape(1) for name, local in amax.items()}  # of two-level scales
+    observers = {name: q.observer for name, q in activations.items() if q.observer is not None}
+    spanning = [amax[name] for name in amax if weight_amax_spans_ranks(modules[name])]
+    maxima = [
+        *spanning,
+        *whole.values(),
+        *overflow.values(),
+        *(o.statistics for o in observers.values()),
+    ]
+    all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
+    if method != "max":
+        histograms = [observer.histogram for observer in observers.values()]
+        all_reduce_fused_(histograms, dist.ReduceOp.SUM, group)
+
+    error: Exception | None = None
+    try:
+        for name, observer in observers.items():
+            observer.check(name)
+        for name in modules:
+            if name in overflow and overflow[name].item():
+                raise ValueError(
+                    f"{name}: output is NaN or infinite during calibration. Check the "
+                    "weights of this layer and the calibration text; the model may have diverged."
+                )
+            if name in amax and not bool(amax[name].isfinite().all()):
+                raise ValueError(
+                    f"{name}: weight holds NaN or infinite values; restore another checkpoint."
+                )
+    except ValueError as caught:
+        error = caught
+    agree(error)
+
+    for name in amax:
+        modules[name].quantizers["weight"].freeze_(amax[name], whole[name])
+    for name, quantizer in activations.items():
+        quantizer.freeze_(observers[name].calibrated(quantizer.scheme, percentile))

@@ -1,0 +1,79 @@
+"""A linear's weight as row tiles of full width, the same tiles on every tensor-parallel layout.
+
+Searches over weights work tile by tile: a GEMM has the same shape whatever the layout, every group
+of a row is whole, and what a tile contributes to a sum has its own slot in a table, so that adding
+the ranks' tables adds only zeros and is exact.
+
+    column-parallel  [O/tp, I]  num_shards/tp tiles of each part, no communication
+    row-parallel     [O, I/tp]  columns gathered, then this rank's share of num_shards row tiles
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from mqat.calibration.input_hessian import num_shards, tile_bounds
+from mqat.parallel.linear import QuantizedLinear, QuantRowParallelLinear
+from mqat.parallel.reduce import all_reduce_fused_
+
+
+def tile_count(linear: QuantizedLinear) -> int:
+    """Tiles of the whole weight, over all ranks."""
+    return num_shards(linear) * linear.parts
+
+
+def output_width(linear: QuantizedLinear) -> int:
+    """Global number of output features."""
+    cut = 1 if isinstance(linear, QuantRowParallelLinear) else linear.tp_group.size()
+    return int(linear.weight.shape[0] * cut)
+
+
+def tile_numbers(linear: QuantizedLinear) -> list[int]:
+    """Global numbers of this rank's tiles, in the order of `row_tiles`."""
+    shards, rank = num_shards(linear), linear.tp_group.rank()
+    own = range(rank * linear.num_tiles, (rank + 1) * linear.num_tiles)
+    return [part * shards + shard for part in range(linear.parts) for shard in own]
+
+
+def row_tiles(linear: QuantizedLinear) -> list[Tensor]:
+    """This rank's tiles, float32 [rows, I]; a collective for row-parallel weights."""
+    weight = linear.weight.detach()
+    if not isinstance(linear, QuantRowParallelLinear):
+        return [tile.float().contiguous() for tile in weight.chunk(linear.num_tiles * linear.parts)]
+    whole = gather_from_tensor_model_parallel_region(weight, group=linear.tp_group)
+    bounds = tile_bounds(whole.shape[0], num_shards(linear))
+    return [whole[bounds[t] : bounds[t + 1]].float().contiguous() for t in tile_numbers(linear)]
+
+
+def local_from_tiles(
+    linear: QuantizedLinear, tiles: Sequence[Tensor], *, per_column: bool
+) -> Tensor:
+    """Inverse of `row_tiles` for anything with the tiles' rows; a collective where they are cut.
+
+    Args:
+        linear: Whose layout it is.
+        tiles: [rows, ...] for each of this rank's tiles.
+        per_column: Whether dimension 1 is the width or groups of it, of which a row-parallel rank
+            keeps its share; else all of it.
+
+    Returns:
+        The rows (and columns) that belong to this rank's weight.
+    """
+    joined = torch.cat(list(tiles))
+    if not isinstance(linear, QuantRowParallelLinear):
+        return joined
+    group = linear.tp_group
+    bounds = tile_bounds(linear.weight.shape[0], num_shards(linear))
+    first = tile_numbers(linear)[0]
+    whole = joined.new_zeros(bounds[-1], *joined.shape[1:])
+    # + 0.0: the sum with other ranks' zeros would turn -0.0 into 0.0, so do it everywhere.
+    whole[bounds[first] : bounds[first + len(tiles)]] = joined + 0.0
+    all_reduce_fused_([whole], dist.ReduceOp.SUM, group)
+    if not per_column:
+        return whole
+    return whole.chunk(group.size(), dim=1)[group.rank()].contiguous()

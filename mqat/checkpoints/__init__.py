@@ -1,0 +1,1 @@
+"""Checkpoints: foreign readers, and Megatron's dist-checkpoints, saved and loaded."""

@@ -1,0 +1,361 @@
+"""Saving and loading through Megatron's dist-checkpointing: the topology-free form of a model.
+
+A checkpoint is a directory that appears complete or not at all: ranks write into a temporary
+sibling, rank 0 adds `mqat.json` (with checksums) last and renames it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mqat.checkpoints.manifest import (
+    DESCRIPTION,
+    FORMAT_VERSION,
+    check_files,
+    describe_files,
+    read_description,
+)
+from mqat.data.tokenizer import save_tokenizer
+from mqat.models.decoder import DecoderConfig
+from mqat.models.schemes import Scheme, scheme_from_dict
+from mqat.parallel.checkpoint import (
+    learned_sharded_state,
+    load_quantizer_state_,
+    quantizer_sharded_state,
+)
+from mqat.parallel.quantized_module import all_quantizers
+from mqat.runtime.groups import agree, is_main
+
+
+@dataclass
+class TrainingState:
+    """What training continues from, besides the model.
+
+    Attributes:
+        optimizer: Megatron optimizer over the model's chunks.
+        scheduler: Its learning-rate scheduler.
+        step: Finished optimizer steps.
+        consumed_samples: Training sequences already used; fixes the position in the data.
+    """
+
+    optimizer: Any
+    scheduler: Any
+    step: int = 0
+    consumed_samples: int = 0
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _create_optimizer_state(optimizer: Any) -> None:
+    """Gives an optimizer that has not stepped yet the state that a checkpoint is loaded into."""
+    (distributed,) = optimizer.chained_optimizers
+    distributed.init_state_fn(distributed.optimizer, distributed.config)
+    if isinstance(distributed.optimizer, torch.optim.AdamW):  # others count steps per group
+        for values in distributed.optimizer.state.values():
+            values.setdefault("step", torch.tensor(0.0))
+
+
+def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Loads the distributed optimizer, whose torch AdamW needs help with its step counts.
+
+    Megatron-Core 0.16 looks for `step` among the sharded tensors, where it is not, and gives every
+    parameter the same step tensor, which AdamW would then advance once per parameter.
+    """
+    (distributed,) = optimizer.chained_optimizers
+    tensors = state.pop("param_state")
+    optimizer.load_state_dict(state)
+    states = distributed.optimizer.state
+    steps = {p: values.pop("step") for p, values in states.items() if "step" in values}
+    distributed.load_parameter_state_from_fully_reshardable(tensors)
+    for parameter, step in steps.items():
+        states[parameter]["step"] = step.clone()
+
+
+def _unwrapped(chunks: Sequence[Any]) -> list[Any]:
+    return [getattr(chunk, "module", chunk) for chunk in chunks]
+
+
+def _rng_state() -> ShardedObject:
+    """RNG states of this (pipeline, tensor) position; only read back at the same layout."""
+    state = {
+        "torch": torch.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    pp, tp = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        (parallel_state.get_tensor_model_parallel_world_size()),
+    )
+    position = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("rng_state", state, (pp, tp), position, replica_id=replica)
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tensor_parallel": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_parallel": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data_parallel": parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    }
+
+
+def _sharded_state(
+    chunks: Sequence[Any], training: TrainingState | None, *, is_loading: bool, with_scales: bool
+) -> dict[str, Any]:
+    """Everything of this rank, as Megatron's sharded state dict."""
+    metadata = _metadata()
+    models = {
+        f"model{index}": chunk.sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(_unwrapped(chunks))
+    }
+    state: dict[str, Any] = dict(models)
+    if with_scales:
+        state["quantizers"] = quantizer_sharded_state(chunks, dp_group=metadata["dp_cp_group"])
+    if training is not None:
+        merged = {key: value for model in models.values() for key, value in model.items()}
+        learned = learned_sharded_state(chunks, dp_group=metadata["dp_cp_group"])
+        optimizer_view = merged if len(models) == 1 else models
+        state["optimizer"] = training.optimizer.sharded_state_dict(
+            {**optimizer_view, "learned": learned}, is_loading=is_loading, metadata=metadata
+        )
+    return state
+
+
+def all_frozen(chunks: Sequence[Any]) -> bool:
+    """Whether every quantizer of this rank has its final scale."""
+    return all(quantizer.is_frozen for quantizer in all_quantizers(chunks))
+
+
+def save_checkpoint(
+    path: Path,
+    chunks: Sequence[Any],
+    *,
+    model: DecoderConfig,
+    layers: dict[str, Scheme],
+    algorithm: str | None,
+    tokenizer: Any | None = None,
+    training: TrainingState | None = None,
+) -> None:
+    """Writes a checkpoint that loads at any TP, PP and DP; replaces an existing one at `path`.
+
+    Args:
+        path: Directory to create; all ranks see the same file system.
+        chunks: This rank's model chunks, with or without the DDP wrapper.
+        model: Global sizes.
+        layers: Resolved schemes; empty, or quantizers not yet calibrated: an unquantized checkpoint.
+        algorithm: Name shown to people.
+        tokenizer: Saved as Hugging Face files under `tokenizer/`.
+        training: Also save optimizer, scheduler, RNG and data position.
+    """
+    error: Exception | None = None
+    if path.exists() and not (path / DESCRIPTION).is_file():
+        error = ValueError(
+            f"{path} exists and is not an mqat checkpoint, so it is not replaced; choose another path."
+        )
+    agree(error)
+    quantized = bool(layers) and all_frozen(chunks)
+    temporary = path.with_name(f".{path.name}.tmp")
+    description = {
+        "format_version": FORMAT_VERSION,
+        "family": model.family,
+        "model": model.to_dict(),
+        "params_dtype": str(next(chunks[0].parameters()).dtype).removeprefix("torch."),
+        "iteration": training.step if training else 0,
+        "consumed_samples": training.consumed_samples if training else 0,
+        "has_training_state": training is not None,
+        "layout": _layout(),
+        "quantization": {
+            "algorithm": algorithm,
+            "layers": {name: scheme.to_dict() for name, scheme in layers.items()},
+        }
+        if quantized
+        else None,
+    }
+    state = _sharded_state(chunks, training, is_loading=False, with_scales=quantized)
+    if training is not None:
+        state["scheduler"] = training.scheduler.state_dict()
+        state["rng"] = _rng_state()
+
+    with _writing(path, temporary):
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    with _writing(path, temporary):
+        dist_checkpointing.save(state, str(temporary), content_metadata={"format": "mqat"})
+    with _writing(path, temporary):
+        if is_main():
+            _finish(temporary, path, description, tokenizer)
+
+
+@contextmanager
+def _writing(path: Path, temporary: Path) -> Iterator[None]:
+    """One stage of saving: what fails on any rank ends all of them with one message."""
+    reason = None
+    try:
+        yield
+    except CheckpointException as caught:  # torch's collection of what failed on which rank
+        reason = "; ".join(
+            f"rank {rank}: {failure[0]}" for rank, failure in caught.failures.items()
+        )
+    except (OSError, RuntimeError, CheckpointingException) as caught:
+        reason = str(caught)
+    error = None
+    if reason is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        error = ValueError(
+            f"{path}: writing the checkpoint failed: {reason}. Check that the disk has space and can "
+            "be written; what was unfinished is removed, earlier checkpoints are whole."
+        )
+    agree(error)
+
+
+def _finish(
+    temporary: Path, path: Path, description: dict[str, Any], tokenizer: Any | None
+) -> None:
+    """Rank 0: tokenizer, checksums, description, then the rename that makes it real."""
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, temporary / "tokenizer")
+    names = [str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file()]
+    description["files"] = describe_files(temporary, names)
+    with (temporary / DESCRIPTION).open("w", encoding="utf-8") as file:
+        json.dump(description, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(path)
+
+
+def load_checkpoint(
+    path: Path,
+    chunks: Sequence[Any],
+    *,
+    layers: dict[str, Scheme],
+    training: TrainingState | None = None,
+) -> dict[str, Any]:
+    """Loads weights, frozen scales if the checkpoint has them, and optionally training state.
+
+    Args:
+        path: Complete checkpoint directory, saved at any layout.
+        chunks: Model chunks built for the present layout.
+        layers: Schemes the model was built with; must be those of a quantized checkpoint.
+        training: If given, optimizer, scheduler, step and data position are restored into it; RNG
+            too when the layout is the one that saved it.
+
+    Returns:
+        The checkpoint's description (`mqat.json`).
+
+    Raises:
+        ValueError: On every rank: incomplete or damaged files, other schemes, or no training state.
+    """
+    error: Exception | None = None
+    description: dict[str, Any] = {}
+    try:
+        description = read_description(path)
+        check_files(path, description, crc="all" if is_main() else "none")
+        _check_schemes(path, description, layers)
+        if training is not None and not description["has_training_state"]:
+            raise ValueError(
+                f"{path}: holds a model only, no optimizer state to resume from; use it as "
+                "model.restore_from_path instead."
+            )
+    except ValueError as caught:
+        error = caught
+    agree(error)
+
+    if training is not None:
+        _create_optimizer_state(training.optimizer)
+    has_scales = description["quantization"] is not None and bool(layers)
+    state = _sharded_state(chunks, training, is_loading=True, with_scales=has_scales)
+    same_layout = description["layout"] == _layout()
+    if training is not None and same_layout:
+        state["rng"] = _rng_state()
+    try:
+        loaded = dist_checkpointing.load(state, str(path))
+    except Exception as caught:  # a damaged file surfaces as any of a dozen types
+        error = ValueError(f"{path}: cannot be loaded: {type(caught).__name__}: {caught}")
+    agree(error)
+    for index, chunk in enumerate(_unwrapped(chunks)):
+        chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+    if has_scales:
+        try:
+            load_quantizer_state_(chunks, loaded["quantizers"])
+        except ValueError as caught:
+            error = caught
+        agree(error)
+    if training is not None:
+        _load_optimizer(training.optimizer, loaded["optimizer"])
+        training.scheduler.num_steps = 0  # Megatron adds the loaded steps to those already taken
+        training.scheduler.load_state_dict(loaded["scheduler"])
+        training.step = description["iteration"]
+        training.consumed_samples = description["consumed_samples"]
+        if same_layout:
+            _restore_rng(loaded["rng"])
+    return description
+
+
+def _check_schemes(path: Path, description: dict[str, Any], layers: dict[str, Scheme]) -> None:
+    saved = description["quantization"]
+    if saved is None or not layers:
+        return
+    current = {name: scheme.to_dict() for name, scheme in layers.items()}
+    for name in sorted(current.keys() | saved["layers"].keys()):
+        if current.get(name) != saved["layers"].get(name):
+            raise ValueError(
+                f"{path}: {name} was calibrated as {saved['layers'].get(name)}, the run asks for "
+                f"{current.get(name)}. Use quantization.algorithm={saved['algorithm']} with the same "
+                "group size and rules, or restore from an unquantized checkpoint."
+            )
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The complete `step_N` directory with the largest N, or None."""
+    complete = [
+        path
+        for path in directory.glob("step_*")
+        if (path / DESCRIPTION).is_file() and path.name.removeprefix("step_").isdigit()
+    ]
+    return max(complete, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+
+
+def checkpoint_layers(description: dict[str, Any]) -> dict[str, Scheme]:
+    """Schemes recorded in a checkpoint's description; empty when it is unquantized."""
+    if description["quantization"] is None:
+        return {}
+    layers = description["quantization"]["layers"]
+    return {name: scheme_from_dict(scheme) for name, scheme in layers.items()}

@@ -1,0 +1,99 @@
+"""A model opened for looking at it: any source, any layout, no training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mqat.checkpoints.dist_checkpoint import checkpoint_layers, load_checkpoint
+from mqat.checkpoints.manifest import DESCRIPTION, read_description
+from mqat.checkpoints.source import open_pretrained
+from mqat.config import ModelConfig
+from mqat.data.tokenizer import load_tokenizer
+from mqat.models.decoder import DecoderConfig
+from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
+from mqat.runtime import groups
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """Model chunks of this rank, in evaluation mode, with the tokenizer that belongs to them."""
+
+    chunks: list[Any]
+    config: DecoderConfig
+    tokenizer: Any
+
+
+def open_model(
+    path: Path,
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    precision: str = "32",
+    lowered: bool = False,
+    compiled: bool = False,
+) -> OpenedModel:
+    """Creates process groups and loads an mqat checkpoint, Hugging Face directory or GGUF file.
+
+    A quantized checkpoint computes as it was trained, with its frozen scales.
+
+    Args:
+        path: What to open.
+        tensor_parallel: Of this session.
+        pipeline_parallel: Of this session.
+        precision: `32` or `bf16`.
+        lowered: Store and multiply low-precision weights (`parallel.lowering`).
+        compiled: Have `torch.compile` translate the layers when they first run, if lowered.
+
+    Raises:
+        ValueError: Nothing readable there, or sizes that do not fit; on every rank.
+    """
+    is_checkpoint = (path / DESCRIPTION).exists()
+    if is_checkpoint:
+        description = read_description(path)
+        config, layers = (
+            DecoderConfig.from_dict(description["model"]),
+            checkpoint_layers(description),
+        )
+        source = None
+        tokenizer = load_tokenizer(path / "tokenizer")
+    else:
+        source = open_pretrained(path)
+        config, layers = source.config, {}
+        tokenizer = load_tokenizer(source.tokenizer_source)
+    check_parallel_sizes(config, tp=tensor_parallel, pp=pipeline_parallel)
+    check_group_sizes(config, layers, tp=tensor_parallel, purpose="tensor_parallel")
+    groups.initialize(tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+    # Megatron can be imported only after the groups' device is prepared.
+    from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.specs.model import build_model
+
+    settings = ModelConfig(
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    chunks = build_model(config, settings, layers, dtype)
+    if source is None:
+        load_checkpoint(path, chunks, layers=layers)
+    else:
+        error: Exception | None = None
+        try:
+            load_pretrained_(chunks, source)
+        except ValueError as caught:
+            error = caught
+        groups.agree(error)
+    if lowered:
+        if not layers:
+            raise ValueError(f"{path}: is not quantized, so there is nothing to lower.")
+        from mqat.parallel.pack_weights import compile_layers_, lower_
+
+        lower_(chunks)
+        if compiled:
+            compile_layers_(chunks)
+    for chunk in chunks:
+        chunk.eval()
+    return OpenedModel(list(chunks), config, tokenizer)

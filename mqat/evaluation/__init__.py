@@ -1,0 +1,1 @@
+"""Looking at a model: perplexity, generation, quality by linear."""

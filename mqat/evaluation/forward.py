@@ -1,0 +1,203 @@
+"""Forward passes over microbatches, through Megatron's own pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from mqat.parallel.learned_scales import scale_rule
+from mqat.parallel.quantized_module import QuantizedModule
+from mqat.parallel.quantized_step import quantized_step
+from mqat.runtime.groups import device
+
+Microbatch = dict[str, Tensor | None]
+
+
+def _to_device(batch: Microbatch) -> Microbatch:
+    return {key: None if value is None else value.to(device()) for key, value in batch.items()}
+
+
+def _loss_and_count(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's per-token contract: loss sum, token count, values to report."""
+    mask = loss_mask.reshape(-1)
+    total = (losses.reshape(-1).float() * mask).sum()
+    count = mask.sum().to(torch.int)
+    return total, count, {"loss": total.detach().double(), "tokens": count.double()}
+
+
+def forward_loss(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+    batch = _to_device(next(batches))
+    output = chunk(
+        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
+    )
+    loss_mask = batch["loss_mask"]
+    assert loss_mask is not None
+    return output, partial(_loss_and_count, loss_mask)
+
+
+def _forward_logits(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+    batch = _to_device(next(batches))
+    output = chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    zero = torch.zeros((), device=output.device)
+    return output, lambda logits: (zero, {"logits": logits.detach()})
+
+
+def _forward_hidden(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+    batch = _to_device(next(batches))
+    output = chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    return output, lambda hidden: (hidden.new_zeros(()), {})
+
+
+def run_microbatches(
+    forward_step: Callable[..., Any],
+    chunks: Sequence[Any],
+    microbatches: Sequence[Microbatch],
+    *,
+    forward_only: bool,
+) -> list[dict[str, Tensor]]:
+    """One pass over the microbatches of this data-parallel rank; results only on the last stage.
+
+    Forward only, a rank may have none: nothing in a model's forward pass waits for other
+    data-parallel ranks.
+    """
+    if forward_only and not microbatches:
+        return []
+    tokens = microbatches[0]["tokens"]
+    assert tokens is not None
+    results: list[dict[str, Tensor]] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        # Every chunk of an interleaved pipeline reads the same microbatches.
+        data_iterator=[iter(microbatches) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(microbatches),
+        seq_length=tokens.shape[1],
+        micro_batch_size=tokens.shape[0],
+        forward_only=forward_only,
+    )
+    return results
+
+
+def loss_totals(results: list[dict[str, Tensor]]) -> tuple[float, float]:
+    """Sum of losses and tokens over microbatches, data-parallel ranks, known on every stage."""
+    pair = torch.zeros(2, dtype=torch.float64, device=device())
+    for result in results:
+        pair += torch.stack([result["loss"], result["tokens"]])
+    dist.all_reduce(pair, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(pair, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    loss, tokens = pair.tolist()
+    return loss, tokens
+
+
+@torch.no_grad()
+def evaluate(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> tuple[float, float]:
+    """Loss summed over all counted tokens, and their number, on every rank; changes nothing."""
+    loss = tokens = 0.0
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    with quantized_step(chunks, for_backward=False):
+        for microbatches in steps:
+            part = loss_totals(
+                run_microbatches(forward_loss, chunks, microbatches, forward_only=True)
+            )
+            loss, tokens = loss + part[0], tokens + part[1]
+    for chunk, training in zip(chunks, was_training, strict=True):
+        chunk.train(training)
+    return loss, tokens
+
+
+@contextmanager
+def _without_logits(chunks: Sequence[Any]) -> Iterator[None]:
+    """The last stage ends with the decoder, unless its output layer is watched too."""
+    models = [getattr(chunk, "module", chunk) for chunk in chunks]
+    models = [
+        m for m in models if not isinstance(getattr(m, "output_layer", None), QuantizedModule)
+    ]
+    ends = [model.post_process for model in models]
+    try:
+        for model in models:
+            model.post_process = False
+        yield
+    finally:
+        for model, end in zip(models, ends, strict=True):
+            model.post_process = end
+
+
+@torch.no_grad()
+def run_layers(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> None:
+    """Forward passes through all layers, without logits and loss: for what calibration watches."""
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    with _without_logits(chunks):
+        for microbatches in steps:
+            run_microbatches(_forward_hidden, chunks, microbatches, forward_only=True)
+    for chunk, training in zip(chunks, was_training, strict=True):
+        chunk.train(training)
+
+
+@torch.no_grad()
+def logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
+    """Next-token logits of whole sequences, identical on every rank.
+
+    Args:
+        chunks: Model chunks, with or without DDP wrapper.
+        tokens: int64 [b, s], the same on every rank.
+
+    Returns:
+        float32 [b, s, V], without vocabulary padding.
+    """
+    sequence = tokens.shape[1]
+    # Sequence parallelism cuts the sequence evenly; causal attention ignores what is added.
+    padding = -sequence % parallel_state.get_tensor_model_parallel_world_size()
+    padded = torch.nn.functional.pad(tokens, (0, padding))
+    batch: Microbatch = {
+        "tokens": padded,
+        "position_ids": torch.arange(padded.shape[1]).expand_as(padded),
+        "attention_mask": None,
+    }
+    vocab = getattr(chunks[-1], "module", chunks[-1]).true_vocab_size
+    # An interleaved pipeline needs one microbatch per stage; the copies' results are not used.
+    copies = 1 if len(chunks) == 1 else parallel_state.get_pipeline_model_parallel_world_size()
+    with quantized_step(chunks, for_backward=False):
+        results = run_microbatches(_forward_logits, chunks, [batch] * copies, forward_only=True)
+    full = torch.empty(*tokens.shape, vocab, device=device())
+    if results:
+        local = results[0]["logits"]
+        gathered = gather_from_tensor_model_parallel_region(local)
+        full.copy_(gathered[:, :sequence, :vocab])
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(full, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return full
+
+
+@torch.no_grad()
+def served_logits(chunks: Sequence[Any], tokens: Tensor, dtype: str) -> Tensor:
+    """`logits` with unquantized tensors rounded to the dtype they are served in.
+
+    Norms, embedding, head and unquantized linears are exported in `dtype`; rounding them here first
+    leaves only the quantized arithmetic to compare. The weights are restored afterwards.
+    """
+    served = getattr(torch, dtype)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for chunk in chunks:
+        module = getattr(chunk, "module", chunk)
+        for name, parameter in module.named_parameters():
+            owner = module.get_submodule(name.rpartition(".")[0])
+            if getattr(owner, "weight_quantizer", None) is None and scale_rule(parameter) is None:
+                kept.append((parameter, parameter.detach().clone()))
+                parameter.copy_(parameter.to(served))
+    result = logits(chunks, tokens)
+    for parameter, value in kept:
+        parameter.copy_(value)
+    return result

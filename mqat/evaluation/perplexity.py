@@ -1,0 +1,96 @@
+"""A text under a checkpoint (perplexity, quality by linear), or under an exported directory alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from mqat.checkpoints.load_model import open_model
+from mqat.data.documents import ReadStats, read_texts
+from mqat.data.packing import PackedDataset, pack_text
+from mqat.data.tokenizer import load_tokenizer
+from mqat.evaluation.forward import logits
+from mqat.runtime import groups
+from mqat.verify.verify import open_export
+
+
+def _windows(text: Path, tokenizer: object, seq_length: int) -> PackedDataset:
+    return pack_text(read_texts([text], "error", ReadStats()), tokenizer, seq_length)
+
+
+def _check_length(path: Path, seq_length: int, longest: int) -> None:
+    if seq_length > longest:
+        raise ValueError(
+            f"{path}: sequences of {seq_length} tokens are longer than its max_position_embeddings="
+            f"{longest}; evaluate with --seq-length {longest} or less."
+        )
+
+
+def _summed_loss(scores: torch.Tensor, row: torch.Tensor) -> float:
+    return float(F.cross_entropy(scores[0].float(), row[1:], reduction="sum"))
+
+
+def checkpoint_perplexity(
+    path: Path,
+    text: Path,
+    *,
+    seq_length: int,
+    precision: str = "32",
+    lowered: bool = False,
+    compiled: bool = False,
+) -> tuple[float, int]:
+    """Mean loss per token in nats, and the number of tokens; also reads HF directories and GGUF.
+
+    Raises:
+        ValueError: As `open_model` and `read_texts`.
+    """
+    model = open_model(path, precision=precision, lowered=lowered, compiled=compiled)
+    _check_length(path, seq_length, model.config.max_position_embeddings)
+    rows = _windows(text, model.tokenizer, seq_length).tokens.long()
+    loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]).cpu(), row) for row in rows)
+    groups.finalize()
+    return loss / (len(rows) * seq_length), len(rows) * seq_length
+
+
+def checkpoint_quality(
+    path: Path,
+    text: Path,
+    *,
+    seq_length: int,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+) -> dict[str, Any]:
+    """`calibration.quality.quality_report` of a checkpoint, on every rank; groups stay open.
+
+    Raises:
+        ValueError: As `open_model` and `read_texts`; or nothing is quantized.
+    """
+    model = open_model(path, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+    from megatron.core import parallel_state
+
+    from mqat.evaluation.forward import run_layers
+    from mqat.evaluation.quality import quality_report
+
+    rows = _windows(text, model.tokenizer, seq_length).tokens.long()[:, :-1]
+    positions = torch.arange(seq_length)[None]
+    steps = [
+        [{"tokens": row[None], "position_ids": positions, "attention_mask": None}] for row in rows
+    ]
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return quality_report(model.chunks, lambda: run_layers(model.chunks, steps), group=group)
+
+
+def export_perplexity(directory: Path, text: Path, *, seq_length: int) -> tuple[float, int]:
+    """The same for an exported directory, computed by the independent reader.
+
+    Raises:
+        ValueError: The directory's config cannot be used; names the first problem.
+    """
+    reader = open_export(directory)
+    _check_length(directory, seq_length, int(reader.config.raw["max_position_embeddings"]))
+    rows = _windows(text, load_tokenizer(directory), seq_length).tokens.long()
+    loss = sum(_summed_loss(reader.logits(row[None, :-1]), row) for row in rows)
+    return loss / (len(rows) * seq_length), len(rows) * seq_length

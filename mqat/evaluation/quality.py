@@ -1,0 +1,182 @@
+"""How well each linear and cache survives its quantization: signal to noise, clipping, outlier channels.
+
+Every module is run twice on the input it meets in the quantized model, with its quantizers and without:
+
+    SQNR = 10 log10(sum y² / sum (y - y_q)²)  dB        of operands, and of the output over all tokens
+
+A bit is worth 6 dB. Sums and maxima are merged over ranks in one collective each, so that the report is
+the same on every layout, up to the order in which floats are added.
+
+| key in the JSON                     | meaning                                                         |
+|-------------------------------------|-----------------------------------------------------------------|
+| `version`                           | of this format: 1                                               |
+| `linears[].output_sqnr_db`          | null: exact                                                     |
+| `linears[].weight, input, output`   | null if not quantized; else `format`, `amax`, `clip_rate`,      |
+|                                     | `scale`, and `sqnr_db` of the operand (an output's: of all)     |
+| `linears[].outliers`                | channels with an amax above `OUTLIER_RATIO` x the median's      |
+| `caches[].output_sqnr_db`           | of an attention that reads a quantized cache                    |
+| `caches[].kv`, or `key` and `value` | as operands of linears                                          |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mqat.evaluation.sqnr_hooks import CLIPPED, COUNT, NOISE, SIGNAL, Watched, operand_sums
+from mqat.parallel.attention import KvCacheAttention
+from mqat.parallel.linear import QuantizedLinear, quantized_linears
+from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
+from mqat.parallel.reduce import all_reduce_fused_
+from mqat.quant.quantizer import Quantizer
+
+VERSION = 1
+OUTLIER_RATIO = 10.0
+_WORST = 5  # outlier channels that are named
+
+
+def _decibel(signal: float, noise: float) -> float | None:
+    return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+
+
+def _scale_range(quantizer: Quantizer) -> Tensor:
+    """-smallest and largest frozen scale, float32 (2,): both merge by MAX."""
+    scale = quantizer.frozen_tensors.get("scale", quantizer.frozen_tensors.get("global_scale"))
+    if scale is None or not scale.numel():
+        return torch.full((2,), -math.inf, device=quantizer.scale.device)
+    return torch.stack([-scale.min(), scale.max()])
+
+
+def _operand(quantizer: Quantizer, sums: Tensor, amax: Tensor, ends: Tensor) -> dict[str, Any]:
+    scheme, values = quantizer.scheme, sums.tolist()
+    low, high = -float(ends[0]), float(ends[1])
+    return {
+        "format": f"{scheme.format.name} per {scheme.granularity}",
+        "amax": float(amax),
+        "clip_rate": values[CLIPPED] / max(values[COUNT], 1.0),
+        "scale": [low, high] if math.isfinite(high) else None,
+        "sqnr_db": _decibel(values[SIGNAL], values[NOISE]),
+    }
+
+
+def _outliers(amax: Tensor) -> dict[str, Any]:
+    ratios = amax / amax.median().clamp_min(1e-20)
+    order = torch.argsort(ratios, descending=True, stable=True)[:_WORST]
+    worst = [[int(i), round(float(ratios[i]), 2)] for i in order if ratios[i] > OUTLIER_RATIO]
+    return {"count": int((ratios > OUTLIER_RATIO).sum()), "worst": worst}
+
+
+def _weight_figures(modules: Mapping[str, QuantizedModule], watched: Mapping[str, Watched]) -> None:
+    """Adds each quantized weight's sums and maximum to what was watched."""
+    for name, module in modules.items():
+        quantizer = module.quantizers.get("weight")
+        if quantizer is not None:
+            weight = module.weight.detach()
+            watched[name].sums["weight"] = operand_sums(weight, quantizer)
+            watched[name].maxima["weight"] = weight.abs().amax().float().reshape(1)
+
+
+def quality_report(
+    chunks: list[Any], run_batches: Callable[[], None], *, group: dist.ProcessGroup
+) -> dict[str, Any]:
+    """Runs the batches through a calibrated model and measures every quantized linear and cache.
+
+    Args:
+        chunks: Model chunks of this rank.
+        run_batches: Forward passes (all ranks); a rank without batches just returns.
+        group: TP x DP x CP of this pipeline stage.
+
+    Returns:
+        The table at the top of this module as plain data, in model order, on every rank.
+
+    Raises:
+        ValueError: Nothing is quantized, no token reached a module, or one is not finite; on every rank.
+    """
+    linears: dict[str, QuantizedModule] = {**quantized_linears(chunks)}
+    attentions = {
+        n: m for n, m in quantized_modules(chunks).items() if isinstance(m, KvCacheAttention)
+    }
+    modules = {n: m for n, m in (linears | attentions).items() if m.quantizers}
+    watched = {name: Watched(module) for name, module in modules.items()}
+    handles = [w.attach() for w in watched.values()]
+    try:
+        run_batches()
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        _weight_figures(modules, watched)
+    ends = {
+        name: {kind: _scale_range(q) for kind, q in module.quantizers.items()}
+        for name, module in modules.items()
+    }
+    totals = [t for w in watched.values() for t in (*w.sums.values(), w.tokens)]
+    maxima = [amax for w in watched.values() for amax in w.maxima.values()]
+    maxima += [pair for kinds in ends.values() for pair in kinds.values()]
+    all_reduce_fused_(totals, dist.ReduceOp.SUM, group)
+    all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
+    own = {name: _entry(name, w, ends[name]) for name, w in watched.items()}
+    stages: list[dict[str, Any] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(stages, own)
+    found: dict[str, Any] = {}
+    for stage in stages:
+        found |= stage or {}
+    return _checked(found)
+
+
+def _entry(name: str, watched: Watched, ends: Mapping[str, Tensor]) -> dict[str, Any]:
+    sums, maxima, module = watched.sums, watched.maxima, watched.module
+    signal, noise = sums["output"][[SIGNAL, NOISE]].tolist()
+    is_linear = isinstance(module, QuantizedLinear)
+    kinds = ("weight", "input", "output") if is_linear else tuple(module.quantizers)
+    operands = {
+        kind: _operand(module.quantizers[kind], sums[kind], maxima[kind], ends[kind])
+        if kind in module.quantizers
+        else None
+        for kind in kinds
+    }
+    entry = {
+        "name": name,
+        "tokens": float(watched.tokens),
+        "is_finite": all(bool(values[: COUNT + 1].isfinite().all()) for values in sums.values()),
+        "output_sqnr_db": _decibel(signal, noise),
+        **operands,
+    }
+    if is_linear:
+        channels = maxima["channels"]
+        entry |= {"input_amax": float(channels.amax()), "outliers": _outliers(channels)}
+    return entry
+
+
+def _model_order(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else -1 for part in name.split(".")]
+
+
+def _checked(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises ValueError if there is nothing to report about, or NaN or infinite values."""
+    if not found:
+        raise ValueError("quality report: nothing of this model is quantized.")
+    for name, entry in found.items():
+        if not entry["tokens"]:
+            raise ValueError(
+                f"quality report: no token reached {name}; the text has too few tokens."
+            )
+        if not entry["is_finite"]:
+            raise ValueError(
+                f"quality report: weight, input or output of {name} is NaN or infinite; look at the "
+                "checkpoint, or restore an earlier one."
+            )
+    ordered = [found[name] for name in sorted(found, key=_model_order)]
+    for entry in ordered:
+        del entry["tokens"], entry["is_finite"]  # tokens count several times where ranks share them
+    linears = [entry for entry in ordered if "outliers" in entry]
+    return {
+        "version": VERSION,
+        "linears": linears,
+        "caches": [entry for entry in ordered if "outliers" not in entry],
+    }

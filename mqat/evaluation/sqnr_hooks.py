@@ -1,0 +1,145 @@
+"""What the quality report measures while batches run: hooks on linears and on attentions with a cache.
+
+A hook runs its module a second time, on the same arguments and without its quantizers. What it sums is
+merged over ranks later (`quality.py`): `sums` by SUM, `maxima` by MAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mqat.parallel.attention import KvCacheAttention
+from mqat.parallel.linear import QuantizedLinear, QuantRowParallelLinear
+from mqat.parallel.quantized_module import QuantizedModule
+from mqat.quant.granularity import grouped_view
+from mqat.quant.quantizer import Quantizer
+
+SIGNAL, NOISE, CLIPPED, COUNT = range(4)  # places in a row of `sums`
+
+
+@contextmanager
+def _unquantized(module: QuantizedModule) -> Iterator[None]:
+    quantizers = module.quantizers.values()
+    enabled = [quantizer.is_enabled for quantizer in quantizers]
+    try:
+        for quantizer in quantizers:
+            quantizer.is_enabled = False
+        yield
+    finally:
+        for quantizer, was in zip(quantizers, enabled, strict=True):
+            quantizer.is_enabled = was
+
+
+def clipped(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """Number of elements beyond the last code (integers: by more than half a step), int64 ()."""
+    if quantizer.scheme.is_dynamic:
+        return torch.zeros((), dtype=torch.int64, device=x.device)
+    scale, zero_point = quantizer.steps(x)
+    fmt, granularity = quantizer.scheme.format, quantizer.scheme.granularity
+    groups, steps = grouped_view(x.detach().float(), scale, granularity)
+    codes = groups / steps
+    if zero_point is not None:
+        codes = codes + grouped_view(x, zero_point, granularity)[1]
+    slack = 0.0 if fmt.is_float else 0.5
+    return ((codes < fmt.qmin - slack) | (codes > fmt.qmax + slack)).sum()
+
+
+def operand_sums(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """float64 (4,): squares, squared errors, clipped elements, elements, of an operand."""
+    x = x.detach()
+    error = quantizer(x).double() - x.double()
+    parts = (x.double().square().sum(), error.square().sum(), clipped(x, quantizer).double())
+    return torch.stack([*parts, parts[0].new_tensor(x.numel())])
+
+
+class Watched:
+    """A module under observation on this rank.
+
+    Args:
+        module: Linear or attention with quantizers.
+
+    Attributes:
+        sums: Kind -> float64 (4,): signal, noise, clipped elements, elements. `output` counts what the
+            module returns, against itself without any quantizer; other kinds are activations that pass a
+            quantizer, before and behind it.
+        maxima: Kind -> largest |x|, float32; `channels` of a linear's input: of each global channel [I],
+            zero where others hold it.
+        tokens: float64 (1,).
+    """
+
+    def __init__(self, module: QuantizedModule) -> None:
+        self.module = module
+        device = module.weight.device if isinstance(module, QuantizedLinear) else _device(module)
+        kinds = ["output", *(kind for kind in module.quantizers if kind != "weight")]
+        self.sums = {
+            kind: torch.zeros(4, dtype=torch.float64, device=device)
+            for kind in dict.fromkeys(kinds)
+        }
+        self.maxima = {kind: torch.zeros(1, device=device) for kind in self.sums}
+        if isinstance(module, QuantizedLinear):
+            cut = module.tp_group.size() if isinstance(module, QuantRowParallelLinear) else 1
+            self.maxima["channels"] = torch.zeros(module.weight.shape[1] * cut, device=device)
+        self.tokens = torch.zeros(1, dtype=torch.float64, device=device)
+        self._is_inside = False
+
+    def attach(self) -> Any:
+        """Starts; the handle's `remove()` ends it."""
+        return self.module.register_forward_hook(self._hook, with_kwargs=True)
+
+    def _hook(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._is_inside:
+            return
+        self._is_inside = True
+        with torch.no_grad(), _unquantized(self.module):
+            exact = _first(self.module(*args, **kwargs)).detach()
+        self._is_inside = False
+        self._compare_outputs(_first(output).detach(), exact)
+        if isinstance(self.module, KvCacheAttention):
+            arguments = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            for kind in ("key", "value"):
+                self._operand(self.module.scheme.scale_of(kind), arguments[kind])
+            return
+        self._channels(args[0].detach())
+        if "input" in self.module.quantizers:
+            self._operand("input", args[0])
+
+    def _compare_outputs(self, quantized: Tensor, exact: Tensor) -> None:
+        sums, quantizer = self.sums["output"], self.module.quantizers.get("output")
+        sums[SIGNAL] += exact.double().square().sum()
+        sums[NOISE] += (quantized.double() - exact.double()).square().sum()
+        if quantizer is not None:
+            sums[CLIPPED] += clipped(exact, quantizer)
+        sums[COUNT] += exact.numel()
+        self.tokens += exact.shape[0] * exact.shape[1]
+        self._largest("output", exact)
+
+    def _operand(self, kind: str, x: Tensor) -> None:
+        quantizer = self.module.quantizers[kind]
+        with torch.no_grad():
+            self.sums[kind] += operand_sums(x, quantizer)
+        self._largest(kind, x.detach())
+
+    def _largest(self, kind: str, x: Tensor) -> None:
+        largest = self.maxima[kind]
+        torch.maximum(largest, x.abs().amax().float(), out=largest)
+
+    def _channels(self, x: Tensor) -> None:
+        own = x.abs().flatten(0, -2).amax(dim=0).float()
+        cut, whole = isinstance(self.module, QuantRowParallelLinear), self.maxima["channels"]
+        start = own.numel() * self.module.tp_group.rank() if cut else 0
+        place = whole[start : start + own.numel()]
+        torch.maximum(place, own, out=place)
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _device(module: QuantizedModule) -> torch.device:
+    return next(iter(module.quantizers.values())).scale.device

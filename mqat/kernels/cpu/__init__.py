@@ -1,0 +1,1 @@
+"""C++ passes for CPUs, compiled at first use."""

@@ -1,0 +1,130 @@
+"""GEMMs of one-byte codes, exact for integers, by whatever the device is fast at.
+
+`_int_mm` is used where hardware multiplies int8 (CUDA, CPUs with VNNI). Elsewhere integer codes go
+through float32 GEMMs over blocks of `EXACT_BLOCK` inputs, whose sums float32 holds exactly; both
+give the same integers. bfloat16 operands are likewise widened where bfloat16 GEMMs are emulated.
+
+Suffixes: N tokens, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mqat.kernels.cpu import passes as native
+
+# 1024 products of at most 128 * 128 sum to at most 2**24, up to which float32 holds all integers.
+EXACT_BLOCK = 1024
+
+
+def has_int8_units(device: torch.device) -> bool:
+    """Whether `torch._int_mm` is faster there than a float32 GEMM."""
+    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_vnni_supported())
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether bfloat16 GEMMs are faster there than float32 ones."""
+    return device.type == "cuda" or (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and torch.cpu._is_avx512_bf16_supported()
+    )
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which to multiply operands of `dtype`; GEMMs add in float32 in either case."""
+    is_emulated = dtype == torch.bfloat16 and not has_bf16_units(device)
+    return torch.float32 if is_emulated else dtype
+
+
+def int8_matmul_native(x_NI: Tensor, w_OI: Tensor) -> Tensor:  # noqa: N803
+    """`x @ w.T` of int8 codes as int32 [N, O], by the device's integer GEMM."""
+    return torch._int_mm(x_NI, w_OI.t())
+
+
+def int8_matmul_emulated(x_NI: Tensor, w_OI: Tensor) -> Tensor:  # noqa: N803
+    """The same integers by float32 GEMMs; float32 [N, O] if one block suffices, else int32."""
+    total: Tensor | None = None
+    for x, w in zip(x_NI.split(EXACT_BLOCK, dim=1), w_OI.split(EXACT_BLOCK, dim=1), strict=True):
+        partial = x.float() @ w.float().t()
+        if x_NI.shape[1] <= EXACT_BLOCK:
+            return partial
+        total = partial.int() if total is None else total.add_(partial.int())
+    assert total is not None, "a linear has at least one input feature"
+    return total
+
+
+def int8_matmul(x_NI: Tensor, w_OI: Tensor) -> Tensor:  # noqa: N803
+    """Exact `x @ w.T` of int8 codes, [N, O] in int32 or (integers in) float32.
+
+    cuBLAS takes only more than 16 rows and multiples of 8 features; other shapes are emulated.
+    """
+    fits = x_NI.device.type != "cuda" or (
+        x_NI.shape[0] > 16 and x_NI.shape[1] % 8 == 0 and w_OI.shape[0] % 8 == 0
+    )
+    if has_int8_units(x_NI.device) and fits:
+        return int8_matmul_native(x_NI, w_OI)
+    return int8_matmul_emulated(x_NI, w_OI)
+
+
+def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of int8 or float8 codes in a float dtype, exact; a new tensor.
+
+    CPUs convert float8 element by element, 20 times slower than this: E4M3's sign, exponent and
+    mantissa are moved to their places in a wider float, and 2**120 makes up for the exponent bias
+    (127 - 7). Subnormals come out right; the NaN code does not (`encode` marks NaN in the scale).
+    """
+    is_known = codes.dtype in (torch.int8, torch.float8_e4m3fn) and dtype in native.DTYPES
+    if is_known and codes.numel() and native.serves(codes):
+        return native.decode(codes, None, codes.numel(), dtype)
+    if codes.dtype != torch.float8_e4m3fn or dtype not in (torch.float32, torch.bfloat16):
+        return codes.to(dtype)
+    word, shift = (torch.int32, 20) if dtype == torch.float32 else (torch.int16, 4)
+    sign_exponent_mantissa = (-0x80 << (shift + 4)) | (0x7F << shift)
+    bits = codes.view(torch.int8).to(word)
+    return (
+        bits.bitwise_left_shift_(shift)
+        .bitwise_and_(sign_exponent_mantissa)
+        .view(dtype)
+        .mul_(2.0**120)
+    )
+
+
+def scaled_matmul(
+    x_NI: Tensor,  # noqa: N803
+    w_OI: Tensor,  # noqa: N803
+    scale: Tensor,
+    dtype: torch.dtype,
+    *,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """`(x @ w.T) * scale` of codes, scaled in float32 and rounded once to `dtype`.
+
+    Args:
+        x_NI: int8 or float8 codes.
+        w_OI: Codes of the same dtype.
+        scale: float32, (1,) or (O,): product of the steps of both operands, or with
+            `row_scale` those of `w_OI`.
+        dtype: Of the result.
+        row_scale: float32 (N,): a step for each row of `x_NI`.
+    """
+    if x_NI.dtype == torch.int8:
+        product = int8_matmul(x_NI, w_OI)
+    else:
+        # Where bfloat16 is native its GEMM rounds the sum once more than this function promises.
+        wide = compute_dtype(dtype, x_NI.device)
+        product = decode(x_NI, wide) @ decode(w_OI, wide).t()
+    if dtype in native.DTYPES and native.serves(product, scale):
+        return native.scale_product(product, scale, row_scale, dtype)
+    product = product.float()
+    if row_scale is not None:
+        product = product.mul_(row_scale[:, None])
+    return product.mul_(scale).to(dtype)
+
+
+def float_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b`, multiplied in `compute_dtype`, rounded to `dtype`."""
+    wide = compute_dtype(dtype, a.device)
+    return (a.to(wide) @ b.to(wide)).to(dtype)

@@ -1,0 +1,1 @@
+"""What can be decided, and refused, about a run before it is queued."""

@@ -1,0 +1,310 @@
+"""Everything about a run that can be decided, and refused, before any process group exists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mqat.checkpoints.manifest import DESCRIPTION, read_description
+from mqat.checkpoints.random_weights import RandomWeights
+from mqat.checkpoints.source import PretrainedSource, open_pretrained
+from mqat.config import QuantizationConfig, RuleConfig, RunConfig
+from mqat.data.packaged import smollm2_gguf
+from mqat.export import huggingface
+from mqat.export.kv_cache import check_exportable as check_cache_exportable
+from mqat.export.tables import check_exportable as check_tables_exportable
+from mqat.export.trtllm import check_exportable
+from mqat.kernels.gemm import has_bf16_units
+from mqat.models.decoder import FAMILIES, LINEARS, DecoderConfig
+from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes, table_schemes
+from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
+from mqat.quant.learned import check_learnable
+from mqat.quant.scheme import LinearScheme
+from mqat.report.page import check_plots
+from mqat.runtime.groups import device
+from mqat.specs.policy import Policy, Rule
+from mqat.training.schedule import check_bits
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A validated run.
+
+    Attributes:
+        config: As loaded.
+        model: Global sizes of the model.
+        source: Where weights come from: a pretrained source, random weights, or the directory of an
+            mqat checkpoint.
+        layers: Global name -> scheme, of quantized linears and caches.
+        dtype: Of parameters and activations.
+        data_parallel: World size / (TP x PP).
+    """
+
+    config: RunConfig
+    model: DecoderConfig
+    source: PretrainedSource | RandomWeights | Path
+    layers: dict[str, Scheme]
+    dtype: torch.dtype
+    data_parallel: int
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.exp_manager.exp_dir)
+
+
+def resolve_dtype(precision: str) -> torch.dtype:
+    """`auto` is bf16 on CUDA and on CPUs that multiply bf16 natively, otherwise fp32.
+
+    Emulated bf16 is several times slower than fp32 on a CPU without AVX512-BF16 or AMX.
+    """
+    if precision == "32":
+        return torch.float32
+    native = has_bf16_units(device())
+    return torch.bfloat16 if precision == "bf16" or native else torch.float32
+
+
+def _source(config: RunConfig) -> tuple[DecoderConfig, PretrainedSource | RandomWeights | Path]:
+    settings = config.model
+    given = {
+        "model.restore_from_path": settings.restore_from_path,
+        "model.packaged": settings.packaged,
+        "model.architecture": settings.architecture,
+    }
+    named = [key for key, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(
+            f"config: exactly one of {', '.join(given)} must be set, found {named or 'none'}."
+        )
+    if settings.architecture is not None:
+        sizes = settings.architecture
+        if sizes.head_dim is None and (
+            sizes.num_attention_heads < 1 or sizes.hidden_size % sizes.num_attention_heads
+        ):
+            raise ValueError(
+                f"model.architecture: hidden_size={sizes.hidden_size} is not a multiple of "
+                f"num_attention_heads={sizes.num_attention_heads}; change one, or set head_dim."
+            )
+        model = DecoderConfig(
+            vocab_size=sizes.vocab_size,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.intermediate_size,
+            num_layers=sizes.num_layers,
+            num_attention_heads=sizes.num_attention_heads,
+            num_query_groups=sizes.num_query_groups,
+            head_dim=sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads,
+            max_position_embeddings=sizes.max_position_embeddings,
+            tie_word_embeddings=sizes.tie_word_embeddings,
+        )
+        return model, RandomWeights(model, config.trainer.seed)
+    path = smollm2_gguf() if settings.packaged else Path(str(settings.restore_from_path))
+    if (path / DESCRIPTION).exists():
+        return DecoderConfig.from_dict(read_description(path)["model"]), path
+    if not path.exists():
+        raise ValueError(
+            f"model.restore_from_path={path}: no such file or directory. (conf/ptq_tiny.yaml continues "
+            "from what examples/gpt_sft.py writes.)"
+        )
+    source = open_pretrained(path)
+    return source.config, source
+
+
+def _check_batches(config: RunConfig, world_size: int) -> int:
+    """Data-parallel size; refuses world and batch sizes that do not fit together."""
+    settings = config.model
+    trainer = config.trainer
+    if world_size < 1:
+        raise ValueError(f"world size {world_size} must be at least 1.")
+    if trainer.devices is not None and trainer.devices * trainer.num_nodes != world_size:
+        raise ValueError(
+            f"world size {world_size} does not match trainer.devices={trainer.devices} x "
+            f"trainer.num_nodes={trainer.num_nodes}; start torchrun with that many processes."
+        )
+    model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
+    if world_size % model_parallel:
+        raise ValueError(
+            f"world size {world_size} is not a multiple of tensor_model_parallel_size="
+            f"{settings.tensor_model_parallel_size} x pipeline_model_parallel_size="
+            f"{settings.pipeline_model_parallel_size}; start torchrun with --nproc-per-node "
+            f"{model_parallel} or a multiple of it."
+        )
+    data_parallel = world_size // model_parallel
+    per_step = settings.micro_batch_size * data_parallel
+    if settings.global_batch_size % per_step:
+        raise ValueError(
+            f"model.global_batch_size={settings.global_batch_size} is not a multiple of "
+            f"micro_batch_size={settings.micro_batch_size} x data-parallel size {data_parallel}."
+        )
+    if config.quantization.num_calib_size % per_step:
+        raise ValueError(
+            f"quantization.num_calib_size={config.quantization.num_calib_size} is not a multiple "
+            f"of micro_batch_size={settings.micro_batch_size} x data-parallel size "
+            f"{data_parallel}; the same sequences must be seen on every layout."
+        )
+    sizes = {
+        "model.global_batch_size": settings.global_batch_size,
+        "quantization.num_calib_size": config.quantization.num_calib_size,
+    }
+    for key, size in sizes.items():
+        stages = settings.pipeline_model_parallel_size
+        if settings.virtual_pipeline_model_parallel_size and size // per_step % stages:
+            raise ValueError(
+                f"interleaved pipeline: {key}={size} gives {size // per_step} microbatches, not a "
+                f"multiple of pipeline_model_parallel_size={stages}; make it a multiple of "
+                f"{per_step * stages}."
+            )
+    return data_parallel
+
+
+def _rule(config: RuleConfig) -> Rule:
+    given = {"weight": config.weight, "input": config.input, "output": config.output}
+    operands = {kind: asdict(operand) for kind, operand in given.items() if operand is not None}
+    return Rule(config.pattern, config.algorithm, operands)
+
+
+def _check_training(settings: QuantizationConfig, layers: Mapping[str, LinearScheme]) -> None:
+    """Refuses schemes whose scales or bits cannot change during training as configured."""
+    rules = {"weight": settings.weight_rule, "input": settings.input_rule}
+    for kind, rule in rules.items():
+        operands = {n: s.operands[kind] for n, s in layers.items() if kind in s.operands}
+        if rule is None:
+            continue
+        if not operands:
+            raise ValueError(
+                f"config: quantization.{kind}_scales={rule}, but no {kind} is quantized; set it to "
+                "frozen, or choose another algorithm."
+            )
+        for name, operand in operands.items():
+            try:
+                check_learnable(operand, f"{name}.{kind}")
+            except ValueError as error:
+                raise ValueError(f"config: quantization.{kind}_scales={rule}: {error}") from error
+    check_bits(settings.bit_schedule, layers)
+
+
+def _check_decoder(config: RunConfig, model: DecoderConfig) -> None:
+    family = FAMILIES[model.family]
+    given = {
+        "quantization.decoder_type": config.quantization.decoder_type,
+        "export.decoder_type": config.export.decoder_type,
+    }
+    for key, decoder in given.items():
+        if decoder is not None and decoder not in family.decoder_types:
+            raise ValueError(
+                f"config: {key}={decoder}, but the model is {family.name}; leave it out, or use "
+                f"{' or '.join(family.decoder_types)}."
+            )
+
+
+def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
+    """Checks a configuration as a whole, on every rank alike, touching no process group.
+
+    Args:
+        config: From `load_config`.
+        world_size: Number of processes; default: torchrun's `WORLD_SIZE`, or 1.
+
+    Raises:
+        ValueError: Anything that would fail later: sizes that do not divide, groups that do not fit
+            the training or the inference layout, an algorithm the export format lacks, missing files.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    if config.exp_manager.quality_report:
+        check_plots()
+    settings = config.model
+    model, source = _source(config)
+    _check_decoder(config, model)
+    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
+    check_parallel_sizes(
+        model, tp=tp, pp=pp, virtual_pp=settings.virtual_pipeline_model_parallel_size or 1
+    )
+    data_parallel = _check_batches(config, world)
+    if settings.sequence_parallel and settings.data.seq_length % tp:
+        raise ValueError(
+            f"model.data.seq_length={settings.data.seq_length} is not a multiple of "
+            f"tensor_model_parallel_size={tp}, which sequence parallelism needs."
+        )
+    if settings.data.seq_length > model.max_position_embeddings:
+        raise ValueError(
+            f"model.data.seq_length={settings.data.seq_length} exceeds the model's "
+            f"max_position_embeddings={model.max_position_embeddings}."
+        )
+    data = settings.data
+    if data.packaged is None and not (data.train and data.validation):
+        raise ValueError(
+            "config: model.data.train and model.data.validation must each name at least one file "
+            "(hold out whole documents), or set model.data.packaged."
+        )
+    quantization = config.quantization
+    policy = Policy(
+        quantization.algorithm or "null",
+        quantization.group_size,
+        tuple(map(_rule, quantization.rules)),
+        quantization.kv_cache,
+        quantization.kv_cache_scales,
+        tuple(quantization.disabled),
+    )
+    layers = policy.resolve(model)
+    linears = linear_schemes(layers)
+    _check_training(quantization, linears)
+    check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
+    export = config.export
+    if export.format is not None:
+        target = export.style if export.format == "hf" else export.format
+        check_tables_exportable(table_schemes(layers))
+        check_cache_exportable(kv_cache_schemes(layers), linears, target=target)
+    if export.format == "hf":
+        huggingface.check_exportable(model, linears, style=export.style)
+    elif export.format is not None:
+        inference = {
+            "tp": export.inference_tensor_parallel,
+            "pp": export.inference_pipeline_parallel,
+        }
+        check_exportable(
+            model, linears, allow_requantization=export.allow_requantization, **inference
+        )
+        check_group_sizes(
+            model, layers, tp=inference["tp"], purpose="export.inference_tensor_parallel"
+        )
+    return RunPlan(
+        config, model, source, layers, resolve_dtype(config.trainer.precision), data_parallel
+    )
+
+
+def describe(plan: RunPlan) -> dict[str, Any]:
+    """The decisions a person wants to see before a long run."""
+    settings = plan.config.model
+    return {
+        "layout": f"TP {settings.tensor_model_parallel_size} x PP "
+        f"{settings.pipeline_model_parallel_size} x DP {plan.data_parallel}"
+        + (" + sequence parallel" if settings.sequence_parallel else ""),
+        "precision": str(plan.dtype).removeprefix("torch."),
+        "algorithm": plan.config.quantization.algorithm,
+        "quantized linears": len(linear_schemes(plan.layers)),
+        "key/value cache": plan.config.quantization.kv_cache,
+    }
+
+
+def memory_estimate(plan: RunPlan) -> dict[str, str]:
+    """Bytes of weights, gradients and optimizer state on the fullest rank.
+
+    fp32 gradient buffer; AdamW moments, and a fp32 copy of bf16 weights, spread over data-parallel
+    ranks (distributed optimizer). Activations are not counted.
+    """
+    model, settings = plan.model, plan.config.model
+    linears = sum(a * b for a, b in map(model.linear_shape, LINEARS)) * model.num_layers
+    table = model.vocab_size * model.hidden_size
+    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
+    tables = 1 if model.tie_word_embeddings and pp == 1 else (2 if pp == 1 else 1)
+    parameters = (linears / pp + tables * table) / tp
+    width = plan.dtype.itemsize
+    state = 8 if width == 4 else 12
+    total = parameters * (width + 4 + state / plan.data_parallel)
+    return {
+        "parameters per rank": f"{parameters / 1e6:.1f} M",
+        "weights, gradients, optimizer per rank": f"{total / 2**30:.2f} GiB",
+    }

@@ -1,0 +1,219 @@
+"""From a model description and a layout to Megatron GPT chunks whose linears can be quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mqat.config import ModelConfig
+from mqat.models.decoder import EMBEDDING, OUTPUT_LAYER, DecoderConfig
+from mqat.models.schemes import Scheme, table_schemes
+from mqat.parallel.embedding import QuantVocabParallelEmbedding
+from mqat.parallel.layout import shard_count
+from mqat.parallel.linear import QuantColumnParallelLinear
+from mqat.quant.scheme import LinearScheme
+from mqat.specs.backend import gpt_layer_spec
+from mqat.specs.gpt import quantize_block_spec
+
+# What Megatron's RotaryEmbedding._apply_scaling hard-codes besides the factor.
+_MEGATRON_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+class DecoderModel(GPTModel):  # type: ignore[misc]
+    """`GPTModel` that keeps vocabulary padding out of the softmax.
+
+    The table is padded so that any valid TP size cuts it evenly; without the mask, padded rows would
+    take probability and the loss would differ from the unpadded model's.
+
+    Megatron's layer specs have no place for the vocabulary tables, so that quantized ones are built
+    here, in the place of its own.
+
+    Args:
+        *args: As for `GPTModel`.
+        true_vocab_size: Without padding.
+        tables: Name of a quantized table -> scheme.
+        num_shards: Largest tensor-parallel size of the model.
+        **kwargs: As for `GPTModel`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        true_vocab_size: int,
+        tables: Mapping[str, LinearScheme],
+        num_shards: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.true_vocab_size = true_vocab_size
+        common = {"config": self.config, "tp_group": self.pg_collection.tp}
+        if self.pre_process and EMBEDDING in tables:
+            scatters = self.embedding.reduce_scatter_embeddings
+            del self.embedding.word_embeddings  # a table may be the model's largest tensor
+            self.embedding.word_embeddings = QuantVocabParallelEmbedding(
+                self.vocab_size,
+                self.config.hidden_size,
+                init_method=self.config.embedding_init_method,
+                reduce_scatter_embeddings=scatters,
+                name=EMBEDDING,
+                scheme=tables[EMBEDDING],
+                **common,
+            )
+        if self.post_process and OUTPUT_LAYER in tables:
+            del self.output_layer  # likewise
+            self.output_layer: Any = QuantColumnParallelLinear(
+                self.config.hidden_size,
+                self.vocab_size,
+                init_method=self.config.init_method,
+                bias=False,
+                gather_output=not self.parallel_output,
+                name=OUTPUT_LAYER,
+                scheme=tables[OUTPUT_LAYER],
+                num_shards=num_shards,
+                **common,
+            )
+        if tables and (self.pre_process or self.post_process):
+            self.setup_embeddings_and_output_layer()
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Per-token loss [b, s] from this rank's logits [s, b, Vp/tp]."""
+        columns = logits.shape[-1]
+        first = self.pg_collection.tp.rank() * columns
+        if first + columns > self.true_vocab_size:
+            column = torch.arange(first, first + columns, device=logits.device)
+            logits = logits.masked_fill(column >= self.true_vocab_size, float("-inf"))
+        loss: Tensor = super().compute_language_model_loss(labels, logits)
+        return loss
+
+
+def padded_vocab_size(model: DecoderConfig) -> int:
+    """Rows of the embedding table: a multiple of every valid TP size, the same on all layouts."""
+    multiple = shard_count(model)
+    return -(-model.vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    model: DecoderConfig,
+    settings: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    spec_has_activation: bool = True,
+) -> TransformerConfig:
+    """Megatron's configuration for a decoder.
+
+    `spec_has_activation`: the layer spec says what computes SwiGLU, not Megatron's MLP.
+
+    Raises:
+        ValueError: RoPE scaling that Megatron's rotary embedding cannot express.
+    """
+    for key, value in _MEGATRON_ROPE.items():
+        given = (model.rope_scaling or {}).get(key, value)
+        if given != value:
+            raise ValueError(
+                f"rope_scaling.{key}={given}: Megatron-Core 0.16 has {value} built in, so this "
+                "model's positions would be wrong."
+            )
+    granularity = settings.activations_checkpoint_granularity
+    full = granularity == "full"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.intermediate_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        use_te_activation_func=spec_has_activation,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=settings.tensor_model_parallel_size,
+        pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
+        sequence_parallel=settings.sequence_parallel and settings.tensor_model_parallel_size > 1,
+        recompute_granularity=granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=settings.activations_checkpoint_num_layers if full else None,
+        # Batched messages in both directions between two stages would be taken for one another.
+        overlap_p2p_comm=settings.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=settings.virtual_pipeline_model_parallel_size is None,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        # Freeing an output while gloo still sends it would send whatever comes to lie there.
+        deallocate_pipeline_outputs=settings.virtual_pipeline_model_parallel_size is None,
+    )
+
+
+def build_model(
+    model: DecoderConfig,
+    settings: ModelConfig,
+    layers: Mapping[str, Scheme],
+    dtype: torch.dtype,
+    *,
+    layer_spec: ModuleSpec | None = None,
+) -> list[DecoderModel]:
+    """This rank's pipeline chunks, with uninitialized weights and quantizers not yet calibrated.
+
+    Args:
+        model: Global sizes.
+        settings: Parallel sizes and recompute; process groups must already exist.
+        layers: Global name -> scheme (`Policy.resolve`).
+        dtype: Of parameters and activations.
+        layer_spec: In the place of `gpt_layer_spec()`.
+    """
+    spec = layer_spec or gpt_layer_spec()
+    has_activation = spec.submodules.mlp.submodules.activation_func is not None
+    config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)
+    virtual = settings.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in range(virtual) if virtual else [None]:
+        block_spec = quantize_block_spec(
+            spec,
+            layers,
+            model=model,
+            transformer_config=config,
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            vp_stage=vp_stage,
+        )
+        stage = {"ignore_virtual": False, "vp_stage": vp_stage}
+        chunk = DecoderModel(
+            config,
+            block_spec,
+            vocab_size=padded_vocab_size(model),
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(**stage),
+            post_process=parallel_state.is_pipeline_last_stage(**stage),
+            share_embeddings_and_output_weights=model.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,
+            rope_scaling=model.rope_scaling is not None,
+            rope_scaling_factor=(model.rope_scaling or {}).get("factor", 8.0),
+            vp_stage=vp_stage,
+            true_vocab_size=model.vocab_size,
+            tables=table_schemes(layers),
+            num_shards=shard_count(model),
+        )
+        chunks.append(chunk)
+    return chunks

@@ -1,0 +1,279 @@
+"""Proof that an exported directory is what was trained, before anybody builds an engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mqat.checkpoints.reader import CheckpointReader
+from mqat.verify.checks import check_files
+from mqat.verify.hf_layout import read_hf_config
+from mqat.verify.layout import read_config
+from mqat.verify.reader import RankReader
+from mqat.verify.roundtrip import compare_with_checkpoint
+from mqat.verify.verify import huggingface as hf
+
+__all__ = [
+    "Report",
+    "is_export",
+    "is_huggingface",
+    "open_export",
+    "unpacked",
+    "verify_export",
+    "verify_hf",
+    "verify_trtllm",
+]
+
+# The reader and the training model sum in different orders. An activation on the boundary between two
+# codes may then fall on either side, and with static INT8 activations such flips grow over the layers
+# up to the size of the quantization noise itself (SmolLM2-135M, 30 layers: KL 0.013). A wrong decoder
+# is far beyond these limits; a wrong tensor is found by the bit-for-bit comparison.
+MAX_KL = 5e-2
+MIN_TOP1 = 0.90
+
+
+@dataclass
+class Report:
+    """What verification found.
+
+    Attributes:
+        problems: Empty if all is well; each names a file or tensor.
+        num_files: Files with weights.
+        compared_with_checkpoint: Every tensor was compared bit for bit.
+        mean_kl: Mean Kullback-Leibler divergence from the training model's next-token distribution
+            to the exported one's, in nats.
+        top1_agreement: Share of positions with the same most likely token.
+        max_abs_difference: Largest difference of two logits.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    num_files: int = 0
+    compared_with_checkpoint: bool = False
+    mean_kl: float | None = None
+    top1_agreement: float | None = None
+    max_abs_difference: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the directory may be served."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form."""
+        return asdict(self) | {"ok": self.ok}
+
+    def headline(self) -> str:
+        """One line for people."""
+        if not self.ok:
+            return f"FAILED, {len(self.problems)} problems, first: {self.problems[0]}"
+        parts = [f"verified, {self.num_files} files of weights"]
+        if self.compared_with_checkpoint:
+            parts.append("every tensor equal to the checkpoint")
+        if self.mean_kl is not None and self.top1_agreement is not None:
+            parts.append(f"logits: KL {self.mean_kl:.2e}, same top token {self.top1_agreement:.1%}")
+        return ", ".join(parts)
+
+
+def least_top1(positions: int) -> float:
+    """The limit of `top1_agreement`: `MIN_TOP1`, less two standard errors of a share of so many."""
+    return MIN_TOP1 - 2 * math.sqrt(MIN_TOP1 * (1 - MIN_TOP1) / positions)
+
+
+def compare_logits(report: Report, served: Tensor, reference: Tensor) -> None:
+    """Adds the agreement of two logit tensors [b, s, V] to a report; problems if beyond limits."""
+    p, q = reference.float().log_softmax(-1), served.float().log_softmax(-1)
+    report.mean_kl = float((p.exp() * (p - q)).sum(-1).mean())
+    report.top1_agreement = float((p.argmax(-1) == q.argmax(-1)).float().mean())
+    report.max_abs_difference = float((served - reference).abs().max())
+    positions = p[..., 0].numel()
+    least = least_top1(positions)
+    if not report.mean_kl <= MAX_KL or not report.top1_agreement >= least:
+        report.problems.append(
+            f"logits differ from the training model's: KL {report.mean_kl:.3g} (at most {MAX_KL}), "
+            f"same top token {report.top1_agreement:.1%} of {positions} (at least {least:.1%})"
+        )
+
+
+def verify_trtllm(
+    directory: Path,
+    *,
+    reference: Path | None = None,
+    tokens: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+) -> Report:
+    """Checks an exported directory: statically, against its checkpoint, and by running it.
+
+    Args:
+        directory: TensorRT-LLM checkpoint directory.
+        reference: mqat checkpoint it was made from; every tensor is then compared bit for bit.
+        tokens: int64 [b, s] to run through the rank-by-rank reader.
+        reference_logits: The training model's fake-quantized logits for `tokens`, [b, s, V].
+
+    Raises:
+        ValueError: The reference itself is damaged, or tokens and logits do not fit the model.
+    """
+    report = Report()
+    if not directory.is_dir():
+        report.problems.append(f"{directory}: no such directory")
+        return report
+    config = read_config(directory, report.problems)
+    if config is None:
+        return report
+    report.num_files = config.tp * config.pp
+    report.problems += check_files(directory, config)
+    if report.problems:
+        return report
+    if reference is not None:
+        checkpoint = CheckpointReader(reference)
+        report.problems += compare_with_checkpoint(directory, config, checkpoint)
+        report.compared_with_checkpoint = True
+    if tokens is not None:
+        _check_tokens(int(config.raw["vocab_size"]), tokens, reference_logits)
+        _judge_logits(report, RankReader(directory, config).logits(tokens), reference_logits)
+    return report
+
+
+def verify_hf(
+    directory: Path,
+    *,
+    reference: Path | None = None,
+    tokens: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+) -> Report:
+    """The same for a Hugging Face directory; arguments and errors as for `verify_trtllm`."""
+    report = Report()
+    config = read_hf_config(directory, report.problems)
+    if config is None:
+        return report
+    problems, files = hf.check_files(directory, config)
+    report.problems += problems
+    report.num_files = len(set(files.values()))
+    if report.problems:
+        return report
+    tensors = hf.HfDirectory(directory, config, files)
+    report.problems += hf.check_values(tensors)
+    if report.problems and reference is None:
+        return report
+    if reference is not None:
+        checkpoint = CheckpointReader(reference)
+        different = list(hf.compare_config(config, checkpoint))
+        report.problems += different or hf.compare_tensors(tensors, checkpoint)
+        report.compared_with_checkpoint = True
+    if tokens is not None:
+        _check_tokens(int(config.raw["vocab_size"]), tokens, reference_logits)
+        _judge_logits(report, hf.HfReader(tensors).logits(tokens), reference_logits)
+    return report
+
+
+def is_huggingface(directory: Path) -> bool:
+    """Whether `config.json` is that of a Hugging Face model (TensorRT-LLM's has no `model_type`)."""
+    try:
+        raw = json.loads((directory / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and "model_type" in raw
+
+
+def is_export(directory: Path) -> bool:
+    """Whether only the readers here can run it: rank files, or quantized Hugging Face tensors."""
+    if not is_huggingface(directory):
+        return directory.is_dir() and any(directory.glob("rank*.safetensors"))
+    raw = json.loads((directory / "config.json").read_text("utf-8"))
+    return raw.get("quantization_config") is not None
+
+
+def open_export(directory: Path) -> RankReader | hf.HfReader:
+    """A reader that computes logits from an exported directory alone.
+
+    Raises:
+        ValueError: The directory is not complete; names the first problem.
+    """
+    problems: list[str] = []
+    if is_huggingface(directory):
+        hf_config = read_hf_config(directory, problems)
+        if hf_config is not None:
+            problems, files = hf.check_files(directory, hf_config)
+            if not problems:
+                return hf.HfReader(hf.HfDirectory(directory, hf_config, files))
+    else:
+        config = read_config(directory, problems)
+        if config is not None:
+            return RankReader(directory, config)
+    raise ValueError(f"{directory}: {problems[0]}")
+
+
+def _extract(archive: tarfile.TarFile, directory: Path) -> None:
+    """Plain files and folders below `directory`; Python 3.11.2 has no `filter` that does this."""
+    for member in archive:
+        target = (directory / member.name).resolve()
+        if not target.is_relative_to(directory.resolve()) or not (
+            member.isfile() or member.isdir()
+        ):
+            raise tarfile.TarError(f"{member.name} is no file or folder inside the archive")
+        archive.extract(member, directory)
+
+
+@contextmanager
+def unpacked(export: Path) -> Iterator[Path]:
+    """An export as a directory: itself, or a `.qnemo` archive's content for as long as it is used.
+
+    Raises:
+        ValueError: A file that is not such an archive.
+    """
+    if not export.is_file():
+        yield export
+        return
+    with tempfile.TemporaryDirectory(dir=export.parent, prefix=".mqat-") as temporary:
+        try:
+            with tarfile.open(export) as archive:
+                _extract(archive, Path(temporary))
+        except (tarfile.TarError, OSError, EOFError) as error:
+            reason = next(iter(str(error).splitlines()), repr(error)).rstrip(":")
+            raise ValueError(f"{export}: not a .qnemo archive ({reason}).") from error
+        yield Path(temporary)
+
+
+def verify_export(export: Path, **arguments: Any) -> Report:
+    """Checks whatever `mqat export` wrote: a directory of either kind, or a `.qnemo` archive.
+
+    Args:
+        export: What to check.
+        **arguments: As for `verify_trtllm`.
+
+    Raises:
+        ValueError: As `verify_trtllm`, or an unreadable archive.
+    """
+    with unpacked(export) as directory:
+        verify = verify_hf if is_huggingface(directory) else verify_trtllm
+        return verify(directory, **arguments)
+
+
+def _judge_logits(report: Report, served: Tensor, reference_logits: Tensor | None) -> None:
+    if not torch.isfinite(served).all():
+        report.problems.append("logits hold NaN or infinity")
+    elif reference_logits is not None:
+        compare_logits(report, served, reference_logits)
+
+
+def _check_tokens(vocab: int, tokens: Tensor, reference_logits: Tensor | None) -> None:
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
+        raise ValueError(
+            f"tokens reach from {int(tokens.min())} to {int(tokens.max())}, but the exported model "
+            f"has vocab_size={vocab}; tokenize the text with the exported tokenizer."
+        )
+    shape = (*tokens.shape, vocab)
+    if reference_logits is not None and tuple(reference_logits.shape) != shape:
+        raise ValueError(
+            f"reference logits have shape {tuple(reference_logits.shape)}, but tokens and the "
+            f"exported vocabulary need {shape}; compare with the checkpoint of this export."
+        )
