@@ -24,10 +24,10 @@ def main() -> None:
     parser.add_argument("--lowered", action="store_true", help="run with low-precision weights")
     args = parser.parse_args()
     with command_line():
-        from mqat.checkpoints.load_model import open_model
+        from mqat.checkpoints.load_model import load_model
         from mqat.evaluation.generation import generate_greedy
 
-        model = open_model(
+        model = load_model(
             args.checkpoint,
             tensor_parallel=args.tensor_parallel,
             pipeline_parallel=args.pipeline_parallel,

@@ -14,13 +14,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mqat.calibration.calibrate import calibrate as calibrate
     from mqat.calibration.recipe import Recipe as Recipe
-    from mqat.calibration.weight_recipe import prepare_ as prepare_
+    from mqat.calibration.weight_recipe import apply_weight_recipe_ as apply_weight_recipe_
     from mqat.checkpoints.dist_checkpoint import load_checkpoint as load_checkpoint
     from mqat.checkpoints.dist_checkpoint import save_checkpoint as save_checkpoint
     from mqat.config import load_config as load_config
     from mqat.export.export import export_hf as export_hf
     from mqat.export.export import export_trtllm as export_trtllm
-    from mqat.parallel.pack_weights import lower_ as lower_
+    from mqat.parallel.pack_weights import pack_weights_ as pack_weights_
     from mqat.parallel.quantized_step import quantized_step as quantized_step
     from mqat.quant.scheme import named_scheme as named_scheme
     from mqat.runtime.groups import finalize as finalize
@@ -41,9 +41,9 @@ _HOME = {
     "initialize": "mqat.runtime.groups",
     "load_checkpoint": "mqat.checkpoints.dist_checkpoint",
     "load_config": "mqat.config",
-    "lower_": "mqat.parallel.pack_weights",
+    "pack_weights_": "mqat.parallel.pack_weights",
     "named_scheme": "mqat.quant.scheme",
-    "prepare_": "mqat.calibration.weight_recipe",
+    "apply_weight_recipe_": "mqat.calibration.weight_recipe",
     "quantize_block_spec": "mqat.specs.gpt",
     "quantize_layer_spec": "mqat.specs.gpt",
     "quantized_step": "mqat.parallel.quantized_step",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mqat.config import RunConfig, config_to_yaml, load_config
+from mqat.errors import UserError
 from mqat.runtime.groups import command_line
 
 if TYPE_CHECKING:
@@ -39,12 +40,12 @@ def recipe_config(default: Path, description: str | None = None) -> RunConfig:
 
 def _import(args: argparse.Namespace) -> None:
     from mqat.checkpoints.dist_checkpoint import save_checkpoint
-    from mqat.checkpoints.load_model import open_model
+    from mqat.checkpoints.load_model import load_model
     from mqat.runtime import groups
 
     if args.out.exists():
-        raise ValueError(f"{args.out} exists already; choose another path, or delete it first.")
-    model = open_model(
+        raise UserError(f"{args.out} exists already; choose another path, or delete it first.")
+    model = load_model(
         args.source,
         tensor_parallel=args.tensor_parallel,
         pipeline_parallel=args.pipeline_parallel,
@@ -69,14 +70,14 @@ def _export(args: argparse.Namespace) -> None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     together: dict[str, Any] = {"rank": rank, "world_size": world_size}
     if world_size > 1:
-        from mqat.runtime.groups import agree, join
+        from mqat.runtime.groups import join, raise_on_any_rank
 
         join("gloo")
-        together["agree"] = agree
+        together["agree"] = raise_on_any_rank
     together |= {"dtype": args.dtype, "overwrite": args.overwrite}
     if args.format == "hf":
         if args.qnemo or args.inference_tp * args.inference_pp > 1:
-            raise ValueError(
+            raise UserError(
                 "--format hf: servers split the weights themselves, and a .qnemo holds a TensorRT-LLM "
                 "directory; leave out --inference-tp, --inference-pp and --qnemo."
             )
@@ -113,7 +114,7 @@ def _token_window(text: Path, tokenizer_dir: Path, length: int) -> torch.Tensor:
     document = read_texts([text], "error", ReadStats())[0]
     ids = load_tokenizer(tokenizer_dir)(document)["input_ids"][:length]
     if len(ids) < 2:
-        raise ValueError(f"{text}: has {len(ids)} tokens; at least 2 are needed.")
+        raise UserError(f"{text}: has {len(ids)} tokens; at least 2 are needed.")
     return torch.tensor([ids])
 
 
@@ -138,9 +139,9 @@ def _json_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}).") from error
+        raise UserError(f"{file}: not valid JSON ({error}).") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}.")
+        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}.")
     return value
 
 
@@ -161,22 +162,20 @@ def _verified(directory: Path, args: argparse.Namespace) -> Report:
             longest=config.get("max_position_embeddings", NUM_TOKENS),
         )
     if args.reference is not None and tokens is not None:
-        from mqat.checkpoints.load_model import open_model
+        from mqat.checkpoints.load_model import load_model
         from mqat.evaluation.forward import served_logits
         from mqat.runtime import groups
 
         dtype = config.get("torch_dtype", config.get("dtype", "float32"))
         if dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(
-                f"{directory / 'config.json'}: dtype={dtype!r} is not one mqat writes."
-            )
+            raise UserError(f"{directory / 'config.json'}: dtype={dtype!r} is not one mqat writes.")
         trained = CheckpointReader(args.reference).model.vocab_size
         if trained != config.get("vocab_size"):
-            raise ValueError(
+            raise UserError(
                 f"{args.reference}: has vocab_size={trained}, {directory} has "
                 f"{config.get('vocab_size')}: this is not the checkpoint that was exported there."
             )
-        model = open_model(args.reference)
+        model = load_model(args.reference)
         expected = served_logits(model.chunks, tokens, dtype).cpu()
         groups.finalize()
     return verify_export(
@@ -189,16 +188,16 @@ def _eval(args: argparse.Namespace) -> None:
     from mqat.verify.verify import is_export, unpacked
 
     if args.seq_length < 1:
-        raise ValueError(f"--seq-length={args.seq_length} must be at least 1.")
+        raise UserError(f"--seq-length={args.seq_length} must be at least 1.")
     is_archive = args.model.suffix == ".qnemo"
     with unpacked(args.model) if is_archive else nullcontext(args.model) as model:
         if is_export(model) and (args.lowered or args.precision != "32"):
-            raise ValueError(
+            raise UserError(
                 f"{args.model}: --lowered and --precision are for checkpoints; this is an export, "
                 "which is computed in float32."
             )
         if args.compile and not args.lowered:
-            raise ValueError("--compile goes with --lowered: other models compute as they train.")
+            raise UserError("--compile goes with --lowered: other models compute as they train.")
         if is_export(model):
             loss, tokens = export_perplexity(model, args.text, seq_length=args.seq_length)
         else:
@@ -234,7 +233,7 @@ def _report(args: argparse.Namespace) -> None:
 
     check_plots()
     if args.seq_length < 1:
-        raise ValueError(f"--seq-length={args.seq_length} must be at least 1.")
+        raise UserError(f"--seq-length={args.seq_length} must be at least 1.")
     report = checkpoint_quality(
         args.checkpoint,
         args.text,

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES
 
 
@@ -154,9 +155,9 @@ class QuantizationConfig:
     pact_a_lr: float = 0.01  # of clip values, in units of the input
     pact_a_decay: float = 5e-5  # decoupled weight decay of clip values
     decoder_type: str | None = None
-    equalize: bool = False  # first move activation outliers into weights (same function)
+    smoothquant: bool = False  # first move activation outliers into weights (same function)
     sq_alpha: float | None = 0.8  # SmoothQuant's strength; null: searched for every linear
-    equalize_grid: str = "power_of_two"  # exact to fold; or float: finer, folding rounds
+    sq_grid: str = "power_of_two"  # exact to fold; or float: finer, folding rounds
     weight_calibrator: str = "max"  # max, mse, awq (clip search by output error) or sawb
     rounding: str = "nearest"  # or gptq: error-compensated, before any training
     compare_with_finetuned: bool = True  # also train the unquantized model for as many steps
@@ -223,7 +224,7 @@ _CHOICES = {
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
     "quantization.calibrator": ("max", "percentile", "mse", "entropy"),
     "quantization.weight_calibrator": ("max", "mse", "awq", "sawb"),
-    "quantization.equalize_grid": ("power_of_two", "float"),
+    "quantization.sq_grid": ("power_of_two", "float"),
     "quantization.rounding": ("nearest", "gptq"),
     "quantization.kv_cache": (None, "int8", "fp8"),
     "quantization.kv_cache_scales": ("shared", "separate"),
@@ -280,7 +281,7 @@ def _check_keys(given: Any, schema: Any, path: str) -> None:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {path}{near[0]!s}?" if near else f"known keys: {sorted(known)}."
-            raise ValueError(f"config: unknown key {full!r}; {hint}")
+            raise UserError(f"config: unknown key {full!r}; {hint}")
         nested: Any = ArchitectureConfig if full == "model.architecture" else None
         if isinstance(schema, RuleConfig) and key in ("weight", "input", "output"):
             nested = OperandConfig
@@ -303,20 +304,20 @@ def _check_values(config: RunConfig) -> None:
         value = _lookup(config, key)
         if value not in choices:
             allowed = ", ".join("null" if choice is None else choice for choice in choices)
-            raise ValueError(f"config: {key}={value!r} is not one of: {allowed}.")
+            raise UserError(f"config: {key}={value!r} is not one of: {allowed}.")
     for key, minimum in _MINIMUM.items():
         value = _lookup(config, key)
         if value is not None and not minimum <= value < math.inf:  # NaN fails both
-            raise ValueError(f"config: {key}={value} must be a number of at least {minimum}.")
+            raise UserError(f"config: {key}={value} must be a number of at least {minimum}.")
     _check_optimizer(config)
     quantization = config.quantization
     if not 0 < quantization.percentile <= 100:
-        raise ValueError(
+        raise UserError(
             f"config: quantization.percentile={quantization.percentile} must be in (0, 100]; "
             "99.99 keeps all but one value in 10,000."
         )
     if quantization.sq_alpha is not None and not 0 <= quantization.sq_alpha <= 1:
-        raise ValueError(
+        raise UserError(
             f"config: quantization.sq_alpha={quantization.sq_alpha} must be in [0, 1], or null to "
             "search for the best of every linear."
         )
@@ -325,19 +326,19 @@ def _check_values(config: RunConfig) -> None:
 def _check_optimizer(config: RunConfig) -> None:
     optim = config.model.optim
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
-        raise ValueError(f"config: model.optim.betas={optim.betas} must be two numbers in [0, 1).")
+        raise UserError(f"config: model.optim.betas={optim.betas} must be two numbers in [0, 1).")
     phases = {
         "trainer.max_steps": (config.trainer.max_steps, optim.lr),
         "model.pretrain.max_steps": (config.model.pretrain.max_steps, config.model.pretrain.lr),
     }
     for key, (steps, lr) in phases.items():
         if 0 < steps <= optim.sched.warmup_steps:
-            raise ValueError(
+            raise UserError(
                 f"config: model.optim.sched.warmup_steps={optim.sched.warmup_steps} must be below "
                 f"{key}={steps}, or the learning rate never reaches its peak."
             )
         if steps and optim.sched.min_lr > lr:
-            raise ValueError(
+            raise UserError(
                 f"config: model.optim.sched.min_lr={optim.sched.min_lr} exceeds the learning rate "
                 f"{lr} of {key.removesuffix('.max_steps')}."
             )
@@ -354,14 +355,14 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         try:
             layers.append(OmegaConf.load(path))
         except OSError as error:
-            raise ValueError(f"config file {path}: {error.strerror or error}.") from error
+            raise UserError(f"config file {path}: {error.strerror or error}.") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"config file {path}: {error}.") from error
+            raise UserError(f"config file {path}: {error}.") from error
         except Exception as error:  # the YAML library's own error types
-            raise ValueError(f"config file {path}: not valid YAML: {error}") from error
+            raise UserError(f"config file {path}: not valid YAML: {error}") from error
     for override in overrides:
         if "=" not in override:
-            raise ValueError(f"argument {override!r}: expected section.key=value.")
+            raise UserError(f"argument {override!r}: expected section.key=value.")
     try:
         layers.append(OmegaConf.from_dotlist(list(overrides)))
         for layer in layers:
@@ -371,7 +372,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
         key = getattr(error, "full_key", None)
-        raise ValueError(f"config: {key}: {message}" if key else f"config: {message}") from error
+        raise UserError(f"config: {key}: {message}" if key else f"config: {message}") from error
     assert isinstance(config, RunConfig)
     _check_values(config)
     return config

@@ -40,7 +40,7 @@ def _mqat_awq(source: Any, steps: Steps) -> float:
 
     from mqat.calibration.calibrate import calibrate
     from mqat.calibration.recipe import Recipe
-    from mqat.calibration.weight_recipe import prepare_
+    from mqat.calibration.weight_recipe import apply_weight_recipe_
     from mqat.checkpoints.pretrained import load_pretrained_
     from mqat.evaluation.forward import run_layers
     from mqat.specs.model import build_model
@@ -56,7 +56,7 @@ def _mqat_awq(source: Any, steps: Steps) -> float:
 
     began = time.process_time()
     recipe = Recipe().including("int4_awq")
-    statistics_ = prepare_(
+    statistics_ = apply_weight_recipe_(
         chunks, run, recipe, num_layers=source.config.num_layers, group=group, dp_group=dp_group
     )
     calibrate(chunks, run, group=group, weight_statistics=statistics_)

@@ -36,9 +36,12 @@ from torch.distributed.checkpoint.metadata import (
 
 from mqat.checkpoints.manifest import DESCRIPTION, FORMAT_VERSION, describe_files
 from mqat.export.export import export_hf, export_trtllm
-from mqat.models.decoder import LINEARS, DecoderConfig
+from mqat.models.decoder import DecoderConfig
+from mqat.models.structure import DENSE_LINEARS
 from mqat.quant.functional import compute_amax, compute_scale
 from mqat.quant.scheme import LinearScheme, named_scheme
+
+LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
 
 DATA = "__0_0.distcp"
 

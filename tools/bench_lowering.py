@@ -100,7 +100,7 @@ def build(kind: str, mode: str, args: argparse.Namespace) -> Lowered:
     """Calibrates, lowers, and takes the perplexity before anything is compiled."""
     from mqat.checkpoints.pretrained import load_pretrained_
     from mqat.parallel.linear import decoder_linears
-    from mqat.parallel.pack_weights import compile_layers_, lower_
+    from mqat.parallel.pack_weights import compile_layers_, pack_weights_
     from mqat.specs.model import build_model
 
     model, weights, microbatches, held_out = _source(args)
@@ -110,7 +110,7 @@ def build(kind: str, mode: str, args: argparse.Namespace) -> Lowered:
     num_bytes = sum(x.weight.numel() * 2 for x in decoder_linears(chunk).values())
     if layers:
         calibrate_on([chunk], microbatches)
-        _, num_bytes = lower_([chunk])
+        _, num_bytes = pack_weights_([chunk])
     chunk.eval().requires_grad_(False)
     found = None
     if held_out is not None:

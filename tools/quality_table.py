@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-_AWQ = {"equalize": "true", "sq_alpha": "null", "equalize_grid": "float",
+_AWQ = {"smoothquant": "true", "sq_alpha": "null", "sq_grid": "float",
         "weight_calibrator": "awq"}  # fmt: skip
 
 
@@ -46,7 +46,7 @@ ROWS = {
     "int8": Row("INT8", {"algorithm": "int8"}),
     "int8_sq": Row("INT8, SmoothQuant", {"algorithm": "int8_sq"}),
     "int8_pc_pt": Row(
-        "INT8, inputs per token, SmoothQuant", {"algorithm": "int8_pc_pt", "equalize": "true"}
+        "INT8, inputs per token, SmoothQuant", {"algorithm": "int8_pc_pt", "smoothquant": "true"}
     ),
     "int8_wo": Row("INT8, weights only", {"algorithm": "int8_wo"}),
     "fp8": Row("FP8", {"algorithm": "fp8"}),

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mqat.errors import UserError
 from mqat.parallel.linear import quantized_linears, weight_amax_spans_ranks
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
-from mqat.runtime.groups import agree, anywhere
+from mqat.runtime.groups import any_rank, raise_on_any_rank
 
 
 @contextmanager
@@ -58,7 +59,8 @@ def calibrate(
         group: All ranks that hold parts of the same layers: TP x DP x CP of one pipeline stage.
         method: For inputs and caches: `max`, `percentile`, `mse` or `entropy`.
         percentile: In (0, 100].
-        weight_statistics: Clipping points from `prepare_`, by linear; others use their maximum.
+        weight_statistics: Clipping points from `apply_weight_recipe_`, by linear; others use
+            their maximum.
 
     Raises:
         ValueError: On every rank: NaN or infinite values, or a module that no token reached; names
@@ -74,7 +76,7 @@ def calibrate(
     for quantizer in activations.values():
         quantizer.start_observing(method)
     overflow: dict[str, Tensor] = {}
-    if anywhere(bool(activations)):  # weights alone need no text
+    if any_rank(bool(activations)):  # weights alone need no text
         with exact_forward(modules):
             run_batches()
             overflow = {
@@ -103,17 +105,17 @@ def calibrate(
             observer.check(name)
         for name in modules:
             if name in overflow and overflow[name].item():
-                raise ValueError(
+                raise UserError(
                     f"{name}: output is NaN or infinite during calibration. Check the "
                     "weights of this layer and the calibration text; the model may have diverged."
                 )
             if name in amax and not bool(amax[name].isfinite().all()):
-                raise ValueError(
+                raise UserError(
                     f"{name}: weight holds NaN or infinite values; restore another checkpoint."
                 )
     except ValueError as caught:
         error = caught
-    agree(error)
+    raise_on_any_rank(error)
 
     for name in amax:
         modules[name].quantizers["weight"].freeze_(amax[name], whole[name])

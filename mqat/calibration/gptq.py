@@ -11,20 +11,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mqat.errors import UserError
 from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import PerChannel
-from mqat.quant.qparams import steps_of
+from mqat.quant.qparams import compute_qparams
 from mqat.quant.scales import compute_global_scale
 from mqat.quant.scheme import TensorScheme
 
 _BLOCK = 128
 
 
-def inverse_factor(gram: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+def inverse_factor(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
     """Upper Cholesky factor of H⁻¹ in visiting order, and that order.
 
     Args:
-        gram: XᵀX, float64 [I, I].
+        hessian: XᵀX, float64 [I, I].
         damping: Share of the mean diagonal that is added to it; raised tenfold, up to 10, while
             the matrix is not numerically positive definite.
 
@@ -34,9 +35,9 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]
     Raises:
         ValueError: The matrix cannot be factored at all.
     """
-    diagonal = gram.diagonal()
+    diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    hessian = gram[order][:, order].clone()
+    hessian = hessian[order][:, order].clone()
     mean = float(diagonal.mean())
     while damping <= 10:
         damped = hessian.clone()
@@ -49,7 +50,7 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]
             if not int(failed):
                 return upper.float(), order
         damping *= 10
-    raise ValueError("XᵀX is not positive definite even with damping; calibrate with more tokens.")
+    raise UserError("XᵀX is not positive definite even with damping; calibrate with more tokens.")
 
 
 def round_tile(
@@ -71,7 +72,7 @@ def round_tile(
         scheme: Of the weight.
     """
     above = None if global_amax is None else compute_global_scale(global_amax, scheme.format)
-    scale, zero_point = steps_of(statistic, scheme, above)
+    scale, zero_point = compute_qparams(statistic, scheme, above)
 
     def by_column(per_group: Tensor) -> Tensor:
         whole = scheme.granularity.expand(per_group, tuple(tile.shape)).expand_as(tile)

@@ -1,4 +1,4 @@
-"""Second moments of a linear's input, XᵀX, bit-equal on every layout, from one pass.
+"""Second input_hessians of a linear's input, XᵀX, bit-equal on every layout, from one pass.
 
 With D the error of a quantized weight, the squared error of the layer's output over all calibration
 tokens is exactly tr(D XᵀX Dᵀ). So this one matrix replaces the repeated forward passes with
@@ -31,6 +31,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from mqat.errors import UserError
 from mqat.parallel.linear import QuantizedLinear, QuantRowParallelLinear
 from mqat.parallel.reduce import all_reduce_fused_
 
@@ -59,19 +60,19 @@ def whole_input(linear: QuantizedLinear, x: Tensor) -> Tensor:
 
 
 @dataclass
-class InputMoments:
+class InputHessian:
     """What one linear's input left on this rank.
 
     Attributes:
-        gram: Fixed-point rows of XᵀX of this rank's channels, int64 [I/tp, I]; what is left of each
+        hessian: Fixed-point rows of XᵀX of this rank's channels, int64 [I/tp, I]; what is left of each
             tile's first channel is zero.
         amax: Largest |x_j| of each channel, float32 [I].
         tokens: Number of tokens, int64 (1,).
         flag: float32 (): 1 if the input was not finite or the sum left the fixed-point range.
-        first_row: Global channel of `gram`'s first row.
+        first_row: Global channel of `hessian`'s first row.
     """
 
-    gram: Tensor
+    hessian: Tensor
     amax: Tensor
     tokens: Tensor
     flag: Tensor
@@ -94,7 +95,7 @@ class InputMoments:
             block = (rows[:, low:high].contiguous().t() @ rows[:, low:]).double()
             bad |= ~(block.abs().amax() <= MAX_SUM / dp_size)
             block.nan_to_num_(0.0).clamp_(-MAX_SUM, MAX_SUM).mul_(2.0**FRACTION_BITS).round_()
-            total = self.gram[low - self.first_row : high - self.first_row, low:]
+            total = self.hessian[low - self.first_row : high - self.first_row, low:]
             total += block.to(torch.int64)
             # Diagonals bound everything else; each rank stays below its share of the range.
             diagonal = total.diagonal().double() * 2.0**-FRACTION_BITS
@@ -105,8 +106,8 @@ class InputMoments:
     def matrix(self, linear: QuantizedLinear) -> Tensor:
         """XᵀX, float64 [I, I], the same on every rank of the tensor-parallel group (a collective)."""
         size = self.amax.numel()
-        whole = torch.zeros(size, size, dtype=torch.int64, device=self.gram.device)
-        whole[self.first_row : self.first_row + self.gram.shape[0]] = self.gram
+        whole = torch.zeros(size, size, dtype=torch.int64, device=self.hessian.device)
+        whole[self.first_row : self.first_row + self.hessian.shape[0]] = self.hessian
         all_reduce_fused_([whole], dist.ReduceOp.SUM, linear.tp_group)
         upper = whole.triu_().double().mul_(2.0**-FRACTION_BITS)
         return upper + upper.triu(1).t()
@@ -130,7 +131,7 @@ def input_width(linear: QuantizedLinear) -> int:
     return int(linear.weight.shape[1] * cut)
 
 
-def _empty(linears: Mapping[str, QuantizedLinear]) -> tuple[Tensor, dict[str, InputMoments]]:
+def _empty(linears: Mapping[str, QuantizedLinear]) -> tuple[Tensor, dict[str, InputHessian]]:
     """One flat integer buffer, so that merging needs no copy, and its views."""
     extents: dict[str, tuple[int, int, int]] = {}
     for name, linear in linears.items():
@@ -141,27 +142,27 @@ def _empty(linears: Mapping[str, QuantizedLinear]) -> tuple[Tensor, dict[str, In
     size = sum((last - first) * width + 1 for first, last, width in extents.values())
     device = next((linear.weight.device for linear in linears.values()), torch.device("cpu"))
     flat = torch.zeros(size, dtype=torch.int64, device=device)
-    moments, start = {}, 0
+    input_hessians, start = {}, 0
     for name, (first, last, width) in extents.items():
         end = start + (last - first) * width
-        moments[name] = InputMoments(
-            gram=flat[start:end].view(last - first, width),
+        input_hessians[name] = InputHessian(
+            hessian=flat[start:end].view(last - first, width),
             amax=torch.zeros(width, device=device),
             tokens=flat[end : end + 1],
             flag=torch.zeros((), device=device),
             first_row=first,
         )
         start = end + 1
-    return flat, moments
+    return flat, input_hessians
 
 
 @contextmanager
 def _watching(
-    linears: Mapping[str, QuantizedLinear], moments: Mapping[str, InputMoments], dp_size: int
+    linears: Mapping[str, QuantizedLinear], input_hessians: Mapping[str, InputHessian], dp_size: int
 ) -> Iterator[None]:
     def hook_for(name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            moments[name].observe_(linears[name], inputs[0], dp_size)
+            input_hessians[name].observe_(linears[name], inputs[0], dp_size)
 
         return hook
 
@@ -173,13 +174,13 @@ def _watching(
             handle.remove()
 
 
-def collect_moments(
+def collect_input_hessians(
     linears: Mapping[str, QuantizedLinear],
     run_batches: Callable[[], None],
     *,
     group: dist.ProcessGroup,
     dp_group: dist.ProcessGroup,
-) -> dict[str, InputMoments]:
+) -> dict[str, InputHessian]:
     """Runs the batches and merges: one SUM over `dp_group`, one MAX over `group`.
 
     Args:
@@ -188,29 +189,31 @@ def collect_moments(
         group: TP x DP x CP of this pipeline stage.
         dp_group: DP x CP.
     """
-    flat, moments = _empty(linears)
-    with _watching(linears, moments, dp_group.size()):
+    flat, input_hessians = _empty(linears)
+    with _watching(linears, input_hessians, dp_group.size()):
         run_batches()
     if linears and dp_group.size() > 1:
         dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=dp_group)
-    maxima = [tensor for m in moments.values() for tensor in (m.amax, m.flag)]
+    maxima = [tensor for m in input_hessians.values() for tensor in (m.amax, m.flag)]
     for name, linear in linears.items():
         if linear.overflow is not None:
-            torch.maximum(moments[name].flag, linear.overflow.float(), out=moments[name].flag)
+            torch.maximum(
+                input_hessians[name].flag, linear.overflow.float(), out=input_hessians[name].flag
+            )
     all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
-    return moments
+    return input_hessians
 
 
-def check_moments(moments: Mapping[str, InputMoments]) -> None:
+def check_input_hessians(input_hessians: Mapping[str, InputHessian]) -> None:
     """Raises ValueError, naming the layer, for an input that was never seen or is not usable."""
-    for name, moment in moments.items():
-        if not int(moment.tokens):
-            raise ValueError(
+    for name, input_hessian in input_hessians.items():
+        if not int(input_hessian.tokens):
+            raise UserError(
                 f"{name}: no calibration token reached this layer. Check that the calibration "
                 "batches run through the whole model."
             )
-        if bool(moment.flag):
-            raise ValueError(
+        if bool(input_hessian.flag):
+            raise UserError(
                 f"{name}: input or output is NaN, infinite or so large that sums of squares leave "
                 f"2**{MAX_SUM.hex().split('p+')[1]} during calibration. Check the checkpoint and the "
                 "calibration text, or calibrate with fewer sequences."

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mqat.calibration.smoothing_pairs import Site, round_scale
+from mqat.calibration.smoothing_pairs import SmoothingPair, round_scale
 from mqat.quant.qparams import rounded
 from mqat.quant.scheme import TensorScheme
 
@@ -34,12 +34,12 @@ class InputStatistics:
     """Merged statistics of one linear's input, the same on every rank.
 
     Attributes:
-        gram: XᵀX, float64 [I, I].
+        hessian: XᵀX, float64 [I, I].
         amax: Largest |x_j|, float32 [I].
         tokens: T.
     """
 
-    gram: Tensor
+    hessian: Tensor
     amax: Tensor
     tokens: int
 
@@ -56,19 +56,19 @@ def smoothquant_scale(input_amax: Tensor, weight_amax: Tensor, alpha: float) -> 
 
 
 def candidate_scales(
-    site: Site, inputs: InputStatistics, weight_amax: Tensor, *, steps: int, grid: str
+    pair: SmoothingPair, inputs: InputStatistics, weight_amax: Tensor, *, steps: int, grid: str
 ) -> Tensor:
     """Factors to try, float32 [C, I]; the first row leaves everything as it is.
 
     Args:
-        site: Says which channels share a factor.
+        pair: Says which channels share a factor.
         inputs: Of the linear.
         weight_amax: Largest |W_oj| of each column, float32 [I].
         steps: Alphas tried between 0 and 1 in each of the two families.
         grid: As for `round_scale`.
     """
-    x, w = site.tied(inputs.amax), site.tied(weight_amax)
-    rms = site.tied((inputs.gram.diagonal() / inputs.tokens).sqrt().float())
+    x, w = pair.tied(inputs.amax), pair.tied(weight_amax)
+    rms = pair.tied((inputs.hessian.diagonal() / inputs.tokens).sqrt().float())
     rows = [torch.ones_like(x)]
     for step in range(steps + 1):
         alpha = step / steps
@@ -81,7 +81,7 @@ def _input_noise(inputs: InputStatistics, scale: Tensor, scheme: TensorScheme) -
     """Expected squared rounding error of input channel j over all tokens, in units of x; [I]."""
     step = (inputs.amax / scale).amax().double() / scheme.format.max_value
     uniform = inputs.tokens * step.square() / 12 * scale.double().square()
-    return torch.minimum(inputs.gram.diagonal(), uniform)
+    return torch.minimum(inputs.hessian.diagonal(), uniform)
 
 
 def tile_losses(
@@ -103,8 +103,8 @@ def tile_losses(
     What a whole weight shares (a scale per tensor, the upper of two levels) is taken from each tile,
     which orders candidates alike. Dynamic inputs count as exact: their steps follow each token.
     """
-    gram, sampled = inputs.gram.float(), [tile[::_ROW_STRIDE] for tile in tiles]
-    losses = torch.zeros(len(scales), len(tiles), dtype=torch.float64, device=gram.device)
+    hessian, sampled = inputs.hessian.float(), [tile[::_ROW_STRIDE] for tile in tiles]
+    losses = torch.zeros(len(scales), len(tiles), dtype=torch.float64, device=hessian.device)
     for i, scale in enumerate(scales):
         noise = None
         if operand is not None and not (operand.format.is_float or operand.is_dynamic):
@@ -113,7 +113,7 @@ def tile_losses(
             if weight is not None:
                 scaled = tile * scale
                 error = (rounded(scaled, weight) - scaled) / scale
-                losses[i, j] += ((error @ gram) * error).sum(dim=1).double().sum()
+                losses[i, j] += ((error @ hessian) * error).sum(dim=1).double().sum()
             if noise is not None:
                 losses[i, j] += (tile.double().square().sum(dim=0) * noise).sum()
     return losses

@@ -29,7 +29,7 @@ from mqat.parallel.linear import QuantizedLinear, QuantRowParallelLinear
 
 
 @dataclass(frozen=True)
-class Site:
+class SmoothingPair:
     """A linear and the tensor before it that takes up `1 / s`.
 
     Attributes:
@@ -76,14 +76,16 @@ def layer_number(name: str) -> int:
     return int(name.split(".")[2])
 
 
-def find_sites(chunks: list[Any], *, fold_values: bool = True) -> dict[str, Site]:
+def find_smoothing_pairs(
+    chunks: list[Any], *, fold_values: bool = True
+) -> dict[str, SmoothingPair]:
     """The linears of this rank whose input can be rescaled, in model order, by quantized name.
 
     Args:
         chunks: Model chunks of this rank, with or without DDP wrapper.
         fold_values: Whether `linear_proj` is one of them.
     """
-    sites: dict[str, Site] = {}
+    pairs: dict[str, SmoothingPair] = {}
     for chunk in chunks:
         for layer in getattr(chunk, "module", chunk).decoder.layers:
             attention, mlp = layer.self_attention, layer.mlp
@@ -99,13 +101,13 @@ def find_sites(chunks: list[Any], *, fold_values: bool = True) -> dict[str, Site
             if mlp.linear_fc1.bias is not None:
                 up_bias = mlp.linear_fc1.bias.detach().chunk(2)[1]
             up = mlp.linear_fc1.weight.detach().chunk(2, dim=0)[1]
-            found = [Site(qkv, layer.input_layernorm.weight.detach())]
+            found = [SmoothingPair(qkv, layer.input_layernorm.weight.detach())]
             if fold_values:
-                found.append(Site(proj, grouped[:, -1], values, heads, width))
-            found.append(Site(mlp.linear_fc1, layer.pre_mlp_layernorm.weight.detach()))
-            found.append(Site(mlp.linear_fc2, up, up_bias))
-            sites |= {site.linear.quantized_name: site for site in found}
-    return sites
+                found.append(SmoothingPair(proj, grouped[:, -1], values, heads, width))
+            found.append(SmoothingPair(mlp.linear_fc1, layer.pre_mlp_layernorm.weight.detach()))
+            found.append(SmoothingPair(mlp.linear_fc2, up, up_bias))
+            pairs |= {pair.linear.quantized_name: pair for pair in found}
+    return pairs
 
 
 def round_scale(scale: Tensor, grid: str) -> Tensor:
@@ -121,6 +123,6 @@ def round_scale(scale: Tensor, grid: str) -> Tensor:
     return torch.exp2(log.round() if grid == "power_of_two" else log).float()
 
 
-def smooth_names(sites: Mapping[str, Site]) -> list[str]:
+def smooth_names(pairs: Mapping[str, SmoothingPair]) -> list[str]:
     """Names of linears with something to quantize: only these gain from rescaling."""
-    return [name for name, site in sites.items() if site.linear.quantizers]
+    return [name for name, pair in pairs.items() if pair.linear.quantizers]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mqat.calibration import weights
 from mqat.calibration.gptq import inverse_factor, round_tile
-from mqat.calibration.input_hessian import InputMoments, input_width
+from mqat.calibration.input_hessian import InputHessian, input_width
 from mqat.calibration.recipe import Recipe
 from mqat.calibration.search import (
     InputStatistics,
@@ -23,7 +23,7 @@ from mqat.calibration.search import (
     smoothquant_scale,
     tile_losses,
 )
-from mqat.calibration.smoothing_pairs import Site, round_scale
+from mqat.calibration.smoothing_pairs import SmoothingPair, round_scale
 from mqat.calibration.tp_invariant_shards import (
     local_from_tiles,
     output_width,
@@ -31,6 +31,7 @@ from mqat.calibration.tp_invariant_shards import (
     tile_count,
     tile_numbers,
 )
+from mqat.errors import UserError
 from mqat.parallel.linear import QuantizedLinear
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor
@@ -47,17 +48,17 @@ def _has_one_scale(linear: QuantizedLinear) -> bool:
     return isinstance(_weight_scheme(linear).granularity, PerTensor)
 
 
-class LayerBlock:
+class WeightCalibrator:
     """Linears of this rank, the statistics of their inputs, and what has been decided so far.
 
     Args:
         linears: By name, in model order; the same names on all ranks of the stage.
-        sites: Those whose input can be rescaled.
-        moments: Merged statistics; empty if the recipe needs none.
+        pairs: Those whose input can be rescaled.
+        input_hessians: Merged statistics; empty if the recipe needs none.
         recipe: What to do.
 
     Attributes:
-        scales: Rescalings that were folded, float32 [I], by site.
+        scales: Rescalings that were folded, float32 [I], by pair.
         statistics: Maxima or ranges that scales will be made from, one for each of this rank's tiles.
         global_amax: float32 (1,), where a weight has two levels of scales.
     """
@@ -65,13 +66,13 @@ class LayerBlock:
     def __init__(
         self,
         linears: Mapping[str, QuantizedLinear],
-        sites: Mapping[str, Site],
-        moments: Mapping[str, InputMoments],
+        pairs: Mapping[str, SmoothingPair],
+        input_hessians: Mapping[str, InputHessian],
         recipe: Recipe,
     ) -> None:
         self.linears = linears
-        self.sites = sites
-        self.moments = moments
+        self.pairs = pairs
+        self.input_hessians = input_hessians
         self.recipe = recipe
         self.scales: dict[str, Tensor] = {}
         self.statistics: dict[str, list[Tensor]] = {}
@@ -93,42 +94,44 @@ class LayerBlock:
         self._reduce(tables, dist.ReduceOp.SUM)
         return tables
 
-    def _gram(self, name: str) -> Tensor:
+    def _hessian(self, name: str) -> Tensor:
         """XᵀX of the input as it is after rescaling, float64 [I, I]."""
-        gram = self.moments[name].matrix(self.linears[name])
+        hessian = self.input_hessians[name].matrix(self.linears[name])
         scale = self.scales.get(name)
-        return gram if scale is None else gram / torch.outer(scale.double(), scale.double())
+        return hessian if scale is None else hessian / torch.outer(scale.double(), scale.double())
 
     def _column_amax(self) -> dict[str, Tensor]:
-        """Largest |W_oj| of each input channel j, float32 [I], by site."""
+        """Largest |W_oj| of each input channel j, float32 [I], by pair."""
         amax = {}
-        for name in self.sites:
+        for name in self.pairs:
             tiles = row_tiles(self.linears[name])
             amax[name] = torch.stack([tile.abs().amax(dim=0) for tile in tiles]).amax(dim=0)
         self._reduce(amax, dist.ReduceOp.MAX)
         return amax
 
-    def equalize_(self) -> None:
-        """Chooses a rescaling for every site and folds it."""
+    def smoothquant_(self) -> None:
+        """Chooses a rescaling for every pair and folds it."""
         columns = self._column_amax()
         if self.recipe.alpha is None:
             self.scales = self._searched_scales(columns)
         else:
-            for name, site in self.sites.items():
-                x, w = site.tied(self.moments[name].amax), site.tied(columns[name])
+            for name, pair in self.pairs.items():
+                x, w = pair.tied(self.input_hessians[name].amax), pair.tied(columns[name])
                 raw = smoothquant_scale(x, w, self.recipe.alpha)
                 self.scales[name] = round_scale(raw, self.recipe.grid)
         for name, scale in self.scales.items():
-            self.sites[name].fold_(scale)
+            self.pairs[name].fold_(scale)
 
     def _searched_scales(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         candidates: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
-        for name, site in self.sites.items():
-            moment, linear = self.moments[name], self.linears[name]
-            inputs = InputStatistics(moment.matrix(linear), moment.amax, int(moment.tokens))
+        for name, pair in self.pairs.items():
+            input_hessian, linear = self.input_hessians[name], self.linears[name]
+            inputs = InputStatistics(
+                input_hessian.matrix(linear), input_hessian.amax, int(input_hessian.tokens)
+            )
             candidates[name] = candidate_scales(
-                site,
+                pair,
                 inputs,
                 columns[name],
                 steps=self.recipe.search_steps,
@@ -148,7 +151,7 @@ class LayerBlock:
         for name, linear in self.quantized.items():
             scheme = _weight_scheme(linear)
             if isinstance(scheme.granularity, PerBlock):
-                raise ValueError(
+                raise UserError(
                     f"{name}: weights in squares ({scheme.granularity}) span the tiles that are worked "
                     "on; keep quantization.weight_calibrator=max and rounding=nearest for them."
                 )
@@ -185,9 +188,9 @@ class LayerBlock:
         scheme, above = _weight_scheme(linear), self.global_amax.get(name)
         if method == "sawb":
             return [weights.sawb_sums(tile, scheme.granularity) for tile in row_tiles(linear)]
-        gram = self._gram(name) if method == "awq" else None
+        hessian = self._hessian(name) if method == "awq" else None
         pairs = zip(row_tiles(linear), self.statistics[name], strict=True)
-        return [weights.shrink_errors(tile, s, above, scheme, gram) for tile, s in pairs]
+        return [weights.shrink_errors(tile, s, above, scheme, hessian) for tile, s in pairs]
 
     def _chosen(self, name: str, statistic: Tensor, evidence: Tensor) -> Tensor:
         linear = self.linears[name]
@@ -203,7 +206,7 @@ class LayerBlock:
         for name, statistics in self.statistics.items():
             linear, above = self.linears[name], self.global_amax.get(name)
             scheme = _weight_scheme(linear)
-            factor, order = inverse_factor(self._gram(name))
+            factor, order = inverse_factor(self._hessian(name))
             pairs = zip(row_tiles(linear), statistics, strict=True)
             tiles = [round_tile(t, s, above, factor, order, scheme) for t, s in pairs]
             weight = linear.weight.detach()

@@ -2,8 +2,8 @@
 
 A recipe is carried out for all layers at once, or for a few layers at a time (`layers_at_once`): then
 later layers are calibrated behind earlier ones that are already rescaled and rounded, memory for
-statistics is bounded (`moments.peak_bytes`), and the batches run once for every such block. Blocks are
-cut by global layer number, so they are the same at any pipeline size.
+statistics is bounded (`input_hessian.peak_bytes`), and the batches run once for every such block. Blocks
+are cut by global layer number, so they are the same at any pipeline size.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mqat.calibration.calibrate import exact_forward
-from mqat.calibration.input_hessian import InputMoments, check_moments, collect_moments
+from mqat.calibration.input_hessian import (
+    InputHessian,
+    check_input_hessians,
+    collect_input_hessians,
+)
 from mqat.calibration.recipe import Recipe
-from mqat.calibration.smoothing_pairs import find_sites, layer_number
-from mqat.calibration.weight_calibrator import LayerBlock
+from mqat.calibration.smoothing_pairs import find_smoothing_pairs, layer_number
+from mqat.calibration.weight_calibrator import WeightCalibrator
 from mqat.parallel.linear import decoder_linears
 from mqat.parallel.quantized_module import quantized_modules
-from mqat.runtime.groups import agree
+from mqat.runtime.groups import raise_on_any_rank
 
 
 @torch.no_grad()
-def prepare_(
+def apply_weight_recipe_(
     chunks: list[Any],
     run_batches: Callable[[], None],
     recipe: Recipe,
@@ -54,25 +58,31 @@ def prepare_(
             that the weight method does not know.
     """
     linears = {n: x for n, x in decoder_linears(chunks).items() if x.quantizers}
-    sites = find_sites(chunks, fold_values=recipe.fold_values) if recipe.equalize else {}
+    pairs = (
+        find_smoothing_pairs(chunks, fold_values=recipe.fold_values) if recipe.smoothquant else {}
+    )
     everything = quantized_modules(chunks)
     size = recipe.layers_at_once or num_layers
     found: dict[str, Tensor] = {}
     for start in range(0, num_layers, size):
         own = {n: x for n, x in linears.items() if start <= layer_number(n) < start + size}
-        moments: dict[str, InputMoments] = {}
-        if recipe.needs_moments:
+        input_hessians: dict[str, InputHessian] = {}
+        if recipe.needs_input_hessian:
             with exact_forward(everything):
-                moments = collect_moments(own, run_batches, group=group, dp_group=dp_group)
+                input_hessians = collect_input_hessians(
+                    own, run_batches, group=group, dp_group=dp_group
+                )
         error: Exception | None = None
         try:
-            check_moments(moments)
+            check_input_hessians(input_hessians)
         except ValueError as caught:
             error = caught
-        agree(error)
-        block = LayerBlock(own, {n: s for n, s in sites.items() if n in own}, moments, recipe)
-        if recipe.equalize:
-            block.equalize_()
+        raise_on_any_rank(error)
+        block = WeightCalibrator(
+            own, {n: s for n, s in pairs.items() if n in own}, input_hessians, recipe
+        )
+        if recipe.smoothquant:
+            block.smoothquant_()
         if recipe.chooses_scales:
             try:
                 block.choose_clipping_points()
@@ -80,6 +90,6 @@ def prepare_(
                     block.round_()
             except ValueError as caught:
                 error = caught
-            agree(error)
+            raise_on_any_rank(error)
             found |= block.local_statistics()
     return found

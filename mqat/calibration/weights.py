@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from mqat.errors import UserError
 from mqat.quant.granularity import Granularity, PerGroup, PerTensor
 from mqat.quant.qparams import rounded
 from mqat.quant.scheme import TensorScheme
@@ -41,10 +42,10 @@ def _grouped(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, -x.shape[1] % size)).view(x.shape[0], -1, size)
 
 
-def _gram_blocks(gram: Tensor, size: int) -> Tensor:
+def _hessian_blocks(hessian: Tensor, size: int) -> Tensor:
     """Diagonal blocks of XᵀX, float32 [G, size, size]."""
-    padding = -gram.shape[0] % size
-    padded = F.pad(gram.float(), (0, padding, 0, padding))
+    padding = -hessian.shape[0] % size
+    padded = F.pad(hessian.float(), (0, padding, 0, padding))
     count = padded.shape[0] // size
     blocks = padded.view(count, size, count, size)
     return blocks[torch.arange(count), :, torch.arange(count)].contiguous()
@@ -55,7 +56,7 @@ def shrink_errors(
     statistic: Tensor,
     global_amax: Tensor | None,
     scheme: TensorScheme,
-    gram: Tensor | None,
+    hessian: Tensor | None,
 ) -> Tensor:
     """Squared error for each of FACTORS and each row group of a tile, float64 [F, rows, G].
 
@@ -64,10 +65,10 @@ def shrink_errors(
         statistic: Of the tile, or of the whole tensor where that shares one scale.
         global_amax: Of the whole tensor, for two levels.
         scheme: Of the weight.
-        gram: XᵀX [I, I] weighs errors by the inputs they meet; None weighs all alike.
+        hessian: XᵀX [I, I] weighs errors by the inputs they meet; None weighs all alike.
     """
     size = group_width(scheme.granularity, tile.shape[1])
-    blocks = None if gram is None else _gram_blocks(gram, size)
+    blocks = None if hessian is None else _hessian_blocks(hessian, size)
     errors = []
     for factor in FACTORS:
         error = _grouped(rounded(tile, scheme, statistic * factor, global_amax) - tile, size)
@@ -111,7 +112,7 @@ def sawb_amax(amax: Tensor, sums: Tensor, counts: Tensor, scheme: TensorScheme) 
     """
     fmt = scheme.format
     if fmt.is_float or scheme.is_asymmetric or fmt.bits not in _SAWB:
-        raise ValueError(
+        raise UserError(
             f"quantization.weight_calibrator=sawb has no coefficients for {fmt.name}"
             f"{' with zero points' * scheme.is_asymmetric}; it needs symmetric integers of "
             f"{sorted(_SAWB)} bits. Use mse or awq."

@@ -30,6 +30,7 @@ from mqat.checkpoints.manifest import (
     read_description,
 )
 from mqat.data.tokenizer import save_tokenizer
+from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, scheme_from_dict
 from mqat.parallel.checkpoint import (
@@ -38,7 +39,7 @@ from mqat.parallel.checkpoint import (
     quantizer_sharded_state,
 )
 from mqat.parallel.quantized_module import all_quantizers
-from mqat.runtime.groups import agree, is_main
+from mqat.runtime.groups import is_main, raise_on_any_rank
 
 
 @dataclass
@@ -179,10 +180,10 @@ def save_checkpoint(
     """
     error: Exception | None = None
     if path.exists() and not (path / DESCRIPTION).is_file():
-        error = ValueError(
+        error = UserError(
             f"{path} exists and is not an mqat checkpoint, so it is not replaced; choose another path."
         )
-    agree(error)
+    raise_on_any_rank(error)
     quantized = bool(layers) and all_frozen(chunks)
     temporary = path.with_name(f".{path.name}.tmp")
     description = {
@@ -232,11 +233,11 @@ def _writing(path: Path, temporary: Path) -> Iterator[None]:
     error = None
     if reason is not None:
         shutil.rmtree(temporary, ignore_errors=True)
-        error = ValueError(
+        error = UserError(
             f"{path}: writing the checkpoint failed: {reason}. Check that the disk has space and can "
             "be written; what was unfinished is removed, earlier checkpoints are whole."
         )
-    agree(error)
+    raise_on_any_rank(error)
 
 
 def _finish(
@@ -290,13 +291,13 @@ def load_checkpoint(
         check_files(path, description, crc="all" if is_main() else "none")
         _check_schemes(path, description, layers)
         if training is not None and not description["has_training_state"]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: holds a model only, no optimizer state to resume from; use it as "
                 "model.restore_from_path instead."
             )
     except ValueError as caught:
         error = caught
-    agree(error)
+    raise_on_any_rank(error)
 
     if training is not None:
         _create_optimizer_state(training.optimizer)
@@ -308,8 +309,8 @@ def load_checkpoint(
     try:
         loaded = dist_checkpointing.load(state, str(path))
     except Exception as caught:  # a damaged file surfaces as any of a dozen types
-        error = ValueError(f"{path}: cannot be loaded: {type(caught).__name__}: {caught}")
-    agree(error)
+        error = UserError(f"{path}: cannot be loaded: {type(caught).__name__}: {caught}")
+    raise_on_any_rank(error)
     for index, chunk in enumerate(_unwrapped(chunks)):
         chunk.load_state_dict(loaded[f"model{index}"], strict=False)
     if has_scales:
@@ -317,7 +318,7 @@ def load_checkpoint(
             load_quantizer_state_(chunks, loaded["quantizers"])
         except ValueError as caught:
             error = caught
-        agree(error)
+        raise_on_any_rank(error)
     if training is not None:
         _load_optimizer(training.optimizer, loaded["optimizer"])
         training.scheduler.num_steps = 0  # Megatron adds the loaded steps to those already taken
@@ -336,7 +337,7 @@ def _check_schemes(path: Path, description: dict[str, Any], layers: dict[str, Sc
     current = {name: scheme.to_dict() for name, scheme in layers.items()}
     for name in sorted(current.keys() | saved["layers"].keys()):
         if current.get(name) != saved["layers"].get(name):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} was calibrated as {saved['layers'].get(name)}, the run asks for "
                 f"{current.get(name)}. Use quantization.algorithm={saved['algorithm']} with the same "
                 "group size and rules, or restore from an unquantized checkpoint."

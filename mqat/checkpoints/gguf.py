@@ -13,43 +13,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from mqat.models.decoder import (
-    FAMILIES,
-    HF_EMBEDDING,
-    HF_FINAL_NORM,
-    HF_LINEARS,
-    HF_LM_HEAD,
-    LINEARS,
-    DecoderConfig,
-    check_window,
+from mqat.errors import UserError
+from mqat.models.decoder import FAMILIES, DecoderConfig, check_window
+from mqat.models.structure import (
+    EMBEDDING,
+    FINAL_NORM,
+    GGUF_LAYER,
+    HF_LAYER,
+    OUTPUT_LAYER,
+    QKV,
 )
 
-# Without `.weight` and `.bias`, which are the same.
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_TOP_NAMES = {
-    HF_EMBEDDING: "token_embd.weight",
-    HF_FINAL_NORM: "output_norm.weight",
-    HF_LM_HEAD: "output.weight",
-}
 
-
-def gguf_name(hf_name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`."""
-    if hf_name in _TOP_NAMES:
-        return _TOP_NAMES[hf_name]
-    layer, rest = hf_name.removeprefix("model.layers.").split(".", 1)
-    module, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{_LAYER_NAMES[module]}.{kind}"
+def gguf_names(model: DecoderConfig) -> dict[str, str]:
+    """Hugging Face name of every tensor that a file of this model may hold -> llama.cpp's."""
+    top = {entry.hf: entry.gguf for entry in (EMBEDDING, FINAL_NORM, OUTPUT_LAYER)}
+    inside = {norm.hf: norm.gguf for norm in model.norms}
+    inside |= {part.hf: part.gguf for linear in model.linears for part in linear.parts}
+    for layer in range(model.num_layers):
+        hf, gguf = HF_LAYER.format(i=layer), GGUF_LAYER.format(i=layer)
+        top |= {hf + name: gguf + other for name, other in inside.items()}
+    kinds = ("weight", "bias")
+    return {f"{a}.{kind}": f"{b}.{kind}" for a, b in top.items() for kind in kinds}
 
 
 class GgufCheckpoint:
@@ -63,7 +48,7 @@ class GgufCheckpoint:
         try:
             from gguf import GGUFReader
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: reading GGUF needs the 'gguf' package; pip install 'mqat[demo]'."
             ) from error
         self.path = path
@@ -71,15 +56,16 @@ class GgufCheckpoint:
         try:
             reader = GGUFReader(path)
         except (OSError, ValueError, IndexError) as error:
-            raise ValueError(f"{path}: not a complete GGUF file ({error}).") from error
+            raise UserError(f"{path}: not a complete GGUF file ({error}).") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.config = self._read_config(reader)
+        self._names = gguf_names(self.config)
 
     def _read_config(self, reader: Any) -> DecoderConfig:
         def value(key: str, default: Any = None) -> Any:
             field = reader.get_field(key)
             if field is None and default is None:
-                raise ValueError(f"{self.path}: GGUF key {key!r} is missing.")
+                raise UserError(f"{self.path}: GGUF key {key!r} is missing.")
             return default if field is None else field.contents()
 
         architecture = value("general.architecture")
@@ -87,11 +73,11 @@ class GgufCheckpoint:
         family = next((f for f in FAMILIES.values() if f.gguf_architecture == architecture), None)
         if family is None:
             known = sorted({f.gguf_architecture for f in FAMILIES.values()})
-            raise ValueError(f"{self.path}: architecture {architecture!r}; known are {known}.")
+            raise UserError(f"{self.path}: architecture {architecture!r}; known are {known}.")
         self._is_interleaved = family.is_interleaved_in_gguf
         scaling = value(f"{architecture}.rope.scaling.type", "none")
         if scaling != "none" or "rope_freqs.weight" in self._tensors:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: scaled rotary positions (rope scaling {scaling!r}) are not read from "
                 "GGUF; use the Hugging Face directory of this model."
             )
@@ -100,9 +86,10 @@ class GgufCheckpoint:
         check_window(int(value(f"{architecture}.attention.sliding_window", context)), context)
         heads = int(value(f"{architecture}.attention.head_count"))
         hidden = int(value(f"{architecture}.embedding_length"))
+        first = GGUF_LAYER.format(i=0)
         return DecoderConfig(
             # The tensor, not the metadata key: some converters leave the key out.
-            vocab_size=int(self._tensors["token_embd.weight"].shape[1]),
+            vocab_size=int(self._tensors[f"{EMBEDDING.gguf}.weight"].shape[1]),
             hidden_size=hidden,
             intermediate_size=int(value(f"{architecture}.feed_forward_length")),
             num_layers=int(value(f"{architecture}.block_count")),
@@ -112,26 +99,26 @@ class GgufCheckpoint:
             rms_norm_eps=float(value(f"{architecture}.attention.layer_norm_rms_epsilon")),
             rope_theta=float(value(f"{architecture}.rope.freq_base", 10000.0)),
             max_position_embeddings=context,
-            tie_word_embeddings="output.weight" not in self._tensors,
+            tie_word_embeddings=f"{OUTPUT_LAYER.gguf}.weight" not in self._tensors,
             family=family.name,
             biases=tuple(
-                linear
-                for linear in LINEARS
-                if any(self.has(f"model.layers.0.{name}.bias") for name in HF_LINEARS[linear])
+                linear.name
+                for linear in family.linears
+                if any(f"{first}{part.gguf}.bias" in self._tensors for part in linear.parts)
             ),
         )
 
     def has(self, name: str) -> bool:
         """Whether a tensor of this Hugging Face name exists."""
-        return gguf_name(name) in self._tensors
+        return self._names.get(name) in self._tensors
 
     def read(self, name: str, rows: slice, cols: slice | None = None) -> torch.Tensor:
         """Rows, and for matrices columns, of one tensor by its Hugging Face name, as float32."""
         from gguf.quants import dequantize
 
         if not self.has(name):
-            raise ValueError(f"{self.path}: tensor {gguf_name(name)!r} is missing.")
-        tensor = self._tensors[gguf_name(name)]
+            raise UserError(f"{self.path}: tensor {self._names.get(name, name)!r} is missing.")
+        tensor = self._tensors[self._names[name]]
         if cols is None:
             vector = dequantize(tensor.data, tensor.tensor_type)
             return torch.from_numpy(np.array(vector[self._rows(name, len(vector))[rows]]))
@@ -143,9 +130,10 @@ class GgufCheckpoint:
     def _rows(self, name: str, count: int) -> np.ndarray[Any, Any]:
         """Row of the file for each row of the tensor."""
         index = np.arange(count)
+        query, key, _ = QKV.parts
         heads = {
-            "self_attn.q_proj": self.config.num_attention_heads,
-            "self_attn.k_proj": self.config.num_query_groups,
+            query.hf: self.config.num_attention_heads,
+            key.hf: self.config.num_query_groups,
         }.get(".".join(name.split(".")[3:5]))
         if heads is None or not self._is_interleaved:
             return index

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mqat.models.decoder import HF_LM_HEAD, DecoderConfig, hf_tensors
+from mqat.errors import UserError
+from mqat.models.decoder import DecoderConfig, hf_shapes
+from mqat.models.structure import OUTPUT_LAYER
 
 
 class HuggingFaceCheckpoint:
@@ -30,7 +32,7 @@ class HuggingFaceCheckpoint:
                 json.loads((path / "config.json").read_text("utf-8"))
             )
         except (OSError, json.JSONDecodeError, KeyError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path / 'config.json'}: not a Hugging Face model config ({error!r})."
             ) from error
         self._files = self._index()
@@ -44,7 +46,7 @@ class HuggingFaceCheckpoint:
             names = set(json.loads(index_file.read_text("utf-8"))["weight_map"].values())
             files = [self.path / name for name in sorted(names)]
         if not files:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: no *.safetensors file. Pickled weights (*.bin) are not read, because "
                 "unpickling can run code; convert with save_pretrained(safe_serialization=True)."
             )
@@ -54,7 +56,7 @@ class HuggingFaceCheckpoint:
                 with safe_open(file, framework="pt") as handle:
                     found.update(dict.fromkeys(handle.keys(), file))
             except (OSError, SafetensorError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{file}: missing, truncated or not safetensors ({error}); download it again."
                 ) from error
         self._check_names(found)
@@ -62,10 +64,10 @@ class HuggingFaceCheckpoint:
 
     def _check_names(self, found: dict[str, Path]) -> None:
         """Refuses tensors that would be dropped silently: biases, scales of quantized weights, ..."""
-        known = {*hf_tensors(self.config), HF_LM_HEAD}
+        known = {*hf_shapes(self.config), f"{OUTPUT_LAYER.hf}.weight"}
         extra = [n for n in sorted(found) if n not in known and not n.endswith(".inv_freq")]
         if extra:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {extra[0]!r} and {len(extra) - 1} more tensors have no place in the "
                 f"{self.config.family} model that config.json describes; import an unquantized "
                 "checkpoint whose config.json is its own."
@@ -78,7 +80,7 @@ class HuggingFaceCheckpoint:
     def read(self, name: str, rows: slice, cols: slice | None = None) -> torch.Tensor:
         """Rows, and for matrices columns, of one tensor, in its stored dtype."""
         if name not in self._files:
-            raise ValueError(f"{self.path}: tensor {name!r} is missing from the checkpoint.")
+            raise UserError(f"{self.path}: tensor {name!r} is missing from the checkpoint.")
         with safe_open(self._files[name], framework="pt") as handle:
             view = handle.get_slice(name)
             return view[rows] if cols is None else view[rows, cols]

@@ -13,13 +13,14 @@ from mqat.checkpoints.manifest import DESCRIPTION, read_description
 from mqat.checkpoints.source import open_pretrained
 from mqat.config import ModelConfig
 from mqat.data.tokenizer import load_tokenizer
+from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
 from mqat.runtime import groups
 
 
 @dataclass(frozen=True)
-class OpenedModel:
+class LoadedModel:
     """Model chunks of this rank, in evaluation mode, with the tokenizer that belongs to them."""
 
     chunks: list[Any]
@@ -27,7 +28,7 @@ class OpenedModel:
     tokenizer: Any
 
 
-def open_model(
+def load_model(
     path: Path,
     *,
     tensor_parallel: int = 1,
@@ -35,7 +36,7 @@ def open_model(
     precision: str = "32",
     lowered: bool = False,
     compiled: bool = False,
-) -> OpenedModel:
+) -> LoadedModel:
     """Creates process groups and loads an mqat checkpoint, Hugging Face directory or GGUF file.
 
     A quantized checkpoint computes as it was trained, with its frozen scales.
@@ -85,15 +86,15 @@ def open_model(
             load_pretrained_(chunks, source)
         except ValueError as caught:
             error = caught
-        groups.agree(error)
+        groups.raise_on_any_rank(error)
     if lowered:
         if not layers:
-            raise ValueError(f"{path}: is not quantized, so there is nothing to lower.")
-        from mqat.parallel.pack_weights import compile_layers_, lower_
+            raise UserError(f"{path}: is not quantized, so there is nothing to lower.")
+        from mqat.parallel.pack_weights import compile_layers_, pack_weights_
 
-        lower_(chunks)
+        pack_weights_(chunks)
         if compiled:
             compile_layers_(chunks)
     for chunk in chunks:
         chunk.eval()
-    return OpenedModel(list(chunks), config, tokenizer)
+    return LoadedModel(list(chunks), config, tokenizer)

@@ -16,6 +16,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Literal
 
+from mqat.errors import UserError
+
 Checksums = Literal["all", "index", "data", "none"]
 _DATA_SUFFIX = ".distcp"  # of Megatron's files with tensors
 DESCRIPTION = "mqat.json"
@@ -53,18 +55,18 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
     """
     file = checkpoint / DESCRIPTION
     if not checkpoint.exists():
-        raise ValueError(f"{checkpoint}: no such file or directory.")
+        raise UserError(f"{checkpoint}: no such file or directory.")
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: not a complete mqat checkpoint ({DESCRIPTION} is missing; it is written "
             "last). Use another checkpoint of the run, or import the model again."
         )
     try:
         description = json.loads(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: damaged ({error}); use another checkpoint.") from error
+        raise UserError(f"{file}: damaged ({error}); use another checkpoint.") from error
     if not isinstance(description, dict) or description.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{file}: expected format_version {FORMAT_VERSION}; update mqat.")
+        raise UserError(f"{file}: expected format_version {FORMAT_VERSION}; update mqat.")
     return description
 
 
@@ -93,7 +95,7 @@ def check_files(
             for name, entry in description["files"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint / DESCRIPTION}: damaged ({error!r}); use another checkpoint."
         ) from error
     for name, (expected_size, expected_crc) in expected.items():
@@ -101,13 +103,13 @@ def check_files(
         size = file.stat().st_size if file.is_file() else None
         if size != expected_size:
             found = "missing" if size is None else f"{size} bytes"
-            raise ValueError(
+            raise UserError(
                 f"{file}: {found}, expected {expected_size} bytes. The checkpoint is incomplete; "
                 "copy it again or use an earlier one."
             )
         kind = "data" if name.endswith(_DATA_SUFFIX) else "index"
         if crc in ("all", kind) and file_crc32(file, stop) != expected_crc:
-            raise ValueError(
+            raise UserError(
                 f"{file}: contents do not match the checksum in {DESCRIPTION}. The checkpoint is "
                 "damaged; copy it again or use an earlier one."
             )

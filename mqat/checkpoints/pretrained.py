@@ -8,13 +8,16 @@ import torch
 
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.checkpoints.source import PretrainedSource
-from mqat.models.decoder import (
-    HF_EMBEDDING,
-    HF_FINAL_NORM,
+from mqat.errors import UserError
+from mqat.models.decoder import DecoderConfig
+from mqat.models.structure import (
+    EMBEDDING,
+    FINAL_NORM,
     HF_LAYER,
-    HF_LM_HEAD,
-    DecoderConfig,
-    hf_parts,
+    OUTPUT_LAYER,
+    Table,
+    is_in_layer,
+    split_name,
 )
 from mqat.parallel.layout import local_pieces
 from mqat.parallel.learned_scales import scale_rule
@@ -22,14 +25,16 @@ from mqat.specs.model import DecoderModel
 
 
 def _vocab_rows(
-    source: PretrainedSource | RandomWeights, name: str, rank: int, parameter: torch.Tensor
+    source: PretrainedSource | RandomWeights, table: Table, rank: int, parameter: torch.Tensor
 ) -> torch.Tensor:
     """This rank's rows of an embedding table; rows beyond the true vocabulary are zero."""
     count = parameter.shape[0]
     rows = slice(rank * count, min((rank + 1) * count, source.config.vocab_size))
     local = torch.zeros(parameter.shape, dtype=torch.float32)
     if rows.stop > rows.start:
-        local[: rows.stop - rows.start] = source.read(name, rows, slice(None)).float()
+        local[: rows.stop - rows.start] = source.read(
+            f"{table.hf}.weight", rows, slice(None)
+        ).float()
     return local
 
 
@@ -43,22 +48,24 @@ def _local_tensor(
     tp: int,
 ) -> torch.Tensor:
     """Value of one parameter, by its name inside a layer or at the top of the model."""
-    if name.startswith("embedding.word_embeddings"):
-        return _vocab_rows(source, HF_EMBEDDING, rank, parameter)
-    if name.startswith("output_layer"):
-        head = HF_EMBEDDING if model.tie_word_embeddings else HF_LM_HEAD
-        return _vocab_rows(source, head, rank, parameter)
-    if name.startswith("decoder.final_layernorm"):
-        return source.read(HF_FINAL_NORM, slice(None))
-    short = name.split(".", 3)[3]
-    parts = [HF_LAYER.format(i=layer) + part for part in hf_parts(short)]
-    if "layernorm" in short:
-        return source.read(parts[0], slice(None))
-    linear, kind = short.rsplit(".", 1)
+    module, kind = name.rsplit(".", 1)
+    if module == EMBEDDING.name:
+        return _vocab_rows(source, EMBEDDING, rank, parameter)
+    if module == OUTPUT_LAYER.name:
+        table = EMBEDDING if model.tie_word_embeddings else OUTPUT_LAYER
+        return _vocab_rows(source, table, rank, parameter)
+    if module == FINAL_NORM.name:
+        return source.read(f"{FINAL_NORM.hf}.{kind}", slice(None))
+    prefix, short = HF_LAYER.format(i=layer), split_name(module)[1]
+    norms = {norm.name: norm for norm in model.norms}
+    if short in norms:
+        return source.read(f"{prefix}{norms[short].hf}.{kind}", slice(None))
+    linear = model.linear(short)
     pieces = local_pieces(model, linear, rank, tp)
+    names = [f"{prefix}{part.hf}.{kind}" for part in linear.parts]
     if kind == "bias":  # of the same rows; all of them where columns are cut
-        return torch.cat([source.read(parts[p.part], p.rows) for p in pieces])
-    return torch.cat([source.read(parts[p.part], p.rows, p.cols) for p in pieces])
+        return torch.cat([source.read(names[p.part], p.rows) for p in pieces])
+    return torch.cat([source.read(names[p.part], p.rows, p.cols) for p in pieces])
 
 
 @torch.no_grad()
@@ -76,13 +83,13 @@ def load_pretrained_(
             if scale_rule(parameter) is not None:
                 continue  # calibration finds it
             layer = -1
-            if name.startswith("decoder.layers."):
-                layer = chunk.decoder.layers[int(name.split(".")[2])].layer_number - 1
+            if is_in_layer(name):
+                layer = chunk.decoder.layers[split_name(name)[0]].layer_number - 1
             value = _local_tensor(
                 source, source.config, name, parameter, layer, tp_group.rank(), tp_group.size()
             )
             if value.shape != parameter.shape:
-                raise ValueError(
+                raise UserError(
                     f"{name} (layer {layer}): the checkpoint gives shape {tuple(value.shape)}, the "
                     f"config asks for {tuple(parameter.shape)}; config.json and weights disagree."
                 )

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mqat.checkpoints.manifest import DESCRIPTION, Checksums, check_files, read_description
 from mqat.checkpoints.records import MappedFile
-from mqat.models.decoder import TABLES, DecoderConfig
+from mqat.errors import UserError
+from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import (
     Scheme,
     kv_cache_schemes,
@@ -27,7 +28,7 @@ from mqat.models.schemes import (
     scheme_from_dict,
     table_schemes,
 )
-from mqat.parallel.layout import linear_of
+from mqat.models.structure import TABLES, quantizer_key, split_name
 
 # Data classes only: a module's other names would let an index call what the module imports.
 _INDEX_CLASSES = {
@@ -91,7 +92,7 @@ def _read_index(file: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
             if where.offset is not None
         }
     except Exception as error:  # damaged pickles raise nearly anything
-        raise ValueError(f"{file}: not a checkpoint index ({error}).") from error
+        raise UserError(f"{file}: not a checkpoint index ({error}).") from error
     return tensors, records
 
 
@@ -132,7 +133,7 @@ class CheckpointReader:
                 name: scheme_from_dict(scheme) for name, scheme in quantization["layers"].items()
             }
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path / DESCRIPTION}: damaged ({error!r}); use another checkpoint."
             ) from error
         self.layers, self.kv_cache = linear_schemes(schemes), kv_cache_schemes(schemes)
@@ -145,10 +146,10 @@ class CheckpointReader:
     def _check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         for key, shape in expected.items():
             found = self.shape(key)
-            is_table = key.removeprefix("quantizers.").startswith(TABLES)
+            is_table = key.removeprefix("quantizers.").startswith(tuple(t.name for t in TABLES))
             padded = is_table and found[1:] == shape[1:] and found[0] >= shape[0]
             if found != shape and not padded:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: tensor {key!r} has shape {found}, but the model described in "
                     f"{DESCRIPTION} needs {shape}; use another checkpoint."
                 )
@@ -164,7 +165,7 @@ class CheckpointReader:
     def shape(self, key: str) -> tuple[int, ...]:
         """Global shape."""
         if key not in self._tensors:
-            raise ValueError(f"{self.path}: tensor {key!r} is missing from the checkpoint.")
+            raise UserError(f"{self.path}: tensor {key!r} is missing from the checkpoint.")
         return tuple(self._tensors[key].size)
 
     def dtype(self, key: str) -> torch.dtype:
@@ -191,7 +192,7 @@ class CheckpointReader:
             target.copy_(self._chunk(key, chunk)[source])
             missing -= target.numel()
         if missing:
-            raise ValueError(f"{self.path}: the chunks of {key!r} do not cover the tensor.")
+            raise UserError(f"{self.path}: the chunks of {key!r} do not cover the tensor.")
         return result
 
     def view(self, key: str, region: Sequence[slice] = ()) -> Tensor:
@@ -228,7 +229,7 @@ class CheckpointReader:
         if name in self._chunks:
             return self._chunks[name]
         if name not in self._records:
-            raise ValueError(f"{self.path}: no record of {key!r} at offset {name[1]}.")
+            raise UserError(f"{self.path}: no record of {key!r} at offset {name[1]}.")
         record = self._records[name]
         file = self.path / record.relative_path
         try:
@@ -236,9 +237,9 @@ class CheckpointReader:
                 self._files[file] = MappedFile(file)
             tensor = self._files[file].tensor(record.offset, record.length)
             if tensor.shape != chunk.sizes:
-                raise ValueError(f"not a tensor of shape {tuple(chunk.sizes)}")
+                raise UserError(f"not a tensor of shape {tuple(chunk.sizes)}")
         except Exception as error:  # as for the index
-            raise ValueError(f"{file}: record of {key!r} cannot be read ({error}).") from error
+            raise UserError(f"{file}: record of {key!r} cannot be read ({error}).") from error
         self._chunks[name] = tensor
         return tensor
 
@@ -253,7 +254,8 @@ def _scale_shapes(
             weight = None
             if kind == "weight":
                 table = (model.vocab_size, model.hidden_size)
-                weight = table if name in TABLES else model.linear_shape(linear_of(name))
+                is_table = name in (table.name for table in TABLES)
+                weight = table if is_table else model.linear_shape(split_name(name)[1])
             for part, shape in operand.frozen_shapes(weight).items():
-                shapes[f"quantizers.{name}.{kind}_{part}"] = shape
+                shapes[quantizer_key(name, kind, part)] = shape
     return shapes

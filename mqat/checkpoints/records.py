@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mqat.errors import UserError
+
 _STORAGES = {
     "BFloat16Storage": torch.bfloat16,
     "HalfStorage": torch.float16,
@@ -58,7 +60,7 @@ class MappedFile:
         archive = zipfile.ZipFile(_Window(self._map, start, length))
         names = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
         if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
-            raise ValueError("written on a big-endian machine")
+            raise UserError("written on a big-endian machine")
 
         def storage(key: str, dtype: torch.dtype) -> Tensor:
             info = names[f"data/{key}"]
@@ -69,7 +71,7 @@ class MappedFile:
             )
             offset = header + 30 + extra
             if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > start + length:
-                raise ValueError(f"storage {key} is compressed or cut off")
+                raise UserError(f"storage {key} is compressed or cut off")
             count = info.file_size // dtype.itemsize
             if not count:
                 return torch.empty(0, dtype=dtype)
@@ -77,7 +79,7 @@ class MappedFile:
 
         found = _TensorUnpickler(io.BytesIO(archive.read(names["data.pkl"])), storage).load()
         if not isinstance(found, Tensor):
-            raise ValueError("not a tensor")
+            raise UserError("not a tensor")
         return found
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mqat.checkpoints.gguf import GgufCheckpoint
 from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
+from mqat.errors import UserError
 
 PretrainedSource = HuggingFaceCheckpoint | GgufCheckpoint
 
@@ -25,8 +26,8 @@ def open_pretrained(path: Path) -> PretrainedSource:
         if len(files) == 1:
             return GgufCheckpoint(files[0])
     if not path.exists():
-        raise ValueError(f"{path}: no such file or directory.")
-    raise ValueError(
+        raise UserError(f"{path}: no such file or directory.")
+    raise UserError(
         f"{path}: no pretrained model found. Expected an mqat checkpoint, a Hugging Face directory "
         "(config.json and *.safetensors), or one .gguf file."
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mqat.data.documents import Message
+from mqat.errors import UserError
 
 _WITHOUT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
@@ -27,7 +28,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str
             )
         )
     except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
+        raise UserError(f"the tokenizer's chat template refuses it: {error}") from error
 
 
 def _answer_spans(tokenizer: Any, messages: Sequence[Message], whole: str) -> list[tuple[int, int]]:
@@ -40,7 +41,7 @@ def _answer_spans(tokenizer: Any, messages: Sequence[Message], whole: str) -> li
         before = _render(tokenizer, messages[:index], prompt=True) if index else ""
         after = _render(tokenizer, messages[: index + 1], prompt=False)
         if not (whole.startswith(after) and after.startswith(before)):
-            raise ValueError(
+            raise UserError(
                 "the tokenizer's chat template rewrites earlier messages, so answers cannot be "
                 "told from questions; set a template that only appends, or one with "
                 "{% generation %} marks"
@@ -70,7 +71,7 @@ def tokenize_conversation(
                 list(messages), return_dict=True, return_assistant_tokens_mask=True
             )
         except TemplateError as error:
-            raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
+            raise UserError(f"the tokenizer's chat template refuses it: {error}") from error
         return list(marked["input_ids"]), [bool(flag) for flag in marked["assistant_masks"]]
     whole = _render(tokenizer, messages, prompt=False)
     spans = _answer_spans(tokenizer, messages, whole)

@@ -12,6 +12,7 @@ from mqat.data.documents import ReadStats, read_conversations, read_texts
 from mqat.data.packaged import hold_out, python_docs_documents, wikipedia_documents
 from mqat.data.packing import PackedDataset, pack_conversations, pack_text
 from mqat.data.tokenizer import load_tokenizer, train_small_tokenizer
+from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
 
 
@@ -57,7 +58,7 @@ def load_dataset(
         )
     if format == "text":
         return pack_text(read_texts(files, bad_lines, stats), tokenizer, seq_length, stats)
-    raise ValueError(f"model.data.format={format!r}: must be 'text' or 'sft'.")
+    raise UserError(f"model.data.format={format!r}: must be 'text' or 'sft'.")
 
 
 def _tokenizer(
@@ -70,7 +71,7 @@ def _tokenizer(
     else:
         tokenizer = train_small_tokenizer(train, model.vocab_size)
     if len(tokenizer) > model.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary "
             f"{model.vocab_size}; they do not belong together. Use the tokenizer that came with "
             "the model."
@@ -125,7 +126,7 @@ def load_run_data(
         validation = pack_text(held_out, tokenizer, length)
         return RunData(tokenizer, train, validation, _describe(train, validation, length))
     if not settings.train or not settings.validation:
-        raise ValueError(
+        raise UserError(
             "config: model.data.train and model.data.validation must each name at least one "
             "file (hold out whole documents), or set model.data.packaged."
         )

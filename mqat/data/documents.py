@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mqat.errors import UserError
+
 Message = dict[str, str]
 T = TypeVar("T")
 
@@ -48,14 +50,14 @@ class BadLines:
 
     def __init__(self, policy: str, stats: ReadStats) -> None:
         if policy not in ("error", "skip"):
-            raise ValueError(f"model.data.bad_lines={policy!r}: must be 'error' or 'skip'.")
+            raise UserError(f"model.data.bad_lines={policy!r}: must be 'error' or 'skip'.")
         self.is_error = policy == "error"
         self.stats = stats
 
     def report(self, place: str, error: ValueError) -> None:
         """Raises, with the place, or counts."""
         if self.is_error:
-            raise ValueError(
+            raise UserError(
                 f"{place}: {error}. Fix the line, or set model.data.bad_lines=skip."
             ) from error
         self.stats.skipped_lines.append(f"{place}: {error}")
@@ -65,11 +67,11 @@ def _bytes_of(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be read: {error.strerror}. Give the path of a readable file."
         ) from error
     if not content.removeprefix(b"\xef\xbb\xbf").strip():
-        raise ValueError(f"{path}: the file is empty; give a file with text in it.")
+        raise UserError(f"{path}: the file is empty; give a file with text in it.")
     return content
 
 
@@ -79,7 +81,7 @@ def _text_of(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ValueError(
+        raise UserError(
             f"{path}:{line}: not UTF-8 (byte {error.start}); convert the file, for example with "
             "iconv -t UTF-8."
         ) from error
@@ -91,13 +93,13 @@ def _parse_json(line: bytes) -> Any:
         # Escaped lone surrogates are valid JSON but not text: no tokenizer can encode them.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start} of the line)") from error
+        raise UserError(f"not UTF-8 (byte {error.start} of the line)") from error
     except UnicodeEncodeError as error:
-        raise ValueError("a lone surrogate (\\ud800 to \\udfff) is not text") from error
+        raise UserError("a lone surrogate (\\ud800 to \\udfff) is not text") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+        raise UserError(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
-        raise ValueError("not usable JSON: nested too deeply") from error
+        raise UserError("not usable JSON: nested too deeply") from error
     return value
 
 
@@ -124,26 +126,26 @@ def _read_jsonl(
 
 def _conversation(value: Any, place: str) -> Conversation:
     if not isinstance(value, dict):
-        raise ValueError("expected a JSON object")
+        raise UserError("expected a JSON object")
     if "messages" in value:
         messages = value["messages"]
         if not isinstance(messages, list) or not messages:
-            raise ValueError("'messages' must be a list that is not empty")
+            raise UserError("'messages' must be a list that is not empty")
         for message in messages:
             if not isinstance(message, dict) or not all(
                 isinstance(message.get(key), str) for key in ("role", "content")
             ):
-                raise ValueError("every message needs the strings 'role' and 'content'")
+                raise UserError("every message needs the strings 'role' and 'content'")
     elif isinstance(value.get("input"), str) and isinstance(value.get("output"), str):
         messages = [
             {"role": "user", "content": value["input"]},
             {"role": "assistant", "content": value["output"]},
         ]
     else:
-        raise ValueError("expected 'messages', or the strings 'input' and 'output'")
+        raise UserError("expected 'messages', or the strings 'input' and 'output'")
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise ValueError(f"no message has the role 'assistant' (roles: {sorted(set(roles))})")
+        raise UserError(f"no message has the role 'assistant' (roles: {sorted(set(roles))})")
     return Conversation(
         tuple({"role": m["role"], "content": m["content"]} for m in messages), place
     )
@@ -151,19 +153,19 @@ def _conversation(value: Any, place: str) -> Conversation:
 
 def _text_record(value: Any, place: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise ValueError(
+        raise UserError(
             "expected a JSON object with the string 'text' (chat and input/output lines need "
             "model.data.format=sft)"
         )
     if not value["text"].strip():
-        raise ValueError("'text' is empty")
+        raise UserError("'text' is empty")
     return str(value["text"])
 
 
 def _check_not_empty(found: Sequence[object], what: str, paths: Sequence[Path]) -> None:
     if not found:
         files = ", ".join(str(path) for path in paths)
-        raise ValueError(
+        raise UserError(
             f"no usable {what} in {files or 'an empty list of files'}; give at least one file with "
             f"a usable {what}."
         )

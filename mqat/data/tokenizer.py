@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mqat.errors import UserError
+
 GENERATION_CONFIG = "generation_config.json"
 _END = "<|endoftext|>"
 # Conversations of models that bring no template of their own.
@@ -46,12 +48,12 @@ def load_tokenizer(path: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # transformers raises many types, some only for a missing file
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"{path}: no usable tokenizer ({type(error).__name__}: {reason}). Put tokenizer.json "
             "(or tokenizer.model) and tokenizer_config.json beside the model."
         ) from error
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise UserError(
             f"{path}: {type(tokenizer).__name__} has no fast version, so answers cannot be marked; "
             "save the tokenizer as tokenizer.json."
         )
@@ -84,7 +86,7 @@ def train_small_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < _SMALLEST_VOCABULARY:
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} cannot hold 256 bytes and an end token; use at least "
             f"{_SMALLEST_VOCABULARY}."
         )

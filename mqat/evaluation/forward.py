@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from mqat.models.structure import OUTPUT_LAYER
 from mqat.parallel.learned_scales import scale_rule
 from mqat.parallel.quantized_module import QuantizedModule
 from mqat.parallel.quantized_step import quantized_step
@@ -35,6 +36,7 @@ def _loss_and_count(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def forward_loss(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+    """One microbatch through a chunk, for Megatron's schedules: output, and how it becomes a loss."""
     batch = _to_device(next(batches))
     output = chunk(
         batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
@@ -121,7 +123,7 @@ def _without_logits(chunks: Sequence[Any]) -> Iterator[None]:
     """The last stage ends with the decoder, unless its output layer is watched too."""
     models = [getattr(chunk, "module", chunk) for chunk in chunks]
     models = [
-        m for m in models if not isinstance(getattr(m, "output_layer", None), QuantizedModule)
+        m for m in models if not isinstance(getattr(m, OUTPUT_LAYER.name, None), QuantizedModule)
     ]
     ends = [model.post_process for model in models]
     try:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mqat.checkpoints.manifest import DESCRIPTION
 from mqat.checkpoints.reader import CheckpointReader
-from mqat.models.decoder import CORE_ATTENTION, LINEARS
+from mqat.errors import UserError
+from mqat.models.structure import CORE_ATTENTION, in_layer, quantizer_key
 from mqat.quant.scheme import LinearScheme
 from mqat.verify.checks import check_files
 from mqat.verify.expected import CACHE_SCALE
@@ -68,7 +69,7 @@ def rows(path: Path) -> Iterator[Row]:
         ValueError: None of these, or a damaged one; says what is wrong.
     """
     if not path.exists():
-        raise ValueError(f"{path}: no such file or directory.")
+        raise UserError(f"{path}: no such file or directory.")
     if (path / DESCRIPTION).is_file():
         return _checkpoint_rows(path)
     return _hf_rows(path) if is_huggingface(path) else _trtllm_rows(path)
@@ -85,21 +86,21 @@ def _checkpoint_rows(path: Path) -> Iterator[Row]:
         shape = (reader.model.vocab_size, reader.model.hidden_size)
         yield _quantized_row(reader, name, table, shape)
     for layer in range(reader.model.num_layers):
-        for linear in LINEARS:
-            name = f"decoder.layers.{layer}.{linear}"
-            shape, scheme = reader.model.linear_shape(linear), reader.layers.get(name)
+        for linear in reader.model.linears:
+            name = in_layer(layer, linear.name)
+            shape, scheme = linear.shape(reader.model), reader.layers.get(name)
             if scheme is None or scheme.weight is None:
-                stored = reader.dtype(f"decoder.layers.{linear}.weight")
+                stored = reader.dtype(linear.key)
                 form = f"unquantized {str(stored).removeprefix('torch.')}"
-                form += _BIAS * (linear in reader.model.biases)
+                form += _BIAS * (linear.name in reader.model.biases)
                 yield Row("", name, form, 8 * stored.itemsize, shape)
                 continue
             row = _quantized_row(reader, name, scheme, shape)
-            yield replace(row, form=row.form + _BIAS * (linear in reader.model.biases))
-        name = f"decoder.layers.{layer}.{CORE_ATTENTION}"
+            yield replace(row, form=row.form + _BIAS * (linear.name in reader.model.biases))
+        name = in_layer(layer, CORE_ATTENTION.name)
         cache, model = reader.kv_cache.get(name), reader.model
         if cache is not None:
-            steps = [reader.read(f"quantizers.{name}.{kind}_scale") for kind in cache.operands]
+            steps = [reader.read(quantizer_key(name, kind, "scale")) for kind in cache.operands]
             shape = (model.num_query_groups, model.head_dim)
             yield _cache_row("", name, cache.tensor.format.name, shape, *steps)
 
@@ -108,11 +109,11 @@ def _quantized_row(
     reader: CheckpointReader, name: str, scheme: LinearScheme, shape: tuple[int, int]
 ) -> Row:
     assert scheme.weight is not None, name
-    scale = reader.read(f"quantizers.{name}.weight_scale")[: shape[0]]
+    scale = reader.read(quantizer_key(name, "weight", "scale"))[: shape[0]]
     operand, step = scheme.input, None
     if operand is not None and (operand.has_global_scale or not operand.is_dynamic):
-        part = "input_global_scale" if operand.has_global_scale else "input_scale"
-        step = reader.read(f"quantizers.{name}.{part}")
+        part = "global_scale" if operand.has_global_scale else "scale"
+        step = reader.read(quantizer_key(name, "input", part))
     form = f"{scheme.name}: {scheme.weight.format.name} per {scheme.weight.granularity}"
     if operand is not None:
         kind = "dynamic " if operand.is_dynamic else ""
@@ -131,7 +132,7 @@ def _trtllm_rows(path: Path) -> Iterator[Row]:
     config = read_config(path, problems)
     problems += [] if config is None else check_files(path, config)
     if config is None or problems:
-        raise ValueError(f"{path}: {problems[0]}")
+        raise UserError(f"{path}: {problems[0]}")
     for rank in range(config.tp * config.pp):
         file = f"rank{rank}.safetensors"
         with safe_open(path / file, framework="pt") as handle:
@@ -175,10 +176,10 @@ def _hf_rows(path: Path) -> Iterator[Row]:
     problems: list[str] = []
     config = read_hf_config(path, problems)
     if config is None:
-        raise ValueError(f"{path}: {problems[0]}")
+        raise UserError(f"{path}: {problems[0]}")
     problems, files = check_hf_files(path, config)
     if problems:
-        raise ValueError(f"{path}: {problems[0]}")
+        raise UserError(f"{path}: {problems[0]}")
     directory = HfDirectory(path, config, files)
     for name in all_modules(config.raw["num_hidden_layers"]):
         tensors, storage = directory.module(name), config.storage.get(name)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from mqat.checkpoints.load_model import open_model
+from mqat.checkpoints.load_model import load_model
 from mqat.data.documents import ReadStats, read_texts
 from mqat.data.packing import PackedDataset, pack_text
 from mqat.data.tokenizer import load_tokenizer
+from mqat.errors import UserError
 from mqat.evaluation.forward import logits
 from mqat.runtime import groups
 from mqat.verify.verify import open_export
@@ -23,7 +24,7 @@ def _windows(text: Path, tokenizer: object, seq_length: int) -> PackedDataset:
 
 def _check_length(path: Path, seq_length: int, longest: int) -> None:
     if seq_length > longest:
-        raise ValueError(
+        raise UserError(
             f"{path}: sequences of {seq_length} tokens are longer than its max_position_embeddings="
             f"{longest}; evaluate with --seq-length {longest} or less."
         )
@@ -45,9 +46,9 @@ def checkpoint_perplexity(
     """Mean loss per token in nats, and the number of tokens; also reads HF directories and GGUF.
 
     Raises:
-        ValueError: As `open_model` and `read_texts`.
+        ValueError: As `load_model` and `read_texts`.
     """
-    model = open_model(path, precision=precision, lowered=lowered, compiled=compiled)
+    model = load_model(path, precision=precision, lowered=lowered, compiled=compiled)
     _check_length(path, seq_length, model.config.max_position_embeddings)
     rows = _windows(text, model.tokenizer, seq_length).tokens.long()
     loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]).cpu(), row) for row in rows)
@@ -66,9 +67,9 @@ def checkpoint_quality(
     """`calibration.quality.quality_report` of a checkpoint, on every rank; groups stay open.
 
     Raises:
-        ValueError: As `open_model` and `read_texts`; or nothing is quantized.
+        ValueError: As `load_model` and `read_texts`; or nothing is quantized.
     """
-    model = open_model(path, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+    model = load_model(path, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
     from megatron.core import parallel_state
 
     from mqat.evaluation.forward import run_layers

@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mqat.evaluation.sqnr_hooks import CLIPPED, COUNT, NOISE, SIGNAL, Watched, operand_sums
+from mqat.errors import UserError
+from mqat.evaluation.sqnr_hooks import CLIPPED, COUNT, NOISE, SIGNAL, SqnrHooks, operand_sums
 from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.linear import QuantizedLinear, quantized_linears
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
@@ -71,7 +72,9 @@ def _outliers(amax: Tensor) -> dict[str, Any]:
     return {"count": int((ratios > OUTLIER_RATIO).sum()), "worst": worst}
 
 
-def _weight_figures(modules: Mapping[str, QuantizedModule], watched: Mapping[str, Watched]) -> None:
+def _weight_figures(
+    modules: Mapping[str, QuantizedModule], watched: Mapping[str, SqnrHooks]
+) -> None:
     """Adds each quantized weight's sums and maximum to what was watched."""
     for name, module in modules.items():
         quantizer = module.quantizers.get("weight")
@@ -102,7 +105,7 @@ def quality_report(
         n: m for n, m in quantized_modules(chunks).items() if isinstance(m, KvCacheAttention)
     }
     modules = {n: m for n, m in (linears | attentions).items() if m.quantizers}
-    watched = {name: Watched(module) for name, module in modules.items()}
+    watched = {name: SqnrHooks(module) for name, module in modules.items()}
     handles = [w.attach() for w in watched.values()]
     try:
         run_batches()
@@ -129,7 +132,7 @@ def quality_report(
     return _checked(found)
 
 
-def _entry(name: str, watched: Watched, ends: Mapping[str, Tensor]) -> dict[str, Any]:
+def _entry(name: str, watched: SqnrHooks, ends: Mapping[str, Tensor]) -> dict[str, Any]:
     sums, maxima, module = watched.sums, watched.maxima, watched.module
     signal, noise = sums["output"][[SIGNAL, NOISE]].tolist()
     is_linear = isinstance(module, QuantizedLinear)
@@ -160,14 +163,14 @@ def _model_order(name: str) -> list[Any]:
 def _checked(found: Mapping[str, Any]) -> dict[str, Any]:
     """Raises ValueError if there is nothing to report about, or NaN or infinite values."""
     if not found:
-        raise ValueError("quality report: nothing of this model is quantized.")
+        raise UserError("quality report: nothing of this model is quantized.")
     for name, entry in found.items():
         if not entry["tokens"]:
-            raise ValueError(
+            raise UserError(
                 f"quality report: no token reached {name}; the text has too few tokens."
             )
         if not entry["is_finite"]:
-            raise ValueError(
+            raise UserError(
                 f"quality report: weight, input or output of {name} is NaN or infinite; look at the "
                 "checkpoint, or restore an earlier one."
             )

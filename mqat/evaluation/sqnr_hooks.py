@@ -39,7 +39,7 @@ def clipped(x: Tensor, quantizer: Quantizer) -> Tensor:
     """Number of elements beyond the last code (integers: by more than half a step), int64 ()."""
     if quantizer.scheme.is_dynamic:
         return torch.zeros((), dtype=torch.int64, device=x.device)
-    scale, zero_point = quantizer.steps(x)
+    scale, zero_point = quantizer.qparams(x)
     fmt, granularity = quantizer.scheme.format, quantizer.scheme.granularity
     groups, steps = grouped_view(x.detach().float(), scale, granularity)
     codes = groups / steps
@@ -57,7 +57,7 @@ def operand_sums(x: Tensor, quantizer: Quantizer) -> Tensor:
     return torch.stack([*parts, parts[0].new_tensor(x.numel())])
 
 
-class Watched:
+class SqnrHooks:
     """A module under observation on this rank.
 
     Args:

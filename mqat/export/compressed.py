@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mqat.errors import UserError
 from mqat.export import linears as content
+from mqat.export.names import linear_of
 from mqat.models.decoder import DecoderConfig
-from mqat.parallel.layout import linear_of
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.scheme import LinearScheme, TensorScheme
 
@@ -88,7 +89,7 @@ def check_exportable(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -
     """
     for name, scheme in layers.items():
         if scheme.name not in FORMATS:
-            raise ValueError(
+            raise UserError(
                 f"quantization.algorithm={scheme.name} has no compressed-tensors form. "
                 + _INSTEAD.get(scheme.name, f"Exportable algorithms: {sorted(FORMATS)}.")
             )
@@ -96,7 +97,7 @@ def check_exportable(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -
         width = model.linear_shape(linear_of(name))[1]
         if isinstance(granularity, PerGroup) and width % granularity.size:
             fitting = [size for size in (32, 64, 128, 256) if width % size == 0]
-            raise ValueError(
+            raise UserError(
                 f"{name}: group_size={granularity.size} does not divide in_features={width}, and "
                 "compressed-tensors has no shorter last group. Group sizes that fit: "
                 f"{fitting or 'none of the usual ones'}."

@@ -14,6 +14,7 @@ import torch
 
 from mqat.checkpoints.manifest import checking_data
 from mqat.checkpoints.reader import CheckpointReader
+from mqat.errors import UserError
 from mqat.export import huggingface, kv_cache, qnemo, tables, trtllm
 from mqat.export.rank_files import plan_rank
 from mqat.export.reshard import InferenceRank
@@ -22,7 +23,7 @@ from mqat.export.writer import AtomicDirectory
 
 __all__ = ["Agree", "export_hf", "export_trtllm"]
 
-# Waits for all processes; if any passes an error, all raise it (`mqat.runtime.groups.agree`).
+# Waits for all processes; if any passes an error, all raise it (`runtime.groups.raise_on_any_rank`).
 Agree = Callable[[Exception | None], None]
 
 
@@ -53,7 +54,7 @@ def export_trtllm(
     overwrite: bool = False,
     rank: int = 0,
     world_size: int = 1,
-    agree: Agree = _raise_alone,
+    raise_on_any_rank: Agree = _raise_alone,
 ) -> None:
     """Writes a TensorRT-LLM checkpoint: config, one file per inference rank, tokenizer.
 
@@ -71,7 +72,7 @@ def export_trtllm(
         overwrite: Replace an existing export.
         rank: This process, of `world_size` that call this function together.
         world_size: Number of processes.
-        agree: Waits for all of them and spreads errors (`mqat.runtime.groups.agree`).
+        raise_on_any_rank: Waits for all of them and spreads errors (as in `mqat.runtime.groups`).
 
     Raises:
         ValueError: Damaged checkpoint, sizes that do not fit, an algorithm that TensorRT-LLM lacks,
@@ -102,7 +103,17 @@ def export_trtllm(
             text |= qnemo.tokenizer_texts(checkpoint / "tokenizer")
         return _Contents(weights, text, trtllm.loader_warning(layers))
 
-    _export(checkpoint, out, contents, dtype, archive == "tar", overwrite, rank, world_size, agree)
+    _export(
+        checkpoint,
+        out,
+        contents,
+        dtype,
+        archive == "tar",
+        overwrite,
+        rank,
+        world_size,
+        raise_on_any_rank,
+    )
 
 
 def export_hf(
@@ -115,7 +126,7 @@ def export_hf(
     overwrite: bool = False,
     rank: int = 0,
     world_size: int = 1,
-    agree: Agree = _raise_alone,
+    raise_on_any_rank: Agree = _raise_alone,
 ) -> None:
     """Writes a Hugging Face directory: for transformers, vLLM, SGLang, TensorRT-LLM's PyTorch backend.
 
@@ -131,7 +142,7 @@ def export_hf(
         overwrite: Replace an existing export.
         rank: This process, of `world_size` that call this function together.
         world_size: Number of processes.
-        agree: Waits for all of them and spreads errors (`mqat.runtime.groups.agree`).
+        raise_on_any_rank: Waits for all of them and spreads errors (as in `mqat.runtime.groups`).
 
     Raises:
         ValueError: Damaged checkpoint, an algorithm that the style lacks, an existing directory, or
@@ -149,7 +160,7 @@ def export_hf(
         )
         return _Contents({name: partial(list, plans) for name, plans in shards.items()}, texts)
 
-    _export(checkpoint, out, contents, dtype, False, overwrite, rank, world_size, agree)
+    _export(checkpoint, out, contents, dtype, False, overwrite, rank, world_size, raise_on_any_rank)
 
 
 def _export(
@@ -161,12 +172,12 @@ def _export(
     overwrite: bool,
     rank: int,
     world_size: int,
-    agree: Agree,
+    raise_on_any_rank: Agree,
 ) -> None:
     """The part that all formats share: check, write side by side, appear whole."""
-    with _together(agree):
+    with _together(raise_on_any_rank):
         if dtype not in trtllm.DTYPES:
-            raise ValueError(f"export.dtype={dtype!r}: must be one of {', '.join(trtllm.DTYPES)}.")
+            raise UserError(f"export.dtype={dtype!r}: must be one of {', '.join(trtllm.DTYPES)}.")
         reader = CheckpointReader(checkpoint, crc="index" if rank == 0 else "none")
         tables.check_exportable(reader.tables)
         planned = contents(reader)
@@ -174,18 +185,18 @@ def _export(
     if planned.warning is not None and rank == 0:
         warnings.warn(planned.warning, stacklevel=3)
     try:
-        with _together(agree):
+        with _together(raise_on_any_rank):
             if rank == 0:
                 directory.create()
         checking = checking_data(checkpoint, reader.description) if rank == 0 else nullcontext()
-        with _together(agree), checking:
+        with _together(raise_on_any_rank), checking:
             for name in list(planned.weights)[rank::world_size]:
                 directory.write_tensors(name, planned.weights[name]())
             if rank == 0:
                 directory.copy_tree(checkpoint / "tokenizer")
                 for name, text in planned.texts.items():
                     directory.write_text(name, text)
-        with _together(agree):
+        with _together(raise_on_any_rank):
             if rank == 0:
                 directory.commit()
     except BaseException:
@@ -195,11 +206,11 @@ def _export(
 
 
 @contextmanager
-def _together(agree: Agree) -> Iterator[None]:
+def _together(raise_on_any_rank: Agree) -> Iterator[None]:
     """A phase that all processes finish before any goes on; a failure of one is raised by all."""
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    agree(failure)
+    raise_on_any_rank(failure)

@@ -15,9 +15,19 @@ import torch
 
 from mqat import __version__
 from mqat.checkpoints.reader import CheckpointReader
+from mqat.errors import UserError
 from mqat.export import compressed, modelopt
 from mqat.export.kv_cache import cache_scheme, plan_scales, quant_algo
 from mqat.export.linears import Maker, ServedLinear, unquantized, with_bias
+from mqat.export.names import (
+    HF_EMBEDDING,
+    HF_FINAL_NORM,
+    HF_LAYER,
+    HF_LINEARS,
+    HF_LM_HEAD,
+    HF_NORMS,
+    LINEARS,
+)
 from mqat.export.rank_files import plan_norm, plan_table
 from mqat.export.reshard import (
     InferenceRank,
@@ -29,16 +39,7 @@ from mqat.export.reshard import (
     value_rows,
 )
 from mqat.export.stream import TensorPlan
-from mqat.models.decoder import (
-    HF_EMBEDDING,
-    HF_FINAL_NORM,
-    HF_LAYER,
-    HF_LINEARS,
-    HF_LM_HEAD,
-    HF_NORMS,
-    LINEARS,
-    DecoderConfig,
-)
+from mqat.models.decoder import DecoderConfig
 from mqat.quant.kv_cache import KvCacheScheme
 from mqat.quant.scheme import LinearScheme
 
@@ -56,7 +57,7 @@ def check_exportable(
         ValueError: Names the setting, and what would work.
     """
     if style not in STYLES:
-        raise ValueError(f"style={style!r}: must be one of {', '.join(STYLES)}.")
+        raise UserError(f"style={style!r}: must be one of {', '.join(STYLES)}.")
     if style == "modelopt":
         modelopt.check_exportable(layers)
     else:
@@ -130,7 +131,7 @@ def shard(plans: Sequence[TensorPlan], max_bytes: int) -> dict[str, list[TensorP
         ValueError: `max_bytes` is not positive.
     """
     if max_bytes < 1:
-        raise ValueError(f"max_shard_bytes={max_bytes}: must be at least 1.")
+        raise UserError(f"max_shard_bytes={max_bytes}: must be at least 1.")
     files: list[list[TensorPlan]] = [[]]
     size = 0
     for plan in plans:
@@ -212,5 +213,5 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not JSON ({error}).") from error
+        raise UserError(f"{file}: not JSON ({error}).") from error
     return value if isinstance(value, dict) else {}

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from mqat.checkpoints.reader import CheckpointReader
+from mqat.errors import UserError
+from mqat.export.names import CORE_ATTENTION
 from mqat.export.stream import TensorPlan
-from mqat.models.decoder import CORE_ATTENTION
 from mqat.quant.kv_cache import KvCacheScheme
 from mqat.quant.scheme import LinearScheme
 
@@ -75,19 +76,19 @@ def check_exportable(
         return
     scheme, held = next(iter(kv_cache.values())), FORMATS[target].caches
     if scheme.name not in held:
-        raise ValueError(
+        raise UserError(
             f"quantization.kv_cache={scheme.name} cannot be exported as {target}: vLLM, SGLang and "
             f"TensorRT-LLM's PyTorch backend have FP8 caches but no INT8 ones. Use one of {held}, or "
             "export.format=trtllm."
         )
     if target == "trtllm" and not scheme.is_shared:
-        raise ValueError(
+        raise UserError(
             "quantization.kv_cache_scales=separate cannot be exported to TensorRT-LLM: an engine has "
             "one scale a layer, and its loader would take the larger of two for both, which is not "
             "what was trained. Use quantization.kv_cache_scales=shared."
         )
     if target != "trtllm" and not linears:
-        raise ValueError(
+        raise UserError(
             f"quantization.kv_cache={scheme.name} without a quantized linear cannot be exported as "
             f"{target}: the style describes a cache only beside a weight format. Choose a "
             "quantization.algorithm too, or export.format=trtllm."

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mqat.checkpoints.reader import CheckpointReader
+from mqat.errors import UserError
 from mqat.export.reshard import Rows, count, row_blocks
 from mqat.export.stream import TensorPlan
 from mqat.export.words import pack_words
@@ -254,7 +255,7 @@ def model_scale(part: ServedLinear) -> Content:
         scale = part.scale()
         served = scale.to(part.dtype)
         if not torch.equal(served.float(), scale):
-            raise ValueError(
+            raise UserError(
                 f"{part.name}: weight scales do not fit export.dtype={part.dtype} exactly "
                 f"(smallest {scale.min():.3g}); use bfloat16 or float32."
             )

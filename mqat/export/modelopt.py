@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mqat import __version__
+from mqat.errors import UserError
 from mqat.export import linears as content
 from mqat.quant.granularity import PerGroup
 from mqat.quant.scheme import LinearScheme
@@ -93,7 +94,7 @@ def check_exportable(layers: Mapping[str, LinearScheme]) -> None:
     """
     names = sorted({scheme.name for scheme in layers.values()})
     if not set(names) <= FORMATS.keys() or len(set(layers.values())) > 1:
-        raise ValueError(
+        raise UserError(
             f"quantization.algorithm={', '.join(names)} has no ModelOpt-style form that servers "
             f"load; this style holds one of {sorted(FORMATS)}. Use style=compressed-tensors."
         )

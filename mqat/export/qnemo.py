@@ -5,6 +5,8 @@ from __future__ import annotations
 import tarfile
 from pathlib import Path
 
+from mqat.errors import UserError
+
 SENTENCEPIECE = "tokenizer.model"
 
 # NeMo finds Hugging Face tokenizers (tokenizer_config.json) by itself; for those, this file would have
@@ -30,7 +32,7 @@ def tokenizer_texts(tokenizer: Path) -> dict[str, str]:
     if (tokenizer / SENTENCEPIECE).is_file():
         return {"tokenizer_config.yaml": _SENTENCEPIECE_YAML}
     if not (tokenizer / "tokenizer_config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{tokenizer}: a .qnemo needs the tokenizer, but neither tokenizer_config.json nor "
             f"{SENTENCEPIECE} is there; import the model with its tokenizer, or export a directory."
         )

@@ -10,6 +10,14 @@ from torch import Tensor
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.export.kv_cache import plan_scales
 from mqat.export.linears import ServedLinear, with_bias
+from mqat.export.names import (
+    TRTLLM_EMBEDDING,
+    TRTLLM_FINAL_NORM,
+    TRTLLM_LAYER,
+    TRTLLM_LINEARS,
+    TRTLLM_LM_HEAD,
+    TRTLLM_NORMS,
+)
 from mqat.export.reshard import (
     InferenceRank,
     Rows,
@@ -22,15 +30,7 @@ from mqat.export.reshard import (
 )
 from mqat.export.stream import TensorPlan
 from mqat.export.trtllm import FORMATS, UNQUANTIZED
-from mqat.models.decoder import (
-    TRTLLM_EMBEDDING,
-    TRTLLM_FINAL_NORM,
-    TRTLLM_LAYER,
-    TRTLLM_LINEARS,
-    TRTLLM_LM_HEAD,
-    TRTLLM_NORMS,
-    DecoderConfig,
-)
+from mqat.models.decoder import DecoderConfig
 
 
 def plan_rank(

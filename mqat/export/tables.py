@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mqat.errors import UserError
 from mqat.quant.scheme import LinearScheme
 
 
@@ -17,7 +18,7 @@ def check_exportable(tables: Mapping[str, LinearScheme]) -> None:
         ValueError: Names the table, and what would work.
     """
     for name in tables:
-        raise ValueError(
+        raise UserError(
             f"quantization.rules: {name} is quantized, which no export format here holds: servers read "
             "embedding and lm_head in the model's dtype and would compute other logits. Set "
             "export.format=null, or leave the rule out."

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from mqat import __version__
+from mqat.errors import UserError
 from mqat.export import linears as content
-from mqat.models.decoder import (
-    FAMILIES,
+from mqat.export.names import (
+    FC1,
     LINEARS,
+    QKV,
+    ROW_PARALLEL,
     TRTLLM_LAYER,
     TRTLLM_LINEARS,
-    DecoderConfig,
+    linear_of,
 )
-from mqat.models.family import FC1, QKV
-from mqat.parallel.layout import ROW_PARALLEL, linear_of
+from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.quant.granularity import PerGroup
 from mqat.quant.scheme import LinearScheme
 
@@ -166,16 +168,16 @@ def _check_algorithms(layers: Mapping[str, LinearScheme], allow_requantization: 
     for name in names:
         if name not in FORMATS:
             reason = _INSTEAD.get(name, f"exportable algorithms: {sorted(FORMATS)}.")
-            raise ValueError(f"quantization.algorithm={name} cannot be exported. {reason}")
+            raise UserError(f"quantization.algorithm={name} cannot be exported. {reason}")
         if not FORMATS[name].is_requantized:
             continue
         if is_mixed(layers):
-            raise ValueError(
+            raise UserError(
                 f"quantization.rules mix {names}: TensorRT-LLM has no mixture with "
                 f"{FORMATS[name].quant_algo}. Use int8, int4 or fp8 instead of {name}."
             )
         if not allow_requantization:
-            raise ValueError(
+            raise UserError(
                 f"quantization.algorithm={name} cannot be exported to TensorRT-LLM exactly. "
                 f"{_REQUANTIZED} Use export.format=hf, which keeps them, or int8 or int4; or accept "
                 "the second rounding with export.allow_requantization=true "
@@ -208,7 +210,7 @@ def _modules(
     """
     stages = _by_stage(model, layers, pp)
     if any(stage != stages[0] for stage in stages):
-        raise ValueError(
+        raise UserError(
             f"export.inference_pipeline_parallel={pp}: quantization.rules treat layers of different "
             "stages differently, which TensorRT-LLM cannot express (its layer names restart in "
             "every stage). Export with inference_pipeline_parallel=1."
@@ -239,17 +241,17 @@ def check_exportable(
     """
     for key, size in (("tensor", tp), ("pipeline", pp)):
         if size < 1:
-            raise ValueError(f"export.inference_{key}_parallel={size}: must be at least 1.")
+            raise UserError(f"export.inference_{key}_parallel={size}: must be at least 1.")
     heads, groups = model.num_attention_heads, model.num_query_groups
     fits = heads % tp == 0 and model.intermediate_size % tp == 0
     if not fits or (groups % tp and tp % groups):
-        raise ValueError(
+        raise UserError(
             f"export.inference_tensor_parallel={tp} does not fit num_attention_heads={heads}, "
             f"num_query_groups={groups}, intermediate_size={model.intermediate_size}: it must "
             "divide heads and intermediate size, and divide the groups or be a multiple of them."
         )
     if model.num_layers % pp:
-        raise ValueError(
+        raise UserError(
             f"export.inference_pipeline_parallel={pp} does not divide num_layers="
             f"{model.num_layers}."
         )
@@ -269,7 +271,7 @@ def _check_awq(
     """TensorRT-LLM's size rule for group-wise INT4 (quantization/layers.py pads otherwise)."""
     if group_size not in sizes:
         allowed = " and ".join(map(str, sizes))
-        raise ValueError(
+        raise UserError(
             f"{name}: group_size={group_size}; TensorRT-LLM's INT4 kernels support {allowed} only."
         )
     linear = linear_of(name)
@@ -283,7 +285,7 @@ def _check_awq(
     for what, size in (("in_features", in_features), ("out_features", out_features)):
         if size % multiple:
             fitting = [g for g in sizes if size % (g * tp) == 0]
-            raise ValueError(
+            raise UserError(
                 f"{name}: {what}={size} is not a multiple of {multiple} (= max(64, group_size="
                 f"{group_size}) x export.inference_tensor_parallel={tp}), as TensorRT-LLM's INT4 "
                 f"kernels need. Group sizes that fit here: {fitting or 'none at this size'}; or "
@@ -297,7 +299,7 @@ def _check_blocks(model: DecoderConfig, name: str, block: int | None, tp: int) -
     width = model.linear_shape(linear)[1]
     parts = tp if linear in ROW_PARALLEL else 1
     if block is not None and width % (block * parts):
-        raise ValueError(
+        raise UserError(
             f"{name}: in_features={width} is not a multiple of {block * parts} (= blocks of {block} x "
             f"export.inference_tensor_parallel={parts}); use a smaller one, or another algorithm."
         )

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from mqat.errors import UserError
+
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Packs neighbouring columns: column `j` of a word in its bits `bits * j` and up, offset binary.
@@ -21,14 +23,14 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
         ValueError: Another dtype, width, or a code that does not fit.
     """
     if codes.dtype != torch.int8 or codes.dim() != 2 or bits not in (4, 8):
-        raise ValueError(
+        raise UserError(
             f"pack_words needs an int8 matrix and 4 or 8 bits, got {codes.dtype} "
             f"{tuple(codes.shape)} and {bits} bits."
         )
     half = 1 << (bits - 1)
     low, high = (int(end) for end in codes.aminmax()) if codes.numel() else (0, 0)
     if low < -half or high >= half:
-        raise ValueError(
+        raise UserError(
             f"pack_words: codes span {low}..{high}, but {bits} bits hold {-half}..{half - 1}."
         )
     padding = -codes.shape[1] % (32 // bits)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mqat.errors import UserError
 from mqat.export.qnemo import is_qnemo_tar, write_tar
 from mqat.export.stream import TensorPlan, write_safetensors
 
@@ -43,7 +44,7 @@ class AtomicDirectory:
         if not self.target.exists():
             return
         if not overwrite:
-            raise ValueError(
+            raise UserError(
                 f"{target} exists already; choose another directory, or allow overwriting it "
                 "(--overwrite)."
             )
@@ -53,7 +54,7 @@ class AtomicDirectory:
         else:
             is_replaceable = is_empty or _is_export(self.target)
         if not is_replaceable:
-            raise ValueError(
+            raise UserError(
                 f"{target} exists and is not an export of mqat (its config.json does not name mqat as "
                 "producer), so it is not overwritten; choose another directory."
             )
@@ -128,7 +129,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path}: writing failed ({error}); is the disk full?") from error
+        raise UserError(f"{path}: writing failed ({error}); is the disk full?") from error
 
 
 def _flush(path: Path) -> None:

@@ -66,19 +66,23 @@ class Encoded:
     mask: Tensor | None
 
 
-def _passing(fmt: QuantFormat, reach: float | None) -> tuple[float, float]:
+def _passing(fmt: QuantFormat, ste_clip_range: float | None) -> tuple[float, float]:
     """Range of x / scale that passes gradients (as in `functional.fake_quantize`).
 
     Integers: values up to half a step beyond the last code count as not clipped.
     """
     slack = 0.0 if fmt.is_float else 0.5
-    return (fmt.qmin - slack, fmt.qmax + slack) if reach is None else (-reach, reach)
+    return (
+        (fmt.qmin - slack, fmt.qmax + slack)
+        if ste_clip_range is None
+        else (-ste_clip_range, ste_clip_range)
+    )
 
 
-def inside_range(ratio: Tensor, fmt: QuantFormat, reach: float | None = None) -> Tensor:
+def inside_range(ratio: Tensor, fmt: QuantFormat, ste_clip_range: float | None = None) -> Tensor:
     """Bool: the straight-through estimator passes gradients here."""
     # Compared as floats: comparisons that write bools are not vectorized on CPUs.
-    return ratio.clamp(*_passing(fmt, reach)).eq_(ratio).bool()
+    return ratio.clamp(*_passing(fmt, ste_clip_range)).eq_(ratio).bool()
 
 
 def elements_per_scale(shape: tuple[int, ...], granularity: Granularity) -> int | None:
@@ -99,8 +103,8 @@ def _kernel_run(x: Tensor, fmt: QuantFormat, granularity: Granularity) -> int | 
     return run if native.serves(x) else None
 
 
-def _kernel_grid(fmt: QuantFormat, reach: float | None) -> native.Grid:
-    return native.Grid(fmt.qmin, fmt.qmax, *_passing(fmt, reach), fmt.is_float)
+def _kernel_grid(fmt: QuantFormat, ste_clip_range: float | None) -> native.Grid:
+    return native.Grid(fmt.qmin, fmt.qmax, *_passing(fmt, ste_clip_range), fmt.is_float)
 
 
 # Elements of a weight at a time: the float32 temporaries of torch then stay in a CPU cache,
@@ -126,21 +130,29 @@ def _pieces(
 
 
 def dequantized_with_mask(
-    x: Tensor, scale: Tensor, fmt: QuantFormat, granularity: Granularity, *, reach: float | None
+    x: Tensor,
+    scale: Tensor,
+    fmt: QuantFormat,
+    granularity: Granularity,
+    *,
+    ste_clip_range: float | None,
 ) -> tuple[Tensor, Tensor]:
     """What `fake_quantize` gives, and its packed mask."""
     x = x.detach()
     run = None if fmt.is_float else _kernel_run(x, fmt, granularity)
     if run is not None:
-        grid = _kernel_grid(fmt, reach)
+        grid = _kernel_grid(fmt, ste_clip_range)
         values, mask = native.fake_quantize(x, scale, run, grid, with_mask=True)
         assert mask is not None, "asked for"
         return values, mask
     if pieces := _pieces(x, scale, granularity):
-        done = [dequantized_with_mask(b, s, fmt, granularity, reach=reach) for b, s in pieces]
+        done = [
+            dequantized_with_mask(b, s, fmt, granularity, ste_clip_range=ste_clip_range)
+            for b, s in pieces
+        ]
         return torch.cat([values for values, _ in done]), torch.cat([mask for _, mask in done])
     groups, steps = grouped_view(x.float(), scale, granularity)
-    mask = pack_mask(inside_range(groups / steps, fmt, reach))
+    mask = pack_mask(inside_range(groups / steps, fmt, ste_clip_range))
     return fake_quantize(x, scale, fmt, granularity), mask
 
 
@@ -152,7 +164,7 @@ def encode(
     *,
     with_mask: bool,
     zero_point: Tensor | None = None,
-    reach: float | None = None,
+    ste_clip_range: float | None = None,
 ) -> Encoded:
     """Codes as `functional.quantize` computes them, and the mask, from one division.
 
@@ -165,17 +177,17 @@ def encode(
         granularity: Which elements share a scale.
         with_mask: Whether a gradient will be masked.
         zero_point: Of asymmetric formats, which have no mask here.
-        reach: As for `functional.fake_quantize`.
+        ste_clip_range: As for `functional.fake_quantize`.
     """
     x = x.detach()
     run = _kernel_run(x, fmt, granularity)
     if run is not None:
         codes, mask, is_nan = native.encode(
-            x, scale, run, _kernel_grid(fmt, reach), zero=zero_point, with_mask=with_mask
+            x, scale, run, _kernel_grid(fmt, ste_clip_range), zero=zero_point, with_mask=with_mask
         )
         return Encoded(codes.view(fmt.storage_dtype), torch.where(is_nan, torch.nan, scale), mask)
     if zero_point is None and (pieces := _pieces(x, scale, granularity)):
-        options: dict[str, Any] = {"with_mask": with_mask, "reach": reach}
+        options: dict[str, Any] = {"with_mask": with_mask, "ste_clip_range": ste_clip_range}
         done = [encode(block, steps, fmt, granularity, **options) for block, steps in pieces]
         is_nan = torch.stack([part.scale.isnan().any() for part in done]).any()
         masks = [part.mask for part in done if part.mask is not None]
@@ -187,7 +199,7 @@ def encode(
         )
     groups, steps = grouped_view(x.float(), scale, granularity)
     ratio = groups / steps
-    mask = pack_mask(inside_range(ratio, fmt, reach)) if with_mask else None
+    mask = pack_mask(inside_range(ratio, fmt, ste_clip_range)) if with_mask else None
     # amax is NaN if anything is; infinities clip to the last code.
     is_nan = ratio.amax().isnan() if ratio.numel() else scale.new_zeros((), dtype=torch.bool)
     marked = torch.where(is_nan, torch.nan, scale)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mqat.errors import UserError
 from mqat.kernels.gemm import float_matmul
 from mqat.kernels.packed_int8 import Int8Product
-from mqat.kernels.packed_weight import Fp8Product, LoweredWeight
+from mqat.kernels.packed_weight import Fp8Product, PackedWeight
 
 
 class _FrozenGemm(torch.autograd.Function):
@@ -30,7 +31,7 @@ class _FrozenGemm(torch.autograd.Function):
         return float_matmul(dy_NO, ctx.storage.decode(dy_NO.dtype), dy_NO.dtype), None
 
 
-def frozen_matmul(x: Tensor, w: LoweredWeight) -> Tensor:
+def frozen_matmul(x: Tensor, w: PackedWeight) -> Tensor:
     """`x @ w.T`, differentiable in x.
 
     Args:
@@ -44,7 +45,7 @@ def frozen_matmul(x: Tensor, w: LoweredWeight) -> Tensor:
         ValueError: The storage only multiplies codes with codes.
     """
     if isinstance(w.storage, Int8Product | Fp8Product):
-        raise ValueError(
+        raise UserError(
             f"scheme {w.scheme.name!r}: a lowered linear with 8-bit inputs has no gradient. Freeze a "
             "backbone in a weight-only algorithm, such as nf4 or int4."
         )

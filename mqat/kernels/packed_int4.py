@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mqat.kernels.gemm import float_matmul
-from mqat.quant.formats import INT4, INT4_EVEN, UINT4, QuantFormat
+from mqat.quant.formats import INT4, INT4_AMAX7_5, UINT4, QuantFormat
 
 # Up to this many tokens the kernel is faster than decoding and a bfloat16 GEMM (measured).
 KERNEL_ROWS = 64
@@ -129,7 +129,9 @@ def pack_for_kernel(
         None for other formats, group sizes and devices.
     """
     is_served = (
-        codes.device.type == "cpu" and fmt in (INT4, INT4_EVEN, UINT4) and group_size in GROUP_SIZES
+        codes.device.type == "cpu"
+        and fmt in (INT4, INT4_AMAX7_5, UINT4)
+        and group_size in GROUP_SIZES
     )
     if not is_served:
         return None

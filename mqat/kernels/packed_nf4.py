@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from mqat.errors import UserError
 from mqat.kernels.gemm import float_matmul
 from mqat.quant.formats import INT8, NF4
 from mqat.quant.functional import dequantize, quantize
@@ -99,7 +100,7 @@ def nf4_quantize(weight: Tensor, *, double: bool = True) -> Nf4Weight:
         ValueError: The weight holds NaN or infinity, or nothing.
     """
     if weight.numel() == 0 or not bool(weight.isfinite().all()):
-        raise ValueError(f"nf4_quantize: weight {tuple(weight.shape)} is empty or not finite.")
+        raise UserError(f"nf4_quantize: weight {tuple(weight.shape)} is empty or not finite.")
     flat = weight.detach().float().reshape(-1)
     blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     amax = compute_amax(blocks, PerGroup(BLOCK))[:, 0]

@@ -26,13 +26,13 @@ from mqat.kernels.operands import encode_input
 from mqat.kernels.packed_int4 import PackedInt4, pack_for_kernel
 from mqat.kernels.packed_int8 import Int8Codes, Int8Product
 from mqat.kernels.packed_nf4 import BLOCK, Nf4Weight, nf4_quantize
-from mqat.quant.formats import FP8_E4M3, INT8, INT8_FULL, INT8_LOADER, NF4
+from mqat.quant.formats import FP8_E4M3, INT8, INT8_AMAX128, INT8_MIN128, NF4
 from mqat.quant.functional import dequantize, fake_quantize, quantize
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.packing import pack_nibbles, unpack_nibbles
 from mqat.quant.scheme import LinearScheme, TensorScheme
 
-_INT8 = (INT8, INT8_FULL, INT8_LOADER)
+_INT8 = (INT8, INT8_MIN128, INT8_AMAX128)
 _CHUNK = 256  # rows decoded at a time: intermediate floats stay in the cache
 Steps = tuple[Tensor, Tensor | None]
 
@@ -113,7 +113,7 @@ Storage = Int8Product | Int8Codes | Fp8Product | PackedInt4 | Nf4Weight | Decode
 
 
 @dataclass(frozen=True)
-class LoweredWeight:
+class PackedWeight:
     """A weight [O, I] as it is stored for inference.
 
     Attributes:
@@ -147,14 +147,14 @@ def _plain_codes(
 
 
 @torch.no_grad()
-def lower_weight(
+def pack_weight(
     weight: Tensor,
     scale: Tensor,
     scheme: LinearScheme,
     zero_point: Tensor | None = None,
     *,
     double_quantization: bool = False,
-) -> LoweredWeight:
+) -> PackedWeight:
     """Quantizes a weight [O, I] with its frozen steps; every scheme is served.
 
     `double_quantization` keeps the block maxima of NF4 in 8 bits, which moves them (`nf4.py`).
@@ -165,7 +165,7 @@ def lower_weight(
     is_nf4 = fmt == NF4 and granularity == PerGroup(BLOCK) and weight.shape[1] % BLOCK == 0
     if double_quantization and is_nf4:
         rows, width = weight.shape
-        return LoweredWeight(scheme, (rows, width), nf4_quantize(weight))
+        return PackedWeight(scheme, (rows, width), nf4_quantize(weight))
     codes = quantize(weight, scale, fmt, granularity, zero_point=zero_point)
     shape = (codes.shape[0], codes.shape[1])
     is_symmetric = zero_point is None and not (operand_of_x and operand_of_x.is_asymmetric)
@@ -185,11 +185,11 @@ def lower_weight(
         storage = pack_for_kernel(codes, scale, zero_point, fmt, granularity.size)
     if storage is None:
         storage = _plain_codes(codes, scale, zero_point, operand)
-    return LoweredWeight(scheme, shape, storage)
+    return PackedWeight(scheme, shape, storage)
 
 
 @torch.no_grad()
-def lowered_matmul(x: Tensor, steps: Steps | None, w: LoweredWeight) -> Tensor:
+def packed_matmul(x: Tensor, steps: Steps | None, w: PackedWeight) -> Tensor:
     """`x @ w.T` for inference.
 
     Args:

@@ -1,9 +1,4 @@
-"""The decoder of every family: what a configuration says, and what tensors are called elsewhere.
-
-Names are data. `{i}` is the layer number; a fused Megatron tensor lists its Hugging Face parts in
-row order. Sources: transformers `modeling_llama.py`, Megatron-Core `gpt_model.py`, and the
-TensorRT-LLM checkpoint layout (`docs/source/legacy/architecture/checkpoint.md`).
-"""
+"""The sizes of a decoder of any family, as configurations of Hugging Face and of mqat say them."""
 
 from __future__ import annotations
 
@@ -11,83 +6,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from mqat.errors import UserError
 from mqat.models.families.llama import LLAMA
 from mqat.models.families.mistral import MISTRAL
 from mqat.models.families.qwen2 import QWEN2
-from mqat.models.family import FC1, FC2, PROJ, QKV, Family
+from mqat.models.family import Family
+from mqat.models.structure import (
+    EMBEDDING,
+    FINAL_NORM,
+    HF_LAYER,
+    OUTPUT_LAYER,
+    Axis,
+    Linear,
+    Norm,
+    by_name,
+)
 
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
-
-HF_EMBEDDING = "model.embed_tokens.weight"
-HF_FINAL_NORM = "model.norm.weight"
-HF_LM_HEAD = "lm_head.weight"
-HF_LAYER = "model.layers.{i}."
-
-# Megatron-Core parameter (after `decoder.layers.N.`) -> Hugging Face tensors (after `HF_LAYER`).
-HF_LAYER_TENSORS: dict[str, tuple[str, ...]] = {
-    "input_layernorm.weight": ("input_layernorm.weight",),
-    "self_attention.linear_qkv.weight": (
-        "self_attn.q_proj.weight",
-        "self_attn.k_proj.weight",
-        "self_attn.v_proj.weight",
-    ),
-    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
-    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
-    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
-}
-
-# The linears of a layer, in the order of the forward pass; quantization policies name these.
-LINEARS = (QKV, PROJ, FC1, FC2)
-
-# Vocabulary tables; policies quantize these only where a rule names them.
-EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings", "output_layer"
-TABLES = (EMBEDDING, OUTPUT_LAYER)
-
-# Where keys and values are cached, in every layer.
-CORE_ATTENTION = "self_attention.core_attention"
-
-# Megatron-Core linear -> Hugging Face modules (after `HF_LAYER`), in row order.
-HF_LINEARS: dict[str, tuple[str, ...]] = {
-    linear: tuple(name.removesuffix(".weight") for name in HF_LAYER_TENSORS[f"{linear}.weight"])
-    for linear in LINEARS
-}
-
-
-def hf_parts(parameter: str) -> tuple[str, ...]:
-    """Hugging Face tensors, after `HF_LAYER` and in row order, of a parameter inside a layer."""
-    linear = parameter.removesuffix(".bias")
-    if linear == parameter:
-        return HF_LAYER_TENSORS[parameter]
-    return tuple(f"{module}.bias" for module in HF_LINEARS[linear])
-
-
-# Megatron-Core linear that a norm feeds -> Hugging Face norm (after `HF_LAYER`).
-HF_NORMS: dict[str, str] = {
-    "self_attention.linear_qkv": "input_layernorm",
-    "mlp.linear_fc1": "post_attention_layernorm",
-}
-
-TRTLLM_EMBEDDING = "transformer.vocab_embedding"
-TRTLLM_FINAL_NORM = "transformer.ln_f"
-TRTLLM_LM_HEAD = "lm_head"
-TRTLLM_LAYER = "transformer.layers.{i}."
-
-# Megatron-Core linear -> TensorRT-LLM modules (after `TRTLLM_LAYER`), in row order. TensorRT-LLM's
-# `fc` is the activated (gate) branch and its `gate` the linear (up) branch.
-TRTLLM_LINEARS: dict[str, tuple[str, ...]] = {
-    "self_attention.linear_qkv": ("attention.qkv",),
-    "self_attention.linear_proj": ("attention.dense",),
-    "mlp.linear_fc1": ("mlp.fc", "mlp.gate"),
-    "mlp.linear_fc2": ("mlp.proj",),
-}
-
-# Megatron-Core linear that a norm feeds -> TensorRT-LLM norm. Checkpoints name the norm after the
-# linear, `decoder.layers.<linear>.layer_norm_weight`, as Transformer Engine's fused layers do.
-TRTLLM_NORMS: dict[str, str] = {
-    "self_attention.linear_qkv": "input_layernorm",
-    "mlp.linear_fc1": "post_layernorm",
-}
 
 
 @dataclass(frozen=True)
@@ -107,59 +42,78 @@ class DecoderConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     family: str = LLAMA.name
-    biases: tuple[str, ...] = ()  # of `LINEARS`
+    biases: tuple[str, ...] = ()  # names of linears
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that no layout can make work, and biases that none has."""
         if self.family not in FAMILIES:
-            raise ValueError(f"model.family={self.family!r}: must be one of {', '.join(FAMILIES)}.")
+            raise UserError(f"model.family={self.family!r}: must be one of {', '.join(FAMILIES)}.")
         object.__setattr__(self, "biases", tuple(self.biases))  # a list where it comes from JSON
         FAMILIES[self.family].switches_of(self.biases)
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"model.{field.name}={value}: must be at least 1.")
+                raise UserError(f"model.{field.name}={value}: must be at least 1.")
         if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.num_query_groups} (num_key_value_heads in Hugging Face)."
             )
 
     @property
-    def qkv_out_features(self) -> int:
-        """Rows of the fused query/key/value weight."""
-        return (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim
+    def linears(self) -> tuple[Linear, ...]:
+        """Of every layer, in the order of the forward pass."""
+        return FAMILIES[self.family].linears
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
-        """Global (out_features, in_features) of one of `LINEARS`."""
-        attention_width = self.num_attention_heads * self.head_dim
-        return {
-            "self_attention.linear_qkv": (self.qkv_out_features, self.hidden_size),
-            "self_attention.linear_proj": (self.hidden_size, attention_width),
-            "mlp.linear_fc1": (2 * self.intermediate_size, self.hidden_size),
-            "mlp.linear_fc2": (self.hidden_size, self.intermediate_size),
-        }[linear]
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """Of every layer."""
+        return FAMILIES[self.family].norms
+
+    def linear(self, name: str) -> Linear:
+        """The linear of a name in a layer.
+
+        Raises:
+            UserError: This model has none of that name; says which it has.
+        """
+        known = by_name(self.linears)
+        if name not in known:
+            raise UserError(f"{name}: not a linear of this model; known are {list(known)}.")
+        return known[name]
+
+    def size(self, axis: Axis) -> int:
+        """Global size of a named axis, before any parallel split."""
+        sizes: dict[Axis, int] = {
+            "hidden": self.hidden_size,
+            "intermediate": self.intermediate_size,
+            "query": self.num_attention_heads * self.head_dim,
+            "key_value": self.num_query_groups * self.head_dim,
+            "head": self.head_dim,
+            "vocab": self.vocab_size,
+        }
+        return sizes[axis]
+
+    def linear_shape(self, name: str) -> tuple[int, int]:
+        """Global (out_features, in_features) of a linear, by its name in a layer."""
+        return self.linear(name).shape(self)
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every weight in a checkpoint; vocabulary tables may have more rows.
 
         Megatron stacks the layers of a model in one tensor, whose first dimension is the layer.
         """
+        table = (self.vocab_size, self.hidden_size)
         shapes: dict[str, tuple[int, ...]] = {
-            "embedding.word_embeddings.weight": (self.vocab_size, self.hidden_size),
-            "decoder.final_layernorm.weight": (self.hidden_size,),
+            EMBEDDING.key: table,
+            FINAL_NORM.key: (self.size(FINAL_NORM.size),),
         }
         if not self.tie_word_embeddings:
-            shapes["output_layer.weight"] = (self.vocab_size, self.hidden_size)
-        for linear in LINEARS:
-            stacked = (self.num_layers, *self.linear_shape(linear))
-            shapes[f"decoder.layers.{linear}.weight"] = stacked
-            if linear in self.biases:
-                shapes[f"decoder.layers.{linear}.bias"] = stacked[:2]
-        for linear in TRTLLM_NORMS:
-            key = f"decoder.layers.{linear}.layer_norm_weight"
-            shapes[key] = (self.num_layers, self.hidden_size)
-        return shapes
+            shapes[OUTPUT_LAYER.key] = table
+        for linear in self.linears:
+            shapes[linear.key] = linear.stacked_shape(self, self.num_layers)
+            if linear.name in self.biases:
+                shapes[linear.bias_key] = shapes[linear.key][:-1]
+        return shapes | {norm.key: (self.num_layers, self.size(norm.size)) for norm in self.norms}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form, as stored in `mqat.json`."""
@@ -171,11 +125,11 @@ class DecoderConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"model: unknown keys {unknown}; known keys are {sorted(known)}.")
+            raise UserError(f"model: unknown keys {unknown}; known keys are {sorted(known)}.")
         try:
             return cls(**values)
         except TypeError as error:
-            raise ValueError(f"model: {error}.") from error
+            raise UserError(f"model: {error}.") from error
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
         """The Hugging Face `config.json` object, in the spelling that transformers 4 and 5 read.
@@ -215,21 +169,21 @@ class DecoderConfig:
                 activation, sliding windows, other rotary scalings).
         """
         if not isinstance(hf, Mapping):
-            raise ValueError(f"config.json: expected a JSON object, found {type(hf).__name__}.")
+            raise UserError(f"config.json: expected a JSON object, found {type(hf).__name__}.")
         family = FAMILIES.get(str(hf.get("model_type")))
         if family is None:
-            raise ValueError(
+            raise UserError(
                 f"model_type={hf.get('model_type')!r}: supported are {', '.join(FAMILIES)}; convert "
                 "the checkpoint to LlamaForCausalLM if it is equivalent."
             )
         if hf.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is supported.")
+            raise UserError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is supported.")
         _check_window(family, hf)
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
-            raise ValueError(f"rope_type={rope_type!r}: only 'default' and 'llama3' are supported.")
+            raise UserError(f"rope_type={rope_type!r}: only 'default' and 'llama3' are supported.")
         heads = int(hf["num_attention_heads"])
         return cls(
             vocab_size=int(hf["vocab_size"]),
@@ -258,17 +212,30 @@ def _check_window(family: Family, hf: Mapping[str, Any]) -> None:
 def check_window(window: int | None, longest: int) -> None:
     """Raises ValueError for a sliding window of fewer tokens than a sequence may have."""
     if window is not None and window < longest:
-        raise ValueError(
+        raise UserError(
             f"sliding_window={window}: attention over a window is not built, and sequences of this "
             f"model may be longer (max_position_embeddings={longest}). Up to {window} tokens a window "
             f"changes nothing: set max_position_embeddings to {window} in config.json if that is enough."
         )
 
 
-def hf_tensors(model: DecoderConfig) -> list[str]:
-    """Names of all tensors in a Hugging Face directory of this model."""
-    inside = [name for names in HF_LAYER_TENSORS.values() for name in names]
-    inside += [name for linear in model.biases for name in hf_parts(f"{linear}.bias")]
-    names = [HF_LAYER.format(i=i) + name for i in range(model.num_layers) for name in inside]
-    head = [] if model.tie_word_embeddings else [HF_LM_HEAD]
-    return [HF_EMBEDDING, *names, HF_FINAL_NORM, *head]
+def hf_shapes(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a Hugging Face directory of this model, in model order."""
+    table = (model.vocab_size, model.hidden_size)
+    in_layer: dict[str, tuple[int, ...]] = {
+        f"{norm.hf}.weight": (model.size(norm.size),) for norm in model.norms
+    }
+    for linear in model.linears:
+        for part in linear.parts:
+            rows = model.size(part.rows)
+            in_layer[f"{part.hf}.weight"] = (rows, model.size(linear.columns))
+            if linear.name in model.biases:
+                in_layer[f"{part.hf}.bias"] = (rows,)
+    shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING.hf}.weight": table}
+    for layer in range(model.num_layers):
+        prefix = HF_LAYER.format(i=layer)
+        shapes |= {prefix + name: shape for name, shape in in_layer.items()}
+    shapes[f"{FINAL_NORM.hf}.weight"] = (model.size(FINAL_NORM.size),)
+    if not model.tie_word_embeddings:
+        shapes[f"{OUTPUT_LAYER.hf}.weight"] = table
+    return shapes

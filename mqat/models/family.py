@@ -1,9 +1,8 @@
 """What tells one family of Llama-like decoders from another, as data.
 
 All of them normalize with RMSNorm, rotate half of each head's channels against the other half, and have
-a gated MLP; names of tensors are the same (`decoder.py`). A further family is a further file like
-`qwen2.py`, its name in `decoder.FAMILIES`, and, as a second opinion, in `verify/hf_layout.py`,
-`verify/layout.py`, `verify/roundtrip.py`.
+a gated MLP. A further family is a further file in `families/` like `qwen2.py`, its name in
+`decoder.FAMILIES`, and, as a second opinion, a file in `verify/facts/`.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
-FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
+from mqat.errors import UserError
+from mqat.models.structure import DENSE_LINEARS, DENSE_NORMS, Linear, Norm
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,10 @@ class Family:
             interleaved.
         trtllm_architecture: Of TensorRT-LLM's `config.json`.
         decoder_types: Values of `decoder_type` that mean it, as in NeMo and ModelOpt.
-        biased: Linears that always have a bias.
-        bias_switches: Key of the Hugging Face `config.json` -> linears that it gives biases.
+        linears: Of every layer, in the order of the forward pass.
+        norms: Of every layer.
+        biased: Names of linears that always have a bias.
+        bias_switches: Key of the Hugging Face `config.json` -> names of linears that it gives biases.
         window: How a sliding window is declared; None: there is none.
         hf_extra: Further keys of the Hugging Face `config.json`.
         trtllm_extra: Further keys of TensorRT-LLM's.
@@ -67,6 +68,8 @@ class Family:
     is_interleaved_in_gguf: bool
     trtllm_architecture: str
     decoder_types: tuple[str, ...]
+    linears: tuple[Linear, ...] = DENSE_LINEARS
+    norms: tuple[Norm, ...] = DENSE_NORMS
     biased: tuple[str, ...] = ()
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     window: SlidingWindow | None = None
@@ -95,7 +98,7 @@ class Family:
         }
         if set(self.biases_of(switches)) != set(biases):
             possible = [self.biased, *self.bias_switches.values()]
-            raise ValueError(
+            raise UserError(
                 f"biases on {list(biases)}: a {self.name} model has them on "
                 f"{' and '.join(str(list(p)) for p in possible if p) or 'no linear'}, nowhere else."
             )

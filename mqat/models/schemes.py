@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mqat.models.structure import is_in_layer
 from mqat.quant.kv_cache import KvCacheScheme, kv_cache_scheme
 from mqat.quant.scheme import LinearScheme
 
@@ -21,13 +22,13 @@ def scheme_from_dict(values: Mapping[str, Any]) -> Scheme:
 def linear_schemes(schemes: Mapping[str, Scheme]) -> dict[str, LinearScheme]:
     """Those of the decoder's linears."""
     found = {name: s for name, s in schemes.items() if isinstance(s, LinearScheme)}
-    return {name: s for name, s in found.items() if name.startswith("decoder.")}
+    return {name: s for name, s in found.items() if is_in_layer(name)}
 
 
 def table_schemes(schemes: Mapping[str, Scheme]) -> dict[str, LinearScheme]:
     """Those of vocabulary tables: the embedding, the output layer."""
     found = {name: s for name, s in schemes.items() if isinstance(s, LinearScheme)}
-    return {name: s for name, s in found.items() if not name.startswith("decoder.")}
+    return {name: s for name, s in found.items() if not is_in_layer(name)}
 
 
 def kv_cache_schemes(schemes: Mapping[str, Scheme]) -> dict[str, KvCacheScheme]:

@@ -1,10 +1,10 @@
 """Quantizer state as sharded checkpoint tensors, so that TP, PP and DP may change on load.
 
-It lives beside the model under `quantizers.<module>.<operand>_<part>` (operand: weight, input, output,
-or of a cache kv, key, value; part: scale, zero_point or global_scale; dynamic scales have none); the
-model's own keys stay exactly Megatron's, and such a checkpoint still loads into an unquantized Megatron
-model. Learned scales are stored as they are used, so that the checkpoint is what is served; the
-optimizer's state holds the parameter behind each besides, so that training goes on from that.
+It lives beside the model under keys of its own (`models.structure.quantizer_key`; dynamic scales have
+none); the model's own keys stay exactly Megatron's, and such a checkpoint still loads into an
+unquantized Megatron model. Learned scales are stored as they are used, so that the checkpoint is what
+is served; the optimizer's state holds the parameter behind each besides, so that training goes on from
+that.
 
 | scale (zero point) of        | global shape      | cut over TP                               |
 |------------------------------|-------------------|-------------------------------------------|
@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
 
+from mqat.models.structure import quantizer_key
 from mqat.parallel.linear import QuantRowParallelLinear
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor
@@ -58,7 +59,7 @@ def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[
         `sharded_state_dict()` before saving, or to load into.
     """
     return {
-        f"quantizers.{name}.{kind}_{part}": _entry(module, name, kind, part, tensor, dp_group)
+        quantizer_key(name, kind, part): _entry(module, name, kind, part, tensor, dp_group)
         for name, module in quantized_modules(model).items()
         for kind, part, tensor in _frozen_tensors(module)
     }
@@ -70,7 +71,7 @@ def learned_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[st
     Arguments and result as for `quantizer_sharded_state`, under the same keys.
     """
     return {
-        f"quantizers.{name}.{kind}_scale": _entry(
+        quantizer_key(name, kind, "scale"): _entry(
             module, name, kind, "scale", quantizer.scale, dp_group
         )
         for name, module in quantized_modules(model).items()
@@ -91,7 +92,7 @@ def _entry(
     axis = tp_axis(module, kind, part)
     offsets = [] if axis is None else [(axis, tp_rank, tp_size)]
     entry = ShardedTensor.from_rank_offsets(
-        f"quantizers.{name}.{kind}_{part}",
+        quantizer_key(name, kind, part),
         tensor,
         *offsets,
         replica_id=(0, tp_rank if axis is None else 0, dp_group.rank()),
@@ -103,8 +104,9 @@ def load_quantizer_state_(model: Any, state: dict[str, Tensor]) -> None:
     """Freezes every quantizer at what was loaded for it; the inverse of the above."""
     for name, module in quantized_modules(model).items():
         for kind, quantizer in module.quantizers.items():
-            prefix = f"quantizers.{name}.{kind}_"
-            quantizer.load_({part: state[prefix + part] for part in quantizer.frozen_tensors})
+            quantizer.load_(
+                {part: state[quantizer_key(name, kind, part)] for part in quantizer.frozen_tensors}
+            )
 
 
 def _frozen_tensors(module: QuantizedModule) -> Iterator[tuple[str, str, Tensor]]:

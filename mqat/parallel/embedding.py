@@ -64,7 +64,7 @@ class QuantVocabParallelEmbedding(QuantizedModule, VocabParallelEmbedding):  # t
             scheme.format,
             scheme.granularity,
             zero_point=zero_point,
-            reach=scheme.reach,
+            ste_clip_range=scheme.ste_clip_range,
         ).masked_fill(elsewhere[..., None], 0)
         if self.reduce_scatter_embeddings:
             rows = rows.transpose(0, 1).contiguous()

@@ -10,11 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mqat.models.decoder import LINEARS, DecoderConfig
+from mqat.errors import UserError
+from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
+from mqat.models.structure import Linear, split_name
 from mqat.quant.granularity import PerBlock, PerGroup
-
-ROW_PARALLEL = ("self_attention.linear_proj", "mlp.linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -26,35 +26,27 @@ class Piece:
     cols: slice
 
 
-def linear_of(name: str) -> str:
-    """`decoder.layers.7.mlp.linear_fc1` -> `mlp.linear_fc1`."""
-    return name.split(".", 3)[3]
-
-
 def shard_count(model: DecoderConfig) -> int:
     """Largest tensor-parallel size that cuts every linear evenly; every valid size divides it."""
     return math.gcd(model.num_query_groups, model.num_attention_heads, model.intermediate_size)
 
 
-def local_pieces(model: DecoderConfig, linear: str, rank: int, tp: int) -> list[Piece]:
+def local_pieces(model: DecoderConfig, linear: Linear, rank: int, tp: int) -> list[Piece]:
     """Pieces whose rows, concatenated in this order, are the local weight of `linear`.
 
-    `self_attention.linear_qkv` follows Megatron's order: per query group its query heads, its key
-    head, its value head (megatron/core/transformer/attention.py, get_query_key_value_tensors).
+    A rank owns whole query groups where rows go by those (megatron/core/transformer/attention.py,
+    get_query_key_value_tensors), and an equal share of each part elsewhere.
     """
     everything = slice(None)
-    if linear in ROW_PARALLEL:
-        columns = model.linear_shape(linear)[1] // tp
+    if linear.parallel == "row":
+        columns = model.size(linear.columns) // tp
         return [Piece(0, everything, slice(rank * columns, (rank + 1) * columns))]
-    if linear == "mlp.linear_fc1":
-        rows = model.intermediate_size // tp
-        return [Piece(part, slice(rank * rows, (rank + 1) * rows), everything) for part in (0, 1)]
-    groups = model.num_query_groups // tp
-    query_rows = model.num_attention_heads // model.num_query_groups * model.head_dim
+    units = linear.units(model) if linear.is_by_query_group else tp
     pieces = []
-    for group in range(rank * groups, (rank + 1) * groups):
-        for part, rows in ((0, query_rows), (1, model.head_dim), (2, model.head_dim)):
-            pieces.append(Piece(part, slice(group * rows, (group + 1) * rows), everything))
+    for unit in range(rank * units // tp, (rank + 1) * units // tp):
+        for number, part in enumerate(linear.parts):
+            rows = model.size(part.rows) // units
+            pieces.append(Piece(number, slice(unit * rows, (unit + 1) * rows), everything))
     return pieces
 
 
@@ -68,14 +60,14 @@ def check_parallel_sizes(model: DecoderConfig, *, tp: int, pp: int, virtual_pp: 
     for size_name in ("num_attention_heads", "num_query_groups", "intermediate_size"):
         size = getattr(model, size_name)
         if size % tp:
-            raise ValueError(
+            raise UserError(
                 f"tensor_model_parallel_size={tp} does not divide {size_name}={size}; "
                 f"tensor-parallel sizes that fit this model: {valid}."
             )
     stages = pp * virtual_pp
     if model.num_layers % stages:
         fitting = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
-        raise ValueError(
+        raise UserError(
             f"pipeline_model_parallel_size={pp} x virtual_pipeline_model_parallel_size="
             f"{virtual_pp} does not divide num_layers={model.num_layers}; "
             f"numbers of stages that fit: {fitting}."
@@ -97,13 +89,11 @@ def check_group_sizes(
         ValueError: Names the linear, its local width, and the group sizes that fit.
     """
     for name, scheme in linear_schemes(layers).items():
-        linear = linear_of(name)
-        if linear not in LINEARS:
-            raise ValueError(f"{name}: not a linear of this model; known are {list(LINEARS)}.")
+        linear = model.linear(split_name(name)[1])
         for kind, operand in scheme.operands.items():
             granularity = operand.granularity
-            if isinstance(granularity, PerGroup | PerBlock) and linear in ROW_PARALLEL:
-                in_features = model.linear_shape(linear)[1]
+            if isinstance(granularity, PerGroup | PerBlock) and linear.parallel == "row":
+                in_features = model.size(linear.columns)
                 _check_columns(f"{name}.{kind}", granularity, in_features, tp, purpose)
             if isinstance(granularity, PerBlock):
                 _check_rows(f"{name}.{kind}", granularity, model, linear, tp, purpose)
@@ -116,7 +106,7 @@ def _check_columns(
     if tp == 1 or local % granularity.size == 0:
         return
     fitting = [size for size in (32, 64, 128, 256) if local % size == 0]
-    raise ValueError(
+    raise UserError(
         f"{name}: group_size={granularity.size} does not divide in_features_per_partition={local} "
         f"(in_features={in_features}, {purpose}={tp}). Groups of a row-parallel linear may not cross "
         f"ranks; choose a group size that divides {local} (of the usual ones: {fitting or 'none'}), "
@@ -125,16 +115,16 @@ def _check_columns(
 
 
 def _check_rows(
-    name: str, granularity: PerBlock, model: DecoderConfig, linear: str, tp: int, purpose: str
+    name: str, granularity: PerBlock, model: DecoderConfig, linear: Linear, tp: int, purpose: str
 ) -> None:
     """Squares may cross neither ranks nor fused parts, which are stored and served apart."""
-    if linear in ROW_PARALLEL:
+    if linear.parallel == "row":
         return
     for piece in local_pieces(model, linear, 0, tp):
         rows = piece.rows.stop - piece.rows.start
         if rows % granularity.size:
-            raise ValueError(
+            raise UserError(
                 f"{name}: squares of {granularity.size} rows do not divide the {rows} rows of part "
-                f"{piece.part} of {linear} on a rank ({purpose}={tp}). Squares may cross neither ranks "
-                "nor the parts of a fused weight; choose granularity 'channel' or 'group:<size>'."
+                f"{piece.part} of {linear.name} on a rank ({purpose}={tp}). Squares may cross neither "
+                "ranks nor the parts of a fused weight; choose granularity 'channel' or 'group:<size>'."
             )

@@ -28,8 +28,10 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from mqat.errors import UserError
 from mqat.kernels.packed_frozen import frozen_matmul
-from mqat.kernels.packed_weight import LoweredWeight, lowered_matmul
+from mqat.kernels.packed_weight import PackedWeight, packed_matmul
+from mqat.models.structure import is_in_layer
 from mqat.parallel.exact import ordered_linear, tiled_linear
 from mqat.parallel.quantized_gemm import (
     Gemm,
@@ -71,7 +73,7 @@ class QuantizedLinear(QuantizedModule):
                 a fake-quantized copy of the weight does not have.
         """
         if scheme is not None and self.config.gradient_accumulation_fusion:
-            raise ValueError(
+            raise UserError(
                 f"{name}: gradient_accumulation_fusion=True cannot be combined with quantization, "
                 "because the fused kernel bypasses the straight-through gradient; set it to False."
             )
@@ -83,7 +85,7 @@ class QuantizedLinear(QuantizedModule):
         self.weight_cache: WeightCache | None = None
         self.is_reference = False
         self.scheme = scheme
-        self.lowered: LoweredWeight | None = None
+        self.packed_weight: PackedWeight | None = None
         self.weight_quantizer: Quantizer | None = None
         self.input_quantizer: Quantizer | None = None
         self.output_quantizer: Quantizer | None = None
@@ -92,7 +94,7 @@ class QuantizedLinear(QuantizedModule):
             shape = tuple(self.weight.shape) if kind == "weight" else None
             quantizer = Quantizer(operand, shape, f"{name}.{kind}")
             if kind == cut_over_tp and isinstance(operand.granularity, PerToken):
-                quantizer.merge_ = self._merge_maxima_
+                quantizer.reduce_amax = self._merge_maxima_
             setattr(self, f"{kind}_quantizer", quantizer)
         self.to(self.weight.device)
 
@@ -136,7 +138,7 @@ class QuantizedLinear(QuantizedModule):
         """
         return output if self.output_quantizer is None else self.output_quantizer(output)
 
-    def lowered_gemm(
+    def packed_gemm(
         self,
         input: Tensor,
         *,
@@ -146,7 +148,7 @@ class QuantizedLinear(QuantizedModule):
         **_: Any,
     ) -> Tensor:
         """With stored codes, behind Megatron's `_forward_impl`; the weight gets no gradient."""
-        assert self.lowered is not None, "lower_() has been called"
+        assert self.packed_weight is not None, "pack_weights_() has been called"
         wants_gradient = torch.is_grad_enabled() and input.requires_grad
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
@@ -155,10 +157,10 @@ class QuantizedLinear(QuantizedModule):
         if wants_gradient:
             if self.input_quantizer is not None:
                 input = self.input_quantizer(input)
-            output = frozen_matmul(input, self.lowered)
+            output = frozen_matmul(input, self.packed_weight)
         else:
-            steps = None if self.input_quantizer is None else self.input_quantizer.steps(input)
-            output = lowered_matmul(input, steps, self.lowered)
+            steps = None if self.input_quantizer is None else self.input_quantizer.qparams(input)
+            output = packed_matmul(input, steps, self.packed_weight)
         return output if bias is None else output + bias
 
     def _is_fast(self) -> bool:
@@ -171,7 +173,7 @@ class QuantizedLinear(QuantizedModule):
                 and q.is_enabled
                 and q.observer is None
                 and q.rule is None
-                and q.stage is None
+                and q.active_format is None
                 for q in self.quantizers.values()
             )
         )
@@ -195,7 +197,7 @@ class QuantizedLinear(QuantizedModule):
             ValueError: The weight gradient is to be deferred, which would need the float input.
         """
         if grad_output_buffer is not None:
-            raise ValueError(
+            raise UserError(
                 f"{self.quantized_name}: defer_embedding_wgrad_compute keeps the float input of a "
                 "linear, which a quantized linear does not have; set it to False."
             )
@@ -211,7 +213,9 @@ class QuantizedLinear(QuantizedModule):
             tp_group=tp_group,
             keeps_graph=torch.is_grad_enabled(),
         )
-        steps = (None, None) if self.input_quantizer is None else self.input_quantizer.steps(input)
+        steps = (
+            (None, None) if self.input_quantizer is None else self.input_quantizer.qparams(input)
+        )
         output = quantized_matmul(input, weight, steps, used, gemm)
         return output if bias is None else output + bias
 
@@ -246,8 +250,8 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrating:
-            if self.lowered is not None:
-                return self.lowered_gemm(input, **kwargs)
+            if self.packed_weight is not None:
+                return self.packed_gemm(input, **kwargs)
             if self._is_fast():
                 return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
@@ -285,7 +289,7 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
             kwargs["bias"] = has_bias
         RowParallelLinear.__init__(self, *args, **kwargs)
         if self.bias is not None and not self.skip_bias_add:
-            raise ValueError(
+            raise UserError(
                 f"{name}: a bias needs skip_bias_add=True here, as in all of Megatron's layers; the "
                 "caller adds it."
             )
@@ -293,8 +297,8 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrating:
-            if self.lowered is not None:
-                return self.lowered_gemm(input, **kwargs)
+            if self.packed_weight is not None:
+                return self.packed_gemm(input, **kwargs)
             if self._is_fast():
                 return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
@@ -319,7 +323,7 @@ def quantized_linears(model: Any) -> dict[str, QuantizedLinear]:
 
 def decoder_linears(model: Any) -> dict[str, QuantizedLinear]:
     """Those of the layers: without the output layer."""
-    return {n: x for n, x in quantized_linears(model).items() if n.startswith("decoder.")}
+    return {n: x for n, x in quantized_linears(model).items() if is_in_layer(n)}
 
 
 def weight_amax_spans_ranks(module: QuantizedModule) -> bool:

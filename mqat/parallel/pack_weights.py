@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from mqat.kernels.packed_weight import lower_weight
+from mqat.errors import UserError
+from mqat.kernels.packed_weight import pack_weight
 from mqat.parallel.linear import quantized_linears
 
 
-def lower_(model: Any, *, double_quantization: bool = False) -> tuple[int, int]:
+def pack_weights_(model: Any, *, double_quantization: bool = False) -> tuple[int, int]:
     """Replaces the weights of all quantized linears by codes.
 
     The float weights are freed: they can no longer be trained or saved.
@@ -40,7 +41,7 @@ def lower_(model: Any, *, double_quantization: bool = False) -> tuple[int, int]:
     linears = quantized_linears(model)
     for name, linear in linears.items():
         if not all(q.is_frozen for q in linear.quantizers.values()):
-            raise ValueError(f"{name}: has no scales yet; lower a calibrated checkpoint.")
+            raise UserError(f"{name}: has no scales yet; lower a calibrated checkpoint.")
     for linear in linears.values():
         quantizer = linear.weight_quantizer
         if quantizer is None:
@@ -49,15 +50,15 @@ def lower_(model: Any, *, double_quantization: bool = False) -> tuple[int, int]:
         before += linear.weight.numel() * linear.weight.element_size()
         # The format in use: a checkpoint may stop on the way to fewer bits.
         scheme = replace(linear.scheme, weight=replace(quantizer.scheme, format=quantizer.format))
-        scale, zero_point = quantizer.steps(linear.weight)
-        linear.lowered = lower_weight(
+        scale, zero_point = quantizer.qparams(linear.weight)
+        linear.packed_weight = pack_weight(
             linear.weight,
             scale.detach(),
             scheme,
             zero_point,
             double_quantization=double_quantization,
         )
-        after += linear.lowered.num_bytes
+        after += linear.packed_weight.num_bytes
         linear.weight.requires_grad_(False)
         linear.weight.data = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
     return before, after

@@ -37,12 +37,12 @@ from torch import Tensor
 from mqat.kernels.cpu import passes as native
 from mqat.kernels.gemm import compute_dtype, decode, float_matmul, scaled_matmul
 from mqat.kernels.operands import apply_mask_, decode_scaled, dequantized_with_mask, encode
-from mqat.quant.formats import FP8_E4M3, INT8, INT8_FULL, INT8_LOADER, QuantFormat
+from mqat.quant.formats import FP8_E4M3, INT8, INT8_AMAX128, INT8_MIN128, QuantFormat
 from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.scheme import LinearScheme, TensorScheme
 
-_INT8 = (INT8, INT8_FULL, INT8_LOADER)
+_INT8 = (INT8, INT8_MIN128, INT8_AMAX128)
 
 
 class GemmKind(Enum):
@@ -58,7 +58,7 @@ def _is_integer(fmt: QuantFormat) -> bool:
 
 def _serves_weight(weight: TensorScheme) -> bool:
     is_known = isinstance(weight.granularity, (PerChannel, PerTensor, PerGroup))
-    is_fp8 = weight.format == FP8_E4M3 and weight.reach is None
+    is_fp8 = weight.format == FP8_E4M3 and weight.ste_clip_range is None
     is_shifted = weight.is_dynamic or weight.is_asymmetric
     return is_known and not is_shifted and (_is_integer(weight.format) or is_fp8)
 
@@ -113,13 +113,17 @@ def encode_weight(
     weight: Tensor, scale: Tensor, scheme: TensorScheme, kind: GemmKind, *, with_mask: bool
 ) -> StepWeight:
     """Quantizes a weight [O, I] for as long as it does not change."""
-    fmt, granularity, reach = scheme.format, scheme.granularity, scheme.reach
+    fmt, granularity, ste_clip_range = scheme.format, scheme.granularity, scheme.ste_clip_range
     if kind is GemmKind.CODES:
-        encoded = encode(weight, scale, fmt, granularity, with_mask=with_mask, reach=reach)
+        encoded = encode(
+            weight, scale, fmt, granularity, with_mask=with_mask, ste_clip_range=ste_clip_range
+        )
         return StepWeight(encoded.codes, encoded.scale, encoded.mask)
     if not with_mask:
         return StepWeight(fake_quantize(weight, scale, fmt, granularity), None, None)
-    values, mask = dequantized_with_mask(weight, scale, fmt, granularity, reach=reach)
+    values, mask = dequantized_with_mask(
+        weight, scale, fmt, granularity, ste_clip_range=ste_clip_range
+    )
     return StepWeight(values, None, mask)
 
 
@@ -275,10 +279,10 @@ def _encode_input(
     wants_dx: bool,
 ) -> tuple[_Operand, Tensor | None]:
     assert scale is not None, "a quantized input has a scale"
-    clips = scheme.reach is None or math.isfinite(scheme.reach)
+    clips = scheme.ste_clip_range is None or math.isfinite(scheme.ste_clip_range)
     encoded = encode(
         x, scale, scheme.format, scheme.granularity,
-        with_mask=wants_dx and clips, zero_point=zero_point, reach=scheme.reach,
+        with_mask=wants_dx and clips, zero_point=zero_point, ste_clip_range=scheme.ste_clip_range,
     )  # fmt: skip
     return _Operand(encoded.codes, encoded.scale, zero_point, scheme.granularity), encoded.mask
 
@@ -366,7 +370,7 @@ def accumulated_by_megatron(weight: Tensor) -> Tensor:
 def quantized_matmul(
     x: Tensor,
     weight: Tensor,
-    input_steps: tuple[Tensor | None, Tensor | None],
+    input_qparams: tuple[Tensor | None, Tensor | None],
     used: StepWeight,
     gemm: Gemm,
 ) -> Tensor:
@@ -375,7 +379,7 @@ def quantized_matmul(
     Args:
         x: Float [S/tp, B, I] under sequence parallelism, else [S, B, I].
         weight: The parameter [O, I] that receives the gradient.
-        input_steps: float32 scale (1,), or [S/tp, B] per token; int32 zero point shaped like it or
+        input_qparams: float32 scale (1,), or [S/tp, B] per token; int32 zero point shaped like it or
             None. No scale leaves the input in floats.
         used: What `encode_weight` made of `weight`.
         gemm: Kind and communication.
@@ -383,6 +387,6 @@ def quantized_matmul(
     Returns:
         [S, B, O] in the dtype of `x`.
     """
-    rows: Tensor = _QuantizedGemm.apply(x, weight, *input_steps, used, gemm)  # type: ignore[no-untyped-call]
+    rows: Tensor = _QuantizedGemm.apply(x, weight, *input_qparams, used, gemm)  # type: ignore[no-untyped-call]
     sequence = x.shape[0] * (gemm.tp_group.size() if gemm.sequence_parallel else 1)
     return rows.view(sequence, *x.shape[1:-1], rows.shape[-1])

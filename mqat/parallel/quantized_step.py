@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mqat.errors import UserError
 from mqat.parallel.linear import quantized_linears
 from mqat.parallel.step_weights import WeightCache
 
@@ -28,7 +29,7 @@ def quantized_step(model: Any, *, for_backward: bool = True) -> Iterator[None]:
     linears = quantized_linears(model).values()
     for linear in linears:
         if linear.weight_cache is not None:
-            raise ValueError(
+            raise UserError(
                 f"{linear.quantized_name}: quantized_step is already open for this model. Close it "
                 "before the next one: weights may change only between two scopes."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,20 +16,21 @@ from mqat.checkpoints.random_weights import RandomWeights
 from mqat.checkpoints.source import PretrainedSource, open_pretrained
 from mqat.config import QuantizationConfig, RuleConfig, RunConfig
 from mqat.data.packaged import smollm2_gguf
+from mqat.errors import UserError
 from mqat.export import huggingface
 from mqat.export.kv_cache import check_exportable as check_cache_exportable
 from mqat.export.tables import check_exportable as check_tables_exportable
 from mqat.export.trtllm import check_exportable
 from mqat.kernels.gemm import has_bf16_units
-from mqat.models.decoder import FAMILIES, LINEARS, DecoderConfig
+from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes, table_schemes
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
+from mqat.plan.bit_schedule import check_bits
 from mqat.quant.learned import check_learnable
 from mqat.quant.scheme import LinearScheme
 from mqat.report.page import check_plots
 from mqat.runtime.groups import device
 from mqat.specs.policy import Policy, Rule
-from mqat.training.schedule import check_bits
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _source(config: RunConfig) -> tuple[DecoderConfig, PretrainedSource | Random
     }
     named = [key for key, value in given.items() if value is not None]
     if len(named) != 1:
-        raise ValueError(
+        raise UserError(
             f"config: exactly one of {', '.join(given)} must be set, found {named or 'none'}."
         )
     if settings.architecture is not None:
@@ -86,7 +88,7 @@ def _source(config: RunConfig) -> tuple[DecoderConfig, PretrainedSource | Random
         if sizes.head_dim is None and (
             sizes.num_attention_heads < 1 or sizes.hidden_size % sizes.num_attention_heads
         ):
-            raise ValueError(
+            raise UserError(
                 f"model.architecture: hidden_size={sizes.hidden_size} is not a multiple of "
                 f"num_attention_heads={sizes.num_attention_heads}; change one, or set head_dim."
             )
@@ -106,7 +108,7 @@ def _source(config: RunConfig) -> tuple[DecoderConfig, PretrainedSource | Random
     if (path / DESCRIPTION).exists():
         return DecoderConfig.from_dict(read_description(path)["model"]), path
     if not path.exists():
-        raise ValueError(
+        raise UserError(
             f"model.restore_from_path={path}: no such file or directory. (conf/ptq_tiny.yaml continues "
             "from what examples/gpt_sft.py writes.)"
         )
@@ -119,15 +121,15 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
     settings = config.model
     trainer = config.trainer
     if world_size < 1:
-        raise ValueError(f"world size {world_size} must be at least 1.")
+        raise UserError(f"world size {world_size} must be at least 1.")
     if trainer.devices is not None and trainer.devices * trainer.num_nodes != world_size:
-        raise ValueError(
+        raise UserError(
             f"world size {world_size} does not match trainer.devices={trainer.devices} x "
             f"trainer.num_nodes={trainer.num_nodes}; start torchrun with that many processes."
         )
     model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
     if world_size % model_parallel:
-        raise ValueError(
+        raise UserError(
             f"world size {world_size} is not a multiple of tensor_model_parallel_size="
             f"{settings.tensor_model_parallel_size} x pipeline_model_parallel_size="
             f"{settings.pipeline_model_parallel_size}; start torchrun with --nproc-per-node "
@@ -136,12 +138,12 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
     data_parallel = world_size // model_parallel
     per_step = settings.micro_batch_size * data_parallel
     if settings.global_batch_size % per_step:
-        raise ValueError(
+        raise UserError(
             f"model.global_batch_size={settings.global_batch_size} is not a multiple of "
             f"micro_batch_size={settings.micro_batch_size} x data-parallel size {data_parallel}."
         )
     if config.quantization.num_calib_size % per_step:
-        raise ValueError(
+        raise UserError(
             f"quantization.num_calib_size={config.quantization.num_calib_size} is not a multiple "
             f"of micro_batch_size={settings.micro_batch_size} x data-parallel size "
             f"{data_parallel}; the same sequences must be seen on every layout."
@@ -153,7 +155,7 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
     for key, size in sizes.items():
         stages = settings.pipeline_model_parallel_size
         if settings.virtual_pipeline_model_parallel_size and size // per_step % stages:
-            raise ValueError(
+            raise UserError(
                 f"interleaved pipeline: {key}={size} gives {size // per_step} microbatches, not a "
                 f"multiple of pipeline_model_parallel_size={stages}; make it a multiple of "
                 f"{per_step * stages}."
@@ -175,7 +177,7 @@ def _check_training(settings: QuantizationConfig, layers: Mapping[str, LinearSch
         if rule is None:
             continue
         if not operands:
-            raise ValueError(
+            raise UserError(
                 f"config: quantization.{kind}_scales={rule}, but no {kind} is quantized; set it to "
                 "frozen, or choose another algorithm."
             )
@@ -183,7 +185,7 @@ def _check_training(settings: QuantizationConfig, layers: Mapping[str, LinearSch
             try:
                 check_learnable(operand, f"{name}.{kind}")
             except ValueError as error:
-                raise ValueError(f"config: quantization.{kind}_scales={rule}: {error}") from error
+                raise UserError(f"config: quantization.{kind}_scales={rule}: {error}") from error
     check_bits(settings.bit_schedule, layers)
 
 
@@ -195,7 +197,7 @@ def _check_decoder(config: RunConfig, model: DecoderConfig) -> None:
     }
     for key, decoder in given.items():
         if decoder is not None and decoder not in family.decoder_types:
-            raise ValueError(
+            raise UserError(
                 f"config: {key}={decoder}, but the model is {family.name}; leave it out, or use "
                 f"{' or '.join(family.decoder_types)}."
             )
@@ -224,18 +226,18 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     )
     data_parallel = _check_batches(config, world)
     if settings.sequence_parallel and settings.data.seq_length % tp:
-        raise ValueError(
+        raise UserError(
             f"model.data.seq_length={settings.data.seq_length} is not a multiple of "
             f"tensor_model_parallel_size={tp}, which sequence parallelism needs."
         )
     if settings.data.seq_length > model.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"model.data.seq_length={settings.data.seq_length} exceeds the model's "
             f"max_position_embeddings={model.max_position_embeddings}."
         )
     data = settings.data
     if data.packaged is None and not (data.train and data.validation):
-        raise ValueError(
+        raise UserError(
             "config: model.data.train and model.data.validation must each name at least one file "
             "(hold out whole documents), or set model.data.packaged."
         )
@@ -296,7 +298,7 @@ def memory_estimate(plan: RunPlan) -> dict[str, str]:
     ranks (distributed optimizer). Activations are not counted.
     """
     model, settings = plan.model, plan.config.model
-    linears = sum(a * b for a, b in map(model.linear_shape, LINEARS)) * model.num_layers
+    linears = sum(math.prod(x.stacked_shape(model, model.num_layers)) for x in model.linears)
     table = model.vocab_size * model.hidden_size
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
     tables = 1 if model.tie_word_embeddings and pp == 1 else (2 if pp == 1 else 1)

@@ -63,12 +63,12 @@ def _unsigned(bits: int) -> QuantFormat:
 # Weights: symmetric, so that -w has the code -q.
 INT8 = QuantFormat("int8", 8, -127, 127, 127, torch.int8)
 # Activations: TensorRT's quantize layer saturates at -128, and training must do the same.
-INT8_FULL = QuantFormat("int8_full", 8, -128, 127, 127, torch.int8)
+INT8_MIN128 = QuantFormat("int8_full", 8, -128, 127, 127, torch.int8)
 # The grid on which TensorRT-LLM's loader puts weight-only INT8 (symmetric_quantize_last_axis).
-INT8_LOADER = QuantFormat("int8_loader", 8, -128, 127, 128, torch.int8)
+INT8_AMAX128 = QuantFormat("int8_loader", 8, -128, 127, 128, torch.int8)
 INT4 = _signed(4)
 # torchao's and Quark's symmetric INT4: 15 steps span -amax..amax, so +amax rounds half a step down.
-INT4_EVEN = QuantFormat("int4_even", 4, -8, 7, 7.5, torch.int8)
+INT4_AMAX7_5 = QuantFormat("int4_even", 4, -8, 7, 7.5, torch.int8)
 UINT4 = _unsigned(4)
 # Stretched grids of ParetoQ (arXiv:2502.02631, "SEQ"): k levels share -amax..amax evenly, so that a
 # step is 2 amax / k and the outermost levels lie half a step inside.
@@ -103,7 +103,7 @@ FORMATS = {
     for f in (
         *(_signed(bits) for bits in (2, 3, 5, 6, 7)),
         *(_unsigned(bits) for bits in range(2, 9)),
-        *(INT8, INT8_FULL, INT8_LOADER, INT4, INT4_EVEN, TERNARY, INT2_ELASTIC),
+        *(INT8, INT8_MIN128, INT8_AMAX128, INT4, INT4_AMAX7_5, TERNARY, INT2_ELASTIC),
         *(FP8_E4M3, FP8_E5M2, FP4_E2M1, NF4),
     )
 }

@@ -137,17 +137,21 @@ class _FakeQuantize(torch.autograd.Function):
         fmt: QuantFormat,
         granularity: Granularity,
         zero_point: Tensor | None,
-        reach: float | None,
+        ste_clip_range: float | None,
     ) -> Tensor:
         values = x.float()
         groups, steps = grouped_view(values, scale, granularity)
         ratio = groups / steps
         low, high = _limits(values, fmt, granularity, zero_point)
-        ctx.is_masked = reach is None or math.isfinite(reach)
+        ctx.is_masked = ste_clip_range is None or math.isfinite(ste_clip_range)
         if ctx.is_masked:
             # Integers: values up to half a step beyond the last code count as not clipped.
             slack = 0.0 if fmt.is_float else 0.5
-            first, last = (low - slack, high + slack) if reach is None else (-reach, reach)
+            first, last = (
+                (low - slack, high + slack)
+                if ste_clip_range is None
+                else (-ste_clip_range, ste_clip_range)
+            )
             # Compared as floats: comparisons that write bools are not vectorized on CPUs.
             inside = torch.clamp(ratio, first, last).eq_(ratio).bool()
             ctx.save_for_backward(inside.view(x.shape))
@@ -168,7 +172,7 @@ def fake_quantize(
     granularity: Granularity,
     *,
     zero_point: Tensor | None = None,
-    reach: float | None = None,
+    ste_clip_range: float | None = None,
 ) -> Tensor:
     """`dequantize(quantize(x))` bit for bit, in the dtype of `x`, with a straight-through gradient.
 
@@ -181,8 +185,8 @@ def fake_quantize(
         fmt: Target format.
         granularity: Which elements share a scale.
         zero_point: As for `quantize`.
-        reach: Largest |x / scale| that lets the gradient pass; None: the range of the format (half a
-            step more for integers); infinity: everything.
+        ste_clip_range: Largest |x / scale| that lets the gradient pass; None: the range of the format
+            (half a step more for integers); infinity: everything.
 
     Reference:
         Bengio et al. 2013, arXiv:1308.3432; the clipped form is Jacob et al. 2018, arXiv:1712.05877.
@@ -193,5 +197,5 @@ def fake_quantize(
         low, high = _limits(values, fmt, granularity, zero_point)
         ratio = groups / steps
         return quantize_dequantize_(ratio, steps, fmt, low, high).view(x.shape).to(x.dtype)
-    result: Tensor = _FakeQuantize.apply(x, scale, fmt, granularity, zero_point, reach)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantize.apply(x, scale, fmt, granularity, zero_point, ste_clip_range)  # type: ignore[no-untyped-call]
     return result

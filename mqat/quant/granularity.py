@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from mqat.errors import UserError
+
 
 @dataclass(frozen=True)
 class PerTensor:
@@ -72,7 +74,7 @@ class PerGroup:
     def __post_init__(self) -> None:
         """Raises ValueError for a size below one."""
         if self.size < 1:
-            raise ValueError(f"group_size={self.size} must be at least 1.")
+            raise UserError(f"group_size={self.size} must be at least 1.")
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """(..., G)."""
@@ -101,7 +103,7 @@ class PerBlock:
     def __post_init__(self) -> None:
         """Raises ValueError for a size below one."""
         if self.size < 1:
-            raise ValueError(f"block size {self.size} must be at least 1.")
+            raise UserError(f"block size {self.size} must be at least 1.")
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """(ceil(O / size), ceil(I / size))."""
@@ -145,7 +147,7 @@ def granularity_from_str(text: str) -> Granularity:
         return _SIZED[kind](int(size))
     near = difflib.get_close_matches(kind, [*_PLAIN, *_SIZED], n=1)
     hint = f"did you mean '{near[0]}{':<size>' if near[0] in _SIZED else ''}'? " if near else ""
-    raise ValueError(
+    raise UserError(
         f"granularity {text!r}: {hint}Expected 'tensor', 'channel', 'token', 'group:<size>' or "
         "'block:<size>'."
     )

@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mqat.quant.formats import FP8_E4M3, INT8_FULL
+from mqat.errors import UserError
+from mqat.quant.formats import FP8_E4M3, INT8_MIN128
 from mqat.quant.granularity import PerTensor
 from mqat.quant.scales import SCALE_DTYPES
 from mqat.quant.scheme import TensorScheme, nearest_hint
@@ -25,7 +26,7 @@ from mqat.quant.scheme import TensorScheme, nearest_hint
 # INT8 codes saturate at -128, as the kernels' conversion does. FP8 scales lie on the bfloat16 grid,
 # because compressed-tensors keeps them in the model's dtype.
 _TENSORS = {
-    "int8": TensorScheme(INT8_FULL, PerTensor()),
+    "int8": TensorScheme(INT8_MIN128, PerTensor()),
     "fp8": TensorScheme(FP8_E4M3, PerTensor(), SCALE_DTYPES["bfloat16"]),
 }
 KV_CACHES = tuple(_TENSORS)
@@ -49,7 +50,7 @@ class KvCacheScheme:
     def __post_init__(self) -> None:
         """Raises ValueError for what no server's cache holds."""
         if self.tensor != _TENSORS.get(self.name):
-            raise ValueError(
+            raise UserError(
                 f"KV cache {self.name!r} is {_TENSORS.get(self.name)}, not {self.tensor}."
             )
 
@@ -78,10 +79,10 @@ def kv_cache_scheme(name: str, scales: str = "shared") -> KvCacheScheme:
         ValueError: An unknown word; suggests the nearest.
     """
     if name not in _TENSORS:
-        raise ValueError(
+        raise UserError(
             f"quantization.kv_cache={name!r} is unknown; {nearest_hint(name, KV_CACHES)}"
         )
     if scales not in KV_SCALES:
         hint = nearest_hint(scales, KV_SCALES)
-        raise ValueError(f"quantization.kv_cache_scales={scales!r} is unknown; {hint}")
+        raise UserError(f"quantization.kv_cache_scales={scales!r} is unknown; {hint}")
     return KvCacheScheme(name, _TENSORS[name], scales == "shared")

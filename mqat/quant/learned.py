@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mqat.errors import UserError
 from mqat.quant.formats import QuantFormat
 from mqat.quant.functional import quantize_dequantize_, round_values_
 from mqat.quant.granularity import Granularity, grouped_view
@@ -55,7 +56,7 @@ def check_learnable(scheme: TensorScheme, name: str) -> None:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(
+            raise UserError(
                 f"{name}: a learned scale needs a static, symmetric integer format with float32 or "
                 f"bfloat16 scales; this operand has {reason}. Leave its scales frozen, or change "
                 "its scheme by a rule."
@@ -154,7 +155,7 @@ def fake_quantize_learned(
         ValueError: A floating-point format: its step is not uniform, so neither formula applies.
     """
     if not fmt.is_uniform:
-        raise ValueError(
+        raise UserError(
             f"learned scales need an integer format, not {fmt.name!r}; keep its scales frozen."
         )
     result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mqat.errors import UserError
 from mqat.quant.histogram import BINS, bin_of, entropy_amax, mse_amax, percentile_amax
 from mqat.quant.scheme import TensorScheme
 
@@ -28,7 +29,7 @@ class ActivationObserver(nn.Module):
     def __init__(self, method: str = "max") -> None:
         super().__init__()
         if method not in METHODS:
-            raise ValueError(f"calibration method {method!r} is unknown; known: {METHODS}.")
+            raise UserError(f"calibration method {method!r} is unknown; known: {METHODS}.")
         self.method = method
         self.register_buffer("statistics", torch.zeros(4), persistent=False)
         if method != "max":
@@ -56,12 +57,12 @@ class ActivationObserver(nn.Module):
         """Raises ValueError, naming the layer, if it saw nothing or saw NaN or infinity."""
         seen, nonfinite = self.statistics[2:].tolist()
         if not seen:
-            raise ValueError(
+            raise UserError(
                 f"{name}: no calibration token reached this layer, so its input has no scale. "
                 "Check that the calibration batches run through the whole model."
             )
         if nonfinite:
-            raise ValueError(
+            raise UserError(
                 f"{name}: input holds NaN or infinite values during calibration. Check the "
                 "checkpoint and the calibration text, or calibrate in a wider precision."
             )
@@ -81,9 +82,9 @@ class ActivationObserver(nn.Module):
         if percentile is None:
             return maximum
         if not 0 < percentile <= 100:
-            raise ValueError(f"percentile={percentile} must be in (0, 100]; 100 is the maximum.")
+            raise UserError(f"percentile={percentile} must be in (0, 100]; 100 is the maximum.")
         if self.method == "max":
-            raise ValueError(
+            raise UserError(
                 f"percentile={percentile} needs a histogram, but this observer was made with "
                 f"method={self.method!r}; start observing with method='percentile'."
             )

@@ -21,7 +21,7 @@ def statistic_of(x: Tensor, scheme: TensorScheme) -> Tensor:
     return compute(x, scheme.granularity)
 
 
-def steps_of(
+def compute_qparams(
     statistic: Tensor, scheme: TensorScheme, global_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Scale, and zero point where the scheme is asymmetric.
@@ -58,5 +58,5 @@ def rounded(
     if scheme.has_global_scale:
         amax = statistic.amax().reshape(1) if global_amax is None else global_amax
         global_scale = compute_global_scale(amax, scheme.format)
-    scale, zero_point = steps_of(statistic, scheme, global_scale)
+    scale, zero_point = compute_qparams(statistic, scheme, global_scale)
     return fake_quantize(x, scale, scheme.format, scheme.granularity, zero_point=zero_point)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mqat.errors import UserError
 from mqat.quant.formats import QuantFormat
 from mqat.quant.functional import dequantize, fake_quantize, quantize
 from mqat.quant.learned import Rule, check_learnable, fake_quantize_learned, served_scale
 from mqat.quant.observers import ActivationObserver
-from mqat.quant.qparams import statistic_of, steps_of
+from mqat.quant.qparams import compute_qparams, statistic_of
 from mqat.quant.scales import compute_global_scale
 from mqat.quant.scheme import TensorScheme
 
@@ -52,8 +53,8 @@ class Quantizer(nn.Module):
         self.observer: ActivationObserver | None = None
         self.rule: Rule | None = None
         self.grad_scale = 1.0
-        self.stage: QuantFormat | None = None
-        self.merge_: Callable[[Tensor], None] | None = None
+        self.active_format: QuantFormat | None = None
+        self.reduce_amax: Callable[[Tensor], None] | None = None
         shapes = {"scale": (0,), "zero_point": None, "global_scale": None}
         for part, size in (shapes | scheme.frozen_shapes(shape)).items():
             dtype = torch.int32 if part == "zero_point" else torch.float32
@@ -75,7 +76,7 @@ class Quantizer(nn.Module):
     @property
     def format(self) -> QuantFormat:
         """In use: the scheme's own, or that of the present stage."""
-        return self.stage or self.scheme.format
+        return self.active_format or self.scheme.format
 
     def learn_(self, rule: Rule, grad_scale: float) -> nn.Parameter:
         """Makes the scale a parameter; call it before optimizer and DDP wrapper are built.
@@ -134,7 +135,7 @@ class Quantizer(nn.Module):
             amax = statistic if global_amax is None else global_amax
             loaded["global_scale"] = compute_global_scale(amax, scheme.format)
         if not scheme.is_dynamic:
-            scale, zero_point = steps_of(statistic, scheme, loaded.get("global_scale"))
+            scale, zero_point = compute_qparams(statistic, scheme, loaded.get("global_scale"))
             loaded["scale"] = scale
             if zero_point is not None:
                 loaded["zero_point"] = zero_point
@@ -160,7 +161,7 @@ class Quantizer(nn.Module):
 
     def _check(self, part: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: {part} has shape {tuple(tensor.shape)}, expected {shape}."
             )
         if part == "zero_point":
@@ -169,12 +170,12 @@ class Quantizer(nn.Module):
                 tensor.numel()
                 and not fmt.qmin <= int(tensor.min()) <= int(tensor.max()) <= fmt.qmax
             ):
-                raise ValueError(f"{self.name}: a zero point is not a code of {fmt.name}.")
+                raise UserError(f"{self.name}: a zero point is not a code of {fmt.name}.")
             return
         # Waits for the device, once per calibration or load: a step of zero or NaN trains silently.
         bad = ~((tensor > 0) & tensor.isfinite())
         if bool(bad.any()):
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: {int(bad.sum())} of {tensor.numel()} {part}s are not positive finite "
                 f"numbers (first: {float(tensor[bad][0])}). Calibrate again, or restore another "
                 "checkpoint."
@@ -188,19 +189,19 @@ class Quantizer(nn.Module):
         self.observer = None
         self.is_frozen = False
 
-    def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point for `x`: frozen or learned ones, or, when dynamic, its own."""
         if not self.scheme.is_dynamic:
             scale = self.scale
-            if self.stage is not None:
-                scale = scale * (self.scheme.format.max_value / self.stage.max_value)
+            if self.active_format is not None:
+                scale = scale * (self.scheme.format.max_value / self.active_format.max_value)
             if self.rule is not None:
                 scale = served_scale(scale, self.scheme.scale_dtype)
             return scale, self.zero_point
         statistic = self.statistic(x)
-        if self.merge_ is not None:
-            self.merge_(statistic)
-        return steps_of(statistic, self.scheme, self.global_scale)
+        if self.reduce_amax is not None:
+            self.reduce_amax(statistic)
+        return compute_qparams(statistic, self.scheme, self.global_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Observes, fake-quantizes, or passes `x` through, according to the state."""
@@ -209,23 +210,25 @@ class Quantizer(nn.Module):
             return x
         if not (self.is_frozen and self.is_enabled):
             return x
-        scale, zero_point = self.steps(x)
+        scale, zero_point = self.qparams(x)
         fmt, granularity = self.format, self.scheme.granularity
         if self.rule is not None:
             return fake_quantize_learned(
                 x, scale, fmt, granularity, grad_scale=self.grad_scale, rule=self.rule
             )
-        reach = self.scheme.reach if self.stage is None else None
-        return fake_quantize(x, scale, fmt, granularity, zero_point=zero_point, reach=reach)
+        ste_clip_range = self.scheme.ste_clip_range if self.active_format is None else None
+        return fake_quantize(
+            x, scale, fmt, granularity, zero_point=zero_point, ste_clip_range=ste_clip_range
+        )
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of `x`."""
-        scale, zero_point = self.steps(x)
+        scale, zero_point = self.qparams(x)
         return quantize(x, scale, self.format, self.scheme.granularity, zero_point=zero_point)
 
     def dequantize(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Values of `codes` on the static grid."""
         assert not self.scheme.is_dynamic, "the scales of these codes were not kept"
-        scale, zero_point = self.steps(codes)
+        scale, zero_point = self.qparams(codes)
         fmt, granularity = self.format, self.scheme.granularity
         return dequantize(codes, scale, granularity, dtype, zero_point=zero_point, fmt=fmt)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mqat.errors import UserError
 from mqat.quant.formats import QuantFormat
 from mqat.quant.granularity import Granularity
 
@@ -94,7 +95,7 @@ def compute_scale(
         Krishnamoorthi 2018, arXiv:1806.08342, section 2.2; OCP Microscaling Formats 1.0, section 6.3.
     """
     if amax.dtype != torch.float32:
-        raise ValueError(f"amax must be float32, not {amax.dtype}.")
+        raise UserError(f"amax must be float32, not {amax.dtype}.")
     if scale_dtype == torch.float8_e8m0fnu:
         return _power_of_two(amax, fmt.max_exponent)
     if scale_dtype == torch.float8_e4m3fn:
@@ -148,7 +149,7 @@ def round_up(scale: Tensor, scale_dtype: torch.dtype, eps: float = _EPS) -> Tens
         return scale
     if scale_dtype != torch.bfloat16:
         known = ", ".join(SCALE_DTYPES)
-        raise ValueError(f"scale_dtype={scale_dtype}: only {known} are supported here.")
+        raise UserError(f"scale_dtype={scale_dtype}: only {known} are supported here.")
     # Positive floats order like their bits; bfloat16 is the upper half of the word.
     bfloat16_grid = ((scale.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
     # Below 2**-17 float16 is the coarser of the two: its subnormals are multiples of 2**-24.

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
+from mqat.errors import UserError
 from mqat.quant.formats import (
     FORMATS,
     FP4_E2M1,
     FP8_E4M3,
     INT2_ELASTIC,
     INT4,
-    INT4_EVEN,
+    INT4_AMAX7_5,
     INT8,
-    INT8_FULL,
-    INT8_LOADER,
+    INT8_AMAX128,
+    INT8_MIN128,
     NF4,
     TERNARY,
     UINT4,
@@ -69,24 +70,24 @@ class TensorScheme:
         """Raises ValueError for combinations without a meaning."""
         fmt, granularity = self.format, self.granularity
         if fmt.is_unsigned and not self.is_asymmetric:
-            raise ValueError(
+            raise UserError(
                 f"format {fmt.name!r} has no negative codes: set asymmetric, or use "
                 f"{fmt.name.removeprefix('u')!r}."
             )
         if self.is_asymmetric and (fmt.is_float or self.scale_dtype in _COARSE):
-            raise ValueError(
+            raise UserError(
                 f"asymmetric needs an integer format with float32 or bfloat16 scales, not "
                 f"{fmt.name!r} with {self.scale_name!r}."
             )
         if self.has_global_scale and not isinstance(granularity, PerGroup):
-            raise ValueError(
+            raise UserError(
                 f"scale {self.scale_name!r} stands under a global scale and needs granularity "
                 f"'group:<size>', not {str(granularity)!r}."
             )
         if isinstance(granularity, PerToken) and not self.is_dynamic:
-            raise ValueError("granularity 'token' is known only at run time: set dynamic.")
+            raise UserError("granularity 'token' is known only at run time: set dynamic.")
         if self.is_dynamic and not isinstance(granularity, PerToken | PerGroup):
-            raise ValueError(
+            raise UserError(
                 f"dynamic scales need granularity 'token' or 'group:<size>', not {str(granularity)!r}: "
                 "a wider one would depend on how tokens are spread over ranks and microbatches."
             )
@@ -102,7 +103,7 @@ class TensorScheme:
         return self.scale_dtype == torch.float8_e4m3fn
 
     @property
-    def reach(self) -> float | None:
+    def ste_clip_range(self) -> float | None:
         """Largest |x / scale| that lets gradients pass (`functional.fake_quantize`).
 
         Dynamic scales follow x, so nothing is clipped for good. Scales on a coarse grid may be
@@ -112,7 +113,7 @@ class TensorScheme:
         """
         if self.is_dynamic:
             return math.inf
-        if self.format in (INT4_EVEN, TERNARY, INT2_ELASTIC):
+        if self.format in (INT4_AMAX7_5, TERNARY, INT2_ELASTIC):
             return self.format.max_value + 1
         return 2.0 ** (self.format.max_exponent + 1) if self.scale_dtype in _COARSE else None
 
@@ -143,12 +144,12 @@ class TensorScheme:
         """Inverse of `to_dict`; an unknown format, granularity or dtype is a ValueError."""
         name = values["format"]
         if name not in FORMATS:
-            raise ValueError(
+            raise UserError(
                 f"quantization format {name!r} is unknown; {nearest_hint(name, FORMATS)}"
             )
         scale_dtype = values["scale_dtype"]
         if scale_dtype not in SCALE_DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"scale_dtype {scale_dtype!r} is unknown; {nearest_hint(scale_dtype, SCALE_DTYPES)}"
             )
         return cls(
@@ -172,19 +173,19 @@ class LinearScheme:
     def __post_init__(self) -> None:
         """Raises ValueError for operands that cannot be quantized that way."""
         if self.weight is not None and self.weight.is_dynamic:
-            raise ValueError(
+            raise UserError(
                 "weight: dynamic scales are for inputs and outputs; weights are frozen."
             )
         for kind, scheme in (("input", self.input), ("output", self.output)):
             if scheme is None or scheme.is_dynamic:
                 continue
             if not isinstance(scheme.granularity, PerTensor):
-                raise ValueError(
+                raise UserError(
                     f"{kind}: static scales have granularity 'tensor', not "
                     f"{str(scheme.granularity)!r}; set dynamic."
                 )
         if self.output is not None and isinstance(self.output.granularity, PerGroup):
-            raise ValueError("output: granularity must be 'tensor', or 'token' with dynamic.")
+            raise UserError("output: granularity must be 'tensor', or 'token' with dynamic.")
 
     @property
     def operands(self) -> dict[str, TensorScheme]:
@@ -206,10 +207,10 @@ class LinearScheme:
         return cls(values["name"], parts.get("weight"), parts.get("input"), parts.get("output"))
 
 
-_INT8_STATIC = TensorScheme(INT8_FULL, PerTensor())
+_INT8_STATIC = TensorScheme(INT8_MIN128, PerTensor())
 _FP8_STATIC = TensorScheme(FP8_E4M3, PerTensor(), _BF16)
 _FP8_TOKEN = TensorScheme(FP8_E4M3, PerToken(), is_dynamic=True)
-_INT8_TOKEN = TensorScheme(INT8_FULL, PerToken(), is_dynamic=True, is_asymmetric=True)
+_INT8_TOKEN = TensorScheme(INT8_MIN128, PerToken(), is_dynamic=True, is_asymmetric=True)
 
 # Algorithm -> weight, input.
 _FIXED: dict[str, tuple[TensorScheme, TensorScheme | None]] = {
@@ -217,9 +218,9 @@ _FIXED: dict[str, tuple[TensorScheme, TensorScheme | None]] = {
     "int8_sq": (TensorScheme(INT8, PerChannel()), _INT8_STATIC),
     "int8_pc_pt": (
         TensorScheme(INT8, PerChannel()),
-        TensorScheme(INT8_FULL, PerToken(), is_dynamic=True),
+        TensorScheme(INT8_MIN128, PerToken(), is_dynamic=True),
     ),
-    "int8_wo": (TensorScheme(INT8_LOADER, PerChannel()), None),
+    "int8_wo": (TensorScheme(INT8_AMAX128, PerChannel()), None),
     "fp8": (_FP8_STATIC, _FP8_STATIC),
     "fp8_pc_pt": (TensorScheme(FP8_E4M3, PerChannel()), _FP8_TOKEN),
     "nvfp4": (
@@ -242,8 +243,8 @@ _GROUPED: dict[str, tuple[TensorScheme, TensorScheme | None]] = {
     "int4_awq": (TensorScheme(INT4, PerGroup(128), _BF16), None),
     "w4a8_awq": (TensorScheme(INT4, PerGroup(128), _BF16), _FP8_STATIC),
     "int4_w_int8_a": (TensorScheme(INT4, PerGroup(128), _BF16), _INT8_STATIC),
-    "8da4w": (TensorScheme(INT4_EVEN, PerGroup(256)), _INT8_TOKEN),
-    "w_int4_sym": (TensorScheme(INT4_EVEN, PerGroup(128), _BF16), None),
+    "8da4w": (TensorScheme(INT4_AMAX7_5, PerGroup(256)), _INT8_TOKEN),
+    "w_int4_sym": (TensorScheme(INT4_AMAX7_5, PerGroup(128), _BF16), None),
     "w_uint4_asym": (TensorScheme(UINT4, PerGroup(128), _BF16, is_asymmetric=True), None),
 }
 ALGORITHMS = (*_FIXED, *_GROUPED, "null")
@@ -291,7 +292,7 @@ def named_scheme(algorithm: str, *, group_size: int | None = None) -> LinearSche
     if algorithm in _FIXED:
         return LinearScheme(algorithm, *_FIXED[algorithm])
     if algorithm not in _GROUPED:
-        raise ValueError(
+        raise UserError(
             f"quantization algorithm {algorithm!r} is unknown; {nearest_hint(algorithm, ALGORITHMS)}"
         )
     weight, operand = _GROUPED[algorithm]

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mqat.errors import UserError
+
 _LOW_DB = 20.0  # below this, a tenth of the output's amplitude is noise
 _STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em }
@@ -40,9 +42,7 @@ def hint(entry: dict[str, Any]) -> str:
     if value is None or value >= _LOW_DB:
         return ""
     if entry["input"] is not None and entry["outliers"]["count"]:
-        return (
-            "outlier channels: equalize (SmoothQuant), dynamic inputs, or `disabled` for its input"
-        )
+        return "outlier channels: `smoothquant`, dynamic inputs, or `disabled` for its input"
     if entry["input"] is not None and entry["input"]["clip_rate"] > 0.01:
         return "inputs are clipped: calibrator max, or more calibration text"
     if entry["weight"] is not None and (entry["weight"]["sqnr_db"] or 99) < value + 3:
@@ -53,7 +53,7 @@ def hint(entry: dict[str, Any]) -> str:
 def check_plots() -> None:
     """Raises ValueError if matplotlib is not installed; meant to run before anything else."""
     if find_spec("matplotlib") is None:
-        raise ValueError("quality report: plots need matplotlib; pip install 'mqat[report]'.")
+        raise UserError("quality report: plots need matplotlib; pip install 'mqat[report]'.")
 
 
 def _plots(linears: Sequence[dict[str, Any]]) -> str:

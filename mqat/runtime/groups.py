@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from mqat.errors import UserError
+
 
 def world_size() -> int:
     """Number of processes, from torchrun's environment; 1 without torchrun."""
@@ -54,18 +56,18 @@ def initialize(
         ValueError: On every rank, before any group exists: the sizes or the world size do not fit.
     """
     if min(tensor_parallel, pipeline_parallel) < 1:
-        raise ValueError(
+        raise UserError(
             f"tensor_parallel={tensor_parallel} and pipeline_parallel={pipeline_parallel} must be at "
             "least 1, which means not parallel."
         )
     if virtual_pipeline is not None and (virtual_pipeline < 2 or pipeline_parallel < 2):
-        raise ValueError(
+        raise UserError(
             f"virtual_pipeline={virtual_pipeline} with pipeline_parallel={pipeline_parallel}: an "
             "interleaved pipeline has at least 2 chunks on each of at least 2 stages; use None."
         )
     size = world_size()
     if size % (tensor_parallel * pipeline_parallel):
-        raise ValueError(
+        raise UserError(
             f"world size {size} is not a multiple of tensor_parallel={tensor_parallel} x "
             f"pipeline_parallel={pipeline_parallel}; start torchrun with --nproc-per-node "
             f"{tensor_parallel * pipeline_parallel} or a multiple of it."
@@ -127,7 +129,7 @@ def finalize() -> None:
         dist.destroy_process_group()
 
 
-def agree(error: Exception | None) -> None:
+def raise_on_any_rank(error: Exception | None) -> None:
     """Every rank reports success or its error; if any failed, all raise the same ValueError.
 
     A rank that raises alone leaves the others waiting in their next collective.
@@ -145,10 +147,10 @@ def agree(error: Exception | None) -> None:
         dist.all_gather_object(messages, message)
     first = next((text for text in messages if text is not None), None)
     if first is not None:
-        raise ValueError(first) from error
+        raise UserError(first) from error
 
 
-def anywhere(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on any rank; every rank gets the same answer (a collective)."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return flag
@@ -181,9 +183,9 @@ def _is_first_to_fail() -> bool:
 def command_line() -> Iterator[None]:
     """Around a script's main function: quiet dependencies, and errors as people want them.
 
-    A ValueError (which every rank raises alike, see `agree`) becomes one line from the first rank that
-    gets here and exit status 2 on all ranks: torchrun ends the others as soon as one has exited. Ctrl-C
-    becomes a word and status 130.
+    A UserError (which every rank raises alike, see `raise_on_any_rank`) becomes one line from the first
+    rank that gets here and exit status 2 on all ranks: torchrun ends the others as soon as one has
+    exited. Ctrl-C becomes a word and status 130.
     Warnings that users cannot act on are hidden: Megatron uses what newer torch calls deprecated, and
     reports the absence of optional packages.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +15,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
+from mqat.errors import UserError
+from mqat.models.structure import CORE_ATTENTION, DENSE_NORMS
+from mqat.models.structure import Norm as NormOfLayer
 from mqat.specs.elementwise import RmsNorm, Swiglu
+from mqat.specs.gpt import with_slots
 
 
 class Norm(nn.Module):
@@ -28,7 +33,7 @@ class Norm(nn.Module):
         """Arguments as Megatron passes them to a norm; extra ones do not apply to torch norms."""
         kinds: dict[str, type[nn.Module]] = {"RMSNorm": RmsNorm, "LayerNorm": nn.LayerNorm}
         if config.normalization not in kinds:
-            raise ValueError(
+            raise UserError(
                 f"normalization={config.normalization!r}: only {sorted(kinds)} are supported."
             )
         norm = kinds[config.normalization](
@@ -61,11 +66,11 @@ class SdpaAttention(nn.Module):
     ) -> None:
         super().__init__()
         if config.context_parallel_size != 1:
-            raise ValueError("context_parallel_size > 1 is not supported by SdpaAttention.")
+            raise UserError("context_parallel_size > 1 is not supported by SdpaAttention.")
         if attn_mask_type is not AttnMaskType.causal:
-            raise ValueError(f"attn_mask_type={attn_mask_type}: SdpaAttention is causal only.")
+            raise UserError(f"attn_mask_type={attn_mask_type}: SdpaAttention is causal only.")
         if config.window_size is not None or config.softmax_type != "vanilla":
-            raise ValueError(
+            raise UserError(
                 f"window_size={config.window_size}, softmax_type={config.softmax_type!r}: SdpaAttention "
                 "attends to all earlier tokens with a plain softmax; use None and 'vanilla'."
             )
@@ -99,7 +104,7 @@ class SdpaAttention(nn.Module):
             [s, b, heads * d].
         """
         if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("SdpaAttention supports neither attention_bias nor packed_seq_params.")
+            raise UserError("SdpaAttention supports neither attention_bias nor packed_seq_params.")
         # Saved for backward, `value` alone would keep the whole output of linear_qkv, whose view it is.
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value.contiguous()))
         dropout = self.dropout if self.training else 0.0
@@ -119,14 +124,11 @@ class SdpaAttention(nn.Module):
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def gpt_layer_spec() -> ModuleSpec:
+def gpt_layer_spec(norms: Sequence[NormOfLayer] = DENSE_NORMS) -> ModuleSpec:
     """Megatron's local GPT layer spec with `Norm`, `SdpaAttention` and `Swiglu`.
 
     Megatron calls `Swiglu` where its config says `use_te_activation_func`, and its own otherwise.
     """
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.input_layernorm = Norm
-    spec.submodules.pre_mlp_layernorm = Norm
-    spec.submodules.self_attention.submodules.core_attention = SdpaAttention
-    spec.submodules.mlp.submodules.activation_func = Swiglu
-    return spec
+    slots: dict[str, Any] = {norm.name: Norm for norm in norms}
+    slots |= {CORE_ATTENTION.name: SdpaAttention, "mlp.activation_func": Swiglu}
+    return with_slots(get_gpt_layer_local_spec(normalization="RMSNorm"), slots)

@@ -14,6 +14,7 @@ from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mqat.errors import UserError
 from mqat.kernels.cpu import passes as native
 
 
@@ -88,7 +89,7 @@ class Swiglu:
 
     def __init__(self, config: Any) -> None:
         if not config.gated_linear_unit or config.activation_func is not F.silu:
-            raise ValueError(
+            raise UserError(
                 f"activation_func={config.activation_func} with gated_linear_unit="
                 f"{config.gated_linear_unit}: this layer spec computes SwiGLU; use F.silu and True."
             )

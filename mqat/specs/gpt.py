@@ -5,10 +5,11 @@ Nothing that is already built is touched, and the given spec is not modified.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -16,19 +17,61 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from mqat.models.decoder import CORE_ATTENTION, DecoderConfig
+from mqat.errors import UserError
+from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme
+from mqat.models.structure import (
+    CORE_ATTENTION,
+    DENSE_LINEARS,
+    DENSE_NORMS,
+    Linear,
+    Norm,
+    in_layer,
+)
 from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from mqat.quant.scheme import LinearScheme
 
-_REPLACEMENTS = {
-    "self_attention.linear_qkv": QuantColumnParallelLinear,
-    "self_attention.linear_proj": QuantRowParallelLinear,
-    "mlp.linear_fc1": QuantColumnParallelLinear,
-    "mlp.linear_fc2": QuantRowParallelLinear,
-}
+_REPLACEMENTS = {"column": QuantColumnParallelLinear, "row": QuantRowParallelLinear}
+
+
+def spec_slot(spec: ModuleSpec, name: str) -> Any:
+    """What a layer spec says about a module, by its name in the layer; None: nothing."""
+    for part in name.split("."):
+        spec = getattr(spec.submodules, part, None)
+    return spec
+
+
+def with_slots(spec: ModuleSpec, slots: Mapping[str, Any]) -> ModuleSpec:
+    """A copy of a layer spec with other modules in some places, by their names in the layer."""
+    own = {name: module for name, module in slots.items() if "." not in name}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, module in slots.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(first, {})[rest] = module
+    inside = {first: with_slots(spec_slot(spec, first), rest) for first, rest in nested.items()}
+    return replace(spec, submodules=replace(spec.submodules, **own, **inside))
+
+
+def _check_norms(spec: ModuleSpec, norms: Sequence[Norm]) -> None:
+    """Refuses specs that keep norms inside linears, which are replaced together with them.
+
+    Raises:
+        UserError: Names the slot without a norm.
+    """
+    for norm in norms:
+        slot = spec_slot(spec, norm.name)
+        module = slot.module if isinstance(slot, ModuleSpec) else slot
+        if module is None or module is IdentityOp:
+            found = "nothing" if module is None else module.__name__
+            raise UserError(
+                f"layer spec: the slot {norm.name} holds {found}, so the norm is inside the linear "
+                "behind it, as in Transformer Engine's specs, and would be lost with it. Use a spec "
+                "with norms of their own, such as mqat.specs.backend.gpt_layer_spec() or Megatron's "
+                "get_gpt_layer_local_spec()."
+            )
 
 
 def quantize_layer_spec(
@@ -38,51 +81,49 @@ def quantize_layer_spec(
     layer: int,
     num_shards: int,
     biases: Collection[str] | None = None,
+    linears: Sequence[Linear] = DENSE_LINEARS,
+    norms: Sequence[Norm] = DENSE_NORMS,
 ) -> ModuleSpec:
-    """A copy of a transformer-layer spec with its four linears replaced, its attention wrapped.
+    """A copy of a transformer-layer spec with its linears replaced, its attention wrapped.
 
     Args:
         spec: Layer spec with self-attention and a dense gated MLP (such as
             `backend.gpt_layer_spec()`).
-        schemes: Short name (`mlp.linear_fc1`, ..., `self_attention.core_attention` for the cache) ->
-            scheme. A linear without one is unquantized but can still run layout-exact calibration; an
-            attention without one is left as it is.
+        schemes: Name in the layer (of a linear, or of the core attention for the cache) -> scheme. A
+            linear without one is unquantized but can still run layout-exact calibration; an attention
+            without one is left as it is.
         layer: Global, zero-based layer number; it becomes part of the quantizers' names.
         num_shards: Largest valid tensor-parallel size (`parallel.layout.shard_count`).
-        biases: Short names of the linears that have a bias; None: as Megatron's config says, which
+        biases: Names of the linears that have a bias; None: as Megatron's config says, which
             knows no biases on attention alone.
+        linears: Those of a layer.
+        norms: Those of a layer.
+
+    Raises:
+        UserError: The spec keeps a norm inside a linear.
     """
-    linears = {short: s for short, s in schemes.items() if isinstance(s, LinearScheme)}
-    cache = schemes.get(CORE_ATTENTION)
-    replaced: dict[str, ModuleSpec] = {}
-    for short, module in _REPLACEMENTS.items():
+    _check_norms(spec, norms)
+    slots: dict[str, ModuleSpec] = {}
+    for linear in linears:
+        scheme = schemes.get(linear.name)
         params: dict[str, Any] = {
-            "name": f"decoder.layers.{layer}.{short}",
-            "scheme": linears.get(short),
+            "name": in_layer(layer, linear.name),
+            "scheme": scheme if isinstance(scheme, LinearScheme) else None,
             "num_shards": num_shards,
-            "has_bias": None if biases is None else short in biases,
+            "has_bias": None if biases is None else linear.name in biases,
         }
-        if short == "mlp.linear_fc1":
-            params["parts"] = 2
-        replaced[short] = ModuleSpec(module=module, params=params)
+        if linear.separate_parts > 1:
+            params["parts"] = linear.separate_parts
+        slots[linear.name] = ModuleSpec(module=_REPLACEMENTS[linear.parallel], params=params)
+    cache = schemes.get(CORE_ATTENTION.name)
     if cache is not None:
         params = {
-            "attention": spec.submodules.self_attention.submodules.core_attention,
-            "name": f"decoder.layers.{layer}.{CORE_ATTENTION}",
+            "attention": spec_slot(spec, CORE_ATTENTION.name),
+            "name": in_layer(layer, CORE_ATTENTION.name),
             "scheme": cache,
         }
-        replaced[CORE_ATTENTION] = ModuleSpec(module=KvCacheAttention, params=params)
-
-    def with_replaced(parent: ModuleSpec, prefix: str) -> ModuleSpec:
-        inside = {n.removeprefix(prefix): s for n, s in replaced.items() if n.startswith(prefix)}
-        return replace(parent, submodules=replace(parent.submodules, **inside))
-
-    submodules = replace(
-        spec.submodules,
-        self_attention=with_replaced(spec.submodules.self_attention, "self_attention."),
-        mlp=with_replaced(spec.submodules.mlp, "mlp."),
-    )
-    return replace(spec, submodules=submodules)
+        slots[CORE_ATTENTION.name] = ModuleSpec(module=KvCacheAttention, params=params)
+    return with_slots(spec, slots)
 
 
 def quantize_block_spec(
@@ -103,17 +144,22 @@ def quantize_block_spec(
         transformer_config: Megatron's config, which knows how layers are spread over stages.
         pp_rank: Pipeline rank.
         vp_stage: Virtual chunk under interleaved pipeline parallelism.
+
+    Raises:
+        UserError: As `quantize_layer_spec`.
     """
     offset = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
     count = get_num_layers_to_build(transformer_config, vp_stage, pp_rank)
+    names = [*(linear.name for linear in model.linears), CORE_ATTENTION.name]
     specs = []
     for layer in range(offset, offset + count):
-        prefix = f"decoder.layers.{layer}."
-        shorts = (*_REPLACEMENTS, CORE_ATTENTION)
-        schemes = {s: layers[prefix + s] for s in shorts if prefix + s in layers}
+        schemes = {n: layers[in_layer(layer, n)] for n in names if in_layer(layer, n) in layers}
         specs.append(
             quantize_layer_spec(
-                spec, schemes, layer=layer, num_shards=shard_count(model), biases=model.biases
+                spec, schemes, layer=layer, num_shards=shard_count(model), biases=model.biases,
+                linears=model.linears, norms=model.norms,
             )
-        )
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=spec.submodules.input_layernorm)
+        )  # fmt: skip
+    return TransformerBlockSubmodules(
+        layer_specs=specs, layer_norm=spec_slot(spec, model.norms[0].name)
+    )

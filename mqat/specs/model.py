@@ -14,8 +14,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mqat.config import ModelConfig
-from mqat.models.decoder import EMBEDDING, OUTPUT_LAYER, DecoderConfig
+from mqat.errors import UserError
+from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, table_schemes
+from mqat.models.structure import EMBEDDING, OUTPUT_LAYER
 from mqat.parallel.embedding import QuantVocabParallelEmbedding
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear
@@ -59,7 +61,7 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.true_vocab_size = true_vocab_size
         common = {"config": self.config, "tp_group": self.pg_collection.tp}
-        if self.pre_process and EMBEDDING in tables:
+        if self.pre_process and EMBEDDING.name in tables:
             scatters = self.embedding.reduce_scatter_embeddings
             del self.embedding.word_embeddings  # a table may be the model's largest tensor
             self.embedding.word_embeddings = QuantVocabParallelEmbedding(
@@ -67,11 +69,11 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
                 self.config.hidden_size,
                 init_method=self.config.embedding_init_method,
                 reduce_scatter_embeddings=scatters,
-                name=EMBEDDING,
-                scheme=tables[EMBEDDING],
+                name=EMBEDDING.name,
+                scheme=tables[EMBEDDING.name],
                 **common,
             )
-        if self.post_process and OUTPUT_LAYER in tables:
+        if self.post_process and OUTPUT_LAYER.name in tables:
             del self.output_layer  # likewise
             self.output_layer: Any = QuantColumnParallelLinear(
                 self.config.hidden_size,
@@ -79,8 +81,8 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
                 init_method=self.config.init_method,
                 bias=False,
                 gather_output=not self.parallel_output,
-                name=OUTPUT_LAYER,
-                scheme=tables[OUTPUT_LAYER],
+                name=OUTPUT_LAYER.name,
+                scheme=tables[OUTPUT_LAYER.name],
                 num_shards=num_shards,
                 **common,
             )
@@ -121,7 +123,7 @@ def transformer_config(
     for key, value in _MEGATRON_ROPE.items():
         given = (model.rope_scaling or {}).get(key, value)
         if given != value:
-            raise ValueError(
+            raise UserError(
                 f"rope_scaling.{key}={given}: Megatron-Core 0.16 has {value} built in, so this "
                 "model's positions would be wrong."
             )
@@ -136,6 +138,7 @@ def transformer_config(
         kv_channels=model.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.rms_norm_eps,
+        qk_layernorm=any(norm.size == "head" for norm in model.norms),
         gated_linear_unit=True,
         activation_func=F.silu,
         use_te_activation_func=spec_has_activation,
@@ -183,7 +186,7 @@ def build_model(
         dtype: Of parameters and activations.
         layer_spec: In the place of `gpt_layer_spec()`.
     """
-    spec = layer_spec or gpt_layer_spec()
+    spec = layer_spec or gpt_layer_spec(model.norms)
     has_activation = spec.submodules.mlp.submodules.activation_func is not None
     config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)
     virtual = settings.virtual_pipeline_model_parallel_size

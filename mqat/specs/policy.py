@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mqat.models.decoder import CORE_ATTENTION, EMBEDDING, LINEARS, TABLES, DecoderConfig
+from mqat.errors import UserError
+from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme
+from mqat.models.structure import CORE_ATTENTION, EMBEDDING, TABLES, in_layer
 from mqat.quant.formats import FORMATS
 from mqat.quant.granularity import PerChannel, PerGroup, granularity_from_str
 from mqat.quant.kv_cache import kv_cache_scheme
@@ -61,23 +63,21 @@ def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
     """
     for key in settings:
         if key not in _KEYS:
-            raise ValueError(f"config: unknown key {f'{path}.{key}'!r}; {nearest_hint(key, _KEYS)}")
+            raise UserError(f"config: unknown key {f'{path}.{key}'!r}; {nearest_hint(key, _KEYS)}")
     for key in ("format", "granularity"):
         if settings.get(key) is None:
-            raise ValueError(f"config: {path}.{key} is missing.")
+            raise UserError(f"config: {path}.{key} is missing.")
     name, scale = settings["format"], settings.get("scale") or "float32"
     if name not in FORMATS:
-        raise ValueError(
-            f"config: {path}.format={name!r} is unknown; {nearest_hint(name, FORMATS)}"
-        )
+        raise UserError(f"config: {path}.format={name!r} is unknown; {nearest_hint(name, FORMATS)}")
     if scale not in _SCALES:
-        raise ValueError(
+        raise UserError(
             f"config: {path}.scale={scale!r} is unknown; {nearest_hint(scale, _SCALES)}"
         )
     flags = {key: settings.get(key) or False for key in ("dynamic", "asymmetric")}
     for key, value in flags.items():
         if not isinstance(value, bool):
-            raise ValueError(f"config: {path}.{key}={value!r} must be true or false.")
+            raise UserError(f"config: {path}.{key}={value!r} must be true or false.")
     try:
         return TensorScheme(
             FORMATS[name],
@@ -87,7 +87,7 @@ def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
             is_asymmetric=flags["asymmetric"],
         )
     except ValueError as error:
-        raise ValueError(f"config: {path}: {error}") from error
+        raise UserError(f"config: {path}: {error}") from error
 
 
 def _check_table(name: str, scheme: LinearScheme, model: DecoderConfig) -> None:
@@ -97,22 +97,22 @@ def _check_table(name: str, scheme: LinearScheme, model: DecoderConfig) -> None:
         ValueError: Names the table, the setting, and what would work.
     """
     if model.tie_word_embeddings:
-        raise ValueError(
+        raise UserError(
             f"quantization.rules: {name} cannot be quantized: this model's embedding and output layer "
             "are one weight, so one grid would round token vectors and logits alike, and no format "
             "stores such a table. Untie them (tie_word_embeddings: false), or leave the rule out."
         )
-    allowed = ("weight",) if name == EMBEDDING else ("weight", "input")
+    allowed = ("weight",) if name == EMBEDDING.name else ("weight", "input")
     for kind in scheme.operands:
         if kind not in allowed:
-            raise ValueError(
+            raise UserError(
                 f"quantization.rules: {name} has no {kind} to quantize, only {' and '.join(allowed)}; "
                 "choose a weight-only algorithm, or give the rule a weight alone."
             )
     weight = scheme.weight
     if weight is None or not isinstance(weight.granularity, PerChannel | PerGroup):
         found = None if weight is None else str(weight.granularity)
-        raise ValueError(
+        raise UserError(
             f"quantization.rules: {name}.weight has granularity {found!r}; rows of the vocabulary are "
             "padded and cut over ranks, so it must be 'channel' or 'group:<size>'."
         )
@@ -123,7 +123,7 @@ class Policy:
     """Default algorithm for every linear of the decoder; the first matching rule overrides it.
 
     The embedding and the output layer are quantized only by a rule whose pattern is exactly their name
-    (`models.decoder.TABLES`): no wildcard reaches them.
+    (`models.structure.TABLES`): no wildcard reaches them.
 
     Attributes:
         algorithm: Of linears without a rule.
@@ -149,15 +149,17 @@ class Policy:
             ValueError: Unknown algorithm, cache or operand settings, a pattern that matches nothing, or
                 a vocabulary table that cannot be quantized like that.
         """
-        names = [f"decoder.layers.{i}.{n}" for i in range(model.num_layers) for n in LINEARS]
+        layers = range(model.num_layers)
+        names = [in_layer(i, linear.name) for i in layers for linear in model.linears]
+        tables = [table.name for table in TABLES]
         default = named_scheme(self.algorithm, group_size=self.group_size)
         schemes = [self._scheme(index, rule) for index, rule in enumerate(self.rules)]
         for rule in self.rules:
-            if rule.pattern not in TABLES and not any(fnmatchcase(n, rule.pattern) for n in names):
-                raise ValueError(
+            if rule.pattern not in tables and not any(fnmatchcase(n, rule.pattern) for n in names):
+                raise UserError(
                     f"quantization.rules: pattern {rule.pattern!r} matches no linear. Names look "
                     f"like {names[0]!r}; vocabulary tables are quantized only by a rule that says "
-                    f"exactly {' or '.join(TABLES)}."
+                    f"exactly {' or '.join(tables)}."
                 )
         resolved: dict[str, LinearScheme] = {}
         for name in names:
@@ -169,7 +171,7 @@ class Policy:
             scheme = next(matching, default)
             if scheme is not None:
                 resolved[name] = scheme
-        for table in TABLES:
+        for table in tables:
             named = (
                 s for rule, s in zip(self.rules, schemes, strict=True) if rule.pattern == table
             )
@@ -177,20 +179,21 @@ class Policy:
             if scheme is not None:
                 _check_table(table, scheme, model)
                 resolved[table] = scheme
-        found: dict[str, Scheme] = {**self._without_disabled(resolved)}
+        found: dict[str, Scheme] = {**self._without_disabled(resolved, names)}
         if self.kv_cache is not None:
             cache = kv_cache_scheme(self.kv_cache, self.kv_cache_scales)
-            layers = range(model.num_layers)
-            found |= {f"decoder.layers.{i}.{CORE_ATTENTION}": cache for i in layers}
+            found |= {in_layer(i, CORE_ATTENTION.name): cache for i in layers}
         return found
 
-    def _without_disabled(self, layers: dict[str, LinearScheme]) -> dict[str, LinearScheme]:
+    def _without_disabled(
+        self, layers: dict[str, LinearScheme], names: Sequence[str]
+    ) -> dict[str, LinearScheme]:
         operands = [f"{name}.{kind}" for name, scheme in layers.items() for kind in scheme.operands]
         for pattern in self.disabled:
             if not any(fnmatchcase(operand, pattern) for operand in operands):
-                raise ValueError(
+                raise UserError(
                     f"quantization.disabled: pattern {pattern!r} matches nothing that is quantized. "
-                    f"Names look like {next(iter(operands), 'decoder.layers.0.mlp.linear_fc1.input')!r}."
+                    f"Names look like {next(iter(operands), names[0] + '.input')!r}."
                 )
         kept: dict[str, LinearScheme] = {}
         for name, scheme in layers.items():
@@ -210,7 +213,7 @@ class Policy:
     def _scheme(self, index: int, rule: Rule) -> LinearScheme | None:
         path = f"quantization.rules[{index}]"
         if rule.algorithm is not None and rule.operands:
-            raise ValueError(
+            raise UserError(
                 f"config: {path} has both algorithm={rule.algorithm!r} and "
                 f"{', '.join(rule.operands)}; a rule names an algorithm or composes its own."
             )
@@ -220,7 +223,7 @@ class Policy:
         for kind in rule.operands:
             if kind not in kinds:
                 hint = nearest_hint(kind, kinds)
-                raise ValueError(f"config: unknown key {f'{path}.{kind}'!r}; {hint}")
+                raise UserError(f"config: unknown key {f'{path}.{kind}'!r}; {hint}")
         parts = {
             kind: tensor_scheme(settings, f"{path}.{kind}")
             for kind, settings in rule.operands.items()
@@ -230,4 +233,4 @@ class Policy:
                 "custom", parts.get("weight"), parts.get("input"), parts.get("output")
             )
         except ValueError as error:
-            raise ValueError(f"config: {path}.{error}") from error
+            raise UserError(f"config: {path}.{error}") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from mqat.checkpoints.dist_checkpoint import TrainingState
 from mqat.data.loader import Batches
+from mqat.errors import UserError
 from mqat.training.log import RunLog
 from mqat.training.schedule import QuantizerSchedule
 from mqat.training.step import forward_backward
@@ -74,7 +75,7 @@ def train_phase(
             )
             loss = loss_sum / max(tokens, 1)
             if not math.isfinite(loss):
-                raise ValueError(
+                raise UserError(
                     f"{phase.name}: loss is {loss} at step {state.step + 1}. Lower "
                     "model.optim.lr, or resume from the last checkpoint with other data."
                 )

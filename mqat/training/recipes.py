@@ -13,11 +13,12 @@ import torch.distributed as dist
 from rich.table import Table
 
 from mqat.config import RunConfig
+from mqat.errors import UserError
 from mqat.evaluation.forward import served_logits
 from mqat.export.export import export_hf, export_trtllm
 from mqat.plan.run import RunPlan, make_plan
 from mqat.runtime import groups
-from mqat.runtime.groups import agree, is_main
+from mqat.runtime.groups import is_main, raise_on_any_rank
 from mqat.training.loop import Phase
 from mqat.training.schedule import QuantizerSchedule
 from mqat.training.session import Session, open_session
@@ -27,7 +28,7 @@ from mqat.verify.verify import verify_export
 def _start(config: RunConfig, *, quantizes: bool) -> Session:
     plan = make_plan(config)
     if quantizes and not plan.layers:
-        raise ValueError(
+        raise UserError(
             "quantization.algorithm=null and no rule quantizes anything; choose an algorithm, or run "
             "examples/gpt_sft.py for unquantized training."
         )
@@ -94,7 +95,7 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
         "overwrite": True,
         "rank": dist.get_rank(),
         "world_size": dist.get_world_size(),
-        "agree": agree,
+        "agree": raise_on_any_rank,
     }
     if export.format == "hf":
         export_hf(checkpoint, out, style=export.style, **together)
@@ -120,10 +121,10 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
                 session.summary["export"] |= report.to_dict() | {"verified": report.ok}
                 session.log.say(f"  export: {report.headline()}")
                 if not report.ok:
-                    error = ValueError(f"{out}: verification failed: {report.problems[:3]}")
+                    error = UserError(f"{out}: verification failed: {report.problems[:3]}")
             except (ValueError, OSError) as caught:
                 error = caught
-        agree(error)
+        raise_on_any_rank(error)
     session.write_summary()
 
 

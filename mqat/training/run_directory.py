@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mqat.config import RunConfig, config_to_yaml
+from mqat.errors import UserError
 
 # What may change when a run goes on: where and how it runs, not what it computes.
 _MAY_CHANGE = (
@@ -85,7 +86,7 @@ def _previous_summary(directory: Path) -> dict[str, Any]:
     try:
         previous = json.loads(file.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: damaged ({error}); delete it to start over.") from error
+        raise UserError(f"{file}: damaged ({error}); delete it to start over.") from error
     previous["seconds_before"] = previous.get("seconds", 0.0)
     return dict(fresh | previous)
 
@@ -102,7 +103,7 @@ def _check_same_run(file: Path, before: Mapping[str, Any], now: Mapping[str, Any
     current = dict(_flat(now))
     for key, value in _flat(before):
         if key in current and current[key] != value and not key.startswith(_MAY_CHANGE):
-            raise ValueError(
+            raise UserError(
                 f"{file}: the run to resume had {key}={value}, this one has {current[key]}. Restore "
                 "the setting, or start a new run in another exp_manager.exp_dir."
             )

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 
 from mqat.calibration.calibrate import calibrate
 from mqat.calibration.recipe import Recipe
-from mqat.calibration.weight_recipe import prepare_
+from mqat.calibration.weight_recipe import apply_weight_recipe_
 from mqat.checkpoints.dist_checkpoint import (
     TrainingState,
     latest_checkpoint,
@@ -28,6 +28,7 @@ from mqat.checkpoints.dist_checkpoint import (
 from mqat.checkpoints.pretrained import load_pretrained_
 from mqat.data.dataset import load_run_data
 from mqat.data.loader import Batches
+from mqat.errors import UserError
 from mqat.evaluation.forward import evaluate, run_layers
 from mqat.evaluation.generation import generate_greedy
 from mqat.evaluation.quality import quality_report
@@ -35,7 +36,7 @@ from mqat.parallel.learned_scales import learn_scales_
 from mqat.parallel.quantized_module import all_quantizers
 from mqat.plan.run import RunPlan, describe
 from mqat.report.page import write_report
-from mqat.runtime.groups import agree, is_main
+from mqat.runtime.groups import is_main, raise_on_any_rank
 from mqat.specs.model import build_model
 from mqat.training.log import RunLog, write_json
 from mqat.training.loop import Phase, train_phase
@@ -91,7 +92,7 @@ class Session:
             load_pretrained_([chunk.module for chunk in self.chunks], source)
         except ValueError as caught:
             error = caught
-        agree(error)
+        raise_on_any_rank(error)
 
     def restore(self, path: Path) -> None:
         """Loads a checkpoint of this run."""
@@ -120,7 +121,7 @@ class Session:
         """Loss per token on the held-out data."""
         loss, tokens = evaluate(self.chunks, self.validation.epoch())
         if tokens == 0:
-            raise ValueError(
+            raise UserError(
                 "validation: the held-out data has no token that counts; name other files in "
                 "model.data.validation, or raise trainer.limit_val_samples."
             )
@@ -154,9 +155,9 @@ class Session:
         """What the configuration asks to do to weights before scales are frozen."""
         settings = self.plan.config.quantization
         configured = Recipe(
-            equalize=settings.equalize,
+            smoothquant=settings.smoothquant,
             alpha=settings.sq_alpha,
-            grid=settings.equalize_grid,
+            grid=settings.sq_grid,
             weight_method=settings.weight_calibrator,
             rounding=settings.rounding,
             layers_at_once=settings.calib_layers_at_once,
@@ -171,7 +172,7 @@ class Session:
         run_batches = self._calibration_pass()
         weight_statistics = None
         if recipe is not None:
-            weight_statistics = prepare_(
+            weight_statistics = apply_weight_recipe_(
                 self.chunks,
                 run_batches,
                 recipe,
@@ -249,7 +250,7 @@ def open_session(plan: RunPlan) -> Session:
             summaries[0] = open_run_directory(plan.run_dir, config)
     except (ValueError, OSError) as caught:
         error = caught
-    agree(error)
+    raise_on_any_rank(error)
     dist.broadcast_object_list(summaries, src=0)  # also: the directory exists now
     log = RunLog(
         plan.run_dir, enabled=is_main(), tensorboard=config.exp_manager.create_tensorboard_logger

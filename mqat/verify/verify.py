@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from mqat.checkpoints.reader import CheckpointReader
+from mqat.errors import UserError
+from mqat.verify import huggingface as hf
 from mqat.verify.checks import check_files
 from mqat.verify.hf_layout import read_hf_config
 from mqat.verify.layout import read_config
 from mqat.verify.reader import RankReader
 from mqat.verify.roundtrip import compare_with_checkpoint
-from mqat.verify.verify import huggingface as hf
 
 __all__ = [
     "Report",
@@ -209,7 +210,7 @@ def open_export(directory: Path) -> RankReader | hf.HfReader:
         config = read_config(directory, problems)
         if config is not None:
             return RankReader(directory, config)
-    raise ValueError(f"{directory}: {problems[0]}")
+    raise UserError(f"{directory}: {problems[0]}")
 
 
 def _extract(archive: tarfile.TarFile, directory: Path) -> None:
@@ -239,7 +240,7 @@ def unpacked(export: Path) -> Iterator[Path]:
                 _extract(archive, Path(temporary))
         except (tarfile.TarError, OSError, EOFError) as error:
             reason = next(iter(str(error).splitlines()), repr(error)).rstrip(":")
-            raise ValueError(f"{export}: not a .qnemo archive ({reason}).") from error
+            raise UserError(f"{export}: not a .qnemo archive ({reason}).") from error
         yield Path(temporary)
 
 
@@ -267,13 +268,13 @@ def _judge_logits(report: Report, served: Tensor, reference_logits: Tensor | Non
 
 def _check_tokens(vocab: int, tokens: Tensor, reference_logits: Tensor | None) -> None:
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
-        raise ValueError(
+        raise UserError(
             f"tokens reach from {int(tokens.min())} to {int(tokens.max())}, but the exported model "
             f"has vocab_size={vocab}; tokenize the text with the exported tokenizer."
         )
     shape = (*tokens.shape, vocab)
     if reference_logits is not None and tuple(reference_logits.shape) != shape:
-        raise ValueError(
+        raise UserError(
             f"reference logits have shape {tuple(reference_logits.shape)}, but tokens and the "
             f"exported vocabulary need {shape}; compare with the checkpoint of this export."
         )

@@ -21,7 +21,7 @@ def main() -> None:
 
     from mqat.calibration.calibrate import calibrate
     from mqat.checkpoints.pretrained import load_pretrained_
-    from mqat.parallel.pack_weights import lower_
+    from mqat.parallel.pack_weights import pack_weights_
     from mqat.specs.model import build_model
 
     settings = ModelConfig(
@@ -31,7 +31,7 @@ def main() -> None:
     load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     calibrate(chunks, lambda: None, group=group)
-    lower_(chunks)
+    pack_weights_(chunks)
     tokens = torch.randint(0, 301, (2, 33), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(32).expand(2, 32)
     loss = chunks[0](tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())

@@ -18,10 +18,10 @@ def main() -> None:
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--lowered", action="store_true")
     args = parser.parse_args()
-    from mqat.checkpoints.load_model import open_model
+    from mqat.checkpoints.load_model import load_model
     from mqat.evaluation.forward import logits
 
-    model = open_model(args.model, tensor_parallel=args.tp, pipeline_parallel=args.pp,
+    model = load_model(args.model, tensor_parallel=args.tp, pipeline_parallel=args.pp,
                        lowered=args.lowered)  # fmt: skip
     result = logits(model.chunks, torch.load(args.tokens))
     if groups.is_main():

@@ -28,12 +28,15 @@ MODEL = DecoderConfig(
 )  # fmt: skip
 # Name: algorithm, calibrator of inputs, recipe.
 RECIPES = {
-    "smoothquant": ("int8", "percentile", Recipe(equalize=True)),
-    "search": ("int8", "mse", Recipe(equalize=True, alpha=None, grid="float", rounding="gptq")),
+    "smoothquant": ("int8", "percentile", Recipe(smoothquant=True)),
+    "search": ("int8", "mse", Recipe(smoothquant=True, alpha=None, grid="float", rounding="gptq")),
     "awq": ("int4_awq", "max", Recipe().including("int4_awq")),
     "gptq": ("w_uint4_asym", "max", Recipe(weight_method="awq", rounding="gptq")),
-    "sawb": ("int4_w_int8_a", "entropy", Recipe(equalize=True, weight_method="sawb", layers_at_once=1)),
-    "tensor": ("fp8", "percentile", Recipe(equalize=True, alpha=None, weight_method="mse")),
+    "sawb": (
+        "int4_w_int8_a", "entropy",
+        Recipe(smoothquant=True, weight_method="sawb", layers_at_once=1),
+    ),
+    "tensor": ("fp8", "percentile", Recipe(smoothquant=True, alpha=None, weight_method="mse")),
     "levels": ("nvfp4", "max", Recipe(weight_method="mse", rounding="gptq")),
 }  # fmt: skip
 
@@ -98,7 +101,7 @@ def run(out: Path, layout: dict, algorithm: str, calibrator: str, recipe: Recipe
     from megatron.core import parallel_state
 
     from mqat.calibration.calibrate import calibrate
-    from mqat.calibration.weight_recipe import prepare_
+    from mqat.calibration.weight_recipe import apply_weight_recipe_
     from mqat.checkpoints.pretrained import load_pretrained_
     from mqat.evaluation.forward import evaluate
     from mqat.parallel.checkpoint import quantizer_sharded_state
@@ -135,7 +138,7 @@ def run(out: Path, layout: dict, algorithm: str, calibrator: str, recipe: Recipe
 
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     result = {"unquantized": evaluate(chunks, [batches])[0]}
-    statistics = prepare_(
+    statistics = apply_weight_recipe_(
         chunks, run_batches, recipe, num_layers=MODEL.num_layers, group=group,
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )  # fmt: skip

@@ -95,14 +95,17 @@ def unmerged(chunks):
     from mqat.parallel.linear import quantized_linears
 
     merged = [
-        q for x in quantized_linears(chunks).values() for q in x.quantizers.values() if q.merge_
+        q
+        for x in quantized_linears(chunks).values()
+        for q in x.quantizers.values()
+        if q.reduce_amax
     ]
-    kept = [quantizer.merge_ for quantizer in merged]
+    kept = [quantizer.reduce_amax for quantizer in merged]
     for quantizer in merged:
-        quantizer.merge_ = None
+        quantizer.reduce_amax = None
     yield
     for quantizer, merge_ in zip(merged, kept, strict=True):
-        quantizer.merge_ = merge_
+        quantizer.reduce_amax = merge_
 
 
 def microbatches(rank: int, size: int) -> list[dict]:

@@ -5,7 +5,7 @@ import torch
 
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.export.export import export_hf, export_trtllm
-from mqat.models.decoder import CORE_ATTENTION
+from mqat.models.structure import CORE_ATTENTION
 from mqat.verify.verify import verify_export
 from tests.distributed.test_layouts import run
 from tests.distributed.worker import MODEL, TOKENS
@@ -39,7 +39,7 @@ def jobs(tmp_path_factory):
 def scales(jobs, name, kinds=("kv",), checkpoint="ptq"):
     """float32 [layers, kinds]."""
     reader = CheckpointReader(jobs[name][0] / checkpoint)
-    names = [f"decoder.layers.{i}.{CORE_ATTENTION}" for i in range(MODEL.num_layers)]
+    names = [f"decoder.layers.{i}.{CORE_ATTENTION.name}" for i in range(MODEL.num_layers)]
     assert list(reader.kv_cache) == names
     return torch.stack(
         [torch.cat([reader.read(f"quantizers.{n}.{kind}_scale") for kind in kinds]) for n in names]

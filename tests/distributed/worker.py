@@ -16,10 +16,13 @@ import torch.distributed as dist
 
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig, OptimizerConfig
-from mqat.models.decoder import LINEARS, DecoderConfig
+from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import linear_schemes
+from mqat.models.structure import DENSE_LINEARS
 from mqat.runtime import groups
 from mqat.specs.policy import Policy, Rule
+
+LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
 
 MODEL = DecoderConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=4,

@@ -16,10 +16,10 @@ from mqat.quant.functional import (
 from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 from mqat.quant.observers import ActivationObserver
 from mqat.quant.packing import (
-    pack_crumbs,
+    pack_2bit,
     pack_int4,
     pack_nibbles,
-    unpack_crumbs,
+    unpack_2bit,
     unpack_int4,
     unpack_nibbles,
 )
@@ -28,7 +28,7 @@ from mqat.quant.scales import compute_affine, compute_range
 quick = settings(deadline=None, max_examples=60)
 seeds = st.integers(0, 2**31)
 signed = [f for f in FORMATS.values() if not f.is_unsigned]
-# INT8_LOADER saturates a whole step below its maximum, as the loader does.
+# INT8_AMAX128 saturates a whole step below its maximum, as the loader does.
 uniform = st.sampled_from([f for f in signed if f.is_uniform and f.name != "int8_loader"])
 formats = st.sampled_from(signed)
 affine = st.sampled_from([f for f in FORMATS.values() if not f.is_float])
@@ -194,6 +194,6 @@ def test_packing_neighbours_is_the_identity_after_unpacking(shape, pairs, seed):
 def test_packing_four_neighbours_is_the_identity_after_unpacking(shape, fours, seed):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 4, (*shape, 4 * fours), generator=generator).to(torch.uint8)
-    packed = pack_crumbs(codes)
+    packed = pack_2bit(codes)
     assert packed.shape == (*shape, fours)
-    assert torch.equal(unpack_crumbs(packed), codes)
+    assert torch.equal(unpack_2bit(packed), codes)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.export.checkpoints import TINY, all_layers, write_checkpoint
+from tests.unit.model_fixtures import calibrated as calibrated
+from tests.unit.model_fixtures import world as world
 
 
 @pytest.fixture(scope="session")

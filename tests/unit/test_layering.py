@@ -6,21 +6,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2] / "mqat"
+_BOTTOM = {"errors"}
+_MODEL = _BOTTOM | {"quant", "models"}
+_PARALLEL = _MODEL | {"kernels", "parallel", "runtime", "config"}
+_CHECKPOINTS = _PARALLEL | {"specs", "data"}
 ALLOWED = {
-    "quant": set(),
-    "models": set(),
-    "runtime": set(),
-    "parallel": {"quant", "models"},
-    "specs": {"quant", "models", "parallel"},
-    "calibration": {"quant", "parallel", "runtime"},
-    "data": {"config", "models"},
-    "export": {"quant", "models", "parallel.layout"},
-    "verify": {"quant", "models", "parallel.layout", "export.slices"},
-    "report": {"quant", "models", "export", "verify"},
-    "training": {
-        "quant", "models", "runtime", "parallel", "specs", "calibration", "data", "config",
-        "export", "verify", "report",
-    },
+    "quant": _BOTTOM,
+    "models": _BOTTOM | {"quant"},
+    "runtime": _BOTTOM,
+    "report": _BOTTOM,
+    "kernels": _BOTTOM | {"quant"},
+    "parallel": _MODEL | {"kernels"},
+    "specs": _MODEL | {"kernels", "parallel", "config"},
+    "data": _BOTTOM | {"config", "models"},
+    "calibration": _MODEL | {"kernels", "parallel", "runtime"},
+    "checkpoints": _CHECKPOINTS,
+    "export": _MODEL | {"checkpoints.manifest", "checkpoints.reader"},
+    "verify": _MODEL | {"checkpoints.reader"},
+    "plan": _CHECKPOINTS | {"checkpoints", "export", "report"},
+    "evaluation": _CHECKPOINTS | {"checkpoints", "calibration", "verify", "report"},
+    "training": _CHECKPOINTS
+    | {"calibration", "checkpoints", "export", "verify", "evaluation", "plan", "report"},
 }  # fmt: skip
 
 

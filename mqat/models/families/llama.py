@@ -6,7 +6,8 @@ Sources: transformers `models/llama`, llama.cpp `convert_hf_to_gguf.py` (`LlamaM
 
 from __future__ import annotations
 
-from mqat.models.family import FC1, FC2, PROJ, QKV, Family
+from mqat.models.family import Family
+from mqat.models.structure import FC1, FC2, PROJ, QKV
 
 LLAMA = Family(
     name="llama",
@@ -15,5 +16,5 @@ LLAMA = Family(
     is_interleaved_in_gguf=True,
     trtllm_architecture="LlamaForCausalLM",
     decoder_types=("llama",),
-    bias_switches={"attention_bias": (QKV, PROJ), "mlp_bias": (FC1, FC2)},
+    bias_switches={"attention_bias": (QKV.name, PROJ.name), "mlp_bias": (FC1.name, FC2.name)},
 )

@@ -6,7 +6,8 @@ Sources: transformers `models/qwen2`, llama.cpp `convert_hf_to_gguf.py` (`Qwen2M
 
 from __future__ import annotations
 
-from mqat.models.family import QKV, Family, SlidingWindow
+from mqat.models.family import Family, SlidingWindow
+from mqat.models.structure import QKV
 
 QWEN2 = Family(
     name="qwen2",
@@ -15,7 +16,7 @@ QWEN2 = Family(
     is_interleaved_in_gguf=False,
     trtllm_architecture="Qwen2ForCausalLM",
     decoder_types=("qwen2", "qwen"),
-    biased=(QKV,),
+    biased=(QKV.name,),
     window=SlidingWindow(4096, switch="use_sliding_window", first_layer=("max_window_layers", 28)),
     hf_extra={"use_sliding_window": False, "sliding_window": None},
     trtllm_extra={"qwen_type": "qwen2", "seq_length": 8192, "use_logn_attn": False},

@@ -26,11 +26,11 @@ def problem():
     return torch.randn(8, WIDTH, generator=generator), x, (x.t() @ x).double()
 
 
-def by_column(tile, scheme, statistic, above, gram):
+def by_column(tile, scheme, statistic, above, hessian):
     """One column at a time in float64, the inverse Hessian updated by elimination."""
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    hessian = gram[order][:, order].clone()
-    hessian.diagonal().add_(0.01 * float(gram.diagonal().mean()))
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    hessian = hessian[order][:, order].clone()
+    hessian.diagonal().add_(0.01 * float(hessian.diagonal().mean()))
     inverse = torch.linalg.inv(hessian)
     left = tile.double().clone()
     for step, column in enumerate(order.tolist()):
@@ -45,12 +45,12 @@ def by_column(tile, scheme, statistic, above, gram):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_blocks_of_columns_give_what_single_columns_give(problem, name):
-    tile, x, gram = problem
+    tile, x, hessian = problem
     scheme = SCHEMES[name]
     statistic = statistic_of(tile, scheme)
     above = statistic.amax().reshape(1) if scheme.has_global_scale else None
-    found = round_tile(tile, statistic, above, *inverse_factor(gram), scheme)
-    expected = by_column(tile, scheme, statistic, above, gram)
+    found = round_tile(tile, statistic, above, *inverse_factor(hessian), scheme)
+    expected = by_column(tile, scheme, statistic, above, hessian)
     # float32 against float64: a few values lie on the other side of a rounding border
     assert (found != expected).float().mean() < 0.05
 

@@ -10,13 +10,13 @@ from mqat.calibration.search import (
     tile_losses,
 )
 from mqat.calibration.smoothing_pairs import round_scale
-from mqat.quant.formats import FP8_E4M3, INT4, INT8_FULL
+from mqat.quant.formats import FP8_E4M3, INT4, INT8_MIN128
 from mqat.quant.granularity import PerGroup, PerTensor, PerToken
 from mqat.quant.qparams import rounded
 from mqat.quant.scheme import TensorScheme
 
 WEIGHT = TensorScheme(INT4, PerGroup(8))
-INPUT = TensorScheme(INT8_FULL, PerTensor())
+INPUT = TensorScheme(INT8_MIN128, PerTensor())
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_input_losses_are_near_the_output_errors(layer):
         assert float(found) == pytest.approx(float(actual), rel=0.3)
     assert best_candidate(losses[:, None]) == 1  # moving the outlier pays
     for exact in (TensorScheme(FP8_E4M3, PerTensor()),
-                  TensorScheme(INT8_FULL, PerToken(), is_dynamic=True)):  # fmt: skip
+                  TensorScheme(INT8_MIN128, PerToken(), is_dynamic=True)):  # fmt: skip
         assert not tile_losses([weight], inputs, scales, None, exact).any()
 
 

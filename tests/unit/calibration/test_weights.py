@@ -16,9 +16,9 @@ def weights(rows: int = 6, width: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
-def chosen(tile, scheme, gram=None, global_amax=None):
+def chosen(tile, scheme, hessian=None, global_amax=None):
     statistic = statistic_of(tile, scheme)
-    errors = shrink_errors(tile, statistic, global_amax, scheme, gram)
+    errors = shrink_errors(tile, statistic, global_amax, scheme, hessian)
     return shrunk(statistic, errors, scheme.granularity)
 
 
@@ -69,7 +69,7 @@ def test_every_group_gets_the_factor_that_brute_force_finds(scheme):
 def test_awq_weighs_errors_by_the_inputs_they_meet():
     tile = weights()
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1)) * torch.logspace(-2, 1, 16)
-    gram = (x.t() @ x).double()
+    hessian = (x.t() @ x).double()
 
     def output_error(amax):
         # groups interact in the output; clip search looks at each group alone
@@ -78,8 +78,8 @@ def test_awq_weighs_errors_by_the_inputs_they_meet():
         return float(torch.einsum("rgk,tgk->rtg", *blocks).square().sum())
 
     plain = statistic_of(tile, GROUPS)
-    assert output_error(chosen(tile, GROUPS, gram)) < output_error(chosen(tile, GROUPS))
-    assert output_error(chosen(tile, GROUPS, gram)) < output_error(plain)
+    assert output_error(chosen(tile, GROUPS, hessian)) < output_error(chosen(tile, GROUPS))
+    assert output_error(chosen(tile, GROUPS, hessian)) < output_error(plain)
 
 
 def test_one_scale_for_the_tensor_takes_the_sum_over_its_tiles():
@@ -95,7 +95,7 @@ def test_one_scale_for_the_tensor_takes_the_sum_over_its_tiles():
 
 
 def test_sawb_by_hand():
-    # INT4: 12.035 sqrt(E[w^2]) - 12.03 E[|w|]; a row of +-1 has both moments 1: 0.005.
+    # INT4: 12.035 sqrt(E[w^2]) - 12.03 E[|w|]; a row of +-1 has both input_hessians 1: 0.005.
     scheme, tile = TensorScheme(INT4, PerChannel()), torch.tensor([[1.0, -1, 1, -1], [3, 0, 0, 4]])
     counts = torch.full((1, 1), 4.0, dtype=torch.float64)
     found = sawb_amax(statistic_of(tile, scheme), sawb_sums(tile, PerChannel()), counts, scheme)

@@ -19,12 +19,15 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from mqat.checkpoints.manifest import describe_files
-from mqat.models.decoder import CORE_ATTENTION, LINEARS, DecoderConfig
+from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes
+from mqat.models.structure import CORE_ATTENTION, DENSE_LINEARS
 from mqat.quant.functional import compute_scale
 from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme, named_scheme
+
+LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
 
 # Legal for INT4 groups of 64 up to inference TP 4, where the two key/value heads are copied.
 TINY = DecoderConfig(
@@ -50,7 +53,7 @@ def all_layers(
 def all_caches(name: str, scales: str = "shared", model: DecoderConfig = TINY) -> dict[str, Scheme]:
     """Every layer's key/value cache quantized; to be merged into `all_layers`."""
     scheme = kv_cache_scheme(name, scales)
-    return {f"decoder.layers.{i}.{CORE_ATTENTION}": scheme for i in range(model.num_layers)}
+    return {f"decoder.layers.{i}.{CORE_ATTENTION.name}": scheme for i in range(model.num_layers)}
 
 
 def tensors_of(

@@ -48,14 +48,14 @@ def test_how_the_checkpoint_was_cut_does_not_change_a_byte(algorithm, tiny, tmp_
 
 
 class Threads:
-    """`agree` for a few threads, with the contract of `mqat.runtime.groups.agree`."""
+    """`raise_on_any_rank` for a few threads, with the contract of the one in `mqat.runtime.groups`."""
 
     def __init__(self, size):
         self.barrier = threading.Barrier(size, timeout=60)
         self.errors = [None] * size
         self.results = [None] * size
 
-    def agree(self, rank):
+    def raise_on_any_rank(self, rank):
         def agree_(error):
             self.errors[rank] = error
             self.barrier.wait()
@@ -69,7 +69,7 @@ class Threads:
     def run(self, work):
         def one(rank):
             try:
-                work(rank, len(self.results), self.agree(rank))
+                work(rank, len(self.results), self.raise_on_any_rank(rank))
             except ValueError as error:
                 self.results[rank] = str(error)
 
@@ -89,10 +89,10 @@ class Threads:
 def test_ranks_in_parallel_write_the_same_bytes_as_one_process(size, tiny, tmp_path):
     alone = export(tiny("int4"), tmp_path / "alone", tp=2, pp=2)
 
-    def work(rank, world_size, agree):
+    def work(rank, world_size, raise_on_any_rank):
         export(
             tiny("int4"), tmp_path / "together", tp=2, pp=2,
-            rank=rank, world_size=world_size, agree=agree,
+            rank=rank, world_size=world_size, raise_on_any_rank=raise_on_any_rank,
         )  # fmt: skip
 
     assert Threads(size).run(work) == [None] * size
@@ -123,8 +123,15 @@ def test_all_ranks_raise_the_same_error_and_none_hangs(setup, message, tiny, tmp
     out.parent.mkdir()
     setup(checkpoint, out)
 
-    def work(rank, world_size, agree):
-        export(checkpoint, out, tp=2, rank=rank, world_size=world_size, agree=agree)
+    def work(rank, world_size, raise_on_any_rank):
+        export(
+            checkpoint,
+            out,
+            tp=2,
+            rank=rank,
+            world_size=world_size,
+            raise_on_any_rank=raise_on_any_rank,
+        )
 
     first, second = Threads(2).run(work)
     assert first is not None and message in first

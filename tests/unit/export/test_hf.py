@@ -268,10 +268,10 @@ def test_how_the_checkpoint_was_cut_and_how_many_write_does_not_change_a_byte(
     cut = write_checkpoint(tmp_path / "cut", TINY, all_layers(algorithm), cuts=3)
     assert export(cut, tmp_path / "b", max_shard_bytes=300_000) == alone
 
-    def work(rank, world_size, agree):
+    def work(rank, world_size, raise_on_any_rank):
         export(
             tiny(algorithm), tmp_path / "together", max_shard_bytes=300_000,
-            rank=rank, world_size=world_size, agree=agree,
+            rank=rank, world_size=world_size, raise_on_any_rank=raise_on_any_rank,
         )  # fmt: skip
 
     assert Threads(2).run(work) == [None] * 2

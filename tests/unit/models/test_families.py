@@ -10,7 +10,10 @@ from safetensors.torch import save_file
 
 from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
 from mqat.checkpoints.random_weights import RandomWeights
-from mqat.models.decoder import FAMILIES, LINEARS, DecoderConfig, hf_tensors
+from mqat.models.decoder import FAMILIES, DecoderConfig, hf_shapes
+from mqat.models.structure import DENSE_LINEARS
+
+LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -74,7 +77,7 @@ def tensors_of(model):
     source = RandomWeights(model, 3)
     return {
         name: source.read(name, slice(None), None if "norm" in name or "bias" in name else slice(None))
-        for name in hf_tensors(model)
+        for name in hf_shapes(model)
     }  # fmt: skip
 
 
@@ -152,7 +155,7 @@ def test_gguf_files_with_biases_are_read(told, tmp_path):
         else:
             read = source.read(name, slice(1, 30), slice(0, 32))
             assert torch.equal(read, tensor[1:30, :32]), name
-    with pytest.raises(ValueError, match=r"blk.1.attn_q.weird' is missing"):
+    with pytest.raises(ValueError, match=r"model.layers.1.self_attn.q_proj.weird' is missing"):
         source.read("model.layers.1.self_attn.q_proj.weird", slice(0, 1))
 
 

@@ -6,7 +6,7 @@ import torch
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.specs.policy import Policy
-from tests.unit.parallel.conftest import MODEL, microbatches, switch_off
+from tests.unit.model_fixtures import MODEL, microbatches, switch_off
 
 
 class Groups:
@@ -177,10 +177,10 @@ def test_every_observer_calibrates_caches(built, method):
 
 
 def test_caches_and_linears_are_calibrated_with_one_collective(built, monkeypatch):
-    from mqat.calibration import statistics
+    from mqat.calibration import calibrate as calibration
 
     calls = []
-    monkeypatch.setattr(statistics, "all_reduce_fused_", lambda t, *_: calls.append(len(t)))
+    monkeypatch.setattr(calibration, "all_reduce_fused_", lambda t, *_: calls.append(len(t)))
     built("fp8", "int8")
     built(None, "int8")
     assert len(calls) == 2 and calls[0] == calls[1] + MODEL.num_layers

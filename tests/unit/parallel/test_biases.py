@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from mqat.checkpoints.random_weights import RandomWeights
-from mqat.models.decoder import LINEARS
+from mqat.models.structure import DENSE_LINEARS
 from mqat.specs.policy import Policy
-from tests.unit.parallel.conftest import MODEL, microbatches
+from tests.unit.model_fixtures import MODEL, microbatches
+
+LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
 
 BIASED = replace(MODEL, biases=LINEARS)
 
@@ -37,9 +39,9 @@ def chunks(world):
 
 
 def lower(chunks):
-    from mqat.parallel.pack_weights import lower_
+    from mqat.parallel.pack_weights import pack_weights_
 
-    lower_(chunks)
+    pack_weights_(chunks)
 
 
 def calibrating(chunks):
@@ -98,16 +100,16 @@ def test_biases_train(algorithm, chunks):
 
 @torch.no_grad()
 def test_rescaling_inputs_does_not_change_the_function(chunks):
-    from mqat.calibration.smoothing_pairs import find_sites
+    from mqat.calibration.smoothing_pairs import find_smoothing_pairs
     from mqat.evaluation.forward import logits
 
     model = chunks("null")
     tokens = microbatches()[0]["tokens"]
     before = logits(model, tokens)
-    for name, site in find_sites(model).items():
-        powers = torch.randint(-2, 3, (site.linear.weight.shape[1],)).float().exp2()
-        site.fold_(site.tied(powers))
+    for name, pair in find_smoothing_pairs(model).items():
+        powers = torch.randint(-2, 3, (pair.linear.weight.shape[1],)).float().exp2()
+        pair.fold_(pair.tied(powers))
         # Powers of two: values are divided exactly, so nothing is rounded.
         assert torch.equal(logits(model, tokens), before), name
-    site.before_bias.mul_(2)
+    pair.before_bias.mul_(2)
     assert not torch.equal(logits(model, tokens), before)  # control: the bias has a part in it

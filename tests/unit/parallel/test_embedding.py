@@ -9,7 +9,7 @@ from mqat.checkpoints.random_weights import RandomWeights
 from mqat.quant.granularity import PerGroup
 from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
 from mqat.specs.policy import Policy, Rule
-from tests.unit.parallel.conftest import MODEL, microbatches, switch_off
+from tests.unit.model_fixtures import MODEL, microbatches, switch_off
 
 UNTIED = replace(MODEL, tie_word_embeddings=False)
 RULES = (
@@ -123,11 +123,11 @@ def test_recipes_leave_tables_alone(chunks):
     from megatron.core import parallel_state
 
     from mqat.calibration.recipe import Recipe
-    from mqat.calibration.weight_recipe import prepare_
+    from mqat.calibration.weight_recipe import apply_weight_recipe_
     from mqat.evaluation.forward import evaluate
 
-    statistics = prepare_(
-        chunks, lambda: evaluate(chunks, [microbatches()]), Recipe(equalize=True),
+    statistics = apply_weight_recipe_(
+        chunks, lambda: evaluate(chunks, [microbatches()]), Recipe(smoothquant=True),
         num_layers=UNTIED.num_layers,
         group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),

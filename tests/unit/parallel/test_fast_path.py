@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mqat.evaluation.forward import forward_loss, run_microbatches
 from mqat.kernels.cpu import passes as native
 from mqat.parallel.linear import quantized_linears
 from mqat.parallel.quantized_gemm import GemmKind, gemm_kind
@@ -10,8 +11,7 @@ from mqat.parallel.quantized_step import quantized_step
 from mqat.quant.formats import INT8
 from mqat.quant.granularity import PerChannel, PerGroup
 from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
-from mqat.training.step import _forward_loss, _run
-from tests.unit.parallel.conftest import microbatches
+from tests.unit.model_fixtures import microbatches
 
 STATIC = ["int8", "int8_wo", "int4", "int4_w_int8_a", "fp8", "w_int4_sym"]
 PER_TOKEN = ["int8_pc_pt", "fp8_pc_pt", "8da4w"]
@@ -132,7 +132,7 @@ def test_weights_are_quantized_once_per_step_for_all_microbatches(calibrated, mo
     linears = quantized_linears(chunks)
     assert len(calls) == len(linears)
     assert all(linear.weight_cache is None for linear in linears.values())
-    _run(_forward_loss, chunks, microbatches(), forward_only=False)  # control: no scope
+    run_microbatches(forward_loss, chunks, microbatches(), forward_only=False)  # control: no scope
     assert len(calls) == len(linears) + 2 * 2 * len(linears)  # 2 microbatches, forward twice
 
 
@@ -146,7 +146,7 @@ def test_codes_held_for_a_step_take_a_byte_and_a_bit_per_parameter(calibrated):
         chunks = calibrated(algorithm, dtype)
         linears = quantized_linears(chunks).values()
         with quantized_step(chunks):
-            _run(_forward_loss, chunks, microbatches(4), forward_only=False)
+            run_microbatches(forward_loss, chunks, microbatches(4), forward_only=False)
             held = sum(linear.weight_cache.num_bytes for linear in linears)
         parameters = sum(linear.weight.numel() for linear in linears)
         assert 0.5 < held / parameters <= limit, algorithm
@@ -309,7 +309,7 @@ def test_gradients_added_to_main_grad_at_once_are_those_megatron_would_add(calib
         for chunk in chunks:
             chunk.zero_grad_buffer()
         with quantized_step(chunks):
-            _run(_forward_loss, chunks, microbatches() * repeats, forward_only=False)
+            run_microbatches(forward_loss, chunks, microbatches() * repeats, forward_only=False)
         double.append([weight.main_grad.clone() for weight in weights])
     for once, twice in zip(*double, strict=True):
         assert relative(twice, once) < 1e-2

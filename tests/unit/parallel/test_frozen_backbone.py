@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from mqat.parallel.linear import quantized_linears
-from mqat.parallel.pack_weights import lower_
-from tests.unit.parallel.conftest import microbatches, switch_off
+from mqat.parallel.pack_weights import pack_weights_
+from tests.unit.model_fixtures import microbatches, switch_off
 
 
 def trained_gradients(chunks):
@@ -28,7 +28,7 @@ def test_gradients_pass_through_packed_weights(calibrated, algorithm):
     for linear in quantized_linears(chunks).values():
         linear.is_reference = True
     expected = trained_gradients(chunks)
-    lower_(chunks)
+    pack_weights_(chunks)
     found = trained_gradients(chunks)
     assert largest_distance(found, expected) < 1e-4  # float32 sums in another order
     doubled = {name: 1.01 * x for name, x in expected.items()}
@@ -39,8 +39,8 @@ def test_gradients_pass_through_packed_weights(calibrated, algorithm):
 def test_nothing_of_a_weight_is_kept_for_backward(calibrated):
     """Neither a float copy nor a mask: only the packed storage exists."""
     chunks = calibrated("nf4")
-    lower_(chunks)
-    shapes = {linear.lowered.shape for linear in quantized_linears(chunks).values()}
+    pack_weights_(chunks)
+    shapes = {linear.packed_weight.shape for linear in quantized_linears(chunks).values()}
     kept = []
     batch = microbatches()[0]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
@@ -61,9 +61,11 @@ def test_double_quantization_takes_4_127_bits_and_moves_little(calibrated):
     expected = logits(chunks, tokens)
     switch_off(chunks)
     unquantized = logits(chunks, tokens)
-    _, after = lower_(chunks, double_quantization=True)
+    _, after = pack_weights_(chunks, double_quantization=True)
     linears = quantized_linears(chunks).values()
-    weights = sum(linear.lowered.shape[0] * linear.lowered.shape[1] for linear in linears)
+    weights = sum(
+        linear.packed_weight.shape[0] * linear.packed_weight.shape[1] for linear in linears
+    )
     assert 4.12 < 8 * after / weights < 4.14
     found = logits(chunks, tokens)
     moved, by_nf4 = ((x - expected).norm() / expected.norm() for x in (found, unquantized))
@@ -72,6 +74,6 @@ def test_double_quantization_takes_4_127_bits_and_moves_little(calibrated):
 
 def test_linears_with_8_bit_inputs_have_no_gradient(calibrated):
     chunks = calibrated("int8")
-    lower_(chunks)
+    pack_weights_(chunks)
     with pytest.raises(ValueError, match="weight-only algorithm"):
         trained_gradients(chunks)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mqat.parallel.linear import quantized_linears
-from tests.unit.parallel.conftest import microbatches
+from tests.unit.model_fixtures import microbatches
 
 STEPS = 200
 

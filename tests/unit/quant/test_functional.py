@@ -10,10 +10,10 @@ from mqat.quant.formats import (
     FP8_E5M2,
     INT2_ELASTIC,
     INT4,
-    INT4_EVEN,
+    INT4_AMAX7_5,
     INT8,
-    INT8_FULL,
-    INT8_LOADER,
+    INT8_AMAX128,
+    INT8_MIN128,
     NF4,
     TERNARY,
     UINT4,
@@ -62,19 +62,19 @@ def test_halves_are_rounded_to_even_codes():
 
 def test_activations_may_use_the_code_minus_128_and_weights_may_not():
     x, scale = torch.tensor([[-5.0]]), torch.tensor([0.01])
-    assert quantize(x, scale, INT8_FULL, PerTensor()).item() == -128
+    assert quantize(x, scale, INT8_MIN128, PerTensor()).item() == -128
     assert quantize(x, scale, INT8, PerTensor()).item() == -127
     assert quantize(x, scale, INT4, PerTensor()).item() == -8
 
 
 def test_the_loaders_grid_divides_by_128_and_saturates_its_positive_end():
     x = torch.tensor([[-2.0, 1.0, 2.0]])
-    scale = compute_scale(compute_amax(x, PerChannel()), INT8_LOADER)
+    scale = compute_scale(compute_amax(x, PerChannel()), INT8_AMAX128)
     assert scale.tolist() == [2.0 / 128]
-    assert quantize(x, scale, INT8_LOADER, PerChannel()).tolist() == [[-128, 64, 127]]
+    assert quantize(x, scale, INT8_AMAX128, PerChannel()).tolist() == [[-128, 64, 127]]
 
 
-@pytest.mark.parametrize("fmt", [INT8, INT8_FULL, INT8_LOADER, INT4])
+@pytest.mark.parametrize("fmt", [INT8, INT8_MIN128, INT8_AMAX128, INT4])
 @pytest.mark.parametrize("size", [16, 48])  # 48 leaves a last group of 16 in a row of 160
 def test_integer_codes_equal_an_independent_numpy_version(fmt, size):
     x = randn(8, 160)
@@ -114,14 +114,14 @@ def test_every_code_is_a_fixed_point(fmt):
     ("fmt", "granularity"),
     [
         (INT8, PerChannel()),
-        (INT8_FULL, PerTensor()),
-        (INT8_LOADER, PerChannel()),
+        (INT8_MIN128, PerTensor()),
+        (INT8_AMAX128, PerChannel()),
         (INT4, PerGroup(32)),
         (INT4, PerGroup(48)),
         (FP8_E4M3, PerTensor()),
         (FP8_E4M3, PerToken()),
         (FP8_E5M2, PerBlock(64)),
-        (INT4_EVEN, PerGroup(48)),
+        (INT4_AMAX7_5, PerGroup(48)),
         (FP4_E2M1, PerGroup(16)),
         (NF4, PerGroup(64)),
     ],
@@ -177,7 +177,7 @@ def test_gradient_is_zero_exactly_where_values_are_clipped():
 
 @pytest.mark.parametrize(
     ("fmt", "low", "high"),
-    [(INT8, -127.5, 127.5), (INT8_FULL, -128.5, 127.5), (INT4, -8.5, 7.5), (FP8_E4M3, -448, 448)],
+    [(INT8, -127.5, 127.5), (INT8_MIN128, -128.5, 127.5), (INT4, -8.5, 7.5), (FP8_E4M3, -448, 448)],
     ids=label,
 )
 def test_the_border_of_clipping_belongs_to_the_inside(fmt, low, high):
@@ -303,9 +303,12 @@ def test_the_gradient_of_asymmetric_codes_stops_at_both_ends():
 def test_reach_widens_the_range_that_is_trained():
     x = torch.tensor([5.0, 6.5, 8.0, 8.1], requires_grad=True)
     grads = {}
-    for reach in (None, 8.0, float("inf")):
-        (grads[reach],) = torch.autograd.grad(
-            fake_quantize(x, torch.tensor([1.0]), FP4_E2M1, PerTensor(), reach=reach).sum(), x
+    for ste_clip_range in (None, 8.0, float("inf")):
+        (grads[ste_clip_range],) = torch.autograd.grad(
+            fake_quantize(
+                x, torch.tensor([1.0]), FP4_E2M1, PerTensor(), ste_clip_range=ste_clip_range
+            ).sum(),
+            x,
         )
     assert grads[None].tolist() == [1, 0, 0, 0]
     assert grads[8.0].tolist() == [1, 1, 1, 0]
@@ -329,8 +332,8 @@ def test_stretched_grids_are_those_of_paretoq(fmt, levels):
 def test_the_maximum_of_a_stretched_grid_is_trained(fmt):
     x = randn(4, 50).requires_grad_()
     scale = compute_scale(compute_amax(x, PerChannel()), fmt)
-    reach = TensorScheme(fmt, PerChannel()).reach
-    fake_quantize(x, scale, fmt, PerChannel(), reach=reach).sum().backward()
+    ste_clip_range = TensorScheme(fmt, PerChannel()).ste_clip_range
+    fake_quantize(x, scale, fmt, PerChannel(), ste_clip_range=ste_clip_range).sum().backward()
     assert (x.grad == 1).all()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mqat.quant.formats import FP8_E4M3, INT4, INT8_FULL
+from mqat.quant.formats import FP8_E4M3, INT4, INT8_MIN128
 from mqat.quant.granularity import PerTensor
 from mqat.quant.histogram import entropy_amax, mse_amax
 from mqat.quant.observers import ActivationObserver
@@ -27,7 +27,7 @@ def error(x: torch.Tensor, amax: float, fmt) -> float:
     return float((grid - x).double().square().sum())
 
 
-@pytest.mark.parametrize("fmt", [INT4, INT8_FULL, FP8_E4M3], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [INT4, INT8_MIN128, FP8_E4M3], ids=lambda f: f.name)
 def test_mse_is_as_good_as_trying_every_clipping_point(fmt):
     x = torch.cat([normal(), torch.tensor([30.0])])
     found = float(observed(x, "mse").calibrated(TensorScheme(fmt, PerTensor()), 100.0))
@@ -48,12 +48,12 @@ def test_mse_of_a_gaussian_in_four_bits_is_near_the_known_optimum():
 def test_entropy_drops_a_far_tail_and_keeps_an_even_spread():
     tailed = torch.cat([normal(), torch.full((2,), 300.0)])
     assert (
-        float(observed(tailed, "entropy").calibrated(TensorScheme(INT8_FULL, PerTensor()), 100.0))
+        float(observed(tailed, "entropy").calibrated(TensorScheme(INT8_MIN128, PerTensor()), 100.0))
         < 60
     )
     even = torch.linspace(-1, 1, 20001)
     assert (
-        float(observed(even, "entropy").calibrated(TensorScheme(INT8_FULL, PerTensor()), 100.0))
+        float(observed(even, "entropy").calibrated(TensorScheme(INT8_MIN128, PerTensor()), 100.0))
         > 0.9
     )
 

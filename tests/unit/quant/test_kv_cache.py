@@ -18,9 +18,9 @@ def test_schemes_survive_json(name, scales):
     assert [scheme.scale_of(kind) in scheme.operands for kind in ("key", "value")] == [True, True]
     linear = named_scheme("int8")
     assert scheme_from_dict(linear.to_dict()) == linear
-    every = {"decoder.a": linear, "decoder.b": scheme, "output_layer": linear}
-    assert linear_schemes(every) == {"decoder.a": linear}
-    assert kv_cache_schemes(every) == {"decoder.b": scheme}
+    every = {"decoder.layers.0.a": linear, "decoder.layers.0.b": scheme, "output_layer": linear}
+    assert linear_schemes(every) == {"decoder.layers.0.a": linear}
+    assert kv_cache_schemes(every) == {"decoder.layers.0.b": scheme}
     assert table_schemes(every) == {"output_layer": linear}
 
 

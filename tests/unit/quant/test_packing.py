@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from mqat.quant.packing import (
-    pack_crumbs,
+    pack_2bit,
     pack_int4,
     pack_nibbles,
-    unpack_crumbs,
+    unpack_2bit,
     unpack_int4,
     unpack_nibbles,
 )
@@ -70,14 +70,14 @@ def test_wrong_neighbours_are_refused():
 
 def test_the_first_of_four_neighbours_is_in_the_lowest_bits():
     codes = torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8)
-    assert pack_crumbs(codes).tolist() == [[0b00111001]]
-    assert torch.equal(unpack_crumbs(pack_crumbs(codes)), codes)
+    assert pack_2bit(codes).tolist() == [[0b00111001]]
+    assert torch.equal(unpack_2bit(pack_2bit(codes)), codes)
 
 
 def test_wrong_fours_are_refused():
     with pytest.raises(ValueError, match="divisible by four"):
-        pack_crumbs(torch.zeros(4, 6, dtype=torch.uint8))
+        pack_2bit(torch.zeros(4, 6, dtype=torch.uint8))
     with pytest.raises(ValueError, match="code 4"):
-        pack_crumbs(torch.tensor([0, 1, 2, 4], dtype=torch.uint8))
+        pack_2bit(torch.tensor([0, 1, 2, 4], dtype=torch.uint8))
     with pytest.raises(ValueError, match="needs uint8"):
-        unpack_crumbs(torch.zeros(1, dtype=torch.int8))
+        unpack_2bit(torch.zeros(1, dtype=torch.int8))

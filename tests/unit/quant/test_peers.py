@@ -130,7 +130,7 @@ def test_tokens_of_8da4w_are_torchaos(torchao):
     x = numbers(torch.float32)
     quantizer = Quantizer(named_scheme("8da4w").input, None, "x")
     quantizer.load_({})
-    scale, zero = quantizer.steps(x)
+    scale, zero = quantizer.qparams(x)
     theirs, zeros = torchao.choose_qparams_affine(
         x, torchao.MappingType.ASYMMETRIC, (1, x.shape[1]), torch.int8, -128, 127, eps=2.0**-24
     )

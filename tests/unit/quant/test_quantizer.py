@@ -130,7 +130,7 @@ def test_dynamic_maxima_are_merged_before_use():
     whole, left = quantizer(X), X[:, :16]
     other = quantizer.statistic(X[:, 16:])
     assert not torch.equal(quantizer(left), whole[:, :16])  # control
-    quantizer.merge_ = lambda local: local.copy_(torch.maximum(local, other))
+    quantizer.reduce_amax = lambda local: local.copy_(torch.maximum(local, other))
     assert torch.equal(quantizer(left), whole[:, :16])
 
 
@@ -171,7 +171,7 @@ def test_a_stage_has_other_levels_over_the_same_range(rule):
     quantizer.freeze_(torch.full((4,), 2.0))
     levels = []
     for name in ("int8", "int4", None):
-        quantizer.stage = FORMATS[name] if name else None
+        quantizer.active_format = FORMATS[name] if name else None
         values = quantizer(x)
         assert values.amax().item() == pytest.approx(2.0)
         levels.append(values.unique().numel())

@@ -11,9 +11,9 @@ from mqat.quant.formats import (
     FP4_E2M1,
     FP8_E4M3,
     FP8_E5M2,
-    INT4_EVEN,
+    INT4_AMAX7_5,
     INT8,
-    INT8_FULL,
+    INT8_MIN128,
     NF4,
     UINT4,
     QuantFormat,
@@ -138,7 +138,7 @@ def test_nf4_takes_the_nearest_level(dtype):
     assert found.tolist() == np.array(NF4.levels, dtype=np.float32)[codes.numpy()].tolist()
 
 
-@pytest.mark.parametrize("fmt", [INT8_FULL, UINT4, INT4_EVEN], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", [INT8_MIN128, UINT4, INT4_AMAX7_5], ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("step", [0.25, 2.0**-7])
 def test_integers_are_torchs_fake_quantize_where_the_reciprocal_is_exact(fmt, step):
     x = numbers(torch.float32)
@@ -151,7 +151,7 @@ def test_integers_are_torchs_fake_quantize_where_the_reciprocal_is_exact(fmt, st
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("fmt", [INT8_FULL, UINT4], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", [INT8_MIN128, UINT4], ids=lambda fmt: fmt.name)
 def test_channels_differ_from_torchs_fake_quantize_in_ties_only(fmt):
     """torch multiplies by the rounded reciprocal of the scale; here x is divided."""
     x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(1)) + 0.3

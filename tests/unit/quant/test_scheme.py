@@ -9,10 +9,10 @@ from mqat.quant.formats import (
     FP4_E2M1,
     FP8_E4M3,
     INT4,
-    INT4_EVEN,
+    INT4_AMAX7_5,
     INT8,
-    INT8_FULL,
-    INT8_LOADER,
+    INT8_AMAX128,
+    INT8_MIN128,
     NF4,
     UINT4,
 )
@@ -21,7 +21,7 @@ from mqat.quant.scheme import ALGORITHMS, LinearScheme, TensorScheme, named_sche
 
 BF16 = torch.bfloat16
 STATIC_FP8 = TensorScheme(FP8_E4M3, PerTensor(), BF16)
-STATIC_INT8 = TensorScheme(INT8_FULL, PerTensor(), torch.float32)
+STATIC_INT8 = TensorScheme(INT8_MIN128, PerTensor(), torch.float32)
 
 
 def blocks(fmt, size: int, scale: torch.dtype) -> tuple[TensorScheme, TensorScheme]:
@@ -34,9 +34,9 @@ MEANING = {
     "int8": (TensorScheme(INT8, PerChannel(), torch.float32), STATIC_INT8),
     "int8_pc_pt": (
         TensorScheme(INT8, PerChannel()),
-        TensorScheme(INT8_FULL, PerToken(), is_dynamic=True),
+        TensorScheme(INT8_MIN128, PerToken(), is_dynamic=True),
     ),
-    "int8_wo": (TensorScheme(INT8_LOADER, PerChannel(), torch.float32), None),
+    "int8_wo": (TensorScheme(INT8_AMAX128, PerChannel(), torch.float32), None),
     "int4": (TensorScheme(INT4, PerGroup(128), BF16), None),
     "int4_w_int8_a": (TensorScheme(INT4, PerGroup(128), BF16), STATIC_INT8),
     "fp8": (STATIC_FP8, STATIC_FP8),
@@ -48,10 +48,10 @@ MEANING = {
         TensorScheme(FP8_E4M3, PerToken(), is_dynamic=True),
     ),
     "8da4w": (
-        TensorScheme(INT4_EVEN, PerGroup(256)),
-        TensorScheme(INT8_FULL, PerToken(), is_dynamic=True, is_asymmetric=True),
+        TensorScheme(INT4_AMAX7_5, PerGroup(256)),
+        TensorScheme(INT8_MIN128, PerToken(), is_dynamic=True, is_asymmetric=True),
     ),
-    "w_int4_sym": (TensorScheme(INT4_EVEN, PerGroup(128), BF16), None),
+    "w_int4_sym": (TensorScheme(INT4_AMAX7_5, PerGroup(128), BF16), None),
     "w_uint4_asym": (TensorScheme(UINT4, PerGroup(128), BF16, is_asymmetric=True), None),
     "nvfp4": blocks(FP4_E2M1, 16, torch.float8_e4m3fn),
     "mxfp4": blocks(FP4_E2M1, 32, torch.float8_e8m0fnu),
@@ -159,7 +159,11 @@ def test_checkpoints_hold_what_is_frozen_and_nothing_of_dynamic_scales():
 
 
 def test_gradients_reach_as_far_as_scales_follow():
-    assert named_scheme("mxfp4").input.reach == math.inf
-    assert named_scheme("mxfp4").weight.reach == named_scheme("nvfp4").weight.reach == 8.0
-    assert named_scheme("mxfp8").weight.reach == 512.0
-    assert named_scheme("int8").weight.reach is None
+    assert named_scheme("mxfp4").input.ste_clip_range == math.inf
+    assert (
+        named_scheme("mxfp4").weight.ste_clip_range
+        == named_scheme("nvfp4").weight.ste_clip_range
+        == 8.0
+    )
+    assert named_scheme("mxfp8").weight.ste_clip_range == 512.0
+    assert named_scheme("int8").weight.ste_clip_range is None

@@ -4,14 +4,17 @@ import pytest
 import torch
 
 from mqat.config import load_config
-from mqat.models.decoder import LINEARS, DecoderConfig
+from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import kv_cache_schemes, table_schemes
+from mqat.models.structure import DENSE_LINEARS
 from mqat.plan.run import describe, make_plan
-from mqat.quant.formats import FORMATS, FP8_E4M3, INT4, INT8_FULL
+from mqat.quant.formats import FORMATS, FP8_E4M3, INT4, INT8_MIN128
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
 from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
 from mqat.specs.policy import Policy, Rule, tensor_scheme
+
+LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
 
 MODEL = DecoderConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,
@@ -60,7 +63,7 @@ def test_a_rule_in_yaml_composes_weight_input_and_output(tmp_path):
         "custom",
         TensorScheme(INT4, PerGroup(32), torch.bfloat16),
         TensorScheme(FP8_E4M3, PerToken(), is_dynamic=True),
-        TensorScheme(INT8_FULL, PerTensor()),
+        TensorScheme(INT8_MIN128, PerTensor()),
     )
     assert layers["decoder.layers.1.mlp.linear_fc1"] == named_scheme("int8")
 

@@ -18,11 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mqat.export.export import export_hf, export_trtllm
-from mqat.models.decoder import LINEARS, DecoderConfig
+from mqat.models.decoder import DecoderConfig
+from mqat.models.structure import DENSE_LINEARS
 from mqat.quant.scheme import named_scheme
 from mqat.verify.verify import verify_export
 from tests.unit.export.checkpoints import all_caches, write_checkpoint
 from tests.unit.verify.test_matrix import FORMATS, REFUSED
+
+LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
 
 # As small as INT4 kernels allow with groups of 64 on two ranks.
 MODEL = DecoderConfig(

@@ -10,7 +10,7 @@ from mqat.kernels.gemm import (
     scaled_matmul,
 )
 from mqat.kernels.operands import apply_mask_, encode, pack_mask, unpack_mask
-from mqat.quant.formats import FP8_E4M3, INT4, INT8, INT8_FULL
+from mqat.quant.formats import FP8_E4M3, INT4, INT8, INT8_MIN128
 from mqat.quant.functional import fake_quantize, quantize
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
 from mqat.quant.scales import compute_amax
@@ -65,7 +65,12 @@ def test_masking_keeps_bits_or_zeroes_them(dtype):
 
 @pytest.mark.parametrize(
     ("fmt", "granularity"),
-    [(INT8_FULL, PerTensor()), (INT8, PerChannel()), (INT4, PerGroup(16)), (FP8_E4M3, PerTensor())],
+    [
+        (INT8_MIN128, PerTensor()),
+        (INT8, PerChannel()),
+        (INT4, PerGroup(16)),
+        (FP8_E4M3, PerTensor()),
+    ],
 )
 def test_encoding_equals_the_reference_codes_and_gradient_mask(fmt, granularity):
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -83,6 +88,6 @@ def test_nan_in_an_operand_makes_the_whole_result_nan_and_infinity_does_not():
     for value, is_nan in ((float("nan"), True), (float("inf"), False)):
         x = torch.randn(4, 16)
         x[1, 2] = value
-        encoded = encode(x, torch.tensor([0.1]), INT8_FULL, PerTensor(), with_mask=False)
+        encoded = encode(x, torch.tensor([0.1]), INT8_MIN128, PerTensor(), with_mask=False)
         y = scaled_matmul(encoded.codes, w, encoded.scale, torch.float32)
         assert bool(y.isnan().all()) == is_nan

@@ -12,7 +12,7 @@ from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import TensorScheme, named_scheme
 from mqat.report.page import hint, html_page, worst_first, write_report
 from mqat.specs.policy import Policy, Rule
-from tests.unit.parallel.conftest import MODEL, microbatches
+from tests.unit.model_fixtures import MODEL, microbatches
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from mqat.kernels.operands import (
     encode,
     pack_mask,
 )
-from mqat.quant.formats import FP8_E4M3, INT4, INT4_EVEN, INT8, INT8_FULL
+from mqat.quant.formats import FP8_E4M3, INT4, INT4_AMAX7_5, INT8, INT8_MIN128
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.scales import compute_affine, compute_range
 
@@ -39,27 +39,33 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(128)], ids=str)
-@pytest.mark.parametrize("fmt", [INT8, INT8_FULL, INT4, INT4_EVEN, FP8_E4M3], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "fmt", [INT8, INT8_MIN128, INT4, INT4_AMAX7_5, FP8_E4M3], ids=lambda f: f.name
+)
 def test_codes_masks_and_values_are_the_same_bits(fmt, granularity, dtype):
     x = (torch.randn(600, 512, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     x[0] = torch.linspace(-1, 1, 512) * 0.01  # subnormal E4M3 numbers, and ties
     x[1, :3] = torch.tensor([float("inf"), -float("inf"), -0.0])
     scale = granularity.largest(x.float().clamp(-9, 9).abs()) / fmt.max_value * 0.5
 
-    def encoded(reach):
-        e = encode(x, scale, fmt, granularity, with_mask=True, reach=reach)
+    def encoded(ste_clip_range):
+        e = encode(x, scale, fmt, granularity, with_mask=True, ste_clip_range=ste_clip_range)
         return e.codes.view(torch.uint8), e.mask, e.scale
 
     def decoded():
         codes = encode(x, scale, fmt, granularity, with_mask=False).codes
         return decode(codes, dtype), decode_scaled(codes, scale, granularity, dtype)
 
-    for reach in (None, 8.5):
-        (found, expected) = both(lambda reach=reach: encoded(reach))
+    for ste_clip_range in (None, 8.5):
+        (found, expected) = both(lambda ste_clip_range=ste_clip_range: encoded(ste_clip_range))
         assert_same(found, expected)
         if not fmt.is_float:
             assert_same(
-                *both(lambda r=reach: dequantized_with_mask(x, scale, fmt, granularity, reach=r))
+                *both(
+                    lambda r=ste_clip_range: dequantized_with_mask(
+                        x, scale, fmt, granularity, ste_clip_range=r
+                    )
+                )
             )
     assert_same(*both(decoded))
     assert bool((found[1] != 255).any())  # control: masks are not all ones
@@ -67,11 +73,11 @@ def test_codes_masks_and_values_are_the_same_bits(fmt, granularity, dtype):
 
 def test_tokens_with_zero_points_are_the_same_bits():
     x = torch.randn(9, 3, 64, generator=torch.Generator().manual_seed(0)) + 0.3
-    scale, zero = compute_affine(compute_range(x, PerToken()), INT8_FULL)
+    scale, zero = compute_affine(compute_range(x, PerToken()), INT8_MIN128)
     assert bool((zero != 0).any())
 
     def codes_and_values():
-        e = encode(x, scale, INT8_FULL, PerToken(), with_mask=False, zero_point=zero)
+        e = encode(x, scale, INT8_MIN128, PerToken(), with_mask=False, zero_point=zero)
         return e.codes, decode_scaled(e.codes, scale, PerToken(), torch.float32, zero)
 
     assert_same(*both(codes_and_values))
@@ -102,7 +108,7 @@ def test_several_threads_give_the_same_bits():
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        e = encode(x, scale, INT8_FULL, PerTensor(), with_mask=True)
+        e = encode(x, scale, INT8_MIN128, PerTensor(), with_mask=True)
         results.append((e.codes, e.mask, native.swiglu(x), *native.rms_norm(x, x[0], 1e-5)))
     torch.set_num_threads(threads)
     assert_same(*results)

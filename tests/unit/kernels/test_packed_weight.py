@@ -5,11 +5,11 @@ import torch
 
 from mqat.kernels.packed_int4 import KERNEL_ROWS, PackedInt4, pack_for_kernel
 from mqat.kernels.packed_int8 import Int8Codes, Int8Product
-from mqat.kernels.packed_weight import DecodedCodes, lower_weight, lowered_matmul
-from mqat.quant.formats import INT4, INT4_EVEN, INT8, INT8_FULL, UINT4
+from mqat.kernels.packed_weight import DecodedCodes, pack_weight, packed_matmul
+from mqat.quant.formats import INT4, INT4_AMAX7_5, INT8, INT8_MIN128, UINT4
 from mqat.quant.functional import fake_quantize, quantize
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
-from mqat.quant.qparams import statistic_of, steps_of
+from mqat.quant.qparams import compute_qparams, statistic_of
 from mqat.quant.scheme import ALGORITHMS, LinearScheme, TensorScheme, named_scheme
 
 SHAPE = (72, 200)  # neither whole blocks of rows nor whole groups
@@ -24,9 +24,9 @@ def lowered(scheme, shape=SHAPE):
     w = drawn(*shape)
     operand = scheme.weight
     above = statistic_of(w, operand).amax().reshape(1) / 2688 if operand.has_global_scale else None
-    scale, zero_point = steps_of(statistic_of(w, operand), operand, above)
+    scale, zero_point = compute_qparams(statistic_of(w, operand), operand, above)
     values = fake_quantize(w, scale, operand.format, operand.granularity, zero_point=zero_point)
-    return values, lower_weight(w, scale, scheme, zero_point)
+    return values, pack_weight(w, scale, scheme, zero_point)
 
 
 def grouped(fmt, size, *, scale_dtype=torch.bfloat16):
@@ -39,7 +39,7 @@ def grouped(fmt, size, *, scale_dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
-@pytest.mark.parametrize("fmt", [INT4, INT4_EVEN, UINT4], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", [INT4, INT4_AMAX7_5, UINT4], ids=lambda fmt: fmt.name)
 def test_packed_int4_decodes_to_the_fake_quantized_weight(fmt, size, dtype):
     values, weight = lowered(grouped(fmt, size))
     assert isinstance(weight.storage, PackedInt4)
@@ -56,7 +56,7 @@ def test_int4_products_equal_the_fake_quantized_ones(fmt, scale_dtype, rows):
     values, weight = lowered(grouped(fmt, 64, scale_dtype=scale_dtype))
     x = drawn(rows, SHAPE[1], seed=1).bfloat16()
     exact = x.float() @ values.t()
-    found = lowered_matmul(x, None, weight).float()
+    found = packed_matmul(x, None, weight).float()
     # bfloat16 rounds results (decoded weights and zero points too, where they are used) to 8 bits
     assert float((found - exact).norm() / exact.norm()) < 2.0**-7
     assert float((x.float() @ drawn(*SHAPE).t() - exact).norm() / exact.norm()) > 0.05  # control
@@ -96,12 +96,12 @@ def test_codes_that_do_not_read_back_are_not_packed():
 def test_int8_products_are_those_of_the_codes(algorithm, dtype):
     scheme = named_scheme(algorithm)
     w, x = drawn(*SHAPE), drawn(17, SHAPE[1], seed=1).to(dtype)
-    w_scale, _ = steps_of(statistic_of(w, scheme.weight), scheme.weight)
-    x_scale, _ = steps_of(statistic_of(x, scheme.input), scheme.input)
+    w_scale, _ = compute_qparams(statistic_of(w, scheme.weight), scheme.weight)
+    x_scale, _ = compute_qparams(statistic_of(x, scheme.input), scheme.input)
     x_scale = x_scale * 0.5  # some values are clipped
-    weight = lower_weight(w, w_scale, scheme)
+    weight = pack_weight(w, w_scale, scheme)
     assert isinstance(weight.storage, Int8Product)
-    found = lowered_matmul(x, (x_scale, None), weight)
+    found = packed_matmul(x, (x_scale, None), weight)
     operand = scheme.input
     x_codes = quantize(x, x_scale, operand.format, operand.granularity)
     w_codes = quantize(w, w_scale, INT8, PerChannel())
@@ -117,16 +117,16 @@ def test_plain_int8_codes_give_what_packed_ones_do():
     scale = drawn(72).abs() + 0.01
     x = drawn(17, SHAPE[1], seed=1)
     for x_scale in (torch.tensor([0.02]), drawn(17).abs() + 0.01):
-        packed = Int8Product.of(codes, scale, INT8_FULL).multiply(x, x_scale)
-        plain = Int8Product(codes, scale, None, INT8_FULL).multiply(x, x_scale)
+        packed = Int8Product.of(codes, scale, INT8_MIN128).multiply(x, x_scale)
+        plain = Int8Product(codes, scale, None, INT8_MIN128).multiply(x, x_scale)
         torch.testing.assert_close(packed, plain, rtol=1e-6, atol=1e-6)
         assert not torch.allclose(
-            packed, Int8Product.of(codes, scale, INT8_FULL).multiply(x, x_scale * 2)
+            packed, Int8Product.of(codes, scale, INT8_MIN128).multiply(x, x_scale * 2)
         )
 
 
 def test_nan_comes_out_of_integer_products():
-    weight = Int8Product.of(torch.ones(8, 16, dtype=torch.int8), torch.ones(8), INT8_FULL)
+    weight = Int8Product.of(torch.ones(8, 16, dtype=torch.int8), torch.ones(8), INT8_MIN128)
     x = torch.ones(2, 16)
     assert weight.multiply(x, torch.ones(1)).isfinite().all()
     x[0, 3] = torch.nan
@@ -140,8 +140,8 @@ def test_int8_weights_multiply_floats(rows, shape):
     assert isinstance(weight.storage, Int8Codes)
     x = drawn(rows, shape[1], seed=1)
     exact = x @ values.t()
-    torch.testing.assert_close(lowered_matmul(x, None, weight), exact, rtol=1e-5, atol=1e-4)
-    half = lowered_matmul(x.bfloat16(), None, weight).float()
+    torch.testing.assert_close(packed_matmul(x, None, weight), exact, rtol=1e-5, atol=1e-4)
+    half = packed_matmul(x.bfloat16(), None, weight).float()
     # two roundings to 8 bits: the sum and the scaled sum
     assert float((half - exact).norm() / exact.norm()) < 2.0**-7
     assert not torch.allclose(x @ drawn(*shape).t(), exact, rtol=1e-5, atol=1e-4)  # control
@@ -166,11 +166,11 @@ def test_a_per_tensor_integer_of_few_bits_is_decoded():
     assert weight.num_bytes <= SHAPE[0] * SHAPE[1] / 2 + 4
 
 
-@pytest.mark.parametrize("fmt", [INT8, INT8_FULL], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", [INT8, INT8_MIN128], ids=lambda fmt: fmt.name)
 def test_inputs_saturate_where_their_format_ends(fmt):
     scheme = LinearScheme("x", TensorScheme(INT8, PerChannel()), TensorScheme(fmt, PerTensor()))
     values, weight = lowered(scheme)
     assert isinstance(weight.storage, Int8Product)
     x = torch.full((17, SHAPE[1]), -100.0)
-    found = lowered_matmul(x, (torch.tensor([0.1]), None), weight)
+    found = packed_matmul(x, (torch.tensor([0.1]), None), weight)
     torch.testing.assert_close(found, 0.1 * fmt.qmin * values.sum(dim=1).expand(17, -1))

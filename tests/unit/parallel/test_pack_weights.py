@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from mqat.parallel.linear import quantized_linears
-from mqat.parallel.pack_weights import lower_
+from mqat.parallel.pack_weights import pack_weights_
 from mqat.quant.formats import INT4
 from mqat.quant.scheme import ALGORITHMS
-from tests.unit.parallel.conftest import microbatches, switch_off
+from tests.unit.model_fixtures import microbatches, switch_off
 
 LOWERED = [name for name in ALGORITHMS if name != "null"]
 COMMON = [
@@ -34,7 +34,7 @@ def test_a_lowered_model_gives_the_logits_of_the_trained_one_from_fewer_bytes(
     chunks = calibrated(algorithm)
     tokens = microbatches()[0]["tokens"]
     expected = logits(chunks, tokens)
-    before, after = lower_(chunks)
+    before, after = pack_weights_(chunks)
     assert all(linear.weight.numel() == 0 for linear in quantized_linears(chunks).values())
     # Of 32 bits: 8 and a scale, or 4 with scales of groups of 16 to 64.
     assert after <= before * (0.3 if "8" in algorithm.split("_")[0] else 0.25)
@@ -57,7 +57,7 @@ def test_in_bfloat16_they_agree_within_its_rounding(calibrated, algorithm, lengt
     for linear in quantized_linears(chunks).values():
         for quantizer in linear.quantizers.values():
             quantizer.is_enabled = True
-    lower_(chunks)
+    pack_weights_(chunks)
     found = logits(chunks, tokens)
     # every linear's output is rounded to 8 bits in both, weights in one of them; flipped input codes
     assert distance(found, expected) < 2.0**-4
@@ -72,9 +72,9 @@ def test_the_format_in_use_is_lowered(calibrated):
     tokens = microbatches()[0]["tokens"]
     whole = logits(chunks, tokens)
     for linear in quantized_linears(chunks).values():
-        linear.weight_quantizer.stage = INT4
+        linear.weight_quantizer.active_format = INT4
     staged = logits(chunks, tokens)
-    lower_(chunks)
+    pack_weights_(chunks)
     assert distance(logits(chunks, tokens), staged) < 1e-3
     assert distance(whole, staged) > 1e-2  # control
 
@@ -83,4 +83,4 @@ def test_what_has_no_scales_is_refused(calibrated):
     chunks = calibrated("int8")
     next(iter(quantized_linears(chunks).values())).input_quantizer.reset()
     with pytest.raises(ValueError, match="has no scales yet"):
-        lower_(chunks)
+        pack_weights_(chunks)

@@ -1,3 +1,5 @@
+"""A tiny model on one process, calibrated: for tests of several rooms."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

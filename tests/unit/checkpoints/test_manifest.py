@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from mqat.checkpoints import manifest
 from mqat.checkpoints.manifest import (
     DESCRIPTION,
     FORMAT_VERSION,
@@ -13,7 +14,6 @@ from mqat.checkpoints.manifest import (
     describe_files,
     read_description,
 )
-from mqat.models import manifest
 
 DATA, INDEX = "__0_0.distcp", ".metadata"
 

@@ -1,0 +1,313 @@
+"""The one table of what a decoder is made of, and what each piece is called elsewhere.
+
+Nothing else in the product spells these names or knows in which order rows are fused; `verify/facts/`
+is a second opinion on purpose. A family (`families/`) is a choice of rows of this table.
+
+| name of                      | example                                                               |
+|------------------------------|-----------------------------------------------------------------------|
+| a module in a layer          | `mlp.linear_fc1`                                                      |
+| the same, global             | `decoder.layers.3.mlp.linear_fc1`                                     |
+| its parameter in checkpoints | `decoder.layers.mlp.linear_fc1.weight`, [layers, out, in]             |
+| its frozen quantizer state   | `quantizers.decoder.layers.3.mlp.linear_fc1.weight_scale`             |
+
+Sources: Megatron-Core `models/gpt/gpt_model.py` and `transformer/attention.py`, transformers
+`models/llama/modeling_llama.py`, llama.cpp `gguf-py/gguf/constants.py`, TensorRT-LLM
+`docs/source/legacy/architecture/checkpoint.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+# Named sizes of a model; `DecoderConfig.size` gives the number.
+Axis = Literal["hidden", "intermediate", "query", "key_value", "head", "vocab"]
+
+HF_LAYER, GGUF_LAYER, TRTLLM_LAYER = "model.layers.{i}.", "blk.{i}.", "transformer.layers.{i}."
+_LAYERS = "decoder.layers."
+
+
+class Sizes(Protocol):
+    """What the table needs to know of a model."""
+
+    @property
+    def num_query_groups(self) -> int:
+        """Key/value heads."""
+
+    def size(self, axis: Axis) -> int:
+        """Global size, before any parallel split."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight of a fused linear, as others store it apart.
+
+    Attributes:
+        rows: Its output features.
+        hf: Hugging Face module, after `HF_LAYER`.
+        gguf: llama.cpp tensor without its suffix, after `GGUF_LAYER`.
+        trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`; parts that share one lie in it in this order.
+    """
+
+    rows: Axis
+    hf: str
+    gguf: str
+    trtllm: str
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of every layer.
+
+    Attributes:
+        name: In a Megatron layer.
+        parallel: `column`: output features are cut over TP; `row`: input features.
+        columns: Input features.
+        parts: Fused along the output features.
+        norm: Norm of the layer whose output it reads; None: it reads another linear's channels,
+        fed_by: (name, part number) of that linear.
+        is_by_query_group: Rows go query group by query group, each group's rows part by part (Megatron's
+            qkv: its query heads, key head, value head); otherwise part by part.
+        experts: Number of copies that checkpoints stack before the output features; 0: not an expert.
+    """
+
+    name: str
+    parallel: Literal["column", "row"]
+    columns: Axis
+    parts: tuple[Part, ...]
+    norm: str | None = None
+    fed_by: tuple[str, int] | None = None
+    is_by_query_group: bool = False
+    experts: int = 0
+
+    @property
+    def key(self) -> str:
+        """Of the weight in checkpoints."""
+        return stacked_key(self.name, "weight")
+
+    @property
+    def bias_key(self) -> str:
+        """Of the bias in checkpoints, where there is one."""
+        return stacked_key(self.name, "bias")
+
+    @property
+    def separate_parts(self) -> int:
+        """Parts whose local rows lie one after the other, so that checkpoints keep them apart."""
+        return 1 if self.is_by_query_group else len(self.parts)
+
+    def shape(self, sizes: Sizes) -> tuple[int, int]:
+        """Global (out_features, in_features)."""
+        return sum(sizes.size(part.rows) for part in self.parts), sizes.size(self.columns)
+
+    def stacked_shape(self, sizes: Sizes, num_layers: int) -> tuple[int, ...]:
+        """Of the weight in checkpoints: [layers, (experts,) out, in]."""
+        experts = (self.experts,) if self.experts else ()
+        return (num_layers, *experts, *self.shape(sizes))
+
+    def units(self, sizes: Sizes) -> int:
+        """Runs of rows that hold some of every part: query groups, or one."""
+        return sizes.num_query_groups if self.is_by_query_group else 1
+
+    def fused_rows(self, sizes: Sizes, part: int, wanted: slice) -> list[slice]:
+        """Global rows of the fused weight that hold rows `wanted` of one part, in order."""
+        units = self.units(sizes)
+        lengths = [sizes.size(p.rows) // units for p in self.parts]
+        found, start = [], wanted.start
+        while start < wanted.stop:
+            unit, inside = divmod(start, lengths[part])
+            count = min(wanted.stop - start, lengths[part] - inside)
+            first = unit * sum(lengths) + sum(lengths[:part]) + inside
+            found.append(slice(first, first + count))
+            start += count
+        return found
+
+    def trtllm_modules(self) -> dict[str, list[int]]:
+        """TensorRT-LLM module -> numbers of the parts in it, in row order."""
+        modules: dict[str, list[int]] = {}
+        for number, part in enumerate(self.parts):
+            modules.setdefault(part.trtllm, []).append(number)
+        return modules
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of every layer, or the last one of the model.
+
+    Attributes:
+        name: In a Megatron layer (of the last one, in the model).
+        size: Of its weight.
+        key: Of the weight in checkpoints, where Transformer Engine's names are kept.
+        hf: Hugging Face module, after `HF_LAYER`.
+        gguf: llama.cpp tensor without its suffix, after `GGUF_LAYER`.
+        trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`.
+    """
+
+    name: str
+    size: Axis
+    key: str
+    hf: str
+    gguf: str
+    trtllm: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A vocabulary table [vocab, hidden], padded and cut over TP by rows.
+
+    Attributes:
+        name: In the Megatron model.
+        hf: Hugging Face module.
+        gguf: llama.cpp tensor without its suffix.
+        trtllm: TensorRT-LLM module.
+    """
+
+    name: str
+    hf: str
+    gguf: str
+    trtllm: str
+
+    @property
+    def key(self) -> str:
+        """Of the weight in checkpoints."""
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values that attention keeps, in every layer.
+
+    Attributes:
+        name: Megatron module that reads them.
+        hf: Hugging Face attention module, after `HF_LAYER`.
+        hf_parts: Hugging Face linears that make keys and values.
+        trtllm: TensorRT-LLM attention module, after `TRTLLM_LAYER`.
+    """
+
+    name: str
+    hf: str
+    hf_parts: tuple[str, str]
+    trtllm: str
+
+
+INPUT_NORM = Norm(
+    "input_layernorm",
+    "hidden",
+    key="decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+    hf="input_layernorm",
+    gguf="attn_norm",
+    trtllm="input_layernorm",
+)
+MLP_NORM = Norm(
+    "pre_mlp_layernorm",
+    "hidden",
+    key="decoder.layers.mlp.linear_fc1.layer_norm_weight",
+    hf="post_attention_layernorm",
+    gguf="ffn_norm",
+    trtllm="post_layernorm",
+)
+FINAL_NORM = Norm(
+    "decoder.final_layernorm",
+    "hidden",
+    key="decoder.final_layernorm.weight",
+    hf="model.norm",
+    gguf="output_norm",
+    trtllm="transformer.ln_f",
+)
+
+QKV = Linear(
+    "self_attention.linear_qkv",
+    "column",
+    "hidden",
+    (
+        Part("query", "self_attn.q_proj", "attn_q", "attention.qkv"),
+        Part("key_value", "self_attn.k_proj", "attn_k", "attention.qkv"),
+        Part("key_value", "self_attn.v_proj", "attn_v", "attention.qkv"),
+    ),
+    norm=INPUT_NORM.name,
+    is_by_query_group=True,
+)
+PROJ = Linear(
+    "self_attention.linear_proj",
+    "row",
+    "query",
+    (Part("hidden", "self_attn.o_proj", "attn_output", "attention.dense"),),
+    fed_by=(QKV.name, 2),
+)
+# TensorRT-LLM's `fc` is the activated (gate) branch and its `gate` the linear (up) branch.
+FC1 = Linear(
+    "mlp.linear_fc1",
+    "column",
+    "hidden",
+    (
+        Part("intermediate", "mlp.gate_proj", "ffn_gate", "mlp.fc"),
+        Part("intermediate", "mlp.up_proj", "ffn_up", "mlp.gate"),
+    ),
+    norm=MLP_NORM.name,
+)
+FC2 = Linear(
+    "mlp.linear_fc2",
+    "row",
+    "intermediate",
+    (Part("hidden", "mlp.down_proj", "ffn_down", "mlp.proj"),),
+    fed_by=(FC1.name, 1),
+)
+
+EMBEDDING = Table(
+    "embedding.word_embeddings", "model.embed_tokens", "token_embd", "transformer.vocab_embedding"
+)
+OUTPUT_LAYER = Table("output_layer", "lm_head", "output", "lm_head")
+TABLES = (EMBEDDING, OUTPUT_LAYER)
+
+CORE_ATTENTION = Cache(
+    "self_attention.core_attention",
+    hf="self_attn",
+    hf_parts=(QKV.parts[1].hf, QKV.parts[2].hf),
+    trtllm="attention",
+)
+
+# Of a dense decoder with a gated MLP, in the order of the forward pass.
+DENSE_LINEARS = (QKV, PROJ, FC1, FC2)
+DENSE_NORMS = (INPUT_NORM, MLP_NORM)
+
+
+def in_layer(layer: int, name: str) -> str:
+    """Global name of a module of one layer."""
+    return f"{_LAYERS}{layer}.{name}"
+
+
+def is_in_layer(name: str) -> bool:
+    """Whether a global name is that of a layer's module (else a vocabulary table's, the last norm's)."""
+    return name.startswith(_LAYERS)
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """Layer number and name in the layer, of a global name."""
+    number, _, rest = name.removeprefix(_LAYERS).partition(".")
+    return int(number), rest
+
+
+def stacked_key(name: str, kind: str) -> str:
+    """Checkpoint key of a parameter of every layer: Megatron stacks the layers in one tensor."""
+    return f"{_LAYERS}{name}.{kind}"
+
+
+def quantizer_key(module: str, operand: str, tensor: str) -> str:
+    """Checkpoint key of frozen quantizer state.
+
+    Args:
+        module: Global name.
+        operand: `weight`, `input`, `output`, or of a cache `kv`, `key`, `value`.
+        tensor: `scale`, `zero_point` or `global_scale`.
+    """
+    return f"quantizers.{module}.{operand}_{tensor}"
+
+
+def is_quantizer_key(key: str) -> bool:
+    """Whether a checkpoint key is one of those."""
+    return key.startswith("quantizers.")
+
+
+def by_name(linears: Iterable[Linear]) -> dict[str, Linear]:
+    """Linears by their name in a layer."""
+    return {linear.name: linear for linear in linears}
