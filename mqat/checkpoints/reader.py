@@ -28,7 +28,7 @@ from mqat.models.schemes import (
     scheme_from_dict,
     table_schemes,
 )
-from mqat.models.structure import TABLES, quantizer_key, split_name
+from mqat.models.structure import TABLES, is_table_key, quantizer_key, split_name
 
 # Data classes only: a module's other names would let an index call what the module imports.
 _INDEX_CLASSES = {
@@ -146,7 +146,7 @@ class CheckpointReader:
     def _check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         for key, shape in expected.items():
             found = self.shape(key)
-            is_table = key.removeprefix("quantizers.").startswith(tuple(t.name for t in TABLES))
+            is_table = is_table_key(key)
             padded = is_table and found[1:] == shape[1:] and found[0] >= shape[0]
             if found != shape and not padded:
                 raise UserError(

@@ -303,9 +303,9 @@ def quantizer_key(module: str, operand: str, tensor: str) -> str:
     return f"quantizers.{module}.{operand}_{tensor}"
 
 
-def is_quantizer_key(key: str) -> bool:
-    """Whether a checkpoint key is one of those."""
-    return key.startswith("quantizers.")
+def is_table_key(key: str) -> bool:
+    """Whether a checkpoint key is that of a vocabulary table or of its quantizer state."""
+    return key.removeprefix("quantizers.").startswith(tuple(table.name for table in TABLES))
 
 
 def by_name(linears: Iterable[Linear]) -> dict[str, Linear]:
