@@ -76,13 +76,14 @@ def test_names_are_taken_apart_as_they_were_put_together():
     )
 
 
-NAMES = tuple(
-    word
-    for linear in DENSE_LINEARS
-    for word in (
-        linear.name.rpartition(".")[2], *(part.hf.rpartition(".")[2] for part in linear.parts)
-    )
-) + (CORE_ATTENTION.name, EMBEDDING.name, "quantizers.", "decoder.layers.")  # fmt: skip
+NAMES = (
+    *(linear.name.rpartition(".")[2] for linear in DENSE_LINEARS),
+    *(part.hf.rpartition(".")[2] for linear in DENSE_LINEARS for part in linear.parts),
+    CORE_ATTENTION.name,
+    EMBEDDING.name,
+    "quantizers.",
+    "decoder.layers.",
+)
 
 
 def spelled(path):
