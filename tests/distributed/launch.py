@@ -31,7 +31,7 @@ def torchrun(
 
 def mqat(*arguments: object, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Runs the `mqat` command."""
-    return _run([sys.executable, "-m", "mqat.cli", *map(str, arguments)], timeout)
+    return _run([sys.executable, "-m", "mqat.cli.main", *map(str, arguments)], timeout)
 
 
 def _run(

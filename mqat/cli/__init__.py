@@ -1,0 +1,1 @@
+"""The `mqat` command: one file a command."""

@@ -1,0 +1,47 @@
+"""`mqat import`: foreign weights become a dist-checkpoint, also under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mqat.cli.arguments import DEFAULT
+from mqat.errors import UserError
+
+HELP = "Hugging Face directory or GGUF -> dist-checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes."""
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--precision", choices=("bf16", "32"), default="32", help=DEFAULT)
+    parser.add_argument("--tensor-parallel", type=int, default=1, help=DEFAULT)
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help=DEFAULT)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Imports `args.source`."""
+    from mqat.checkpoints.dist_checkpoint import save_checkpoint
+    from mqat.checkpoints.load_model import load_model
+    from mqat.runtime import groups
+
+    if args.out.exists():
+        raise UserError(f"{args.out} exists already; choose another path, or delete it first.")
+    model = load_model(
+        args.source,
+        tensor_parallel=args.tensor_parallel,
+        pipeline_parallel=args.pipeline_parallel,
+        precision=args.precision,
+    )
+    save_checkpoint(
+        args.out,
+        model.chunks,
+        model=model.config,
+        layers={},
+        algorithm=None,
+        tokenizer=model.tokenizer,
+    )
+    if groups.is_main():
+        print(f"{args.out}: {model.config.num_layers} layers, {args.precision}")
+    groups.finalize()

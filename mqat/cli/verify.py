@@ -1,0 +1,113 @@
+"""`mqat verify`: an exported directory is checked, run, and compared with its checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mqat.cli.arguments import DEFAULT
+from mqat.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mqat.verify.verify import Report
+
+
+HELP = "check an exported directory; status 1 if it must not be served"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes."""
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--reference", type=Path, help="the checkpoint it was exported from")
+    parser.add_argument(
+        "--text", type=Path, help="UTF-8 text to run through both (default: one of its own)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=128, help=f"tokens of the text to use; {DEFAULT}"
+    )
+    parser.add_argument("--json", action="store_true")
+
+
+def _token_window(text: Path, tokenizer_dir: Path, length: int) -> torch.Tensor:
+    """The first tokens of a text file, int64 [1, length]."""
+    import torch
+
+    from mqat.data.documents import ReadStats, read_texts
+    from mqat.data.tokenizer import load_tokenizer
+
+    document = read_texts([text], "error", ReadStats())[0]
+    ids = load_tokenizer(tokenizer_dir)(document)["input_ids"][:length]
+    if len(ids) < 2:
+        raise UserError(f"{text}: has {len(ids)} tokens; at least 2 are needed.")
+    return torch.tensor([ids])
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """Contents of a JSON file; empty if it is missing, which verification reports itself."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def _verified(directory: Path, args: argparse.Namespace) -> Report:
+
+    from mqat.checkpoints.reader import CheckpointReader
+    from mqat.data.sample import NUM_TOKENS, sample_tokens
+    from mqat.verify.verify import verify_export
+
+    tokens = expected = None
+    config = _json_object(directory / "config.json")
+    if args.text is not None:
+        tokens = _token_window(args.text, directory, args.tokens)
+    elif config:
+        tokens = sample_tokens(
+            directory,
+            vocab_size=config.get("vocab_size", 2),
+            longest=config.get("max_position_embeddings", NUM_TOKENS),
+        )
+    if args.reference is not None and tokens is not None:
+        from mqat.checkpoints.load_model import load_model
+        from mqat.evaluation.forward import served_logits
+        from mqat.runtime import groups
+
+        dtype = config.get("torch_dtype", config.get("dtype", "float32"))
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise UserError(f"{directory / 'config.json'}: dtype={dtype!r} is not one mqat writes.")
+        trained = CheckpointReader(args.reference).model.vocab_size
+        if trained != config.get("vocab_size"):
+            raise UserError(
+                f"{args.reference}: has vocab_size={trained}, {directory} has "
+                f"{config.get('vocab_size')}: this is not the checkpoint that was exported there."
+            )
+        model = load_model(args.reference)
+        expected = served_logits(model.chunks, tokens, dtype).cpu()
+        groups.finalize()
+    return verify_export(
+        directory, reference=args.reference, tokens=tokens, reference_logits=expected
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Verifies `args.directory`; the exit status is 1 if it must not be served."""
+    from mqat.verify.verify import unpacked
+
+    with unpacked(args.directory) as directory:
+        report = _verified(directory, args)
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(f"{args.directory}: {report.headline()}")
+        for problem in report.problems[1:]:  # the headline has the first
+            print(f"  {problem}")
+    sys.exit(0 if report.ok else 1)
