@@ -39,7 +39,7 @@ from mqat.parallel.checkpoint import (
     quantizer_sharded_state,
 )
 from mqat.parallel.quantized_module import all_quantizers
-from mqat.runtime.groups import is_main, raise_on_any_rank
+from mqat.runtime.groups import decided_by_main, is_main, on_all_ranks, raise_on_any_rank
 
 
 @dataclass
@@ -178,12 +178,12 @@ def save_checkpoint(
         tokenizer: Saved as Hugging Face files under `tokenizer/`.
         training: Also save optimizer, scheduler, RNG and data position.
     """
-    error: Exception | None = None
-    if path.exists() and not (path / DESCRIPTION).is_file():
-        error = UserError(
-            f"{path} exists and is not an mqat checkpoint, so it is not replaced; choose another path."
-        )
-    raise_on_any_rank(error)
+    with on_all_ranks():
+        if path.exists() and not (path / DESCRIPTION).is_file():
+            raise UserError(
+                f"{path} exists and is not an mqat checkpoint, so it is not replaced; choose another "
+                "path."
+            )
     quantized = bool(layers) and all_frozen(chunks)
     temporary = path.with_name(f".{path.name}.tmp")
     description = {
@@ -220,8 +220,8 @@ def save_checkpoint(
 
 @contextmanager
 def _writing(path: Path, temporary: Path) -> Iterator[None]:
-    """One stage of saving: what fails on any rank ends all of them with one message."""
-    reason = None
+    """One stage of saving: what fails on any rank ends all of them, and nothing unfinished stays."""
+    reason, error = None, None
     try:
         yield
     except CheckpointException as caught:  # torch's collection of what failed on which rank
@@ -230,13 +230,15 @@ def _writing(path: Path, temporary: Path) -> Iterator[None]:
         )
     except (OSError, RuntimeError, CheckpointingException) as caught:
         reason = str(caught)
-    error = None
+    except Exception as caught:
+        error = caught
     if reason is not None:
-        shutil.rmtree(temporary, ignore_errors=True)
         error = UserError(
             f"{path}: writing the checkpoint failed: {reason}. Check that the disk has space and can "
             "be written; what was unfinished is removed, earlier checkpoints are whole."
         )
+    if error is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
     raise_on_any_rank(error)
 
 
@@ -284,9 +286,7 @@ def load_checkpoint(
     Raises:
         ValueError: On every rank: incomplete or damaged files, other schemes, or no training state.
     """
-    error: Exception | None = None
-    description: dict[str, Any] = {}
-    try:
+    with on_all_ranks():
         description = read_description(path)
         check_files(path, description, crc="all" if is_main() else "none")
         _check_schemes(path, description, layers)
@@ -295,9 +295,6 @@ def load_checkpoint(
                 f"{path}: holds a model only, no optimizer state to resume from; use it as "
                 "model.restore_from_path instead."
             )
-    except ValueError as caught:
-        error = caught
-    raise_on_any_rank(error)
 
     if training is not None:
         _create_optimizer_state(training.optimizer)
@@ -306,19 +303,17 @@ def load_checkpoint(
     same_layout = description["layout"] == _layout()
     if training is not None and same_layout:
         state["rng"] = _rng_state()
-    try:
-        loaded = dist_checkpointing.load(state, str(path))
-    except Exception as caught:  # a damaged file surfaces as any of a dozen types
-        error = UserError(f"{path}: cannot be loaded: {type(caught).__name__}: {caught}")
-    raise_on_any_rank(error)
+    with on_all_ranks():
+        try:
+            loaded = dist_checkpointing.load(state, str(path))
+        except Exception as error:  # a damaged file surfaces as any of a dozen types
+            kind = type(error).__name__
+            raise UserError(f"{path}: cannot be loaded: {kind}: {error}") from error
     for index, chunk in enumerate(_unwrapped(chunks)):
         chunk.load_state_dict(loaded[f"model{index}"], strict=False)
     if has_scales:
-        try:
+        with on_all_ranks():
             load_quantizer_state_(chunks, loaded["quantizers"])
-        except ValueError as caught:
-            error = caught
-        raise_on_any_rank(error)
     if training is not None:
         _load_optimizer(training.optimizer, loaded["optimizer"])
         training.scheduler.num_steps = 0  # Megatron adds the loaded steps to those already taken
@@ -345,13 +340,17 @@ def _check_schemes(path: Path, description: dict[str, Any], layers: dict[str, Sc
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The complete `step_N` directory with the largest N, or None."""
-    complete = [
-        path
-        for path in directory.glob("step_*")
-        if (path / DESCRIPTION).is_file() and path.name.removeprefix("step_").isdigit()
-    ]
-    return max(complete, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+    """The complete `step_N` directory with the largest N, or None; as the first rank sees it."""
+
+    def latest() -> Path | None:
+        complete = [
+            path
+            for path in directory.glob("step_*")
+            if (path / DESCRIPTION).is_file() and path.name.removeprefix("step_").isdigit()
+        ]
+        return max(complete, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+
+    return decided_by_main(latest)
 
 
 def checkpoint_layers(description: dict[str, Any]) -> dict[str, Scheme]:

@@ -81,12 +81,8 @@ def load_model(
     if source is None:
         load_checkpoint(path, chunks, layers=layers)
     else:
-        error: Exception | None = None
-        try:
+        with groups.on_all_ranks():
             load_pretrained_(chunks, source)
-        except ValueError as caught:
-            error = caught
-        groups.raise_on_any_rank(error)
     if lowered:
         if not layers:
             raise UserError(f"{path}: is not quantized, so there is nothing to lower.")

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         from mqat.runtime.groups import join, raise_on_any_rank
 
         join("gloo")
-        together["agree"] = raise_on_any_rank
+        together["raise_on_any_rank"] = raise_on_any_rank
     together |= {"dtype": args.dtype, "overwrite": args.overwrite}
     if args.format == "hf":
         if args.qnemo or args.inference_tp * args.inference_pp > 1:

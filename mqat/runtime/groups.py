@@ -7,15 +7,20 @@ import functools
 import os
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mqat.errors import UserError
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -129,8 +134,22 @@ def finalize() -> None:
         dist.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """What went wrong on a rank, as the others hear of it."""
+
+    is_user_error: bool
+    text: str
+
+
+def _failure(error: Exception) -> _Failure:
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename):
+        return _Failure(True, str(error))
+    return _Failure(False, "".join(traceback.format_exception(error)))
+
+
 def raise_on_any_rank(error: Exception | None) -> None:
-    """Every rank reports success or its error; if any failed, all raise the same ValueError.
+    """Every rank reports success or its error; if any failed, all raise.
 
     A rank that raises alone leaves the others waiting in their next collective.
 
@@ -138,16 +157,53 @@ def raise_on_any_rank(error: Exception | None) -> None:
         error: What went wrong on this rank, or None.
 
     Raises:
-        ValueError: The message of the lowest rank that failed, on every rank.
+        UserError: On every rank, the message of the lowest rank that failed, if users can mend all of
+            what failed.
+        Exception: Otherwise: the rank's own error, or where it has none a RuntimeError with the number
+            and the traceback of the lowest rank that has one.
     """
-    message = None if error is None else str(error)
-    messages: list[str | None] = [message]
+    own = None if error is None else _failure(error)
+    found: list[_Failure | None] = [own]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
-    first = next((text for text in messages if text is not None), None)
-    if first is not None:
-        raise UserError(first) from error
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+    failures = {rank: failure for rank, failure in enumerate(found) if failure is not None}
+    if not failures:
+        return
+    faults = {rank: f for rank, f in failures.items() if not f.is_user_error}
+    if not faults:
+        raise UserError(next(iter(failures.values())).text) from error
+    if error is not None and own is not None and not own.is_user_error:
+        raise error
+    rank, fault = next(iter(faults.items()))
+    raise RuntimeError(f"rank {rank} failed:\n{fault.text}") from error
+
+
+@contextmanager
+def on_all_ranks() -> Iterator[None]:
+    """A phase that all ranks finish or none: a failure on one is raised by all, as above."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_on_any_rank(error)
+
+
+def decided_by_main(choose: Callable[[], T]) -> T:
+    """The first rank's answer, on every rank (a collective).
+
+    Raises:
+        Exception: As `raise_on_any_rank`, if the first rank has no answer.
+    """
+    answers: list[Any] = [None]
+    with on_all_ranks():
+        if is_main():
+            answers[0] = choose()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(answers, src=0)
+    found: T = answers[0]
+    return found
 
 
 def any_rank(flag: bool) -> bool:
@@ -183,18 +239,22 @@ def _is_first_to_fail() -> bool:
 def command_line() -> Iterator[None]:
     """Around a script's main function: quiet dependencies, and errors as people want them.
 
-    A UserError (which every rank raises alike, see `raise_on_any_rank`) becomes one line from the first
-    rank that gets here and exit status 2 on all ranks: torchrun ends the others as soon as one has
-    exited. Ctrl-C becomes a word and status 130.
+    A UserError (which every rank raises alike, see `raise_on_any_rank`), or an OSError about a file,
+    becomes one line from the first rank that gets here and exit status 2 on all ranks: torchrun ends the
+    others as soon as one has exited. Ctrl-C becomes a word and status 130. Everything else is a fault of
+    the program and keeps its traceback, on every rank.
     Warnings that users cannot act on are hidden: Megatron uses what newer torch calls deprecated, and
     reports the absence of optional packages.
     """
     warnings.filterwarnings("ignore", module=r"(torch\.distributed|torch\.utils|megatron)\b.*")
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
+        failure = _failure(error)
+        if not failure.is_user_error:
+            raise
         if _is_first_to_fail():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {failure.text}", file=sys.stderr, flush=True)
         _leave()
         sys.exit(2)
     except KeyboardInterrupt:  # other ranks may be in the middle of a collective: nothing to leave
