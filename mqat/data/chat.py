@@ -15,6 +15,23 @@ _WITHOUT_TEMPLATE = (
 )
 
 
+def chat_template(tokenizer: Any) -> str | None:
+    """The tokenizer's template for plain conversations; None: it has none.
+
+    Raises:
+        UserError: It has several, and none of them is called `default`, as transformers asks for.
+    """
+    template: str | dict[str, str] | None = tokenizer.chat_template
+    if not isinstance(template, dict):
+        return template
+    if "default" not in template:
+        raise UserError(
+            f"the tokenizer has the chat templates {sorted(template)} and none called 'default', so "
+            "none can be chosen; name one of them 'default' in tokenizer_config.json"
+        )
+    return template["default"]
+
+
 def _render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:
     from jinja2 import TemplateError
 
@@ -24,7 +41,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str
                 list(messages),
                 tokenize=False,
                 add_generation_prompt=prompt,
-                chat_template=tokenizer.chat_template or _WITHOUT_TEMPLATE,
+                chat_template=chat_template(tokenizer) or _WITHOUT_TEMPLATE,
             )
         )
     except TemplateError as error:
@@ -63,7 +80,7 @@ def tokenize_conversation(
     Raises:
         ValueError: The template is not of that kind, or refuses the conversation.
     """
-    if "{% generation %}" in (tokenizer.chat_template or "").replace("{%-", "{%"):
+    if "{% generation %}" in (chat_template(tokenizer) or "").replace("{%-", "{%"):
         from jinja2 import TemplateError
 
         try:

@@ -284,7 +284,8 @@ def describe(plan: RunPlan) -> dict[str, Any]:
         "layout": f"TP {settings.tensor_model_parallel_size} x PP "
         f"{settings.pipeline_model_parallel_size} x DP {plan.data_parallel}"
         + (" + sequence parallel" if settings.sequence_parallel else ""),
-        "precision": str(plan.dtype).removeprefix("torch."),
+        "precision": str(plan.dtype).removeprefix("torch.")
+        + (" (auto, on this machine)" if plan.config.trainer.precision == "auto" else ""),
         "algorithm": plan.config.quantization.algorithm,
         "quantized linears": len(linear_schemes(plan.layers)),
         "key/value cache": plan.config.quantization.kv_cache,

@@ -15,14 +15,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes atomically: under a temporary name, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes atomically, as indented JSON."""
+    write_text(path, json.dumps(value, indent=2))
 
 
 class RunLog:
@@ -37,7 +42,8 @@ class RunLog:
     def __init__(self, directory: Path, *, enabled: bool, tensorboard: bool) -> None:
         self.enabled = enabled
         self.console = Console(quiet=not enabled, highlight=False)
-        self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8") if enabled else None
+        self._path = directory / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8") if enabled else None
         self._board: Any = None
         if enabled and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -63,6 +69,23 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line for people, from the first rank only."""
         self.console.print(text, soft_wrap=True)
+
+    def drop_steps_after(self, phase: str, step: int) -> None:
+        """Removes lines of steps that a resumed phase takes again, so that each step has one line."""
+        if self._file is None:
+            return
+        lines = self._path.read_text("utf-8").splitlines(keepends=True)
+        told = [json.loads(line) for line in lines]
+        kept = [
+            line
+            for line, entry in zip(lines, told, strict=True)
+            if entry["phase"] != phase or entry["step"] <= step
+        ]
+        if kept == lines:
+            return
+        self._file.close()
+        write_text(self._path, "".join(kept))
+        self._file = self._path.open("a", encoding="utf-8")
 
     def metrics(self, phase: str, step: int, values: dict[str, float]) -> None:
         """One line of `metrics.jsonl`, flushed, and the same values for TensorBoard."""

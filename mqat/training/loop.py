@@ -12,7 +12,9 @@ from typing import Any
 from mqat.checkpoints.dist_checkpoint import TrainingState
 from mqat.data.loader import Batches
 from mqat.errors import UserError
+from mqat.training.gradients import nonfinite_gradients
 from mqat.training.log import RunLog
+from mqat.training.optimizer import prepare_gradients, step_with_gradients
 from mqat.training.schedule import QuantizerSchedule
 from mqat.training.step import forward_backward
 
@@ -60,7 +62,7 @@ def train_phase(
         directory: Checkpoints go to `directory/step_N`.
 
     Raises:
-        ValueError: On every rank: the loss is not finite.
+        UserError: On every rank, before a weight has changed: loss or gradient norm is not finite.
     """
     with log.progress() as progress:
         task = progress.add_task(phase.name, total=phase.max_steps, completed=state.step, note="")
@@ -79,7 +81,16 @@ def train_phase(
                     f"{phase.name}: loss is {loss} at step {state.step + 1}. Lower "
                     "model.optim.lr, or resume from the last checkpoint with other data."
                 )
-            _, grad_norm, _ = state.optimizer.step()
+            grad_norm = prepare_gradients(state.optimizer)
+            if not math.isfinite(grad_norm):
+                names = nonfinite_gradients(chunks)
+                raise UserError(
+                    f"{phase.name}: the gradient norm is {grad_norm} at step {state.step + 1}, with a "
+                    f"finite loss of {loss:.4g}; not finite: {', '.join(names[:3]) or 'their sum'}"
+                    f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}. No weight has changed. "
+                    "Lower model.optim.lr, or resume from the last checkpoint with other data."
+                )
+            step_with_gradients(state.optimizer, grad_norm)
             lr = state.optimizer.param_groups[0]["lr"]
             state.scheduler.step(increment=1)
             state.step += 1
@@ -89,7 +100,7 @@ def train_phase(
             metrics = {
                 "loss": loss,
                 "lr": lr,
-                "grad_norm": float(grad_norm or 0.0),
+                "grad_norm": grad_norm,
                 "tokens_per_second": speed,
                 "consumed_samples": state.consumed_samples,
             }

@@ -13,6 +13,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -66,6 +67,26 @@ def _overrides(
             "is_decoupled_lr": True,
         }
     return found
+
+
+def prepare_gradients(optimizer: Any) -> float:
+    """Makes gradients ready for `step_with_gradients`; the norm over all of them, on every rank.
+
+    Megatron's own `step` returns the norm when weights have moved already.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm() or 0.0)
+
+
+def step_with_gradients(optimizer: Any, norm: float) -> None:
+    """Clips what `prepare_gradients` made ready by its norm, and steps (as `ChainedOptimizer.step`)."""
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=norm
+            )
+    optimizer.step_with_ready_grads()
 
 
 def build_optimizer(

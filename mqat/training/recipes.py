@@ -6,6 +6,8 @@ design documents: config, metrics, summary, checkpoints, and the exported model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ from mqat.evaluation.forward import served_logits
 from mqat.export.export import export_hf, export_trtllm
 from mqat.plan.run import RunPlan, make_plan
 from mqat.runtime import groups
-from mqat.runtime.groups import is_main, raise_on_any_rank
+from mqat.runtime.groups import decided_by_main, is_main, on_all_ranks, raise_on_any_rank
 from mqat.training.loop import Phase
 from mqat.training.schedule import QuantizerSchedule
 from mqat.training.session import Session, open_session
 from mqat.verify.verify import verify_export
+
+# Perplexities of a few thousand held-out tokens move by about this much with the seed.
+SMALLEST_GAP = 0.005
 
 
 def _start(config: RunConfig, *, quantizes: bool) -> Session:
@@ -39,7 +44,8 @@ def _start(config: RunConfig, *, quantizes: bool) -> Session:
         virtual_pipeline=settings.virtual_pipeline_model_parallel_size,
         seed=config.trainer.seed,
     )
-    return open_session(plan)
+    # Hosts of a job may differ in what they multiply natively: the first one's `auto` is everybody's.
+    return open_session(replace(plan, dtype=decided_by_main(lambda: plan.dtype)))
 
 
 def _phase(plan: RunPlan, name: str, max_steps: int, *, quantized: bool) -> Phase:
@@ -95,7 +101,7 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
         "overwrite": True,
         "rank": dist.get_rank(),
         "world_size": dist.get_world_size(),
-        "agree": raise_on_any_rank,
+        "raise_on_any_rank": raise_on_any_rank,
     }
     if export.format == "hf":
         export_hf(checkpoint, out, style=export.style, **together)
@@ -108,34 +114,39 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
             allow_requantization=export.allow_requantization,
             **together,
         )
-    error: Exception | None = None
     session.summary["export"] = {"path": str(out), "verified": False}
     if export.verify:
         tokens = session.validation.sample_tokens(rows=2, length=64)
         expected = served_logits(session.chunks, tokens, export.dtype)
-        if is_main():
-            try:
+        with on_all_ranks():
+            if is_main():
                 report = verify_export(
                     out, reference=checkpoint, tokens=tokens, reference_logits=expected.cpu()
                 )
                 session.summary["export"] |= report.to_dict() | {"verified": report.ok}
                 session.log.say(f"  export: {report.headline()}")
                 if not report.ok:
-                    error = UserError(f"{out}: verification failed: {report.problems[:3]}")
-            except (ValueError, OSError) as caught:
-                error = caught
-        raise_on_any_rank(error)
+                    raise UserError(f"{out}: verification failed: {report.problems[:3]}")
     session.write_summary()
+
+
+def gap_recovered(ppl: Mapping[str, float]) -> float | None:
+    """Share of PTQ's loss of perplexity that QAT makes good.
+
+    Compared with the model fine-tuned alike, where there is one. None without PTQ or QAT, and where PTQ
+    loses less than `SMALLEST_GAP` of the perplexity: a ratio of two noises says nothing.
+    """
+    if not {"ptq", "qat"} <= ppl.keys():
+        return None
+    target = ppl.get("bf16_finetuned", ppl["bf16"])
+    gap = ppl["ptq"] - target
+    return (ppl["ptq"] - ppl["qat"]) / gap if gap > SMALLEST_GAP * target else None
 
 
 def _report(session: Session) -> None:
     """Gap recovered, and the table people look at."""
     ppl = session.summary["ppl"]
-    session.summary["gap_recovered"] = None
-    if "ptq" in ppl and "qat" in ppl:
-        target = ppl.get("bf16_finetuned", ppl["bf16"])
-        gap = ppl["ptq"] - target
-        session.summary["gap_recovered"] = (ppl["ptq"] - ppl["qat"]) / gap if gap > 0 else None
+    session.summary["gap_recovered"] = gap_recovered(ppl)
     titles = {
         "bf16": "unquantized",
         "bf16_finetuned": "unquantized, fine-tuned alike",
@@ -152,9 +163,14 @@ def _report(session: Session) -> None:
             table.add_row(title, f"{ppl[key]:.2f}")
     if is_main():
         session.log.console.print(table)
-    gap = session.summary["gap_recovered"]
-    if gap is not None:
-        session.log.say(f"share of the PTQ gap recovered by QAT: {gap:.1%}")
+    share = session.summary["gap_recovered"]
+    if share is not None:
+        session.log.say(f"share of the PTQ gap recovered by QAT: {share:.1%}")
+    elif "ptq" in ppl and "qat" in ppl:
+        session.log.say(
+            f"PTQ loses nothing measurable (less than {SMALLEST_GAP:.1%} of the perplexity it is "
+            "compared with), so QAT has no gap to recover"
+        )
     for prompt, answers in session.summary["samples"].items():
         session.log.say(f"\n{prompt!r}")
         for name, answer in answers.items():

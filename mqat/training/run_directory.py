@@ -29,7 +29,7 @@ _MAY_CHANGE = (
 # What a run writes: only this is ever moved, whatever else the directory holds.
 _FILES = (
     "config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "checkpoint",
-    "trtllm", "hf",
+    "trtllm", "hf", "quality",
 )  # fmt: skip
 
 

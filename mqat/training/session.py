@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mqat.calibration.calibrate import calibrate
@@ -36,7 +35,7 @@ from mqat.parallel.learned_scales import learn_scales_
 from mqat.parallel.quantized_module import all_quantizers
 from mqat.plan.run import RunPlan, describe
 from mqat.report.page import write_report
-from mqat.runtime.groups import is_main, raise_on_any_rank
+from mqat.runtime.groups import decided_by_main, is_main, on_all_ranks
 from mqat.specs.model import build_model
 from mqat.training.log import RunLog, write_json
 from mqat.training.loop import Phase, train_phase
@@ -87,12 +86,8 @@ class Session:
         if isinstance(source, Path):
             load_checkpoint(source, self.chunks, layers=self.plan.layers)
             return
-        error: Exception | None = None
-        try:
+        with on_all_ranks():
             load_pretrained_([chunk.module for chunk in self.chunks], source)
-        except ValueError as caught:
-            error = caught
-        raise_on_any_rank(error)
 
     def restore(self, path: Path) -> None:
         """Loads a checkpoint of this run."""
@@ -217,6 +212,7 @@ class Session:
         if latest is not None:
             load_checkpoint(latest, self.chunks, layers=self.plan.layers, training=state)
             self.log.say(f"  {phase.name}: resumed from {latest}")
+        self.log.drop_steps_after(phase.name, state.step)
         train_phase(
             phase,
             self.chunks,
@@ -237,21 +233,15 @@ def open_session(plan: RunPlan) -> Session:
     Process groups must exist. Every error is raised on all ranks.
     """
     config = plan.config
-    error: Exception | None = None
-    summaries: list[dict[str, Any]] = [{}]
-    try:
+    with on_all_ranks():
         data = load_run_data(
             config.model.data,
             model=plan.model,
             source=None if isinstance(plan.source, Path) else plan.source.tokenizer_source,
             checkpoint=plan.source if isinstance(plan.source, Path) else None,
         )
-        if is_main():
-            summaries[0] = open_run_directory(plan.run_dir, config)
-    except (ValueError, OSError) as caught:
-        error = caught
-    raise_on_any_rank(error)
-    dist.broadcast_object_list(summaries, src=0)  # also: the directory exists now
+    # Every rank knows afterwards that the directory exists.
+    summary = decided_by_main(lambda: open_run_directory(plan.run_dir, config))
     log = RunLog(
         plan.run_dir, enabled=is_main(), tensorboard=config.exp_manager.create_tensorboard_logger
     )
@@ -283,7 +273,7 @@ def open_session(plan: RunPlan) -> Session:
             shuffle=False,
             **layout,
         ),
-        summary=summaries[0],
+        summary=summary,
     )
     session.restore_source()
     return session

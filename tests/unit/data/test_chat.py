@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,3 +80,15 @@ def test_a_refusal_by_the_template_is_a_value_error(tokenizer: Any, mark: str) -
     strict = with_template(tokenizer, mark + "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="template refuses it: roles must alternate"):
         tokenize_conversation(TURNS, strict)
+
+
+def test_of_several_templates_the_default_one_is_used():
+    from mqat.data.chat import chat_template
+
+    several = SimpleNamespace(
+        chat_template={"tool_use": "{{ tools }}", "default": "{{ messages }}"}
+    )
+    assert chat_template(several) == "{{ messages }}"
+    several.chat_template = {"rag": "a", "tool_use": "b"}
+    with pytest.raises(ValueError, match=r"chat templates \['rag', 'tool_use'\] and none called"):
+        chat_template(several)

@@ -16,6 +16,7 @@ def finished_run(directory):
     open_run_directory(directory, config())
     (directory / "checkpoints" / "step_00000004").mkdir()
     (directory / "metrics.jsonl").write_text("{}\n")
+    (directory / "quality").mkdir()
     (directory / "summary.json").write_text(json.dumps({"done": ["qat"], "seconds": 7.0}))
 
 
@@ -25,7 +26,7 @@ def test_a_new_run_moves_an_earlier_one_aside_whole(tmp_path):
     assert open_run_directory(tmp_path, config())["done"] == []
     assert (tmp_path / "thesis.txt").is_file()  # not a file of a run: it stays
     assert {f.name for f in (tmp_path / "run_0").iterdir()} == {
-        "config.yaml", "checkpoints", "metrics.jsonl", "summary.json",
+        "config.yaml", "checkpoints", "metrics.jsonl", "summary.json", "quality",
     }  # fmt: skip
     assert (tmp_path / "run_0" / "checkpoints" / "step_00000004").is_dir()
     assert list((tmp_path / "checkpoints").iterdir()) == []
