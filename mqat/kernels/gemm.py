@@ -12,17 +12,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mqat.kernels.cpu import passes as native
+from mqat.kernels.operators import decode, scale_product
 
 # 1024 products of at most 128 * 128 sum to at most 2**24, up to which float32 holds all integers.
 EXACT_BLOCK = 1024
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_int8_units(device: torch.device) -> bool:
     """Whether `torch._int_mm` is faster there than a float32 GEMM."""
     return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_vnni_supported())
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_bf16_units(device: torch.device) -> bool:
     """Whether bfloat16 GEMMs are faster there than float32 ones."""
     return device.type == "cuda" or (
@@ -69,29 +71,6 @@ def int8_matmul(x_NI: Tensor, w_OI: Tensor) -> Tensor:  # noqa: N803
     return int8_matmul_emulated(x_NI, w_OI)
 
 
-def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of int8 or float8 codes in a float dtype, exact; a new tensor.
-
-    CPUs convert float8 element by element, 20 times slower than this: E4M3's sign, exponent and
-    mantissa are moved to their places in a wider float, and 2**120 makes up for the exponent bias
-    (127 - 7). Subnormals come out right; the NaN code does not (`encode` marks NaN in the scale).
-    """
-    is_known = codes.dtype in (torch.int8, torch.float8_e4m3fn) and dtype in native.DTYPES
-    if is_known and codes.numel() and native.serves(codes):
-        return native.decode(codes, None, codes.numel(), dtype)
-    if codes.dtype != torch.float8_e4m3fn or dtype not in (torch.float32, torch.bfloat16):
-        return codes.to(dtype)
-    word, shift = (torch.int32, 20) if dtype == torch.float32 else (torch.int16, 4)
-    sign_exponent_mantissa = (-0x80 << (shift + 4)) | (0x7F << shift)
-    bits = codes.view(torch.int8).to(word)
-    return (
-        bits.bitwise_left_shift_(shift)
-        .bitwise_and_(sign_exponent_mantissa)
-        .view(dtype)
-        .mul_(2.0**120)
-    )
-
-
 def scaled_matmul(
     x_NI: Tensor,  # noqa: N803
     w_OI: Tensor,  # noqa: N803
@@ -116,12 +95,7 @@ def scaled_matmul(
         # Where bfloat16 is native its GEMM rounds the sum once more than this function promises.
         wide = compute_dtype(dtype, x_NI.device)
         product = decode(x_NI, wide) @ decode(w_OI, wide).t()
-    if dtype in native.DTYPES and native.serves(product, scale):
-        return native.scale_product(product, scale, row_scale, dtype)
-    product = product.float()
-    if row_scale is not None:
-        product = product.mul_(row_scale[:, None])
-    return product.mul_(scale).to(dtype)
+    return scale_product(product, scale, row_scale, dtype)
 
 
 def float_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

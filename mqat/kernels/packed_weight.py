@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mqat.kernels.gemm import float_matmul, scaled_matmul
-from mqat.kernels.operands import encode_input
+from mqat.kernels.operators import encode
 from mqat.kernels.packed_int4 import PackedInt4, pack_for_kernel
 from mqat.kernels.packed_int8 import Int8Codes, Int8Product
 from mqat.kernels.packed_nf4 import BLOCK, Nf4Weight, nf4_quantize
@@ -51,7 +51,7 @@ class Fp8Product:
 
     def multiply(self, x_NI: Tensor, scale: Tensor) -> Tensor:  # noqa: N803
         """`x @ w.T` of floats that are quantized here with the given step."""
-        encoded = encode_input(x_NI, scale, FP8_E4M3, with_mask=False)
+        encoded = encode(x_NI, scale, FP8_E4M3, PerTensor(), with_mask=False)
         return scaled_matmul(encoded.codes, self.codes, encoded.scale * self.scale, x_NI.dtype)
 
 

@@ -34,9 +34,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mqat.kernels.cpu import passes as native
-from mqat.kernels.gemm import compute_dtype, decode, float_matmul, scaled_matmul
-from mqat.kernels.operands import apply_mask_, decode_scaled, dequantized_with_mask, encode
+from mqat.kernels.gemm import compute_dtype, float_matmul, scaled_matmul
+from mqat.kernels.operators import (
+    accumulate_,
+    apply_mask_,
+    decode,
+    encode,
+    fake_quantize_with_mask,
+)
 from mqat.quant.formats import FP8_E4M3, INT8, INT8_AMAX128, INT8_MIN128, QuantFormat
 from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
@@ -121,7 +126,7 @@ def encode_weight(
         return StepWeight(encoded.codes, encoded.scale, encoded.mask)
     if not with_mask:
         return StepWeight(fake_quantize(weight, scale, fmt, granularity), None, None)
-    values, mask = dequantized_with_mask(
+    values, mask = fake_quantize_with_mask(
         weight, scale, fmt, granularity, ste_clip_range=ste_clip_range
     )
     return StepWeight(values, None, mask)
@@ -183,7 +188,13 @@ class _Operand:
         """In floats."""
         if self.scale is None or self.granularity is None:
             return self.x.to(dtype)
-        return decode_scaled(self.x, self.scale, self.granularity, dtype, self.zero_point)
+        return decode(
+            self.x,
+            dtype,
+            scale=self.scale,
+            granularity=self.granularity,
+            zero_point=self.zero_point,
+        )
 
     def gathered(self, group: Any, *, async_op: bool = False) -> tuple[_Operand, list[Any]]:
         """Of all sequence-parallel ranks, and handles to wait for."""
@@ -292,11 +303,9 @@ def _input_gradient(dy_NO: Tensor, used: StepWeight, dtype: torch.dtype) -> Tens
     wide = dy_NO.dtype
     if used.scale is None:
         return (dy_NO @ used.operand.to(wide)).to(dtype)
-    if native.serves(used.operand):
-        granularity = PerTensor() if used.scale.numel() == 1 else PerChannel()
-        return (dy_NO @ decode_scaled(used.operand, used.scale, granularity, wide)).to(dtype)
-    # In separate passes, a scale per row of w is cheaper to put on dy.
-    return ((dy_NO * used.scale).to(wide) @ decode(used.operand, wide)).to(dtype)
+    granularity = PerTensor() if used.scale.numel() == 1 else PerChannel()
+    weight = decode(used.operand, wide, scale=used.scale, granularity=granularity)
+    return (dy_NO @ weight).to(dtype)
 
 
 def _weight_gradient(
@@ -306,7 +315,7 @@ def _weight_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """`dy.T @ x`, [O, I], before masking, and the factor (1,) that it lacks."""
     codes = operand.x
-    if operand.granularity == PerTensor() and dtype in native.DTYPES and native.serves(codes):
+    if operand.granularity == PerTensor():
         # Codes are exact in float32 and bfloat16; the scale is applied in the pass that masks.
         return (dy_NO.t() @ decode(_rows(codes), dy_NO.dtype)).to(dtype), operand.scale
     return (dy_NO.t() @ _rows(operand.values(dy_NO.dtype))).to(dtype), None
@@ -331,16 +340,10 @@ def _deliver(
     main_grad = getattr(weight, "main_grad", None)
     if not hasattr(weight, "grad_added_to_main_grad") or main_grad is None:
         return apply_mask_(dw, mask, factor)
-    weight.grad_added_to_main_grad = (
-        main_grad.dtype == torch.float32
-        and dw.numel() % 8 == 0
-        and native.serves_floats(dw)
-        and native.serves(main_grad)
-        and _accumulates(accumulator)
-    )
+    weight.grad_added_to_main_grad = main_grad.dtype == torch.float32 and _accumulates(accumulator)
     if not weight.grad_added_to_main_grad:
         return apply_mask_(dw, mask, factor)
-    native.accumulate_(main_grad, dw, mask, factor)
+    accumulate_(main_grad, dw, mask, factor)
     return dw
 
 

@@ -1,7 +1,6 @@
 """RMSNorm and SwiGLU that keep their input for backward and nothing else of that size.
 
-Where the CPU kernels do not serve, backward computes the forward once more; on CUDA torch's and
-Megatron's own fused kernels already keep no more than this.
+On CUDA torch's and Megatron's own fused kernels already keep no more than this.
 """
 
 from __future__ import annotations
@@ -15,44 +14,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mqat.errors import UserError
-from mqat.kernels.cpu import passes as native
+from mqat.kernels import operators
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.eps = eps
-        if native.serves_floats(x, weight):
-            out, rstd = native.rms_norm(x, weight, eps)
-            ctx.save_for_backward(x, weight, rstd)
-            return out
-        ctx.save_for_backward(x, weight, None)
-        return F.rms_norm(x, weight.shape, weight, eps)
+        out, rstd = operators.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
-        if rstd is None:
-            dx, dweight = _recomputed(_torch_norm, grads[0], x, weight, eps=ctx.eps)
-            return dx, dweight, None
-        dx, dweight = native.rms_norm_backward(grads[0].contiguous(), x, weight, rstd)
+        dx, dweight = operators.rms_norm_backward(grads[0], x, weight, rstd)
         return dx, dweight.to(weight.dtype), None
-
-
-def _torch_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def _torch_swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def _recomputed(function: Any, grad: Tensor, *inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        return torch.autograd.grad(function(*leaves, **options), leaves, grad)
 
 
 class RmsNorm(nn.RMSNorm):
@@ -70,15 +47,13 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return native.swiglu(x) if native.serves_floats(x) else _torch_swiglu(x)
+        return operators.swiglu(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if native.serves_floats(x, grads[0]):
-            return native.swiglu_backward(grads[0], x)
-        return _recomputed(_torch_swiglu, grads[0], x)[0]
+        return operators.swiglu_backward(grads[0], x)
 
 
 class Swiglu:

@@ -1,4 +1,4 @@
-// Element-wise passes around quantized GEMMs, each in one read and one write; see __init__.py.
+// Element-wise passes around quantized GEMMs, each in one read and one write; see passes.py.
 //
 // Every function computes what the torch expression named above it computes, element by element, in
 // float32 and with the same roundings, whatever the number of threads. No torch headers: pointers,
@@ -84,7 +84,7 @@ inline float from_e4m3(uint8_t code) {  // but for NaN, which codes do not hold
   return value * 0x1p120f;
 }
 
-struct Grid {
+struct CodeRange {
   float low, high;    // clamping
   float first, last;  // gradients pass between these
   int32_t is_float;   // E4M3 instead of integers
@@ -111,9 +111,9 @@ void ratios(const T* x, float step, int64_t count, float* ratio) {
   for (int64_t k = 0; k < count; ++k) ratio[k] = load(x[k]) / step;
 }
 
-void mask_of(const float* ratio, int64_t count, const Grid& grid, uint8_t* mask) {
+void mask_of(const float* ratio, int64_t count, const CodeRange& range, uint8_t* mask) {
   uint8_t inside[kBlock];
-  const float first = grid.first, last = grid.last;
+  const float first = range.first, last = range.last;
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) inside[k] = (ratio[k] >= first) & (ratio[k] <= last);
   for (int64_t k = 0; k < count; k += 8) mask[k / 8] = pack_word(inside + k);
@@ -122,22 +122,22 @@ void mask_of(const float* ratio, int64_t count, const Grid& grid, uint8_t* mask)
 inline float clamp(float v, float low, float high) { return v < low ? low : (v > high ? high : v); }
 
 template <typename T>
-void encode(const T* x, const float* scale, const int32_t* zero, int64_t n, int64_t run, const Grid& grid,
+void encode(const T* x, const float* scale, const int32_t* zero, int64_t n, int64_t run, const CodeRange& range,
             int8_t* codes, uint8_t* mask, int32_t* nan, int threads) {
   int32_t found = 0;
   for_runs(n, run, threads, [&](int64_t begin, int64_t end, int64_t index) {
     float ratio[kBlock];
     const int64_t count = end - begin;
     ratios(x + begin, scale[index], count, ratio);
-    if (mask) mask_of(ratio, count, grid, mask + begin / 8);
+    if (mask) mask_of(ratio, count, range, mask + begin / 8);
     int32_t any = 0;
 #pragma omp simd reduction(| : any)
     for (int64_t k = 0; k < count; ++k) any |= ratio[k] != ratio[k];
     if (any) __atomic_store_n(&found, 1, __ATOMIC_RELAXED);
     int8_t* to = codes + begin;
     const float shift = zero ? static_cast<float>(zero[index]) : 0.0f;
-    const float low = grid.low - shift, high = grid.high - shift;
-    if (grid.is_float) {
+    const float low = range.low - shift, high = range.high - shift;
+    if (range.is_float) {
 #pragma omp simd
       for (int64_t k = 0; k < count; ++k)
         to[k] = static_cast<int8_t>(to_e4m3(clamp(ratio[k], low, high)));
@@ -153,14 +153,14 @@ void encode(const T* x, const float* scale, const int32_t* zero, int64_t n, int6
 }
 
 template <typename T>
-void fake_quantize(const T* x, const float* scale, int64_t n, int64_t run, const Grid& grid, T* out,
+void fake_quantize(const T* x, const float* scale, int64_t n, int64_t run, const CodeRange& range, T* out,
                    uint8_t* mask, int threads) {
   for_runs(n, run, threads, [&](int64_t begin, int64_t end, int64_t index) {
     float ratio[kBlock];
     const int64_t count = end - begin;
     ratios(x + begin, scale[index], count, ratio);
-    if (mask) mask_of(ratio, count, grid, mask + begin / 8);
-    const float low = grid.low, high = grid.high, step = scale[index];
+    if (mask) mask_of(ratio, count, range, mask + begin / 8);
+    const float low = range.low, high = range.high, step = scale[index];
     // -0.0 + 0.0 is 0.0: integer codes have no negative zero.
 #pragma omp simd
     for (int64_t k = 0; k < count; ++k)
@@ -346,15 +346,15 @@ void rms_norm_backward(const T* grad, const T* x, const T* weight, const float* 
   extern "C" void mqat_##NAME##_f32 CALL(float) extern "C" void mqat_##NAME##_bf16 CALL(bf16)
 
 #define ENCODE(T)                                                                                            \
-  (const T* x, const float* scale, const int32_t* zero, int64_t n, int64_t run, const Grid* grid,          \
+  (const T* x, const float* scale, const int32_t* zero, int64_t n, int64_t run, const CodeRange* range,          \
    int8_t* codes, uint8_t* mask, int32_t* nan, int threads) {                                               \
-    encode(x, scale, zero, n, run, *grid, codes, mask, nan, threads);                                       \
+    encode(x, scale, zero, n, run, *range, codes, mask, nan, threads);                                       \
   }
 FOR_BOTH(encode, ENCODE)
 
 #define FAKE_QUANTIZE(T)                                                                                     \
-  (const T* x, const float* scale, int64_t n, int64_t run, const Grid* grid, T* out, uint8_t* mask,         \
-   int threads) { fake_quantize(x, scale, n, run, *grid, out, mask, threads); }
+  (const T* x, const float* scale, int64_t n, int64_t run, const CodeRange* range, T* out, uint8_t* mask,         \
+   int threads) { fake_quantize(x, scale, n, run, *range, out, mask, threads); }
 FOR_BOTH(fake_quantize, FAKE_QUANTIZE)
 
 #define DECODE(T)                                                                                            \

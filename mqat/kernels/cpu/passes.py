@@ -1,25 +1,31 @@
-"""Element-wise passes on a CPU that read and write memory once, where torch's take five to ten.
+"""The operators on a CPU: each reads and writes memory once, where torch's code takes five to ten times.
 
-They compute the same codes, masks and roundings as the torch code beside each call, which is what runs
-on CUDA, without a compiler, or after `set_enabled(False)`. Why not `torch.compile`: encoding and packing
-the mask of 256 x 5632 numbers takes 3.1 ms there after 66 s of compiling, 1.1 ms in eager torch.
+They compute the same codes, masks and roundings as `reference`, which serves what the compiled library
+does not: other dtypes, shapes and layouts, or everything where there is no C++ compiler. Why not
+`torch.compile`: encoding and packing the mask of 256 x 5632 numbers takes 3.1 ms there after 66 s of
+compiling, 1.1 ms in eager torch.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+import functools
+import math
 
 import torch
 from torch import Tensor
 
+from mqat.kernels import reference
 from mqat.kernels.cpu.build import SUFFIXES, library
+from mqat.quant.formats import FORMATS, FP8_E4M3
+from mqat.quant.granularity import PerGroup, PerTensor
 
-DTYPES = tuple(SUFFIXES)  # of floats
+_PRODUCTS = {torch.int32: "ints", torch.float32: "floats", torch.bfloat16: "halves"}
+_CODES = (torch.int8, torch.float8_e4m3fn)
 
 
-class _Grid(ctypes.Structure):
-    """Mirrors `Grid` in kernels.cpp."""
+class _CodeRange(ctypes.Structure):
+    """Mirrors `CodeRange` in kernels.cpp."""
 
     _fields_ = [
         ("low", ctypes.c_float),
@@ -30,52 +36,13 @@ class _Grid(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Codes `low` to `high`; gradients pass where first <= x / scale <= last.
-
-    Attributes:
-        low: Smallest code.
-        high: Largest code.
-        first: Smallest x / scale that passes gradients.
-        last: Largest.
-        is_float: E4M3 codes.
-    """
-
-    low: float
-    high: float
-    first: float
-    last: float
-    is_float: bool
+def _serves(*tensors: Tensor | None) -> bool:
+    return all(x is None or x.is_contiguous() for x in tensors) and library() is not None
 
 
-@dataclass
-class _Switch:
-    is_on: bool = True
-
-
-_switch = _Switch()
-
-
-def set_enabled(is_on: bool) -> None:
-    """Off: torch's own operations everywhere, for comparisons and for doubts."""
-    _switch.is_on = is_on
-
-
-def serves(*tensors: Tensor) -> bool:
-    """Whether these tensors can be handed to the kernels."""
-    return (
-        _switch.is_on
-        and not torch.compiler.is_compiling()
-        and all(x.device.type == "cpu" and x.is_contiguous() for x in tensors)
-        and library() is not None
-    )
-
-
-def serves_floats(*tensors: Tensor) -> bool:
-    """The same, and all are of one float type that there are kernels for."""
-    dtype = tensors[0].dtype
-    return dtype in DTYPES and all(x.dtype == dtype for x in tensors) and serves(*tensors)
+def _serves_floats(x: Tensor, *others: Tensor) -> bool:
+    """All of one float type that the library knows."""
+    return x.dtype in SUFFIXES and all(y.dtype == x.dtype for y in others) and _serves(x, *others)
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: object) -> None:
@@ -83,108 +50,139 @@ def _call(name: str, dtype: torch.dtype, *arguments: object) -> None:
     getattr(library(), f"mqat_{name}_{SUFFIXES[dtype]}")(*passed, torch.get_num_threads())
 
 
-def _grid(grid: Grid) -> object:
-    fields = (grid.low, grid.high, grid.first, grid.last, int(grid.is_float))
-    return ctypes.byref(_Grid(*fields))
-
-
-def _steps(scale: Tensor | None) -> Tensor | None:
-    """As the kernels read them, whatever a caller's module was cast to."""
+def _float32(scale: Tensor | None) -> Tensor | None:
+    """As the library reads scales, whatever a caller's module was cast to."""
     return None if scale is None else scale.float().contiguous()
 
 
-def _mask_like(x: Tensor) -> Tensor:
-    return torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
+def _int32(zero_point: Tensor | None) -> Tensor | None:
+    return None if zero_point is None else zero_point.int().contiguous()
+
+
+def _run(shape: tuple[int, ...], granularity_name: str) -> int:
+    """Consecutive elements that share a scale; 0 if that number differs within the tensor."""
+    granularity = reference.named_granularity(granularity_name)
+    if isinstance(granularity, PerTensor):
+        return math.prod(shape)
+    if isinstance(granularity, PerGroup):
+        return granularity.size if shape[-1] % granularity.size == 0 else 0
+    return shape[-1] if granularity.scale_shape(shape) == shape[:-1] else 0
+
+
+def _encodable_run(x: Tensor, format_name: str, granularity_name: str) -> int:
+    """The same, 0 also where the library cannot encode: a byte of mask belongs to one scale."""
+    fmt, run = FORMATS[format_name], _run(tuple(x.shape), granularity_name)
+    is_known = fmt == FP8_E4M3 or (not fmt.levels and fmt.storage_dtype == torch.int8)
+    return run if is_known and run % 8 == 0 and _serves_floats(x) else 0
+
+
+@functools.cache
+def _code_range(format_name: str, ste_clip_range: float | None) -> _CodeRange:
+    fmt = FORMATS[format_name]
+    passing = reference.gradient_range(fmt, ste_clip_range)
+    return _CodeRange(fmt.qmin, fmt.qmax, *passing, int(fmt.is_float))
 
 
 def encode(
-    x: Tensor, scale: Tensor, run: int, grid: Grid, *, zero: Tensor | None, with_mask: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Codes as int8 bits, packed mask, and a bool: is anything NaN.
-
-    Args:
-        x: Contiguous floats.
-        scale: float32, one per `run` consecutive elements.
-        run: Multiple of 8.
-        grid: Of the format.
-        zero: int32 zero points, shaped like `scale`.
-        with_mask: Whether the mask is wanted.
-    """
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format_name: str,
+    granularity_name: str,
+    ste_clip_range: float | None,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`operators.encode`; the mask is empty where none is asked for."""
+    run = _encodable_run(x, format_name, granularity_name)
+    if not run:
+        return reference.encode(
+            x, scale, zero_point, format_name, granularity_name, ste_clip_range, with_mask
+        )
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    mask = _mask_like(x) if with_mask else None
+    mask = torch.empty(x.numel() // 8 if with_mask else 0, dtype=torch.uint8, device=x.device)
     nan = torch.zeros(1, dtype=torch.int32, device=x.device)
-    zero = None if zero is None else zero.int().contiguous()
-    _call("encode", x.dtype, x, _steps(scale), zero, x.numel(), run, _grid(grid), codes, mask, nan)
-    return codes, mask, nan.bool()
+    _call(
+        "encode", x.dtype, x, _float32(scale), _int32(zero_point), x.numel(), run,
+        ctypes.byref(_code_range(format_name, ste_clip_range)), codes, mask if with_mask else None, nan,
+    )  # fmt: skip
+    marked = torch.where(nan.bool(), torch.nan, scale)
+    return codes.view(FORMATS[format_name].storage_dtype), marked, mask
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, run: int, grid: Grid, *, with_mask: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Dequantized codes of an integer format in the dtype of `x`, and the packed mask."""
+def fake_quantize_with_mask(
+    x: Tensor,
+    scale: Tensor,
+    format_name: str,
+    granularity_name: str,
+    ste_clip_range: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`operators.fake_quantize_with_mask`, of integer formats."""
+    run = _encodable_run(x, format_name, granularity_name)
+    if not run or FORMATS[format_name].is_float:
+        return reference.fake_quantize_with_mask(
+            x, scale, format_name, granularity_name, ste_clip_range
+        )
     values = torch.empty_like(x)
-    mask = _mask_like(x) if with_mask else None
-    _call("fake_quantize", x.dtype, x, _steps(scale), x.numel(), run, _grid(grid), values, mask)
+    mask = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
+    code_range = ctypes.byref(_code_range(format_name, ste_clip_range))
+    _call(
+        "fake_quantize", x.dtype, x, _float32(scale), x.numel(), run, code_range, values, mask
+    )  # fmt: skip
     return values, mask
 
 
 def decode(
     codes: Tensor,
     scale: Tensor | None,
-    run: int,
+    zero_point: Tensor | None,
+    granularity_name: str,
     dtype: torch.dtype,
-    *,
-    zero: Tensor | None = None,
 ) -> Tensor:
-    """`(codes - zero) * scale`, rounded once to `dtype`; int8 or E4M3 codes."""
+    """`operators.decode`."""
+    run = _run(tuple(codes.shape), granularity_name)
+    if not (run and dtype in SUFFIXES and codes.dtype in _CODES and _serves(codes)):
+        return reference.decode(codes, scale, zero_point, granularity_name, dtype)
     values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     is_float = int(codes.dtype != torch.int8)
-    zero = None if zero is None else zero.int().contiguous()
-    _call("decode", dtype, codes, is_float, _steps(scale), zero, codes.numel(), run, values)
+    _call(
+        "decode", dtype, codes, is_float, _float32(scale), _int32(zero_point), codes.numel(), run, values
+    )  # fmt: skip
     return values
 
 
 def scale_product(
     product: Tensor, col_scale: Tensor, row_scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`product * row_scale[:, None] * col_scale`, [N, O]; `col_scale` is (1,) or (O,)."""
-    names = {torch.int32: "ints", torch.float32: "floats", torch.bfloat16: "halves"}
+    """`operators.scale_product`."""
+    if not (dtype in SUFFIXES and product.dtype in _PRODUCTS and _serves(product)):
+        return reference.scale_product(product, col_scale, row_scale, dtype)
     rows, cols = product.shape
     out = torch.empty(rows, cols, dtype=dtype, device=product.device)
     _call(
-        f"scale_{names[product.dtype]}", dtype,
-        product, rows, cols, _steps(col_scale), col_scale.numel(), _steps(row_scale), out,
+        f"scale_{_PRODUCTS[product.dtype]}", dtype,
+        product, rows, cols, _float32(col_scale), col_scale.numel(), _float32(row_scale), out,
     )  # fmt: skip
     return out
 
 
 def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
-    """`x *= scale` where the bit is set, zero elsewhere."""
-    _call("apply_mask", x.dtype, x, x.numel(), mask, _steps(scale))
+    """`operators.apply_mask_`."""
+    if x.numel() % 8 or not _serves_floats(x):
+        return reference.apply_mask_(x, mask, scale)
+    _call("apply_mask", x.dtype, x, x.numel(), mask, _float32(scale))
 
 
 def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
-    """`total += x * scale` where the bit is set; `total` is float32."""
-    _call("accumulate", x.dtype, x, x.numel(), mask, _steps(scale), total)
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """`silu(gate) * up` of [..., gate | up]."""
-    rows, cols = x.numel() // x.shape[-1], x.shape[-1] // 2
-    out = torch.empty(*x.shape[:-1], cols, dtype=x.dtype, device=x.device)
-    _call("swiglu", x.dtype, x, rows, cols, out)
-    return out
-
-
-def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of `swiglu` for `x`."""
-    out = torch.empty_like(x)
-    _call("swiglu_backward", x.dtype, grad, x, x.numel() // x.shape[-1], x.shape[-1] // 2, out)
-    return out
+    """`operators.accumulate_`."""
+    if x.numel() % 8 or not (_serves_floats(x) and _serves(total)):
+        return reference.accumulate_(total, x, mask, scale)
+    _call("accumulate", x.dtype, x, x.numel(), mask, _float32(scale), total)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`x / rms(x) * weight`, and 1 / rms(x) of each row in float32."""
+    """`operators.rms_norm`."""
+    if not _serves_floats(x, weight):
+        return reference.rms_norm(x, weight, eps)
     out = torch.empty_like(x)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     _call("rms_norm", x.dtype, x, weight, rstd.numel(), x.shape[-1], eps, out, rstd)
@@ -194,10 +192,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `rms_norm` for `x`, and in float32 for `weight`."""
+    """`operators.rms_norm_backward`."""
+    grad = grad.contiguous()
+    if not _serves_floats(x, weight, grad):
+        return reference.rms_norm_backward(grad, x, weight, rstd)
     dx = torch.empty_like(x)
     dweight = torch.empty(x.shape[-1], dtype=torch.float32, device=x.device)
     _call(
         "rms_norm_backward", x.dtype, grad, x, weight, rstd, rstd.numel(), x.shape[-1], dx, dweight
     )
     return dx, dweight
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`operators.swiglu`."""
+    if not _serves_floats(x):
+        return reference.swiglu(x)
+    rows, cols = x.numel() // x.shape[-1], x.shape[-1] // 2
+    out = torch.empty(*x.shape[:-1], cols, dtype=x.dtype, device=x.device)
+    _call("swiglu", x.dtype, x, rows, cols, out)
+    return out
+
+
+def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """`operators.swiglu_backward`."""
+    if not _serves_floats(x, grad):
+        return reference.swiglu_backward(grad, x)
+    out = torch.empty_like(x)
+    _call("swiglu_backward", x.dtype, grad, x, x.numel() // x.shape[-1], x.shape[-1] // 2, out)
+    return out

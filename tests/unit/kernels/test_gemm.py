@@ -3,13 +3,13 @@ import torch
 
 from mqat.kernels.gemm import (
     EXACT_BLOCK,
-    decode,
     int8_matmul,
     int8_matmul_emulated,
     int8_matmul_native,
     scaled_matmul,
 )
-from mqat.kernels.operands import apply_mask_, encode, pack_mask, unpack_mask
+from mqat.kernels.operators import apply_mask_, decode, encode
+from mqat.kernels.reference import pack_mask, unpack_mask
 from mqat.quant.formats import FP8_E4M3, INT4, INT8, INT8_MIN128
 from mqat.quant.functional import fake_quantize, quantize
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
@@ -39,7 +39,7 @@ def test_the_largest_sums_are_exact_and_one_float32_gemm_would_not_be():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_float8_code_decodes_to_its_value(dtype):
+def test_every_float8_code_decodes_to_its_value(backend, dtype):
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     expected = every.to(dtype)
     numbers = ~expected.isnan()
@@ -56,7 +56,7 @@ def test_packed_masks_come_back_in_the_same_order(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masking_keeps_bits_or_zeroes_them(dtype):
+def test_masking_keeps_bits_or_zeroes_them(backend, dtype):
     x = torch.randn(5, 16).to(dtype)
     mask = torch.rand(5, 16) > 0.5
     expected = torch.where(mask, x, 0.0)
@@ -72,7 +72,7 @@ def test_masking_keeps_bits_or_zeroes_them(dtype):
         (FP8_E4M3, PerTensor()),
     ],
 )
-def test_encoding_equals_the_reference_codes_and_gradient_mask(fmt, granularity):
+def test_encoding_equals_the_reference_codes_and_gradient_mask(backend, fmt, granularity):
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
     scale = compute_amax(x, granularity) / fmt.max_value * 0.5  # clips
     encoded = encode(x, scale, fmt, granularity, with_mask=True)
@@ -83,7 +83,7 @@ def test_encoding_equals_the_reference_codes_and_gradient_mask(fmt, granularity)
     assert 0 < int(x.grad.sum()) < x.numel()  # control: something is clipped, something is not
 
 
-def test_nan_in_an_operand_makes_the_whole_result_nan_and_infinity_does_not():
+def test_nan_in_an_operand_makes_the_whole_result_nan_and_infinity_does_not(backend):
     w = codes(8, 16)
     for value, is_nan in ((float("nan"), True), (float("inf"), False)):
         x = torch.randn(4, 16)

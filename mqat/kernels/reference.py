@@ -1,0 +1,232 @@
+"""Every operator of `operators.py` in torch: any device and dtype, and what other backends must equal.
+
+Arguments are those of the operators' schemas; the docstrings there say what is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from mqat.quant.formats import FORMATS, QuantFormat
+from mqat.quant.functional import fake_quantize
+from mqat.quant.granularity import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    granularity_from_str,
+    grouped_view,
+)
+
+named_granularity = functools.cache(granularity_from_str)
+
+# Times eight bytes of 0 or 1: their bits, in the highest byte (no two partial products meet in a bit).
+# A byte times the other: the same byte eight times, of which `_BITS` keeps a bit each.
+_GATHER, _SPREAD = 0x0102040810204080, 0x0101010101010101
+_BITS = 0x8040201008040201 - 2**64
+# Elements of a weight at a time: the float32 temporaries then stay in a CPU cache, and are not fetched
+# from and returned to the system at every call.
+_CACHED = 1 << 17
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Eight bools in a byte; uint8, flat, padded with zeros. Bit i of byte j is element 8 j + i."""
+    flat = F.pad(mask.reshape(-1).view(torch.uint8), (0, -mask.numel() % 8))
+    return (flat.view(torch.int64) * _GATHER).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of `pack_mask`, as uint8 zeros and ones."""
+    words = packed.to(torch.int64).mul_(_SPREAD).bitwise_and_(_BITS)
+    return words.view(torch.uint8)[: math.prod(shape)].view(shape).clamp_max_(1)
+
+
+def gradient_range(fmt: QuantFormat, ste_clip_range: float | None) -> tuple[float, float]:
+    """Range of x / scale that passes gradients (as in `functional.fake_quantize`).
+
+    Integers: values up to half a step beyond the last code count as not clipped.
+    """
+    slack = 0.0 if fmt.is_float else 0.5
+    return (
+        (fmt.qmin - slack, fmt.qmax + slack)
+        if ste_clip_range is None
+        else (-ste_clip_range, ste_clip_range)
+    )
+
+
+def _packed_gradient_mask(ratio: Tensor, fmt: QuantFormat, ste_clip_range: float | None) -> Tensor:
+    # Compared as floats: comparisons that write bools are not vectorized on CPUs.
+    return pack_mask(ratio.clamp(*gradient_range(fmt, ste_clip_range)).eq_(ratio).bool())
+
+
+def _by_rows(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    x: Tensor,
+    scale: Tensor,
+    granularity: Granularity,
+) -> tuple[Tensor, ...]:
+    """`function(x, scale)`; for a large weight on a CPU a few rows at a time, results concatenated."""
+    if x.device.type == "cpu" and x.dim() == 2 and x.numel() > 2 * _CACHED:
+        rows = max(8, _CACHED // x.shape[1] // 8 * 8)  # whole bytes of mask
+        if rows < len(x) and isinstance(granularity, PerTensor | PerChannel | PerGroup):
+            pieces = x.split(rows)
+            is_one = isinstance(granularity, PerTensor)
+            scales = [scale] * len(pieces) if is_one else scale.split(rows)
+            done = [function(*piece) for piece in zip(pieces, scales, strict=True)]
+            return tuple(torch.cat(results) for results in zip(*done, strict=True))
+    return function(x, scale)
+
+
+def encode(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format_name: str,
+    granularity_name: str,
+    ste_clip_range: float | None,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`operators.encode`; the mask is empty where none is asked for."""
+    fmt, granularity = FORMATS[format_name], named_granularity(granularity_name)
+    if zero_point is not None:
+        zero = grouped_view(x, zero_point, granularity)[1]
+
+    def encoded(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        groups, scales = grouped_view(x.float(), scale, granularity)
+        ratio = groups / scales
+        mask = x.new_empty(0, dtype=torch.uint8)
+        if with_mask:
+            mask = _packed_gradient_mask(ratio, fmt, ste_clip_range)
+        # amax is NaN if anything is; infinities clip to the last code.
+        is_nan = ratio.amax().isnan() if ratio.numel() else scale.new_zeros((), dtype=torch.bool)
+        if not fmt.is_float:
+            ratio.round_()
+        if zero_point is not None:
+            ratio += zero
+        codes = ratio.clamp_(fmt.qmin, fmt.qmax).to(fmt.storage_dtype).view(x.shape)
+        return codes.view(torch.uint8), is_nan.reshape(1), mask
+
+    if zero_point is None:
+        codes, is_nan, mask = _by_rows(encoded, x, scale, granularity)
+    else:
+        codes, is_nan, mask = encoded(x, scale)
+    return codes.view(fmt.storage_dtype), torch.where(is_nan.any(), torch.nan, scale), mask
+
+
+def fake_quantize_with_mask(
+    x: Tensor,
+    scale: Tensor,
+    format_name: str,
+    granularity_name: str,
+    ste_clip_range: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`operators.fake_quantize_with_mask`."""
+    fmt, granularity = FORMATS[format_name], named_granularity(granularity_name)
+
+    def quantized(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        groups, scales = grouped_view(x.float(), scale, granularity)
+        mask = _packed_gradient_mask(groups / scales, fmt, ste_clip_range)
+        return fake_quantize(x.detach(), scale, fmt, granularity), mask
+
+    values, mask = _by_rows(quantized, x, scale, granularity)
+    return values, mask
+
+
+def _widened(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes that are numbers, exactly, in a float dtype; a new tensor.
+
+    CPUs convert float8 element by element, 20 times slower than this: E4M3's sign, exponent and
+    mantissa are moved to their places in a wider float, and 2**120 makes up for the exponent bias
+    (127 - 7). Subnormals come out right; the NaN code does not (`encode` marks NaN in the scale).
+    """
+    if codes.dtype != torch.float8_e4m3fn or dtype not in (torch.float32, torch.bfloat16):
+        return codes.to(dtype)
+    word, shift = (torch.int32, 20) if dtype == torch.float32 else (torch.int16, 4)
+    sign_exponent_mantissa = (-0x80 << (shift + 4)) | (0x7F << shift)
+    bits = codes.view(torch.int8).to(word)
+    return (
+        bits.bitwise_left_shift_(shift)
+        .bitwise_and_(sign_exponent_mantissa)
+        .view(dtype)
+        .mul_(2.0**120)
+    )
+
+
+def decode(
+    codes: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    granularity_name: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`operators.decode`."""
+    if scale is None:
+        return _widened(codes, dtype)
+    granularity = named_granularity(granularity_name)
+    groups, scales = grouped_view(_widened(codes, torch.float32), scale, granularity)
+    if zero_point is not None:
+        groups = groups - grouped_view(codes, zero_point, granularity)[1]
+    return (groups * scales).view(codes.shape).to(dtype)
+
+
+def scale_product(
+    product: Tensor, col_scale: Tensor, row_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`operators.scale_product`."""
+    if row_scale is None:
+        return (product * col_scale.float()).to(dtype)
+    return (product * row_scale.float()[:, None]).mul_(col_scale).to(dtype)
+
+
+def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
+    """`operators.apply_mask_`."""
+    if scale is not None:
+        x.mul_(scale)
+    if mask is None:
+        return
+    # Bits times one or zero give the same as the number times it, and are vectorized on CPUs, where a
+    # product of different dtypes is not.
+    bits = x.view(torch.int16) if x.is_contiguous() and x.element_size() == 2 else x
+    keep = unpack_mask(mask, tuple(x.shape))
+    bits.mul_(keep.to(bits.dtype) if x.is_contiguous() else keep)
+
+
+def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
+    """`operators.accumulate_`."""
+    added = x.float() if scale is None else x.float() * scale
+    total.add_(added if mask is None else added * unpack_mask(mask, tuple(x.shape)))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`operators.rms_norm`."""
+    rstd = (x.float().square().mean(dim=-1) + eps).rsqrt()
+    return F.rms_norm(x, weight.shape, weight, eps), rstd
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`operators.rms_norm_backward`."""
+    normed, scaled = x.float() * rstd[..., None], grad.float() * weight.float()
+    shift = normed * (scaled * normed).mean(dim=-1, keepdim=True)
+    dweight = (grad.float() * normed).reshape(-1, x.shape[-1]).sum(dim=0)
+    return ((scaled - shift) * rstd[..., None]).to(x.dtype), dweight
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`operators.swiglu`."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """`operators.swiglu_backward`."""
+    gate, up = x.chunk(2, dim=-1)
+    dgate = torch.ops.aten.silu_backward(grad * up, gate)
+    return torch.cat([dgate, grad * F.silu(gate)], dim=-1)

@@ -1,0 +1,230 @@
+"""Operators as torch sees them, and the CPU's against the reference: the same bits."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from mqat.kernels import operators, reference
+from mqat.kernels.gemm import scaled_matmul
+from mqat.quant.formats import FP8_E4M3, INT4, INT4_AMAX7_5, INT8, INT8_MIN128, TERNARY
+from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from mqat.quant.scales import compute_affine, compute_range
+
+FORMATS = (INT8, INT8_MIN128, INT4, INT4_AMAX7_5, TERNARY, FP8_E4M3)
+NAMES = [schema.split("(")[0] for schema in operators._SCHEMAS]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def both(name, *arguments):
+    """What the operator returns, or has written to its first argument, and what the reference does."""
+    found = []
+    for function in (getattr(torch.ops.mqat, name).default, getattr(reference, name)):
+        copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+        results = function(*copies)
+        results = (copies[0],) if results is None else results
+        results = (results,) if isinstance(results, torch.Tensor) else results
+        found.append([x.view(torch.uint8) if x.element_size() == 1 else x for x in results])
+    return found
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def scale_of(x, fmt, granularity):
+    """Half of what would not clip."""
+    return granularity.largest(x.float().clamp(-9, 9).abs()) / fmt.max_value * 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(128)], ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_codes_masks_and_values_are_the_same_bits(fmt, granularity, dtype):
+    x = (normal(600, 512) * 3).to(dtype)
+    x[0] = torch.linspace(-1, 1, 512) * 0.01  # subnormal E4M3 numbers, and ties
+    x[1, :3] = torch.tensor([float("inf"), -float("inf"), -0.0])
+    scale, names = scale_of(x, fmt, granularity), (fmt.name, str(granularity))
+    for ste_clip_range in (None, 8.5):
+        found, expected = both("encode", x, scale, None, *names, ste_clip_range, True)
+        assert_same(found, expected)
+        assert bool((found[2] != 255).any())  # control: masks are not all ones
+        assert_same(*both("fake_quantize_with_mask", x, scale, *names, ste_clip_range))
+    codes = found[0].view(fmt.storage_dtype)
+    assert_same(*both("decode", codes, scale, None, names[1], dtype))
+    assert_same(*both("decode", codes, None, None, names[1], dtype))
+    x[2, 2] = float("nan")
+    found, expected = both("encode", x, scale, None, *names, None, False)
+    assert bool(found[1].isnan().all() & expected[1].isnan().all())
+
+
+def test_tokens_with_zero_points_are_the_same_bits():
+    x = normal(9, 3, 64) + 0.3
+    scale, zero = compute_affine(compute_range(x, PerToken()), INT8_MIN128)
+    assert bool((zero != 0).any())
+    found, expected = both("encode", x, scale, zero, INT8_MIN128.name, "token", None, False)
+    assert_same(found, expected)
+    codes = found[0].view(torch.int8)
+    assert_same(*both("decode", codes, scale, zero, "token", torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_scaled_products_and_masked_gradients_are_the_same_bits(dtype, per_row):
+    generator = torch.Generator().manual_seed(0)
+    product = torch.randint(-(2**23), 2**23, (17, 24), dtype=torch.int32, generator=generator)
+    col, row = torch.rand(24, generator=generator), torch.rand(17, generator=generator)
+    for kind in (torch.int32, torch.float32, torch.bfloat16):
+        arguments = (product.to(kind), col, row if per_row else None, dtype)
+        assert_same(*both("scale_product", *arguments))
+    dw = normal(24, 64).to(dtype)
+    mask = reference.pack_mask(torch.rand(24, 64, generator=generator) > 0.1)
+    scale = torch.tensor([0.3]) if per_row else None
+    for bits in (mask, None):
+        assert_same(*both("apply_mask_", dw, bits, scale))
+        assert_same(*both("accumulate_", normal(24, 64, seed=1), dw, bits, scale))
+    masked = both("apply_mask_", dw, mask, scale)[0][0]
+    assert bool((masked == 0).any()) and bool((masked != 0).any())
+
+
+def test_what_the_library_does_not_serve_is_the_references():
+    x = normal(16, 36)
+    cases = [
+        (x.double(), INT8, PerTensor()),
+        (x.t(), INT8, PerChannel()),
+        (x, INT8, PerGroup(16)),  # the last group is short
+        (x, INT4, PerChannel()),  # 36 is no multiple of 8
+        (x, INT8, PerBlock(8)),
+        (x[:0], INT8, PerTensor()),
+    ]
+    for x, fmt, granularity in cases:
+        scale = torch.full(granularity.scale_shape(tuple(x.shape)), 0.01)
+        found, expected = both("encode", x, scale, None, fmt.name, str(granularity), None, True)
+        assert_same(found, expected)
+        codes = found[0].view(torch.int8)
+        assert_same(*both("decode", codes, scale, None, str(granularity), torch.float32))
+
+
+def test_several_threads_give_the_same_bits():
+    x = normal(64, 512).bfloat16()
+    scale, threads = torch.tensor([0.01]), torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        e = operators.encode(x, scale, INT8_MIN128, PerTensor(), with_mask=True)
+        norm = operators.rms_norm(x, x[0], 1e-5)
+        results.append((e.codes, e.mask, operators.swiglu(x), *norm))
+    torch.set_num_threads(threads)
+    assert_same(*results)
+
+
+def test_scales_of_another_dtype_or_layout_are_read_as_torch_reads_them():
+    x = normal(64, 64) * 3
+    cast = (PerChannel().largest(x.abs()) / 127).bfloat16()
+    expanded = torch.tensor([0.05]).expand(64)
+    codes = []
+    for scale in (cast, expanded):
+        found, expected = both("encode", x, scale, None, INT8.name, "channel", None, True)
+        assert_same(found, expected)
+        codes.append(found[0])
+    assert not torch.equal(*codes)
+
+
+def test_nothing_is_encoded_decoded_and_multiplied(backend):
+    empty = torch.empty(0, 16, dtype=torch.float8_e4m3fn)
+    assert operators.decode(empty, torch.float32).shape == (0, 16)
+    weight = torch.ones(8, 16).to(torch.float8_e4m3fn)
+    assert scaled_matmul(empty, weight, torch.ones(1), torch.float32).shape == (0, 8)
+
+
+def test_rows_wider_than_what_is_cached_are_taken_whole():
+    x = normal(16, 53248)
+    assert_same(*both("encode", x, torch.tensor([0.05]), None, "int8", "tensor", None, True))
+
+
+def test_tensors_are_made_where_the_operand_is(backend):
+    x = torch.randn(4, 64)
+    with torch.device("meta"):
+        found = operators.swiglu(x)
+    assert found.device.type == "cpu"
+
+
+def calls(dtype=torch.bfloat16):
+    """Name and arguments of one call of every operator, with and without what is optional."""
+    x, weight, scale = normal(8, 3, 32).to(dtype), normal(32).to(dtype), torch.tensor([0.02])
+    codes = torch.ones(8, 32, dtype=torch.int8)
+    mask = torch.full((96,), 0x5A, dtype=torch.uint8)
+    product = torch.ones(8, 16, dtype=torch.int32)
+    zero = torch.full((8, 3), 3, dtype=torch.int32)
+    fp8 = codes.float().to(torch.float8_e4m3fn)
+    return [
+        ("encode", (x, scale, None, "int8", "tensor", None, True)),
+        ("encode", (x, scale, None, "fp8_e4m3", "tensor", 4.0, False)),
+        ("encode", (x, scale.expand(8, 3), zero, "int8_full", "token", None, False)),
+        ("fake_quantize_with_mask", (x[0], scale.expand(3, 2), "int4", "group:16", None)),
+        ("decode", (codes, scale.expand(8), None, "channel", dtype)),
+        ("decode", (fp8, None, None, "tensor", torch.float32)),
+        ("scale_product", (product, scale, None, dtype)),
+        ("scale_product", (product, scale.expand(16), torch.ones(8), torch.float32)),
+        ("apply_mask_", (x.clone(), mask, scale)),
+        ("apply_mask_", (x.clone(), None, scale)),
+        ("accumulate_", (x.float(), x, mask, None)),
+        ("rms_norm", (x, weight, 1e-5)),
+        ("rms_norm_backward", (x, x, weight, torch.ones(8, 3))),
+        ("swiglu", (x,)),
+        ("swiglu_backward", (x[..., :16].contiguous(), x)),
+    ]
+
+
+def test_every_operator_is_called():
+    assert {name for name, _ in calls()} == set(NAMES)
+
+
+@pytest.mark.parametrize(("name", "arguments"), calls(), ids=lambda x: x if type(x) is str else "")
+def test_fake_tensors_come_out_like_real_ones(name, arguments):
+    operator = getattr(torch.ops.mqat, name).default
+    real = operator(*arguments)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        fake = operator(*fakes)
+    if real is None:
+        assert fake is None
+        return
+    pairs = [(fake, real)] if isinstance(real, torch.Tensor) else zip(fake, real, strict=True)
+    for a, b in pairs:
+        assert isinstance(a, torch._subclasses.FakeTensor) and a.device == b.device
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize(("name", "arguments"), calls(), ids=lambda x: x if type(x) is str else "")
+def test_torch_finds_nothing_wrong_with_the_registration(name, arguments):
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if all(getattr(x, "dtype", None) != torch.float8_e4m3fn for x in arguments):
+        checks.append("test_schema")  # multiplies its inputs, which torch cannot do with float8
+    torch.library.opcheck(getattr(torch.ops.mqat, name).default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("fmt", [INT8, FP8_E4M3], ids=lambda f: f.name)
+def test_a_quantized_product_compiles_to_one_graph(fmt, compiler):
+    def product(x, w, scale):
+        a = operators.encode(x, scale, fmt, PerTensor(), with_mask=True)
+        b = operators.encode(w, scale.expand(24), fmt, PerChannel(), with_mask=False)
+        y = scaled_matmul(a.codes, b.codes, a.scale * b.scale, torch.float32)
+        return y, operators.apply_mask_(x * 2, a.mask)
+
+    arguments = normal(17, 64), normal(24, 64, seed=1), torch.tensor([0.01])
+    compiled = torch.compile(product, fullgraph=True, backend=compiler)
+    assert_same(compiled(*arguments), product(*arguments))
+
+
+def test_a_home_that_cannot_be_written_to_is_no_obstacle(monkeypatch):
+    from mqat.kernels.cpu import build
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    directory = build._cache_directory()
+    (directory / "probe").write_text("written")
