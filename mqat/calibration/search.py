@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mqat.calibration.smoothing_pairs import SmoothingPair, round_scale
 from mqat.quant.qparams import rounded
+from mqat.quant.scales import divide
 from mqat.quant.scheme import TensorScheme
 
 _FLOOR = 1e-5  # dead channels: keep their factor moderate
@@ -68,7 +69,7 @@ def candidate_scales(
         grid: As for `round_scale`.
     """
     x, w = pair.tied(inputs.amax), pair.tied(weight_amax)
-    rms = pair.tied((inputs.hessian.diagonal() / inputs.tokens).sqrt().float())
+    rms = pair.tied(divide(inputs.hessian.diagonal(), inputs.tokens).sqrt().float())
     rows = [torch.ones_like(x)]
     for step in range(steps + 1):
         alpha = step / steps
@@ -79,8 +80,8 @@ def candidate_scales(
 
 def _input_noise(inputs: InputStatistics, scale: Tensor, scheme: TensorScheme) -> Tensor:
     """Expected squared rounding error of input channel j over all tokens, in units of x; [I]."""
-    step = (inputs.amax / scale).amax().double() / scheme.format.max_value
-    uniform = inputs.tokens * step.square() / 12 * scale.double().square()
+    step = divide((inputs.amax / scale).amax().double(), scheme.format.max_value)
+    uniform = divide(inputs.tokens * step.square(), 12) * scale.double().square()
     return torch.minimum(inputs.hessian.diagonal(), uniform)
 
 

@@ -145,7 +145,7 @@ def scale_product(
 
 
 def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None = None) -> Tensor:
-    """Zeroes `x` where the bit is 0 and multiplies it by `scale`, float32 (1,), elsewhere; returns it."""
+    """Zeroes `x` where the bit is 0, multiplies it by `scale`, float32 (1,), elsewhere; returns `x`."""
     _OPS.apply_mask_.default(x, mask, scale)
     return x
 

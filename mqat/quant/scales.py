@@ -33,6 +33,15 @@ _E4M3_MAX, _E4M3_MIN = 448.0, 2.0**-9
 _EPS = 2.0**-24
 
 
+def divide(x: Tensor, number: float) -> Tensor:
+    """`x / number`, rounded once on every device.
+
+    For a Python number, or a tensor without dimensions on the CPU, CUDA multiplies by the reciprocal:
+    of steps amax / 448 half would be other floats than on a CPU.
+    """
+    return x / x.new_full((), number)
+
+
 def compute_amax(x: Tensor, granularity: Granularity) -> Tensor:
     """Largest |x| of each quantization group, float32, shape `granularity.scale_shape(x.shape)`."""
     magnitude = x.detach().abs()
@@ -61,7 +70,7 @@ def compute_global_scale(amax: Tensor, fmt: QuantFormat) -> Tensor:
     Reference:
         TensorRT-LLM and ModelOpt: `weight_scale_2`, and `input_scale` of activations.
     """
-    return (amax / (fmt.max_value * _E4M3_MAX)).clamp_min(_EPS)
+    return divide(amax, fmt.max_value * _E4M3_MAX).clamp_min(_EPS)
 
 
 def compute_scale(
@@ -102,7 +111,7 @@ def compute_scale(
         assert global_scale is not None, "E4M3 block scales stand under a global scale"
         ratio = (amax / (fmt.max_value * global_scale)).clamp(_E4M3_MIN, _E4M3_MAX)
         return ratio.to(torch.float8_e4m3fn).float() * global_scale
-    return round_up(amax / fmt.max_value, scale_dtype, eps)
+    return round_up(divide(amax, fmt.max_value), scale_dtype, eps)
 
 
 def compute_affine(
@@ -128,7 +137,7 @@ def compute_affine(
         Jacob et al. 2018, arXiv:1712.05877, section 2.1; torch.ao's and torchao's affine observers.
     """
     low, high = extent.unbind(0)
-    scale = round_up((high + low) / (fmt.qmax - fmt.qmin), scale_dtype, eps)
+    scale = round_up(divide(high + low, fmt.qmax - fmt.qmin), scale_dtype, eps)
     zero_point = (fmt.qmin + (low / scale).round()).clamp(fmt.qmin, fmt.qmax)
     return scale, zero_point.nan_to_num(0.0).to(torch.int32)  # where the scale is NaN, so is x
 

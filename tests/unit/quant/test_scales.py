@@ -1,0 +1,113 @@
+"""Scales and codes are decided by divisions that every device rounds alike."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mqat.calibration.search import InputStatistics, smoothquant_scale, tile_losses
+from mqat.calibration.weights import (
+    group_counts,
+    sawb_amax,
+    sawb_sums,
+    shrink_errors,
+    shrunk,
+)
+from mqat.kernels import reference
+from mqat.kernels.packed_nf4 import nf4_quantize
+from mqat.quant.formats import INT4, INT8
+from mqat.quant.histogram import entropy_amax, mse_amax
+from mqat.quant.observers import ActivationObserver
+from mqat.quant.qparams import statistic_of
+from mqat.quant.quantizer import Quantizer
+from mqat.quant.scales import compute_scale, divide
+from mqat.quant.scheme import ALGORITHMS, TensorScheme, named_scheme
+
+
+class Reciprocals(TorchDispatchMode):
+    """Remembers divisions by Python numbers: CUDA multiplies by the reciprocal, inexact but for 2**k."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            divisor = args[1]
+            if not isinstance(divisor, torch.Tensor) and math.frexp(divisor)[0] != 0.5:
+                self.found.append(divisor)
+        return func(*args, **(kwargs or {}))
+
+
+def reciprocals(function, *arguments):
+    with Reciprocals() as mode:
+        function(*arguments)
+    return mode.found
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def use(scheme: TensorScheme, x):
+    """Freezes scales, quantizes, and quantizes in the format of another phase."""
+    shape = None if scheme.is_dynamic else tuple(x.shape)
+    quantizer = Quantizer(scheme, shape, "x")
+    quantizer.freeze_(statistic_of(x, scheme), x.abs().amax().reshape(1))
+    quantizer(x)
+    quantizer.quantize(x)
+    if scheme.format == INT4:
+        quantizer.active_format = INT8
+        quantizer(x)
+    if not (scheme.format.levels or scheme.is_asymmetric):
+        scale, names = quantizer.qparams(x)[0], (scheme.format.name, str(scheme.granularity))
+        reference.encode(x, scale, None, *names, None, True)
+        reference.fake_quantize_with_mask(x, scale, *names, None)
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "null"])
+def test_no_scale_or_code_of_a_named_algorithm_depends_on_the_device(algorithm):
+    scheme = named_scheme(algorithm)
+    for operand, x in ((scheme.weight, normal(16, 512)), (scheme.input, normal(4, 2, 512))):
+        if operand is not None:
+            assert reciprocals(use, operand, x) == []
+
+
+def test_no_clipping_point_or_factor_depends_on_the_device():
+    x, weight = normal(64, 256), normal(16, 256, seed=1)
+    int8 = named_scheme("int8")
+
+    def chosen():
+        observer = ActivationObserver("mse")
+        observer.observe_(x)
+        for choose in (mse_amax, entropy_amax):
+            choose(observer.histogram, x.abs().amax().reshape(1), int8.input.format)
+        for scheme in (int8.weight, named_scheme("int4").weight):
+            statistic = statistic_of(weight, scheme)
+            errors = shrink_errors(weight, statistic, None, scheme, (x.t() @ x).double())
+            shrunk(statistic, errors, scheme.granularity)
+            counts = group_counts(256, 16, scheme.granularity)
+            sawb_amax(statistic, sawb_sums(weight, scheme.granularity), counts, scheme)
+        inputs = InputStatistics((x.t() @ x).double(), x.abs().amax(dim=0), len(x))
+        factors = smoothquant_scale(inputs.amax, weight.abs().amax(dim=0), 0.5)[None]
+        tile_losses([weight], inputs, factors, int8.weight, int8.input)
+        nf4_quantize(weight)
+
+    assert reciprocals(chosen) == []
+
+
+def test_a_division_by_a_number_is_noticed():
+    amax = normal(8).abs()
+    for wrong in (lambda: amax / 127.0, lambda: amax.clone().div_(448)):
+        assert len(reciprocals(wrong)) == 1
+    assert reciprocals(lambda: amax / 2) == []
+
+
+def test_dividing_by_a_filled_tensor_gives_the_correctly_rounded_quotient():
+    x = normal(10_000).abs()
+    for number in (127, 448, 7.5, 6 * 448):
+        exact = (x.double() / number).float()
+        assert torch.equal(divide(x, number), exact)
+        assert not torch.equal(x * (1 / torch.tensor(number)), exact)  # control: what CUDA makes
+    assert torch.equal(compute_scale(x, INT8), (x / 127).clamp_min(2.0**-24))
