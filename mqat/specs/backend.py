@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from mqat.errors import UserError
 from mqat.models.structure import CORE_ATTENTION, DENSE_NORMS
@@ -45,6 +46,29 @@ class Norm(nn.Module):
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
+
+
+def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """`F.scaled_dot_product_attention` in a fused kernel, also where none takes fewer heads of keys.
+
+    On CUDA flash attention takes no mask, and memory-efficient attention no groups: of packed documents
+    torch would keep the scores, [b, heads, s, s] float32, for backward. Repeated keys and values,
+    [b, heads, s, d], are linear in s, and that path repeats them too.
+
+    Args:
+        q: [b, heads, s, d].
+        k: [b, groups, s, d].
+        v: Like `k`.
+        options: Of torch's function.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    is_grouped = repeats > 1
+    if is_grouped:
+        choice = torch._fused_sdp_choice(q, k, v, **options, enable_gqa=True)
+        if choice == SDPBackend.MATH.value:
+            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+            is_grouped = False
+    return F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=is_grouped)
 
 
 class SdpaAttention(nn.Module):
@@ -111,7 +135,7 @@ class SdpaAttention(nn.Module):
         # Ranks hold other heads, so they need other random numbers; sequence parallelism forks outside.
         needs_fork = dropout > 0.0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if needs_fork else nullcontext():
-            context = F.scaled_dot_product_attention(
+            context = _grouped_attention(
                 q,
                 k,
                 v,
@@ -119,7 +143,6 @@ class SdpaAttention(nn.Module):
                 dropout_p=dropout,
                 is_causal=attention_mask is None,
                 scale=self.softmax_scale,
-                enable_gqa=q.shape[1] != k.shape[1],
             )
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
