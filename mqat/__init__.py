@@ -13,7 +13,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mqat.calibration.calibrate import calibrate as calibrate
-    from mqat.calibration.recipe import Recipe as Recipe
     from mqat.calibration.weight_recipe import apply_weight_recipe_ as apply_weight_recipe_
     from mqat.checkpoints.dist_checkpoint import load_checkpoint as load_checkpoint
     from mqat.checkpoints.dist_checkpoint import save_checkpoint as save_checkpoint
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from mqat.export.export import export_trtllm as export_trtllm
     from mqat.parallel.pack_weights import pack_weights_ as pack_weights_
     from mqat.parallel.quantized_step import quantized_step as quantized_step
-    from mqat.quant.scheme import named_scheme as named_scheme
+    from mqat.quant.algorithm import Recipe as Recipe
+    from mqat.quant.algorithm import named_scheme as named_scheme
     from mqat.runtime.groups import finalize as finalize
     from mqat.runtime.groups import initialize as initialize
     from mqat.specs.gpt import quantize_block_spec as quantize_block_spec
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Policy": "mqat.specs.policy",
-    "Recipe": "mqat.calibration.recipe",
+    "Recipe": "mqat.quant.algorithm",
     "calibrate": "mqat.calibration.calibrate",
     "export_hf": "mqat.export.export",
     "export_trtllm": "mqat.export.export",
@@ -42,7 +42,7 @@ _HOME = {
     "load_checkpoint": "mqat.checkpoints.dist_checkpoint",
     "load_config": "mqat.config",
     "pack_weights_": "mqat.parallel.pack_weights",
-    "named_scheme": "mqat.quant.scheme",
+    "named_scheme": "mqat.quant.algorithm",
     "apply_weight_recipe_": "mqat.calibration.weight_recipe",
     "quantize_block_spec": "mqat.specs.gpt",
     "quantize_layer_spec": "mqat.specs.gpt",

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES
+from mqat.quant.algorithm import ROUNDINGS, SQ_GRIDS, WEIGHT_CALIBRATORS, Recipe
 
 
 @dataclass
@@ -129,6 +130,7 @@ class RuleConfig:
     weight: OperandConfig | None = None
     input: OperandConfig | None = None
     output: OperandConfig | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)  # smoothquant ... rounding, as below
 
 
 @dataclass
@@ -144,7 +146,7 @@ class QuantizationConfig:
     percentile: float = 99.9999
     num_calib_size: int = 16  # sequences
     calib_spread: bool = True  # sequences spread evenly over the data; false: the first of the file
-    calib_layers_at_once: int = 0  # layers whose weights are prepared in one pass; 0: all
+    calib_layers_at_once: int = 0  # layers whose recipes are carried out in one pass; 0: all
     disabled: list[str] = field(default_factory=list)  # "*.linear_fc2.input"; served so, too
     fake_quant_after_n_steps: int = 0
     inputs_after_n_steps: int | None = None  # null: with the others
@@ -155,12 +157,19 @@ class QuantizationConfig:
     pact_a_lr: float = 0.01  # of clip values, in units of the input
     pact_a_decay: float = 5e-5  # decoupled weight decay of clip values
     decoder_type: str | None = None
+    # Recipe of the weights (docs/quality.md); what is left as it is here is the algorithm's own.
     smoothquant: bool = False  # first move activation outliers into weights (same function)
     sq_alpha: float | None = 0.8  # SmoothQuant's strength; null: searched for every linear
     sq_grid: str = "power_of_two"  # exact to fold; or float: finer, folding rounds
     weight_calibrator: str = "max"  # max, mse, awq (clip search by output error) or sawb
     rounding: str = "nearest"  # or gptq: error-compensated, before any training
     compare_with_finetuned: bool = True  # also train the unquantized model for as many steps
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The keys of `Recipe` that differ from their defaults."""
+        keys = {f.name: getattr(self, f.name, f.default) for f in fields(Recipe)}
+        return {key: value for key, value in keys.items() if value != getattr(Recipe, key)}
 
     @property
     def weight_rule(self) -> Any:
@@ -223,9 +232,9 @@ _CHOICES = {
     "model.packaged": (None, "smollm2"),
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
     "quantization.calibrator": ("max", "percentile", "mse", "entropy"),
-    "quantization.weight_calibrator": ("max", "mse", "awq", "sawb"),
-    "quantization.sq_grid": ("power_of_two", "float"),
-    "quantization.rounding": ("nearest", "gptq"),
+    "quantization.weight_calibrator": WEIGHT_CALIBRATORS,
+    "quantization.sq_grid": SQ_GRIDS,
+    "quantization.rounding": ROUNDINGS,
     "quantization.kv_cache": (None, "int8", "fp8"),
     "quantization.kv_cache_scales": ("shared", "separate"),
     "quantization.weight_scales": ("frozen", "lsq"),
@@ -269,8 +278,19 @@ _MINIMUM = {
 }
 
 
+# Former key -> the present one.
+_RENAMED = {
+    "quantization.equalize": "quantization.smoothquant",
+    "quantization.equalize_alpha": "quantization.sq_alpha",
+    "quantization.equalize_grid": "quantization.sq_grid",
+}
+
+
 def _check_keys(given: Any, schema: Any, path: str) -> None:
-    """Unknown keys, with the nearest known one; `schema` is a dataclass type or an instance."""
+    """Refuses former keys with their new name, unknown ones with the nearest known.
+
+    `schema` is a dataclass type or an instance.
+    """
     if not isinstance(given, Mapping):
         return
     known = {f.name: f for f in fields(schema)}
@@ -278,6 +298,8 @@ def _check_keys(given: Any, schema: Any, path: str) -> None:
         full = f"{path}{key}"
         for index, rule in enumerate(value if full == "quantization.rules" and value else ()):
             _check_keys(rule, RuleConfig(""), f"{full}[{index}].")
+        if full in _RENAMED:
+            raise UserError(f"config: {full} is now {_RENAMED[full]}.")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {path}{near[0]!s}?" if near else f"known keys: {sorted(known)}."

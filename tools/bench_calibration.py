@@ -39,13 +39,13 @@ def _mqat_awq(source: Any, steps: Steps) -> float:
     from megatron.core import parallel_state
 
     from mqat.calibration.calibrate import calibrate
-    from mqat.calibration.recipe import Recipe
     from mqat.calibration.weight_recipe import apply_weight_recipe_
     from mqat.checkpoints.pretrained import load_pretrained_
     from mqat.evaluation.forward import run_layers
     from mqat.specs.model import build_model
 
-    layers = Policy("int4_awq").resolve(source.config)
+    algorithms = Policy("int4_awq").resolve(source.config)
+    layers: dict[str, Any] = {name: algorithm.scheme for name, algorithm in algorithms.items()}
     chunks = list(build_model(source.config, ModelConfig(), layers, torch.float32))
     load_pretrained_(chunks, source)
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
@@ -55,11 +55,11 @@ def _mqat_awq(source: Any, steps: Steps) -> float:
         run_layers(chunks, steps)
 
     began = time.process_time()
-    recipe = Recipe().including("int4_awq")
-    statistics_ = apply_weight_recipe_(
-        chunks, run, recipe, num_layers=source.config.num_layers, group=group, dp_group=dp_group
+    recipes = {name: algorithm.recipe for name, algorithm in algorithms.items()}
+    qparams = apply_weight_recipe_(
+        chunks, run, recipes, model=source.config, group=group, dp_group=dp_group
     )
-    calibrate(chunks, run, group=group, weight_statistics=statistics_)
+    calibrate(chunks, run, group=group, weight_qparams=qparams)
     return time.process_time() - began
 
 

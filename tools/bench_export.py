@@ -38,8 +38,9 @@ from mqat.checkpoints.manifest import DESCRIPTION, FORMAT_VERSION, describe_file
 from mqat.export.export import export_hf, export_trtllm
 from mqat.models.decoder import DecoderConfig
 from mqat.models.structure import DENSE_LINEARS
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.functional import compute_amax, compute_scale
-from mqat.quant.scheme import LinearScheme, named_scheme
+from mqat.quant.scheme import LinearScheme
 
 LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
 

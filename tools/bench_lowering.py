@@ -104,7 +104,7 @@ def build(kind: str, mode: str, args: argparse.Namespace) -> Lowered:
     from mqat.specs.model import build_model
 
     model, weights, microbatches, held_out = _source(args)
-    layers = _policy(kind).resolve(model)
+    layers = _policy(kind).schemes(model)
     (chunk,) = build_model(model, ModelConfig(), layers, torch.bfloat16)
     load_pretrained_([chunk], weights)
     num_bytes = sum(x.weight.numel() * 2 for x in decoder_linears(chunk).values())

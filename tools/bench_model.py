@@ -135,7 +135,7 @@ def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
     from mqat.training.optimizer import build_optimizer, wrap_for_training
 
     model = llama(args)
-    layers = Policy(algorithm).resolve(model)
+    layers = Policy(algorithm).schemes(model)
     settings = ModelConfig(
         tensor_model_parallel_size=args.tp,
         pipeline_model_parallel_size=args.pp,

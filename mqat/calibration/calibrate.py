@@ -34,14 +34,6 @@ def exact_forward(modules: Mapping[str, QuantizedModule]) -> Iterator[None]:
             module.end_calibration()
 
 
-def _weight_amax(modules: Mapping[str, QuantizedModule]) -> dict[str, Tensor]:
-    return {
-        name: module.quantizers["weight"].statistic(module.weight)
-        for name, module in modules.items()
-        if "weight" in module.quantizers
-    }
-
-
 def calibrate(
     model: Any,
     run_batches: Callable[[], None],
@@ -49,7 +41,7 @@ def calibrate(
     group: dist.ProcessGroup,
     method: str = "max",
     percentile: float = 99.9999,
-    weight_statistics: Mapping[str, Tensor] | None = None,
+    weight_qparams: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Freezes every quantizer of `model` at the scale found for it.
 
@@ -59,8 +51,8 @@ def calibrate(
         group: All ranks that hold parts of the same layers: TP x DP x CP of one pipeline stage.
         method: For inputs and caches: `max`, `percentile`, `mse` or `entropy`.
         percentile: In (0, 100].
-        weight_statistics: Clipping points from `apply_weight_recipe_`, by linear; others use
-            their maximum.
+        weight_qparams: What weights are frozen with as it is, from `apply_weight_recipe_`, by linear;
+            the scales of others are those of their maxima.
 
     Raises:
         ValueError: On every rank: NaN or infinite values, or a module that no token reached; names
@@ -84,7 +76,12 @@ def calibrate(
                 for name, linear in linears.items()
                 if linear.overflow is not None
             }
-    amax = _weight_amax(modules) | dict(weight_statistics or {})
+    chosen = weight_qparams or {}
+    amax = {
+        name: module.quantizers["weight"].statistic(module.weight)
+        for name, module in modules.items()
+        if "weight" in module.quantizers and name not in chosen
+    }
     whole = {name: local.amax().reshape(1) for name, local in amax.items()}  # of two-level scales
     observers = {name: q.observer for name, q in activations.items() if q.observer is not None}
     spanning = [amax[name] for name in amax if weight_amax_spans_ranks(modules[name])]
@@ -109,7 +106,8 @@ def calibrate(
                     f"{name}: output is NaN or infinite during calibration. Check the "
                     "weights of this layer and the calibration text; the model may have diverged."
                 )
-            if name in amax and not bool(amax[name].isfinite().all()):
+            decisive = chosen[name]["scale"] if name in chosen else amax.get(name)
+            if decisive is not None and not bool(decisive.isfinite().all()):
                 raise UserError(
                     f"{name}: weight holds NaN or infinite values; restore another checkpoint."
                 )
@@ -119,5 +117,7 @@ def calibrate(
 
     for name in amax:
         modules[name].quantizers["weight"].freeze_(amax[name], whole[name])
+    for name, qparams in chosen.items():
+        modules[name].quantizers["weight"].load_(qparams)
     for name, quantizer in activations.items():
         quantizer.freeze_(observers[name].calibrated(quantizer.scheme, percentile))

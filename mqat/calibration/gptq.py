@@ -2,11 +2,13 @@
 
 Frantar et al. 2022, GPTQ, arXiv:2210.17323, algorithm 1, with H = XᵀX and columns in the order of
 falling H_jj. Scales are fixed beforehand, so that groups may be visited in any order and serving
-needs no index. Rows do not depend on each other: tiles of rows are rounded independently, and since H
-and the tiles are the same on every layout, so is the result.
+needs no index. Rows do not depend on each other: shards of rows are rounded independently, and since
+H and the shards are the same on every layout, so is the result.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,11 +16,9 @@ from torch import Tensor
 from mqat.errors import UserError
 from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import PerChannel
-from mqat.quant.qparams import compute_qparams
-from mqat.quant.scales import compute_global_scale
 from mqat.quant.scheme import TensorScheme
 
-_BLOCK = 128
+_COLUMNS = 128  # compensated one by one before the rest of the row is, in one GEMM
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
@@ -53,49 +53,45 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, Tens
     raise UserError("XᵀX is not positive definite even with damping; calibrate with more tokens.")
 
 
-def round_tile(
-    tile: Tensor,
-    statistic: Tensor,
-    global_amax: Tensor | None,
+def round_shard(
+    weight: Tensor,
+    frozen: Mapping[str, Tensor],
     factor: Tensor,
     order: Tensor,
     scheme: TensorScheme,
 ) -> Tensor:
-    """Values on the quantization grid, float32 [rows, I].
+    """Values on the grid of the frozen scales, float32 [rows, I].
 
     Args:
-        tile: Weights, float32 [rows, I].
-        statistic: Calibrated maxima in the granularity's scale shape, or (2, ...) ranges, of the tile.
-        global_amax: Of the whole tensor, for two levels.
+        weight: Some rows, float32 [rows, I].
+        frozen: Their `scale`, and `zero_point` where there is one.
         factor: From `inverse_factor`.
         order: From `inverse_factor`.
         scheme: Of the weight.
     """
-    above = None if global_amax is None else compute_global_scale(global_amax, scheme.format)
-    scale, zero_point = compute_qparams(statistic, scheme, above)
 
     def by_column(per_group: Tensor) -> Tensor:
-        whole = scheme.granularity.expand(per_group, tuple(tile.shape)).expand_as(tile)
+        whole = scheme.granularity.expand(per_group, tuple(weight.shape)).expand_as(weight)
         return whole[:, order].t().contiguous()
 
-    steps = by_column(scale)
-    zeros = None if zero_point is None else by_column(zero_point)
-    left, done = tile[:, order].contiguous(), torch.empty_like(tile)
-    width = tile.shape[1]
-    for start in range(0, width, _BLOCK):
-        end = min(start + _BLOCK, width)
-        block = left[:, start:end].t().contiguous()  # columns become rows: contiguous updates
-        errors = torch.empty_like(block)
+    scales = by_column(frozen["scale"])
+    zeros = by_column(frozen["zero_point"]) if "zero_point" in frozen else None
+    left, done = weight[:, order].contiguous(), torch.empty_like(weight)
+    width = weight.shape[1]
+    for start in range(0, width, _COLUMNS):
+        end = min(start + _COLUMNS, width)
+        columns = left[:, start:end].t().contiguous()  # columns become rows: contiguous updates
+        errors = torch.empty_like(columns)
         for i in range(end - start):
-            column = block[i].clone()
+            column = columns[i].clone()
             zero = None if zeros is None else zeros[start + i]
             value = fake_quantize(
-                column[:, None], steps[start + i], scheme.format, PerChannel(), zero_point=zero
+                column[:, None], scales[start + i], scheme.format, PerChannel(), zero_point=zero
             )[:, 0]
             done[:, start + i] = value
             errors[i] = (column - value) / factor[start + i, start + i]
             row = factor[start + i, start + i : end]
-            block[i:] -= row[:, None] * errors[i]
+            columns[i:] -= row[:, None] * errors[i]
         left[:, end:] -= errors.t() @ factor[start:end, end:]
     result = torch.empty_like(done)
     result[:, order] = done

@@ -1,11 +1,11 @@
-"""Second input_hessians of a linear's input, XᵀX, bit-equal on every layout, from one pass.
+"""The input Hessian of a linear, XᵀX, bit-equal on every layout, from one pass.
 
 With D the error of a quantized weight, the squared error of the layer's output over all calibration
 tokens is exactly tr(D XᵀX Dᵀ). So this one matrix replaces the repeated forward passes with
 re-quantized weights that AWQ (arXiv:2306.00978) and GPTQ (arXiv:2210.17323) searches otherwise need.
 
-Why it does not depend on the layout: the input channels are cut into `num_shards` tiles, whatever the
-tensor-parallel size; one tile of XᵀX over one microbatch is a GEMM of the same shape everywhere; and
+Why it does not depend on the layout: the input channels are cut into `num_shards` shards, whatever the
+tensor-parallel size; one shard of XᵀX over one microbatch is a GEMM of the same shape everywhere; and
 microbatches are added as 64-bit integers in units of 2**-FRACTION_BITS, in any order.
 
 | input X seen by a rank                    | made whole by       | rows of XᵀX it keeps | merged over |
@@ -40,14 +40,14 @@ FRACTION_BITS = 20
 MAX_SUM = 2.0**42
 
 
-def tile_bounds(size: int, tiles: int) -> list[int]:
-    """Ends of `tiles` blocks of `size` elements, as even as possible, with a leading zero."""
-    return [i * size // tiles for i in range(tiles + 1)]
+def shard_bounds(size: int, shards: int) -> list[int]:
+    """Ends of `shards` parts of `size` elements, as even as possible, with a leading zero."""
+    return [i * size // shards for i in range(shards + 1)]
 
 
 def num_shards(linear: QuantizedLinear) -> int:
-    """Number of tiles over all ranks: the same on every layout."""
-    return int(linear.num_tiles * linear.tp_group.size())
+    """Number of shards over all ranks: the same on every layout."""
+    return int(linear.shards_per_rank * linear.tp_group.size())
 
 
 def whole_input(linear: QuantizedLinear, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class InputHessian:
 
     Attributes:
         hessian: Fixed-point rows of XᵀX of this rank's channels, int64 [I/tp, I]; what is left of each
-            tile's first channel is zero.
+            shard's first channel is zero.
         amax: Largest |x_j| of each channel, float32 [I].
         tokens: Number of tokens, int64 (1,).
         flag: float32 (): 1 if the input was not finite or the sum left the fixed-point range.
@@ -87,16 +87,16 @@ class InputHessian:
         finite = largest.isfinite()
         torch.maximum(self.amax, torch.where(finite, largest, 0.0), out=self.amax)
         bad = ~finite.all()
-        bounds = tile_bounds(rows.shape[1], num_shards(linear))
-        first = linear.tp_group.rank() * linear.num_tiles
-        for tile in range(first, first + linear.num_tiles):
-            low, high = bounds[tile], bounds[tile + 1]
+        bounds = shard_bounds(rows.shape[1], num_shards(linear))
+        first = linear.tp_group.rank() * linear.shards_per_rank
+        for shard in range(first, first + linear.shards_per_rank):
+            low, high = bounds[shard], bounds[shard + 1]
             # XᵀX is symmetric: from the diagonal to the right.
-            block = (rows[:, low:high].contiguous().t() @ rows[:, low:]).double()
-            bad |= ~(block.abs().amax() <= MAX_SUM / dp_size)
-            block.nan_to_num_(0.0).clamp_(-MAX_SUM, MAX_SUM).mul_(2.0**FRACTION_BITS).round_()
+            product = (rows[:, low:high].contiguous().t() @ rows[:, low:]).double()
+            bad |= ~(product.abs().amax() <= MAX_SUM / dp_size)
+            product.nan_to_num_(0.0).clamp_(-MAX_SUM, MAX_SUM).mul_(2.0**FRACTION_BITS).round_()
             total = self.hessian[low - self.first_row : high - self.first_row, low:]
-            total += block.to(torch.int64)
+            total += product.to(torch.int64)
             # Diagonals bound everything else; each rank stays below its share of the range.
             diagonal = total.diagonal().double() * 2.0**-FRACTION_BITS
             bad |= ~(diagonal.amax() <= MAX_SUM / dp_size)
@@ -136,9 +136,9 @@ def _empty(linears: Mapping[str, QuantizedLinear]) -> tuple[Tensor, dict[str, In
     extents: dict[str, tuple[int, int, int]] = {}
     for name, linear in linears.items():
         width = input_width(linear)
-        bounds = tile_bounds(width, num_shards(linear))
-        first = linear.tp_group.rank() * linear.num_tiles
-        extents[name] = (bounds[first], bounds[first + linear.num_tiles], width)
+        bounds = shard_bounds(width, num_shards(linear))
+        first = linear.tp_group.rank() * linear.shards_per_rank
+        extents[name] = (bounds[first], bounds[first + linear.shards_per_rank], width)
     size = sum((last - first) * width + 1 for first, last, width in extents.values())
     device = next((linear.weight.device for linear in linears.values()), torch.device("cpu"))
     flat = torch.zeros(size, dtype=torch.int64, device=device)

@@ -1,16 +1,14 @@
 """Where the reciprocal of a linear's input scaling can go, so that the model's function stays.
 
 Dividing what feeds input channel `j` by `s_j` and multiplying column `j` of the weight by `s_j` leaves
-the output as it was. The division is folded into the tensor before, so nothing is added when serving:
+the output as it was. The division is folded into the tensor before, so nothing is added when serving.
+The table of the model (`models/structure.py`) says which tensor that is:
 
-| input of      | `1 / s_j` goes into                      | `s` is the same for                    |
-|---------------|------------------------------------------|----------------------------------------|
-| `linear_qkv`  | norm weight `j`                          | -                                      |
-| `linear_proj` | row of the value head in the qkv weight  | the query heads that share a KV head   |
-| `linear_fc1`  | norm weight `j`                          | -                                      |
-| `linear_fc2`  | row `j` of the up weight                 | -                                      |
-
-(and into the bias of those rows, where there is one)
+| `norm` | `fed_by`   | `1 / s_j` goes into                           | `s` is the same for             |
+|--------|------------|-----------------------------------------------|---------------------------------|
+| given  | -          | norm weight and bias `j`                      | -                               |
+| -      | up rows    | row `j` of the up weight, and its bias        | -                               |
+| -      | value rows | row of the value head in the qkv weight, bias | query heads with one value head |
 
 Tensor parallelism: `s` is computed whole, [I], on every rank; a row-parallel linear and the rows before
 it take this rank's slice. Attention mixes tokens, not channels of a head, so values can be scaled.
@@ -18,13 +16,17 @@ it take this rank's slice. Attention mixes tokens, not channels of a head, so va
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mqat.errors import UserError
+from mqat.models.decoder import DecoderConfig
+from mqat.models.structure import Linear
+from mqat.parallel.layout import local_pieces
 from mqat.parallel.linear import QuantizedLinear, QuantRowParallelLinear
 
 
@@ -34,15 +36,19 @@ class SmoothingPair:
 
     Attributes:
         linear: Its columns are multiplied by `s`.
-        before: Norm weight [I], or view of rows [..., H] of a weight; divided in place.
-        before_bias: View of the bias of those rows, [...]; None: there is none.
-        heads_per_group: Query heads that share a value head (`linear_proj`), otherwise 1.
+        before: Weight whose rows are divided in place: of a norm, [I], or of a linear, [O, H].
+        before_bias: [I] or [O]; None: there is none.
+        rows: Of `before` and its bias, in the order of the input channels, int64; None: all.
+        offset: What the norm adds to its weight: 1 where that is zero-centred.
+        heads_per_group: Heads of the input that share a head of rows (query heads), otherwise 1.
         head_dim: Channels of a head.
     """
 
     linear: QuantizedLinear
     before: Tensor
     before_bias: Tensor | None = None
+    rows: Tensor | None = None
+    offset: float = 0.0
     heads_per_group: int = 1
     head_dim: int = 1
 
@@ -61,68 +67,94 @@ class SmoothingPair:
             local = scale.chunk(tp_group.size())[tp_group.rank()]
         weight = self.linear.weight.detach()
         weight.mul_(local.to(weight.dtype))
-        if self.before.dim() == 1:
-            self.before.div_(local.to(self.before.dtype))
-            return
-        rows = local.view(-1, self.heads_per_group, self.head_dim)[:, 0]
-        rows = rows.reshape(self.before.shape[:-1])
-        self.before.div_(rows[..., None].to(self.before.dtype))
-        if self.before_bias is not None:
-            self.before_bias.div_(rows.to(self.before_bias.dtype))
-
-
-def layer_number(name: str) -> int:
-    """`decoder.layers.7.mlp.linear_fc1` -> 7."""
-    return int(name.split(".")[2])
+        if self.heads_per_group > 1:
+            local = local.view(-1, self.heads_per_group, self.head_dim)[:, 0].reshape(-1)
+        for tensor, offset in ((self.before, self.offset), (self.before_bias, 0.0)):
+            if tensor is None:
+                continue
+            rows = slice(None) if self.rows is None else self.rows
+            factors = local.to(tensor.dtype).float().view(-1, *[1] * (tensor.dim() - 1))
+            values = tensor[rows].float()
+            divided = (values + offset) / factors - offset if offset else values / factors
+            tensor[rows] = divided.to(tensor.dtype)
 
 
 def find_smoothing_pairs(
-    chunks: list[Any], *, fold_values: bool = True
+    chunks: list[Any], names: Collection[str], model: DecoderConfig
 ) -> dict[str, SmoothingPair]:
-    """The linears of this rank whose input can be rescaled, in model order, by quantized name.
+    """The pair of every linear of this rank whose input is to be rescaled, in model order.
 
     Args:
         chunks: Model chunks of this rank, with or without DDP wrapper.
-        fold_values: Whether `linear_proj` is one of them.
+        names: Global names of those linears; other ranks' are passed over.
+        model: Whose table says what is before a linear.
+
+    Raises:
+        UserError: Something else reads the tensor before, or its norm is of an unknown kind; names it.
     """
     pairs: dict[str, SmoothingPair] = {}
     for chunk in chunks:
         for layer in getattr(chunk, "module", chunk).decoder.layers:
-            attention, mlp = layer.self_attention, layer.mlp
-            qkv, proj = attention.linear_qkv, attention.linear_proj
-            config = attention.config
-            heads = config.num_attention_heads // config.num_query_groups
-            width = config.kv_channels
-            # Rows of the local qkv weight: per query group its query heads, key head, value head.
-            grouped = qkv.weight.detach().view(-1, heads + 2, width, qkv.weight.shape[1])
-            values, up_bias = None, None
-            if qkv.bias is not None:
-                values = qkv.bias.detach().view(-1, heads + 2, width)[:, -1]
-            if mlp.linear_fc1.bias is not None:
-                up_bias = mlp.linear_fc1.bias.detach().chunk(2)[1]
-            up = mlp.linear_fc1.weight.detach().chunk(2, dim=0)[1]
-            found = [SmoothingPair(qkv, layer.input_layernorm.weight.detach())]
-            if fold_values:
-                found.append(SmoothingPair(proj, grouped[:, -1], values, heads, width))
-            found.append(SmoothingPair(mlp.linear_fc1, layer.pre_mlp_layernorm.weight.detach()))
-            found.append(SmoothingPair(mlp.linear_fc2, up, up_bias))
-            pairs |= {pair.linear.quantized_name: pair for pair in found}
+            for linear in model.linears:
+                module = layer.get_submodule(linear.name)
+                if module.quantized_name not in names:
+                    continue
+                _check_single_reader(module.quantized_name, linear, model)
+                find = _behind_norm if linear.fed_by is None else _behind_linear
+                pairs[module.quantized_name] = find(layer, module, linear, model)
     return pairs
 
 
-def round_scale(scale: Tensor, grid: str) -> Tensor:
-    """Factors as they will be folded, float32, centred on one.
-
-    Args:
-        scale: Positive factors [..., I]; a common factor does not matter.
-        grid: `power_of_two`: folding changes no mantissa, so the unquantized function stays bit for
-            bit. `float`: finer, but norm and weights are rounded again to their dtype.
-    """
-    log = torch.log2(scale.double())
-    log = log - log.mean(dim=-1, keepdim=True)
-    return torch.exp2(log.round() if grid == "power_of_two" else log).float()
+def _check_single_reader(name: str, linear: Linear, model: DecoderConfig) -> None:
+    for other in model.linears:
+        shares = (other.norm, other.fed_by) == (linear.norm, linear.fed_by)
+        if shares and other.name != linear.name:
+            raise UserError(
+                f"{name}: its input also feeds {other.name}, so it cannot be rescaled for one of them "
+                "alone; switch smoothquant off for it by a rule (recipe: {smoothquant: false})."
+            )
 
 
-def smooth_names(pairs: Mapping[str, SmoothingPair]) -> list[str]:
-    """Names of linears with something to quantize: only these gain from rescaling."""
-    return [name for name, pair in pairs.items() if pair.linear.quantizers]
+def _behind_norm(
+    layer: nn.Module, module: QuantizedLinear, linear: Linear, _: DecoderConfig
+) -> SmoothingPair:
+    assert linear.norm is not None, "the table says what feeds a linear"
+    norm: Any = layer.get_submodule(linear.norm)
+    bias = getattr(norm, "bias", None)
+    # Megatron's and Transformer Engine's norms say so themselves; others cannot know the setting.
+    is_zero_centred = bool(getattr(norm, "zero_centered_gamma", False))
+    if module.config.layernorm_zero_centered_gamma and not is_zero_centred:
+        raise UserError(
+            f"{module.quantized_name}: layernorm_zero_centered_gamma is set, but {linear.norm} is a "
+            f"{type(norm).__name__}, which does not add 1 to its weight. Unset it, use a norm that "
+            "does, or leave smoothquant off."
+        )
+    return SmoothingPair(
+        module,
+        norm.weight.detach(),
+        None if bias is None else bias.detach(),
+        offset=float(is_zero_centred),
+    )
+
+
+def _behind_linear(
+    layer: nn.Module, module: QuantizedLinear, linear: Linear, model: DecoderConfig
+) -> SmoothingPair:
+    assert linear.fed_by is not None, "as the caller saw"
+    name, part = linear.fed_by
+    before: Any = layer.get_submodule(name)
+    fused = model.linear(name)
+    group, start, rows = module.tp_group, 0, []
+    for piece in local_pieces(model, fused, group.rank(), group.size()):
+        count = piece.rows.stop - piece.rows.start
+        if piece.part == part:
+            rows.append(torch.arange(start, start + count))
+        start += count
+    return SmoothingPair(
+        module,
+        before.weight.detach(),
+        None if before.bias is None else before.bias.detach(),
+        rows=torch.cat(rows).to(module.weight.device),
+        heads_per_group=model.size(linear.columns) // model.size(fused.parts[part].rows),
+        head_dim=model.size("head"),
+    )

@@ -1,14 +1,14 @@
-"""What happens to weights before scales are frozen: rescaled inputs, clipping points, rounding.
+"""What happens to weights before scales are frozen: rescaled inputs, chosen scales, rounding.
 
-A recipe is carried out for all layers at once, or for a few layers at a time (`layers_at_once`): then
-later layers are calibrated behind earlier ones that are already rescaled and rounded, memory for
-statistics is bounded (`input_hessian.peak_bytes`), and the batches run once for every such block. Blocks
-are cut by global layer number, so they are the same at any pipeline size.
+Recipes are carried out for all layers at once, or for a few layers at a time (`calib_layers_at_once`):
+then later layers are calibrated behind earlier ones that are already rescaled and rounded, memory for
+statistics is bounded (`input_hessian.peak_bytes`), and the batches run once for every such span of
+layers. Spans are cut by global layer number, so they are the same at any pipeline size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,80 +16,93 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mqat.calibration.calibrate import exact_forward
+from mqat.calibration.clipping_methods import CLIPPING_METHODS
 from mqat.calibration.input_hessian import (
     InputHessian,
     check_input_hessians,
     collect_input_hessians,
 )
-from mqat.calibration.recipe import Recipe
-from mqat.calibration.smoothing_pairs import find_smoothing_pairs, layer_number
+from mqat.calibration.smoothing_pairs import find_smoothing_pairs
 from mqat.calibration.weight_calibrator import WeightCalibrator
+from mqat.models.decoder import DecoderConfig
+from mqat.models.structure import is_in_layer, split_name
 from mqat.parallel.linear import decoder_linears
 from mqat.parallel.quantized_module import quantized_modules
+from mqat.quant.algorithm import Recipe
 from mqat.runtime.groups import raise_on_any_rank
+
+
+def needs_input_hessian(recipe: Recipe) -> bool:
+    """Whether a recipe looks at inputs."""
+    method = CLIPPING_METHODS.get(recipe.weight_calibrator)
+    looks = method is not None and method.needs_input_hessian
+    return recipe.smoothquant or recipe.rounding == "gptq" or looks
 
 
 @torch.no_grad()
 def apply_weight_recipe_(
     chunks: list[Any],
     run_batches: Callable[[], None],
-    recipe: Recipe,
+    recipes: Mapping[str, Recipe],
     *,
-    num_layers: int,
+    model: DecoderConfig,
     group: dist.ProcessGroup,
     dp_group: dist.ProcessGroup,
-) -> dict[str, Tensor]:
-    """Changes weights (and norms) in place as the recipe says, and chooses clipping points.
+    calib_layers_at_once: int = 0,
+) -> dict[str, dict[str, Tensor]]:
+    """Changes weights (and norms) in place as their recipes say, and chooses their scales.
 
     Args:
         chunks: Model chunks of this rank, with quantized linears; not yet calibrated.
-        run_batches: Runs the calibration forward passes (all ranks); called once per block.
-        recipe: What to do.
-        num_layers: Of the whole model, over all pipeline stages.
+        run_batches: Runs the calibration forward passes (all ranks); called once per span of layers.
+        recipes: Global name of a linear -> what to do, of the whole model; the same on every rank.
+            Names without one, and vocabulary tables, are left alone.
+        model: Whose table says what is before a linear.
         group: TP x DP x CP of this pipeline stage.
         dp_group: DP x CP.
+        calib_layers_at_once: Layers of a span; 0: all.
 
     Returns:
-        What the weight quantizers of this rank are to freeze their scales from, by linear; absent where
-        that is simply the weight's maximum.
+        The tensors that the weight quantizers of this rank are to freeze (`TensorScheme.frozen_shapes`),
+        by linear; absent where they are simply those of the weight's maxima.
 
     Raises:
-        ValueError: On every rank: NaN or infinite values, a linear that no token reached, or a format
-            that the weight method does not know.
+        ValueError: On every rank: NaN or infinite values, a linear that no token reached, a format
+            that the clipping method does not know, or an input that cannot be rescaled.
     """
-    linears = {n: x for n, x in decoder_linears(chunks).items() if x.quantizers}
-    pairs = (
-        find_smoothing_pairs(chunks, fold_values=recipe.fold_values) if recipe.smoothquant else {}
-    )
+    recipes = {name: recipe for name, recipe in recipes.items() if is_in_layer(name)}
+    linears = {n: x for n, x in decoder_linears(chunks).items() if x.quantizers and n in recipes}
     everything = quantized_modules(chunks)
-    size = recipe.layers_at_once or num_layers
-    found: dict[str, Tensor] = {}
-    for start in range(0, num_layers, size):
-        own = {n: x for n, x in linears.items() if start <= layer_number(n) < start + size}
+    size = calib_layers_at_once or model.num_layers
+    found: dict[str, dict[str, Tensor]] = {}
+    for start in range(0, model.num_layers, size):
+        span = {n: r for n, r in recipes.items() if start <= split_name(n)[0] < start + size}
+        own = {name: linear for name, linear in linears.items() if name in span}
+        watched = {name for name, recipe in span.items() if needs_input_hessian(recipe)}
         input_hessians: dict[str, InputHessian] = {}
-        if recipe.needs_input_hessian:
+        if watched:  # on any stage: they run the batches together
             with exact_forward(everything):
                 input_hessians = collect_input_hessians(
-                    own, run_batches, group=group, dp_group=dp_group
+                    {name: linear for name, linear in own.items() if name in watched},
+                    run_batches,
+                    group=group,
+                    dp_group=dp_group,
                 )
         error: Exception | None = None
         try:
             check_input_hessians(input_hessians)
+            smoothed = {name for name in own if span[name].smoothquant}
+            pairs = find_smoothing_pairs(chunks, smoothed, model)
         except ValueError as caught:
             error = caught
         raise_on_any_rank(error)
-        block = WeightCalibrator(
-            own, {n: s for n, s in pairs.items() if n in own}, input_hessians, recipe
-        )
-        if recipe.smoothquant:
-            block.smoothquant_()
-        if recipe.chooses_scales:
-            try:
-                block.choose_clipping_points()
-                if recipe.rounding == "gptq":
-                    block.round_()
-            except ValueError as caught:
-                error = caught
-            raise_on_any_rank(error)
-            found |= block.local_statistics()
+        calibrator = WeightCalibrator(own, span, pairs, input_hessians)
+        calibrator.smoothquant_()
+        try:
+            calibrator.choose_scales()
+            calibrator.round_()
+        except ValueError as caught:
+            error = caught
+        raise_on_any_rank(error)
+        found |= calibrator.local_qparams()
     return found

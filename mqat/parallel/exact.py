@@ -3,12 +3,12 @@
 Floating-point sums depend on their order, so TP 1 and TP 2 see activations that differ in the last
 bits, and then calibrated scales do too. Here both causes are removed:
 
-- Every GEMM is cut into tiles of `1 / num_shards` of the parallel dimension, whatever the layout.
-  A rank owns whole tiles, so each tile is one GEMM of the same shape on every layout.
-- Partial sums over the input dimension are added in float32 in the order of the tiles. Over several
-  ranks, each adds up a share of the tokens, for which it receives the partial sums of all tiles.
+- Every GEMM is cut into `num_shards` shards of the parallel dimension, whatever the layout. A rank
+  owns whole shards, so each shard is one GEMM of the same shape on every layout.
+- Partial sums over the input dimension are added in float32 in the order of the shards. Over several
+  ranks, each adds up a share of the tokens, for which it receives the partial sums of all shards.
 
-    column-parallel  x [S, B, I]     w [O/tp, I]  ->  y [S, B, O/tp]   num_shards/tp tiles of rows
+    column-parallel  x [S, B, I]     w [O/tp, I]  ->  y [S, B, O/tp]   num_shards/tp shards of rows
     row-parallel     x [S, B, I/tp]  w [O, I/tp]  ->  y [S, B, O], zero but for this rank's tokens
 
 The second is what Megatron then sums over ranks (or scatters by tokens): adding zeros is exact.
@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def tiled_linear(x: Tensor, weight: Tensor, num_tiles: int) -> Tensor:
-    """`x @ weight.T` as `num_tiles` GEMMs over equal blocks of weight rows."""
+def sharded_linear(x: Tensor, weight: Tensor, num_shards: int) -> Tensor:
+    """`x @ weight.T` as `num_shards` GEMMs over equal shards of weight rows."""
     rows = x.reshape(-1, x.shape[-1])
-    tiles = [rows @ tile.contiguous().t() for tile in weight.chunk(num_tiles, dim=0)]
-    return torch.cat(tiles, dim=-1).view(*x.shape[:-1], weight.shape[0])
+    outputs = [rows @ shard.contiguous().t() for shard in weight.chunk(num_shards, dim=0)]
+    return torch.cat(outputs, dim=-1).view(*x.shape[:-1], weight.shape[0])
 
 
 def _share_of(rows: int, group: Any) -> list[int]:
@@ -46,13 +46,15 @@ def _added_in_order(partials: list[Tensor]) -> Tensor:
     return total
 
 
-def ordered_linear(x: Tensor, weight: Tensor, num_tiles: int, group: Any) -> tuple[Tensor, Tensor]:
+def ordered_linear(
+    x: Tensor, weight: Tensor, shards_per_rank: int, group: Any
+) -> tuple[Tensor, Tensor]:
     """`x @ weight.T` over the input features of all ranks, added in the same order on any layout.
 
     Args:
         x: Local input, shape [..., I/tp].
         weight: Local weight, shape [O, I/tp].
-        num_tiles: Number of equal blocks of input features on this rank.
+        shards_per_rank: Number of equal shards of input features on this rank.
         group: The tensor-parallel ranks, in the order of their input features.
 
     Returns:
@@ -60,8 +62,11 @@ def ordered_linear(x: Tensor, weight: Tensor, num_tiles: int, group: Any) -> tup
         and a 0-d bool tensor that is true when that share is not finite.
     """
     rows = x.reshape(-1, x.shape[-1])
-    blocks = zip(rows.chunk(num_tiles, dim=1), weight.chunk(num_tiles, dim=1), strict=True)
-    partials = [x_tile.contiguous() @ w_tile.contiguous().t() for x_tile, w_tile in blocks]
+    x_shards, w_shards = (t.chunk(shards_per_rank, dim=1) for t in (rows, weight))
+    partials = [
+        x_shard.contiguous() @ w_shard.contiguous().t()
+        for x_shard, w_shard in zip(x_shards, w_shards, strict=True)
+    ]
     shape = (*x.shape[:-1], weight.shape[0])
     if group.size() == 1:
         total = _added_in_order(partials)
@@ -71,9 +76,8 @@ def ordered_linear(x: Tensor, weight: Tensor, num_tiles: int, group: Any) -> tup
     sent = torch.stack(partials, dim=1)
     received = sent.new_empty(own * group.size(), *sent.shape[1:])
     dist.all_to_all_single(received, sent, [own] * group.size(), shares, group=group)
-    by_rank = received.view(group.size(), own, num_tiles, sent.shape[-1])
-    tiles = [tile for source in by_rank for tile in source.unbind(dim=1)]
-    total = _added_in_order(tiles)
+    by_rank = received.view(group.size(), own, shards_per_rank, sent.shape[-1])
+    total = _added_in_order([shard for source in by_rank for shard in source.unbind(dim=1)])
     whole = sent.new_zeros(len(rows), weight.shape[0])
     first = sum(shares[:rank])
     whole[first : first + own] = total

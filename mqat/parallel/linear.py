@@ -32,7 +32,7 @@ from mqat.errors import UserError
 from mqat.kernels.packed_frozen import frozen_matmul
 from mqat.kernels.packed_weight import PackedWeight, packed_matmul
 from mqat.models.structure import is_in_layer
-from mqat.parallel.exact import ordered_linear, tiled_linear
+from mqat.parallel.exact import ordered_linear, sharded_linear
 from mqat.parallel.quantized_gemm import (
     Gemm,
     GemmKind,
@@ -79,7 +79,7 @@ class QuantizedLinear(QuantizedModule):
             )
         self.quantized_name = name
         self.parts = parts
-        self.num_tiles = num_shards // self.tp_group.size()
+        self.shards_per_rank = num_shards // self.tp_group.size()
         self.overflow: Tensor | None = None
         self.gemm_kind: GemmKind | None = gemm_kind(scheme)
         self.weight_cache: WeightCache | None = None
@@ -259,7 +259,7 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
             self.input_quantizer(input)
         if self.sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
-        output = tiled_linear(input, weight, self.num_tiles * self.parts)
+        output = sharded_linear(input, weight, self.shards_per_rank * self.parts)
         bias = kwargs.get("bias")
         return output if bias is None else output + bias
 
@@ -304,7 +304,7 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
         if self.input_quantizer is not None:
             self.input_quantizer(input)
-        output, overflow = ordered_linear(input, weight, self.num_tiles, self.tp_group)
+        output, overflow = ordered_linear(input, weight, self.shards_per_rank, self.tp_group)
         assert self.overflow is not None, "begin_calibration() creates the flag"
         self.overflow |= overflow
         return output

@@ -26,6 +26,7 @@ from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes, table_schemes
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
 from mqat.plan.bit_schedule import check_bits
+from mqat.quant.algorithm import Recipe
 from mqat.quant.learned import check_learnable
 from mqat.quant.scheme import LinearScheme
 from mqat.report.page import check_plots
@@ -42,7 +43,8 @@ class RunPlan:
         model: Global sizes of the model.
         source: Where weights come from: a pretrained source, random weights, or the directory of an
             mqat checkpoint.
-        layers: Global name -> scheme, of quantized linears and caches.
+        layers: Global name -> scheme, of quantized linears, tables and caches.
+        recipes: Global name -> what is done to its weight first, of quantized linears and tables.
         dtype: Of parameters and activations.
         data_parallel: World size / (TP x PP).
     """
@@ -51,6 +53,7 @@ class RunPlan:
     model: DecoderConfig
     source: PretrainedSource | RandomWeights | Path
     layers: dict[str, Scheme]
+    recipes: dict[str, Recipe]
     dtype: torch.dtype
     data_parallel: int
 
@@ -166,7 +169,7 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
 def _rule(config: RuleConfig) -> Rule:
     given = {"weight": config.weight, "input": config.input, "output": config.output}
     operands = {kind: asdict(operand) for kind, operand in given.items() if operand is not None}
-    return Rule(config.pattern, config.algorithm, operands)
+    return Rule(config.pattern, config.algorithm, operands, config.recipe)
 
 
 def _check_training(settings: QuantizationConfig, layers: Mapping[str, LinearScheme]) -> None:
@@ -249,8 +252,11 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         quantization.kv_cache,
         quantization.kv_cache_scales,
         tuple(quantization.disabled),
+        quantization.recipe,
     )
-    layers = policy.resolve(model)
+    algorithms = policy.resolve(model)
+    layers: dict[str, Scheme] = {name: a.scheme for name, a in algorithms.items()}
+    layers |= policy.cache_schemes(model)
     linears = linear_schemes(layers)
     _check_training(quantization, linears)
     check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
@@ -273,7 +279,13 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
             model, layers, tp=inference["tp"], purpose="export.inference_tensor_parallel"
         )
     return RunPlan(
-        config, model, source, layers, resolve_dtype(config.trainer.precision), data_parallel
+        config=config,
+        model=model,
+        source=source,
+        layers=layers,
+        recipes={name: algorithm.recipe for name, algorithm in algorithms.items()},
+        dtype=resolve_dtype(config.trainer.precision),
+        data_parallel=data_parallel,
     )
 
 

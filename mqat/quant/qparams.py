@@ -1,4 +1,4 @@
-"""What a scheme makes of a tensor's range: the statistic it needs, and the steps it freezes from it."""
+"""From the range of a tensor to the tensors that calibration freezes: scales and zero points."""
 
 from __future__ import annotations
 
@@ -39,24 +39,45 @@ def compute_qparams(
     return scale, None
 
 
+def frozen_qparams(
+    statistic: Tensor, scheme: TensorScheme, global_amax: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The tensors of `TensorScheme.frozen_shapes`: what calibration fixes and checkpoints hold.
+
+    Args:
+        statistic: As for `compute_qparams`.
+        scheme: Of the tensor.
+        global_amax: Largest |x| of the whole tensor, float32 (1,), of two levels only; None: that of
+            `statistic`.
+    """
+    frozen: dict[str, Tensor] = {}
+    if scheme.has_global_scale:
+        amax = statistic.amax().reshape(1) if global_amax is None else global_amax
+        frozen["global_scale"] = compute_global_scale(amax, scheme.format)
+    if not scheme.is_dynamic:
+        frozen["scale"], zero_point = compute_qparams(statistic, scheme, frozen.get("global_scale"))
+        if zero_point is not None:
+            frozen["zero_point"] = zero_point
+    return frozen
+
+
 def rounded(
     x: Tensor,
     scheme: TensorScheme,
     statistic: Tensor | None = None,
     global_amax: Tensor | None = None,
 ) -> Tensor:
-    """`x` on the grid of a scheme, in its dtype, without a gradient.
+    """`x` on the grid of a static scheme, in its dtype, without a gradient.
 
     Args:
         x: Float tensor, detached.
         scheme: How it is quantized.
         statistic: As from `statistic_of`; None: the tensor's own.
-        global_amax: Largest |x| behind a two-level scale, float32 (1,); None: that of `statistic`.
+        global_amax: As for `frozen_qparams`.
     """
     statistic = statistic_of(x, scheme) if statistic is None else statistic
-    global_scale = None
-    if scheme.has_global_scale:
-        amax = statistic.amax().reshape(1) if global_amax is None else global_amax
-        global_scale = compute_global_scale(amax, scheme.format)
-    scale, zero_point = compute_qparams(statistic, scheme, global_scale)
-    return fake_quantize(x, scale, scheme.format, scheme.granularity, zero_point=zero_point)
+    frozen = frozen_qparams(statistic, scheme, global_amax)
+    zero_point = frozen.get("zero_point")
+    return fake_quantize(
+        x, frozen["scale"], scheme.format, scheme.granularity, zero_point=zero_point
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,7 @@ from mqat.quant.formats import QuantFormat
 from mqat.quant.functional import dequantize, fake_quantize, quantize
 from mqat.quant.learned import Rule, check_learnable, fake_quantize_learned, served_scale
 from mqat.quant.observers import ActivationObserver
-from mqat.quant.qparams import compute_qparams, statistic_of
-from mqat.quant.scales import compute_global_scale
+from mqat.quant.qparams import compute_qparams, frozen_qparams, statistic_of
 from mqat.quant.scheme import TensorScheme
 
 
@@ -26,7 +25,7 @@ class Quantizer(nn.Module):
     Attributes:
         scheme: Format, granularity, grid of scales, zero point, static or dynamic.
         name: Global name, for messages.
-        scale: float32 step, zero until frozen; empty when dynamic. A parameter once `learn_` was
+        scale: float32, zero until frozen; empty when dynamic. A parameter once `learn_` was
             called, and then `frozen_tensors` has what is used and served of it.
         zero_point: int32, shaped like `scale`; None when symmetric or dynamic.
         global_scale: float32 (1,), zero until frozen; None without two levels.
@@ -35,8 +34,8 @@ class Quantizer(nn.Module):
         observer: Present while observing (activations only).
         rule: How the scale is trained; None: it stays as calibrated.
         grad_scale: Factor on the scale's gradient.
-        stage: Format in use for now instead of the scheme's own, over the same range (bit annealing).
-        merge_: Of dynamic quantizers whose rows are cut over ranks: replaces maxima by those of all
+        active_format: In use for now instead of the scheme's own, over the same range (bit annealing).
+        reduce_amax: Of dynamic quantizers whose rows are cut over ranks: replaces maxima by those of all
             ranks. Handed in by the layer that knows the ranks.
     """
 
@@ -75,7 +74,7 @@ class Quantizer(nn.Module):
 
     @property
     def format(self) -> QuantFormat:
-        """In use: the scheme's own, or that of the present stage."""
+        """The active one, or the scheme's own."""
         return self.active_format or self.scheme.format
 
     def learn_(self, rule: Rule, grad_scale: float) -> nn.Parameter:
@@ -96,7 +95,7 @@ class Quantizer(nn.Module):
         return parameter
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
-        """Steps move with the module but keep their dtype: `Float16Module` would cast them."""
+        """Scales move with the module but keep their dtype: `Float16Module` would cast them."""
         tensors = {**self._buffers, **self._parameters}
         held = {name: x.data for name, x in tensors.items() if x is not None}
         super()._apply(fn, recurse)
@@ -126,26 +125,15 @@ class Quantizer(nn.Module):
 
         Args:
             statistic: From `statistic` (weights) or `ActivationObserver.calibrated`, merged over ranks.
-            global_amax: Largest |x| of the whole tensor, float32 (1,), if there are two levels and
-                `statistic` is not already that.
+            global_amax: As for `frozen_qparams`.
         """
-        scheme = self.scheme
-        loaded: dict[str, Tensor] = {}
-        if scheme.has_global_scale:
-            amax = statistic if global_amax is None else global_amax
-            loaded["global_scale"] = compute_global_scale(amax, scheme.format)
-        if not scheme.is_dynamic:
-            scale, zero_point = compute_qparams(statistic, scheme, loaded.get("global_scale"))
-            loaded["scale"] = scale
-            if zero_point is not None:
-                loaded["zero_point"] = zero_point
-        self.load_(loaded)
+        self.load_(frozen_qparams(statistic, self.scheme, global_amax))
 
-    def load_(self, tensors: dict[str, Tensor]) -> None:
-        """Fixes the frozen tensors themselves, as read from a checkpoint.
+    def load_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fixes the frozen tensors themselves, as chosen for a weight or read from a checkpoint.
 
         Raises:
-            ValueError: Other shapes than this quantizer's, or a step that is not positive and finite.
+            ValueError: Other shapes than this quantizer's, or a scale that is not positive and finite.
         """
         for part in self._parts:
             self._check(part, tensors[part], tuple(getattr(self, part).shape))
@@ -172,7 +160,7 @@ class Quantizer(nn.Module):
             ):
                 raise UserError(f"{self.name}: a zero point is not a code of {fmt.name}.")
             return
-        # Waits for the device, once per calibration or load: a step of zero or NaN trains silently.
+        # Waits for the device, once per calibration or load: a scale of zero or NaN trains silently.
         bad = ~((tensor > 0) & tensor.isfinite())
         if bool(bad.any()):
             raise UserError(

@@ -1,34 +1,19 @@
-"""How the tensors of a linear are quantized, by name or by parts, and how checkpoints say it."""
+"""How the tensors of a linear are quantized, and how checkpoints say it."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mqat.errors import UserError
-from mqat.quant.formats import (
-    FORMATS,
-    FP4_E2M1,
-    FP8_E4M3,
-    INT2_ELASTIC,
-    INT4,
-    INT4_AMAX7_5,
-    INT8,
-    INT8_AMAX128,
-    INT8_MIN128,
-    NF4,
-    TERNARY,
-    UINT4,
-    QuantFormat,
-)
+from mqat.quant.formats import FORMATS, INT2_ELASTIC, INT4_AMAX7_5, TERNARY, QuantFormat
 from mqat.quant.granularity import (
     Granularity,
-    PerChannel,
     PerGroup,
     PerTensor,
     PerToken,
@@ -36,8 +21,7 @@ from mqat.quant.granularity import (
 )
 from mqat.quant.scales import SCALE_DTYPES
 
-_BF16, _E8M0, _E4M3 = torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn
-_COARSE = (_E8M0, _E4M3)
+_COARSE = (torch.float8_e8m0fnu, torch.float8_e4m3fn)
 
 
 def nearest_hint(value: object, known: Iterable[str]) -> str:
@@ -108,7 +92,7 @@ class TensorScheme:
 
         Dynamic scales follow x, so nothing is clipped for good. Scales on a coarse grid may be
         smaller than amax / max_value by nearly a factor of two; what they saturate at calibration
-        shall still be trained. Where steps are stretched (`format.max_value` half a step beyond
+        shall still be trained. Where codes are stretched (`format.max_value` half a code beyond
         `format.qmax`), the maximum itself lies on the border of clipping.
         """
         if self.is_dynamic:
@@ -205,97 +189,3 @@ class LinearScheme:
         given = {"output": None, **values}
         parts = {kind: TensorScheme.from_dict(given[kind]) for kind in kinds if given[kind]}
         return cls(values["name"], parts.get("weight"), parts.get("input"), parts.get("output"))
-
-
-_INT8_STATIC = TensorScheme(INT8_MIN128, PerTensor())
-_FP8_STATIC = TensorScheme(FP8_E4M3, PerTensor(), _BF16)
-_FP8_TOKEN = TensorScheme(FP8_E4M3, PerToken(), is_dynamic=True)
-_INT8_TOKEN = TensorScheme(INT8_MIN128, PerToken(), is_dynamic=True, is_asymmetric=True)
-
-# Algorithm -> weight, input.
-_FIXED: dict[str, tuple[TensorScheme, TensorScheme | None]] = {
-    "int8": (TensorScheme(INT8, PerChannel()), _INT8_STATIC),
-    "int8_sq": (TensorScheme(INT8, PerChannel()), _INT8_STATIC),
-    "int8_pc_pt": (
-        TensorScheme(INT8, PerChannel()),
-        TensorScheme(INT8_MIN128, PerToken(), is_dynamic=True),
-    ),
-    "int8_wo": (TensorScheme(INT8_AMAX128, PerChannel()), None),
-    "fp8": (_FP8_STATIC, _FP8_STATIC),
-    "fp8_pc_pt": (TensorScheme(FP8_E4M3, PerChannel()), _FP8_TOKEN),
-    "nvfp4": (
-        TensorScheme(FP4_E2M1, PerGroup(16), _E4M3),
-        TensorScheme(FP4_E2M1, PerGroup(16), _E4M3, is_dynamic=True),
-    ),
-    "mxfp4": (
-        TensorScheme(FP4_E2M1, PerGroup(32), _E8M0),
-        TensorScheme(FP4_E2M1, PerGroup(32), _E8M0, is_dynamic=True),
-    ),
-    "mxfp8": (
-        TensorScheme(FP8_E4M3, PerGroup(32), _E8M0),
-        TensorScheme(FP8_E4M3, PerGroup(32), _E8M0, is_dynamic=True),
-    ),
-    "nf4": (TensorScheme(NF4, PerGroup(64)), None),
-}
-# The same with a group size that callers may choose.
-_GROUPED: dict[str, tuple[TensorScheme, TensorScheme | None]] = {
-    "int4": (TensorScheme(INT4, PerGroup(128), _BF16), None),
-    "int4_awq": (TensorScheme(INT4, PerGroup(128), _BF16), None),
-    "w4a8_awq": (TensorScheme(INT4, PerGroup(128), _BF16), _FP8_STATIC),
-    "int4_w_int8_a": (TensorScheme(INT4, PerGroup(128), _BF16), _INT8_STATIC),
-    "8da4w": (TensorScheme(INT4_AMAX7_5, PerGroup(256)), _INT8_TOKEN),
-    "w_int4_sym": (TensorScheme(INT4_AMAX7_5, PerGroup(128), _BF16), None),
-    "w_uint4_asym": (TensorScheme(UINT4, PerGroup(128), _BF16, is_asymmetric=True), None),
-}
-ALGORITHMS = (*_FIXED, *_GROUPED, "null")
-
-
-def named_scheme(algorithm: str, *, group_size: int | None = None) -> LinearScheme | None:
-    """The scheme of a named algorithm; `null` is None.
-
-    | algorithm       | weight                             | input                                   |
-    |-----------------|------------------------------------|-----------------------------------------|
-    | `int8`          | INT8 per output channel            | INT8 per tensor, static                 |
-    | `int8_sq`       | the same, after SmoothQuant        | the same                                |
-    | `int8_pc_pt`    | INT8 per output channel            | INT8 per token, dynamic                 |
-    | `int8_wo`       | INT8 on TensorRT-LLM's grid        | -                                       |
-    | `fp8`           | FP8 E4M3 per tensor                | FP8 E4M3 per tensor, static             |
-    | `fp8_pc_pt`     | FP8 E4M3 per output channel        | FP8 E4M3 per token, dynamic             |
-    | `nvfp4`         | E2M1, blocks of 16, two levels     | the same, dynamic under a static global |
-    | `mxfp4`         | E2M1, blocks of 32, powers of two  | the same, dynamic                       |
-    | `mxfp8`         | E4M3, blocks of 32, powers of two  | the same, dynamic                       |
-    | `nf4`           | NF4, blocks of 64                  | -                                       |
-    | `int4`          | INT4 groups                        | -                                       |
-    | `int4_awq`      | the same, after AWQ                | -                                       |
-    | `w4a8_awq`      | the same, after AWQ                | FP8 E4M3 per tensor, static             |
-    | `int4_w_int8_a` | INT4 groups                        | INT8 per tensor, static                 |
-    | `8da4w`         | INT4 groups, step amax / 7.5       | INT8 per token, asymmetric, dynamic     |
-    | `w_int4_sym`    | INT4 groups, step amax / 7.5       | -                                       |
-    | `w_uint4_asym`  | UINT4 groups with zero points      | -                                       |
-
-    SmoothQuant and AWQ change weights before their scales are found: they are steps of the
-    calibration, and what is quantized afterwards is what this table says.
-
-    INT4, UINT4 and static FP8 scales lie on the bfloat16 grid, because servers keep them in the
-    model's dtype; ExecuTorch keeps those of `8da4w` in float32.
-
-    Args:
-        algorithm: A name of the table.
-        group_size: Elements per group of the integer-group algorithms; None: 128, for `8da4w` 256.
-            The other formats fix their blocks.
-
-    Raises:
-        ValueError: Unknown name; suggests the nearest.
-    """
-    if algorithm == "null":
-        return None
-    if algorithm in _FIXED:
-        return LinearScheme(algorithm, *_FIXED[algorithm])
-    if algorithm not in _GROUPED:
-        raise UserError(
-            f"quantization algorithm {algorithm!r} is unknown; {nearest_hint(algorithm, ALGORITHMS)}"
-        )
-    weight, operand = _GROUPED[algorithm]
-    if group_size is not None:
-        weight = replace(weight, granularity=PerGroup(group_size))
-    return LinearScheme(algorithm, weight, operand)

@@ -1,4 +1,11 @@
-"""Which linear gets which scheme: a default algorithm, and ordered name patterns that override it.
+"""Which linear gets which algorithm: a default, and ordered name patterns that override it.
+
+The recipe of a linear is put together from three layers, later ones winning:
+
+1. what its algorithm's name promises (`int8_sq`, `int4_awq`, `w4a8_awq`), or nothing;
+2. the configuration's own keys (`quantization.smoothquant`, ...), for linears of the default algorithm
+   and for rules whose algorithm promises nothing: a rule with `int4_awq` is AWQ as named;
+3. the `recipe` of the rule.
 
 The key/value cache has one scheme for all layers: every server has one cache dtype.
 """
@@ -6,7 +13,7 @@ The key/value cache has one scheme for all layers: every server has one cache dt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,16 +21,12 @@ from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme
 from mqat.models.structure import CORE_ATTENTION, EMBEDDING, TABLES, in_layer
+from mqat.quant.algorithm import Algorithm, Recipe, named_algorithm
 from mqat.quant.formats import FORMATS
 from mqat.quant.granularity import PerChannel, PerGroup, granularity_from_str
-from mqat.quant.kv_cache import kv_cache_scheme
+from mqat.quant.kv_cache import KvCacheScheme, kv_cache_scheme
 from mqat.quant.scales import SCALE_DTYPES
-from mqat.quant.scheme import (
-    LinearScheme,
-    TensorScheme,
-    named_scheme,
-    nearest_hint,
-)
+from mqat.quant.scheme import LinearScheme, TensorScheme, nearest_hint
 
 # Shorter spellings of scale grids in configurations.
 _SCALES = SCALE_DTYPES | {
@@ -39,13 +42,15 @@ class Rule:
 
     Attributes:
         pattern: Such as `decoder.layers.0.*` or `*.mlp.linear_fc2`.
-        algorithm: Of `named_scheme`; or None, with
+        algorithm: Of `named_algorithm`; or None, with
         operands: `weight`, `input`, `output` -> settings (see `tensor_scheme`).
+        recipe: Keys of `Recipe` that differ for these linears.
     """
 
     pattern: str
     algorithm: str | None = None
     operands: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
@@ -90,12 +95,13 @@ def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
         raise UserError(f"config: {path}: {error}") from error
 
 
-def _check_table(name: str, scheme: LinearScheme, model: DecoderConfig) -> None:
+def _check_table(name: str, algorithm: Algorithm, model: DecoderConfig) -> None:
     """Refuses what a vocabulary table cannot do.
 
     Raises:
         ValueError: Names the table, the setting, and what would work.
     """
+    scheme = algorithm.scheme
     if model.tie_word_embeddings:
         raise UserError(
             f"quantization.rules: {name} cannot be quantized: this model's embedding and output layer "
@@ -109,6 +115,11 @@ def _check_table(name: str, scheme: LinearScheme, model: DecoderConfig) -> None:
                 f"quantization.rules: {name} has no {kind} to quantize, only {' and '.join(allowed)}; "
                 "choose a weight-only algorithm, or give the rule a weight alone."
             )
+    if algorithm.recipe.changes_anything:
+        raise UserError(
+            f"quantization.rules: {name} cannot go through a recipe ({algorithm.recipe}); it is rounded "
+            "to nearest with the scales of its maxima. Choose an algorithm without one, such as int4."
+        )
     weight = scheme.weight
     if weight is None or not isinstance(weight.granularity, PerChannel | PerGroup):
         found = None if weight is None else str(weight.granularity)
@@ -133,6 +144,7 @@ class Policy:
         kv_cache_scales: As for `kv_cache_scheme`.
         disabled: Patterns of operands that stay unquantized after all, in training and when served,
             such as `*.linear_fc2.input`.
+        recipe: Keys of `Recipe` for all linears whose rule does not name an algorithm with a recipe.
     """
 
     algorithm: str
@@ -141,19 +153,29 @@ class Policy:
     kv_cache: str | None = None
     kv_cache_scales: str = "shared"
     disabled: Sequence[str] = field(default=())
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
-    def resolve(self, model: DecoderConfig) -> dict[str, Scheme]:
-        """Global name -> scheme: linears in model order, tables, caches; what is unquantized is absent.
+    def schemes(self, model: DecoderConfig) -> dict[str, Scheme]:
+        """Global name -> scheme, of linears, tables and caches."""
+        found: dict[str, Scheme] = {n: a.scheme for n, a in self.resolve(model).items()}
+        return found | self.cache_schemes(model)
+
+    def cache_schemes(self, model: DecoderConfig) -> dict[str, KvCacheScheme]:
+        """Global name -> scheme of every layer's cache; empty: not quantized."""
+        if self.kv_cache is None:
+            return {}
+        cache = kv_cache_scheme(self.kv_cache, self.kv_cache_scales)
+        return {in_layer(i, CORE_ATTENTION.name): cache for i in range(model.num_layers)}
+
+    def resolve(self, model: DecoderConfig) -> dict[str, Algorithm]:
+        """Global name -> algorithm: linears in model order, tables; what is unquantized is absent.
 
         Raises:
-            ValueError: Unknown algorithm, cache or operand settings, a pattern that matches nothing, or
-                a vocabulary table that cannot be quantized like that.
+            ValueError: Unknown algorithm, operand settings or recipe, a pattern that matches nothing,
+                or a vocabulary table that cannot be quantized like that.
         """
-        layers = range(model.num_layers)
-        names = [in_layer(i, linear.name) for i in layers for linear in model.linears]
+        names = [in_layer(i, x.name) for i in range(model.num_layers) for x in model.linears]
         tables = [table.name for table in TABLES]
-        default = named_scheme(self.algorithm, group_size=self.group_size)
-        schemes = [self._scheme(index, rule) for index, rule in enumerate(self.rules)]
         for rule in self.rules:
             if rule.pattern not in tables and not any(fnmatchcase(n, rule.pattern) for n in names):
                 raise UserError(
@@ -161,76 +183,90 @@ class Policy:
                     f"like {names[0]!r}; vocabulary tables are quantized only by a rule that says "
                     f"exactly {' or '.join(tables)}."
                 )
-        resolved: dict[str, LinearScheme] = {}
+        default = named_algorithm(self.algorithm, group_size=self.group_size)
+        if default is not None:
+            default = replace(default, recipe=self._with_own_keys(default.recipe))
+        by_pattern = [
+            (rule.pattern, self._of_rule(f"quantization.rules[{index}]", rule))
+            for index, rule in enumerate(self.rules)
+        ]
+        found: dict[str, Algorithm] = {}
         for name in names:
-            matching = (
-                scheme
-                for rule, scheme in zip(self.rules, schemes, strict=True)
-                if fnmatchcase(name, rule.pattern)
-            )
-            scheme = next(matching, default)
-            if scheme is not None:
-                resolved[name] = scheme
+            matching = (algorithm for p, algorithm in by_pattern if fnmatchcase(name, p))
+            algorithm = next(matching, default)
+            if algorithm is not None:
+                found[name] = algorithm
         for table in tables:
-            named = (
-                s for rule, s in zip(self.rules, schemes, strict=True) if rule.pattern == table
-            )
-            scheme = next(named, None)
-            if scheme is not None:
-                _check_table(table, scheme, model)
-                resolved[table] = scheme
-        found: dict[str, Scheme] = {**self._without_disabled(resolved, names)}
-        if self.kv_cache is not None:
-            cache = kv_cache_scheme(self.kv_cache, self.kv_cache_scales)
-            found |= {in_layer(i, CORE_ATTENTION.name): cache for i in layers}
-        return found
+            algorithm = next((algorithm for p, algorithm in by_pattern if p == table), None)
+            if algorithm is not None:
+                _check_table(table, algorithm, model)
+                found[table] = algorithm
+        return self._without_disabled(found, names)
+
+    def _with_own_keys(self, recipe: Recipe) -> Recipe:
+        return recipe.with_keys(self.recipe, "quantization")
 
     def _without_disabled(
-        self, layers: dict[str, LinearScheme], names: Sequence[str]
-    ) -> dict[str, LinearScheme]:
-        operands = [f"{name}.{kind}" for name, scheme in layers.items() for kind in scheme.operands]
+        self, algorithms: dict[str, Algorithm], names: Sequence[str]
+    ) -> dict[str, Algorithm]:
+        operands = [f"{n}.{kind}" for n, a in algorithms.items() for kind in a.scheme.operands]
         for pattern in self.disabled:
             if not any(fnmatchcase(operand, pattern) for operand in operands):
                 raise UserError(
                     f"quantization.disabled: pattern {pattern!r} matches nothing that is quantized. "
                     f"Names look like {next(iter(operands), names[0] + '.input')!r}."
                 )
-        kept: dict[str, LinearScheme] = {}
-        for name, scheme in layers.items():
+        kept: dict[str, Algorithm] = {}
+        for name, algorithm in algorithms.items():
             left = {
                 kind: operand
-                for kind, operand in scheme.operands.items()
+                for kind, operand in algorithm.scheme.operands.items()
                 if not any(fnmatchcase(f"{name}.{kind}", pattern) for pattern in self.disabled)
             }
-            if left == scheme.operands:
-                kept[name] = scheme
+            if left == algorithm.scheme.operands:
+                kept[name] = algorithm
             elif left:
-                kept[name] = LinearScheme(
-                    "custom", left.get("weight"), left.get("input"), left.get("output")
-                )
+                kept[name] = replace(algorithm, scheme=_custom_scheme(left))
         return kept
 
-    def _scheme(self, index: int, rule: Rule) -> LinearScheme | None:
-        path = f"quantization.rules[{index}]"
+    def _of_rule(self, path: str, rule: Rule) -> Algorithm | None:
         if rule.algorithm is not None and rule.operands:
             raise UserError(
                 f"config: {path} has both algorithm={rule.algorithm!r} and "
                 f"{', '.join(rule.operands)}; a rule names an algorithm or composes its own."
             )
-        if not rule.operands:
-            return named_scheme(rule.algorithm or "null", group_size=self.group_size)
-        kinds = ("weight", "input", "output")
-        for kind in rule.operands:
-            if kind not in kinds:
-                hint = nearest_hint(kind, kinds)
-                raise UserError(f"config: unknown key {f'{path}.{kind}'!r}; {hint}")
-        parts = {
-            kind: tensor_scheme(settings, f"{path}.{kind}")
-            for kind, settings in rule.operands.items()
-        }
-        try:
-            return LinearScheme(
-                "custom", parts.get("weight"), parts.get("input"), parts.get("output")
-            )
-        except ValueError as error:
-            raise UserError(f"config: {path}.{error}") from error
+        if rule.operands:
+            found: Algorithm | None = Algorithm(_composed_scheme(rule.operands, path))
+        else:
+            found = named_algorithm(rule.algorithm or "null", group_size=self.group_size)
+        if found is None:
+            if rule.recipe:
+                raise UserError(
+                    f"config: {path} has a recipe, but quantizes nothing; give it an algorithm too."
+                )
+            return None
+        is_table = rule.pattern in [table.name for table in TABLES]
+        recipe = found.recipe
+        if recipe == Recipe() and not is_table:
+            recipe = self._with_own_keys(recipe)
+        return replace(found, recipe=recipe.with_keys(rule.recipe, f"{path}.recipe"))
+
+
+def _custom_scheme(operands: Mapping[str, TensorScheme]) -> LinearScheme:
+    return LinearScheme(
+        "custom", operands.get("weight"), operands.get("input"), operands.get("output")
+    )
+
+
+def _composed_scheme(operands: Mapping[str, Mapping[str, Any]], path: str) -> LinearScheme:
+    """A rule's scheme from its operands' settings."""
+    kinds = ("weight", "input", "output")
+    for kind in operands:
+        if kind not in kinds:
+            hint = nearest_hint(kind, kinds)
+            raise UserError(f"config: unknown key {f'{path}.{kind}'!r}; {hint}")
+    parts = {kind: tensor_scheme(given, f"{path}.{kind}") for kind, given in operands.items()}
+    try:
+        return _custom_scheme(parts)
+    except ValueError as error:
+        raise UserError(f"config: {path}.{error}") from error

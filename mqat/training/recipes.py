@@ -182,9 +182,9 @@ def _quantize(session: Session) -> None:
     """PTQ as users know it, then (if asked for) with weights prepared by a recipe."""
     session.calibrate()
     session.measure("ptq")
-    recipe = session.recipe()
-    if recipe.changes_anything:
-        session.calibrate(recipe)
+    recipes = session.plan.recipes
+    if any(recipe.changes_anything for recipe in recipes.values()):
+        session.calibrate(recipes)
         session.measure("ptq_prepared")
     if session.plan.config.exp_manager.quality_report:
         session.report_quality()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from megatron.core import parallel_state
 
 from mqat.calibration.calibrate import calibrate
-from mqat.calibration.recipe import Recipe
 from mqat.calibration.weight_recipe import apply_weight_recipe_
 from mqat.checkpoints.dist_checkpoint import (
     TrainingState,
@@ -34,6 +33,7 @@ from mqat.evaluation.quality import quality_report
 from mqat.parallel.learned_scales import learn_scales_
 from mqat.parallel.quantized_module import all_quantizers
 from mqat.plan.run import RunPlan, describe
+from mqat.quant.algorithm import Recipe
 from mqat.report.page import write_report
 from mqat.runtime.groups import decided_by_main, is_main, on_all_ranks
 from mqat.specs.model import build_model
@@ -146,32 +146,20 @@ class Session:
         steps = choose(settings.num_calib_size)
         return lambda: run_layers(self.chunks, steps)
 
-    def recipe(self) -> Recipe:
-        """What the configuration asks to do to weights before scales are frozen."""
-        settings = self.plan.config.quantization
-        configured = Recipe(
-            smoothquant=settings.smoothquant,
-            alpha=settings.sq_alpha,
-            grid=settings.sq_grid,
-            weight_method=settings.weight_calibrator,
-            rounding=settings.rounding,
-            layers_at_once=settings.calib_layers_at_once,
-        )
-        return configured.including(settings.algorithm)
-
-    def calibrate(self, recipe: Recipe | None = None) -> None:
-        """Prepares the weights if a recipe is given, observes inputs, and freezes every scale."""
+    def calibrate(self, recipes: Mapping[str, Recipe] | None = None) -> None:
+        """Carries out recipes if there are any, observes inputs, and freezes every scale."""
         settings = self.plan.config.quantization
         self.reset_quantizers()
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         run_batches = self._calibration_pass()
-        weight_statistics = None
-        if recipe is not None:
-            weight_statistics = apply_weight_recipe_(
+        weight_qparams = None
+        if recipes is not None:
+            weight_qparams = apply_weight_recipe_(
                 self.chunks,
                 run_batches,
-                recipe,
-                num_layers=self.plan.model.num_layers,
+                recipes,
+                model=self.plan.model,
+                calib_layers_at_once=settings.calib_layers_at_once,
                 group=group,
                 dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             )
@@ -181,7 +169,7 @@ class Session:
             group=group,
             method=settings.calibrator,
             percentile=settings.percentile,
-            weight_statistics=weight_statistics,
+            weight_qparams=weight_qparams,
         )
 
     def report_quality(self) -> None:

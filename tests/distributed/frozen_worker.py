@@ -27,7 +27,7 @@ def main() -> None:
     settings = ModelConfig(
         tensor_model_parallel_size=tensor_parallel, sequence_parallel=is_sequence_parallel
     )
-    chunks = build_model(MODEL, settings, Policy("nf4").resolve(MODEL), torch.float32)
+    chunks = build_model(MODEL, settings, Policy("nf4").schemes(MODEL), torch.float32)
     load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     calibrate(chunks, lambda: None, group=group)

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         Rule(f"*.{name}", operands={"weight": weight, "input": INPUT})
         for name, weight in (INT4 if args.bits else RULES).items()
     ]
-    layers = Policy("null", rules=rules).resolve(SMALL)
+    layers = Policy("null", rules=rules).schemes(SMALL)
     settings = ModelConfig(
         tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp,
         sequence_parallel=args.sp, activations_checkpoint_granularity=args.recompute,

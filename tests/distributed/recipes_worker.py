@@ -15,29 +15,42 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from mqat.calibration.recipe import Recipe
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig
 from mqat.models.decoder import DecoderConfig
+from mqat.models.structure import DENSE_LINEARS
 from mqat.runtime import groups
-from mqat.specs.policy import Policy
+from mqat.specs.policy import Policy, Rule
 
 MODEL = DecoderConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,
     num_attention_heads=8, num_query_groups=4, head_dim=16, tie_word_embeddings=True,
 )  # fmt: skip
-# Name: algorithm, calibrator of inputs, recipe.
+
+
+def policy(algorithm: str, *, rules: tuple[Rule, ...] = (), **recipe: object) -> Policy:
+    """With groups that every layout can cut."""
+    return Policy(algorithm, group_size=32, rules=rules, recipe=recipe)
+
+
+_QKV, _FC2 = DENSE_LINEARS[0].name, DENSE_LINEARS[-1].name
+_MIXED = (Rule(f"*.{_FC2}", "int4_awq"), Rule(f"*.{_QKV}", "nvfp4", recipe={"rounding": "gptq"}))
+# Name: policy, calibrator of inputs, layers at once.
 RECIPES = {
-    "smoothquant": ("int8", "percentile", Recipe(smoothquant=True)),
-    "search": ("int8", "mse", Recipe(smoothquant=True, alpha=None, grid="float", rounding="gptq")),
-    "awq": ("int4_awq", "max", Recipe().including("int4_awq")),
-    "gptq": ("w_uint4_asym", "max", Recipe(weight_method="awq", rounding="gptq")),
-    "sawb": (
-        "int4_w_int8_a", "entropy",
-        Recipe(smoothquant=True, weight_method="sawb", layers_at_once=1),
+    "smoothquant": (policy("int8", smoothquant=True), "percentile", 0),
+    "search": (
+        policy("int8", smoothquant=True, sq_alpha=None, sq_grid="float", rounding="gptq"), "mse", 0,
     ),
-    "tensor": ("fp8", "percentile", Recipe(smoothquant=True, alpha=None, weight_method="mse")),
-    "levels": ("nvfp4", "max", Recipe(weight_method="mse", rounding="gptq")),
+    "awq": (policy("int4_awq"), "max", 0),
+    "gptq": (policy("w_uint4_asym", weight_calibrator="awq", rounding="gptq"), "max", 0),
+    "sawb": (
+        policy("int4_w_int8_a", smoothquant=True, weight_calibrator="sawb"), "entropy", 1,
+    ),
+    "tensor": (
+        policy("fp8", smoothquant=True, sq_alpha=None, weight_calibrator="mse"), "percentile", 0,
+    ),
+    "levels": (policy("nvfp4", weight_calibrator="mse", rounding="gptq"), "max", 0),
+    "mixed": (policy("int8", rules=_MIXED), "max", 1),
 }  # fmt: skip
 
 
@@ -97,7 +110,7 @@ def main() -> None:
     groups.finalize()
 
 
-def run(out: Path, layout: dict, algorithm: str, calibrator: str, recipe: Recipe) -> dict:
+def run(out: Path, layout: dict, asked: Policy, calibrator: str, at_once: int) -> dict:
     from megatron.core import parallel_state
 
     from mqat.calibration.calibrate import calibrate
@@ -107,7 +120,8 @@ def run(out: Path, layout: dict, algorithm: str, calibrator: str, recipe: Recipe
     from mqat.parallel.checkpoint import quantizer_sharded_state
     from mqat.specs.model import build_model
 
-    layers = Policy(algorithm, group_size=32).resolve(MODEL)
+    algorithms = asked.resolve(MODEL)
+    layers = {name: algorithm.scheme for name, algorithm in algorithms.items()}
     settings = ModelConfig(
         tensor_model_parallel_size=layout.get("tp", 1), sequence_parallel=layout.get("sp", False),
         pipeline_model_parallel_size=layout.get("pp", 1),
@@ -138,13 +152,14 @@ def run(out: Path, layout: dict, algorithm: str, calibrator: str, recipe: Recipe
 
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     result = {"unquantized": evaluate(chunks, [batches])[0]}
-    statistics = apply_weight_recipe_(
-        chunks, run_batches, recipe, num_layers=MODEL.num_layers, group=group,
+    qparams = apply_weight_recipe_(
+        chunks, run_batches, {name: algorithm.recipe for name, algorithm in algorithms.items()},
+        model=MODEL, calib_layers_at_once=at_once, group=group,
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )  # fmt: skip
     result["prepared"] = evaluate(chunks, [batches])[0]
     with counting(counts):
-        calibrate(chunks, run_batches, group=group, method=calibrator, weight_statistics=statistics)
+        calibrate(chunks, run_batches, group=group, method=calibrator, weight_qparams=qparams)
     result["collectives"] = counts[0] - paused[0]
     result["quantized"] = evaluate(chunks, [batches])[0]
     state = {"model": [chunk.sharded_state_dict() for chunk in chunks]}

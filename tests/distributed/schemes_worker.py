@@ -133,7 +133,7 @@ def run(algorithm: str, out: Path, args: argparse.Namespace) -> dict:
 
     is_composed = algorithm == "composed"
     policy = Policy("null", 32, COMPOSED) if is_composed else Policy(algorithm, 32)
-    layers = policy.resolve(SMALL)
+    layers = policy.schemes(SMALL)
     settings = ModelConfig(
         tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp,
         sequence_parallel=args.sp,

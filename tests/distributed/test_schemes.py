@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mqat.checkpoints.reader import CheckpointReader
-from mqat.quant.scheme import ALGORITHMS, named_scheme
+from mqat.quant.algorithm import ALGORITHMS, named_scheme
 from tests.distributed.launch import torchrun
 
 WORKER = Path(__file__).with_name("schemes_worker.py")

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     policy = Policy(
         args.algorithm, 64, TABLES if args.tables else (), args.kv_cache, args.kv_cache_scales
     )
-    layers = policy.resolve(model)
+    layers = policy.schemes(model)
     settings = ModelConfig(
         tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp,
         virtual_pipeline_model_parallel_size=args.vp, sequence_parallel=args.sp,

@@ -63,7 +63,7 @@ def calibrated(world: None) -> Callable[..., list[Any]]:
         from mqat.specs.model import build_model
         from mqat.training.optimizer import wrap_for_training
 
-        layers = Policy(algorithm, group_size=64).resolve(MODEL)
+        layers = Policy(algorithm, group_size=64).schemes(MODEL)
         settings = ModelConfig(activations_checkpoint_granularity=recompute)
         chunks = build_model(MODEL, settings, layers, dtype)
         load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))

@@ -21,6 +21,9 @@ def test_every_shipped_config_loads(path):
         ("trainer.max_steps=many", "trainer.max_steps"),
         ("quantization.percentile=0", "quantization.percentile=0"),
         ("export.dtype=fp8", "export.dtype='fp8' is not one of"),
+        ("quantization.equalize=true", "quantization.equalize is now quantization.smoothquant"),
+        ("quantization.equalize_grid=float", "equalize_grid is now quantization.sq_grid"),
+        ("quantization.equalize_alpha=1", "equalize_alpha is now quantization.sq_alpha"),
         ("model.architecture.hiden_size=3", "did you mean model.architecture.hidden_size"),
     ],
 )

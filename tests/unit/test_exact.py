@@ -1,6 +1,6 @@
 import torch
 
-from mqat.parallel.exact import ordered_linear, tiled_linear
+from mqat.parallel.exact import ordered_linear, sharded_linear
 from tests.distributed.launch import torchrun
 
 
@@ -14,15 +14,15 @@ class Alone:
         return 0
 
 
-def test_tiles_of_rows_give_the_same_bits_as_one_rank():
+def test_shards_of_rows_give_the_same_bits_as_one_rank():
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(32, 96, generator=generator), torch.randn(48, 96, generator=generator)
-    rows = torch.cat([tiled_linear(x, w[:24], 2), tiled_linear(x, w[24:], 2)], dim=1)
-    assert torch.equal(tiled_linear(x, w, 4), rows)
+    rows = torch.cat([sharded_linear(x, w[:24], 2), sharded_linear(x, w[24:], 2)], dim=1)
+    assert torch.equal(sharded_linear(x, w, 4), rows)
     torch.testing.assert_close(rows, x @ w.t())
 
 
-def test_tiles_of_features_are_added_up_in_float32():
+def test_shards_of_features_are_added_up_in_float32():
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(32, 96, generator=generator), torch.randn(48, 96, generator=generator)
     whole, overflow = ordered_linear(x, w, 4, Alone())

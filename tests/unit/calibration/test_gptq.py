@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from mqat.calibration.gptq import inverse_factor, round_tile
+from mqat.calibration.gptq import inverse_factor, round_shard
 from mqat.quant.formats import FP4_E2M1, INT4, UINT4
 from mqat.quant.granularity import PerChannel, PerGroup
-from mqat.quant.qparams import rounded, statistic_of
+from mqat.quant.qparams import frozen_qparams, rounded, statistic_of
 from mqat.quant.scheme import TensorScheme
 
-WIDTH = 160  # more than one block of columns
+WIDTH = 160  # more than one run of columns
 SCHEMES = {
     "channel": TensorScheme(INT4, PerChannel()),
     "group": TensorScheme(INT4, PerGroup(32), torch.bfloat16),
@@ -26,37 +26,40 @@ def problem():
     return torch.randn(8, WIDTH, generator=generator), x, (x.t() @ x).double()
 
 
-def by_column(tile, scheme, statistic, above, hessian):
+def by_column(weight, scheme, statistic, above, hessian):
     """One column at a time in float64, the inverse Hessian updated by elimination."""
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     hessian = hessian[order][:, order].clone()
     hessian.diagonal().add_(0.01 * float(hessian.diagonal().mean()))
     inverse = torch.linalg.inv(hessian)
-    left = tile.double().clone()
-    for step, column in enumerate(order.tolist()):
+    left = weight.double().clone()
+    for number, column in enumerate(order.tolist()):
         grid = rounded(left.float(), scheme, statistic, above).double()[:, column]
-        error = (left[:, column] - grid) / inverse[step, step]
-        later = order[step + 1 :]
-        left[:, later] -= error[:, None] * inverse[step, step + 1 :]
+        error = (left[:, column] - grid) / inverse[number, number]
+        later = order[number + 1 :]
+        left[:, later] -= error[:, None] * inverse[number, number + 1 :]
         left[:, column] = grid
-        inverse = inverse - torch.outer(inverse[:, step], inverse[step]) / inverse[step, step]
+        inverse = (
+            inverse - torch.outer(inverse[:, number], inverse[number]) / inverse[number, number]
+        )
     return left.float()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_blocks_of_columns_give_what_single_columns_give(problem, name):
-    tile, x, hessian = problem
+def test_runs_of_columns_give_what_single_columns_give(problem, name):
+    weight, x, hessian = problem
     scheme = SCHEMES[name]
-    statistic = statistic_of(tile, scheme)
+    statistic = statistic_of(weight, scheme)
     above = statistic.amax().reshape(1) if scheme.has_global_scale else None
-    found = round_tile(tile, statistic, above, *inverse_factor(hessian), scheme)
-    expected = by_column(tile, scheme, statistic, above, hessian)
+    frozen = frozen_qparams(statistic, scheme, above)
+    found = round_shard(weight, frozen, *inverse_factor(hessian), scheme)
+    expected = by_column(weight, scheme, statistic, above, hessian)
     # float32 against float64: a few values lie on the other side of a rounding border
     assert (found != expected).float().mean() < 0.05
 
-    nearest = rounded(tile, scheme, statistic, above)
+    nearest = rounded(weight, scheme, statistic, above)
     error, plain, reference = (
-        float((x @ (w - tile).t()).square().sum()) for w in (found, nearest, expected)
+        float((x @ (w - weight).t()).square().sum()) for w in (found, nearest, expected)
     )
     assert error < 0.7 * plain
     assert error == pytest.approx(reference, rel=0.05)
@@ -64,11 +67,11 @@ def test_blocks_of_columns_give_what_single_columns_give(problem, name):
 
 
 def test_channels_that_were_never_used_round_to_nearest():
-    tile = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     scheme = SCHEMES["channel"]
-    statistic = statistic_of(tile, scheme)
-    found = round_tile(tile, statistic, None, *inverse_factor(torch.zeros(8, 8).double()), scheme)
-    torch.testing.assert_close(found, rounded(tile, scheme, statistic))
+    frozen = frozen_qparams(statistic_of(weight, scheme), scheme)
+    found = round_shard(weight, frozen, *inverse_factor(torch.zeros(8, 8).double()), scheme)
+    torch.testing.assert_close(found, rounded(weight, scheme))
 
 
 def test_a_matrix_that_no_damping_repairs_is_refused():

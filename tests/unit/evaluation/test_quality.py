@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from mqat.checkpoints.random_weights import RandomWeights
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.granularity import PerTensor
 from mqat.quant.quantizer import Quantizer
-from mqat.quant.scheme import TensorScheme, named_scheme
+from mqat.quant.scheme import TensorScheme
 from mqat.report.page import hint, html_page, worst_first, write_report
 from mqat.specs.policy import Policy, Rule
 from tests.unit.model_fixtures import MODEL, microbatches
@@ -30,7 +31,7 @@ def calibrated(world):
         from mqat.parallel.linear import quantized_linears
         from mqat.specs.model import build_model
 
-        layers = Policy(algorithm, 32, **policy).resolve(MODEL)
+        layers = Policy(algorithm, 32, **policy).schemes(MODEL)
         chunks = build_model(MODEL, ModelConfig(), layers, torch.float32)
         load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
         linears = quantized_linears(chunks)

@@ -22,10 +22,11 @@ from mqat.checkpoints.manifest import describe_files
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes
 from mqat.models.structure import CORE_ATTENTION, DENSE_LINEARS
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.functional import compute_scale
 from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.quant.quantizer import Quantizer
-from mqat.quant.scheme import LinearScheme, named_scheme
+from mqat.quant.scheme import LinearScheme
 
 LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mqat.export.export import export_hf
-from mqat.quant.scheme import named_scheme
+from mqat.quant.algorithm import named_scheme
 from mqat.verify.verify import verify_hf
 from tests.unit.export.checkpoints import (
     BIASED,

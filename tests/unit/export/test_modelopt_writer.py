@@ -107,7 +107,7 @@ def test_both_write_the_same(name, algorithm, tp, modelopt, tmp_path):
     model = MODELS[name]
     layers = all_layers(algorithm, model)
     if algorithm == "int4":  # its configuration has groups of 128
-        from mqat.quant.scheme import named_scheme
+        from mqat.quant.algorithm import named_scheme
 
         layers = dict.fromkeys(layers, named_scheme("int4", group_size=128))
     state = tensors_of(model, layers, torch.bfloat16)

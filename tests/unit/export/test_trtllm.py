@@ -9,7 +9,7 @@ from mqat.export.trtllm import (
     loader_warning,
     quant_cfg_json,
 )
-from mqat.quant.scheme import named_scheme
+from mqat.quant.algorithm import named_scheme
 from tests.unit.export.checkpoints import EXPORTABLE, TINY, all_layers
 
 LLAMA3 = {

@@ -6,11 +6,12 @@ import torch
 from mqat.kernels.packed_int4 import KERNEL_ROWS, PackedInt4, pack_for_kernel
 from mqat.kernels.packed_int8 import Int8Codes, Int8Product
 from mqat.kernels.packed_weight import DecodedCodes, pack_weight, packed_matmul
+from mqat.quant.algorithm import ALGORITHMS, named_scheme
 from mqat.quant.formats import INT4, INT4_AMAX7_5, INT8, INT8_MIN128, UINT4
 from mqat.quant.functional import fake_quantize, quantize
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
 from mqat.quant.qparams import compute_qparams, statistic_of
-from mqat.quant.scheme import ALGORITHMS, LinearScheme, TensorScheme, named_scheme
+from mqat.quant.scheme import LinearScheme, TensorScheme
 
 SHAPE = (72, 200)  # neither whole blocks of rows nor whole groups
 

@@ -90,7 +90,7 @@ def built(world):
         from mqat.specs.model import build_model
         from mqat.training.optimizer import wrap_for_training
 
-        layers = Policy(algorithm, 64, (), kv_cache, scales).resolve(MODEL)
+        layers = Policy(algorithm, 64, (), kv_cache, scales).schemes(MODEL)
         settings = ModelConfig(activations_checkpoint_granularity=recompute)
         chunks = build_model(MODEL, settings, layers, torch.float32)
         load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))

@@ -27,7 +27,7 @@ def chunks(world):
     from mqat.specs.model import build_model
 
     def make(algorithm):
-        layers = Policy(algorithm, group_size=32).resolve(BIASED)
+        layers = Policy(algorithm, group_size=32).schemes(BIASED)
         built = build_model(BIASED, ModelConfig(), layers, torch.float32)
         load_pretrained_(built, RandomWeights(BIASED, 1, 0.1))
         if layers:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mqat.checkpoints.random_weights import RandomWeights
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.granularity import PerGroup
-from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
+from mqat.quant.scheme import LinearScheme, TensorScheme
 from mqat.specs.policy import Policy, Rule
 from tests.unit.model_fixtures import MODEL, microbatches, switch_off
 
@@ -75,7 +76,7 @@ def chunks(world):
     from mqat.specs.model import build_model
     from mqat.training.optimizer import wrap_for_training
 
-    layers = Policy("null", 32, RULES).resolve(UNTIED)
+    layers = Policy("null", 32, RULES).schemes(UNTIED)
     chunks = build_model(UNTIED, ModelConfig(), layers, torch.float32)
     load_pretrained_(chunks, RandomWeights(UNTIED, 1, 0.1))
     chunks = wrap_for_training(chunks)
@@ -122,14 +123,16 @@ def test_both_tables_are_on_their_grids_and_train(chunks):
 def test_recipes_leave_tables_alone(chunks):
     from megatron.core import parallel_state
 
-    from mqat.calibration.recipe import Recipe
     from mqat.calibration.weight_recipe import apply_weight_recipe_
     from mqat.evaluation.forward import evaluate
+    from mqat.parallel.linear import quantized_linears
+    from mqat.quant.algorithm import Recipe
 
-    statistics = apply_weight_recipe_(
-        chunks, lambda: evaluate(chunks, [microbatches()]), Recipe(smoothquant=True),
-        num_layers=UNTIED.num_layers,
+    recipes = dict.fromkeys(quantized_linears(chunks), Recipe(smoothquant=True))
+    qparams = apply_weight_recipe_(
+        chunks, lambda: evaluate(chunks, [microbatches()]), recipes,
+        model=UNTIED,
         group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )  # fmt: skip
-    assert not statistics
+    assert not qparams

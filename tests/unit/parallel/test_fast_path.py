@@ -8,9 +8,10 @@ from mqat.parallel import quantized_gemm
 from mqat.parallel.linear import quantized_linears
 from mqat.parallel.quantized_gemm import GemmKind, gemm_kind
 from mqat.parallel.quantized_step import quantized_step
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.formats import INT8
 from mqat.quant.granularity import PerChannel, PerGroup
-from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
+from mqat.quant.scheme import LinearScheme, TensorScheme
 from tests.unit.model_fixtures import microbatches
 
 STATIC = ["int8", "int8_wo", "int4", "int4_w_int8_a", "fp8", "w_int4_sym"]

@@ -2,9 +2,10 @@ import pytest
 
 from mqat.models.decoder import DecoderConfig
 from mqat.parallel.layout import check_group_sizes
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.formats import FP8_E4M3
 from mqat.quant.granularity import PerBlock
-from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
+from mqat.quant.scheme import LinearScheme, TensorScheme
 
 MODEL = DecoderConfig(
     vocab_size=301, hidden_size=256, intermediate_size=512, num_layers=1,

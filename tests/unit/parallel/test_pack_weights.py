@@ -3,8 +3,8 @@ import torch
 
 from mqat.parallel.linear import quantized_linears
 from mqat.parallel.pack_weights import pack_weights_
+from mqat.quant.algorithm import ALGORITHMS
 from mqat.quant.formats import INT4
-from mqat.quant.scheme import ALGORITHMS
 from tests.unit.model_fixtures import microbatches, switch_off
 
 LOWERED = [name for name in ALGORITHMS if name != "null"]

@@ -2,11 +2,12 @@ import pytest
 import torch
 
 from mqat.models.schemes import kv_cache_schemes, linear_schemes, scheme_from_dict, table_schemes
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.formats import FP8_E4M3
 from mqat.quant.granularity import PerTensor
 from mqat.quant.kv_cache import KvCacheScheme, kv_cache_scheme
 from mqat.quant.quantizer import Quantizer
-from mqat.quant.scheme import TensorScheme, named_scheme
+from mqat.quant.scheme import TensorScheme
 
 
 @pytest.mark.parametrize("scales", ["shared", "separate"])

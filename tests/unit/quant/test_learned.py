@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.formats import FP8_E4M3, INT2_ELASTIC, INT4, INT8, TERNARY
 from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
 from mqat.quant.learned import check_learnable, fake_quantize_learned, lsq_grad_scale, served_scale
-from mqat.quant.scheme import TensorScheme, named_scheme
+from mqat.quant.scheme import TensorScheme
 
 
 def gradients(x, scale, upstream, granularity, fmt=INT4, **options):

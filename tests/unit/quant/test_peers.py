@@ -8,6 +8,7 @@ told apart.
 import pytest
 import torch
 
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.formats import FP4_E2M1, FP8_E4M3, INT8, UINT4
 from mqat.quant.functional import quantize
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
@@ -21,7 +22,6 @@ from mqat.quant.scales import (
     compute_range,
     compute_scale,
 )
-from mqat.quant.scheme import named_scheme
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

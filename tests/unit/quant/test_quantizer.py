@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+from mqat.quant.algorithm import ALGORITHMS, named_scheme
 from mqat.quant.formats import FORMATS
 from mqat.quant.granularity import PerChannel
 from mqat.quant.quantizer import Quantizer
-from mqat.quant.scheme import ALGORITHMS, TensorScheme, named_scheme
+from mqat.quant.scheme import TensorScheme
 
 INT8 = named_scheme("int8")
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))

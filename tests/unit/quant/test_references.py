@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.formats import (
     FP4_E2M1,
     FP8_E4M3,
@@ -29,7 +30,6 @@ from mqat.quant.scales import (
     compute_range,
     compute_scale,
 )
-from mqat.quant.scheme import named_scheme
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ONE = torch.tensor([1.0])

@@ -8,10 +8,11 @@ from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import kv_cache_schemes, table_schemes
 from mqat.models.structure import DENSE_LINEARS
 from mqat.plan.run import describe, make_plan
+from mqat.quant.algorithm import Recipe, named_algorithm, named_scheme
 from mqat.quant.formats import FORMATS, FP8_E4M3, INT4, INT8_MIN128
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
 from mqat.quant.kv_cache import kv_cache_scheme
-from mqat.quant.scheme import LinearScheme, TensorScheme, named_scheme
+from mqat.quant.scheme import LinearScheme, TensorScheme
 from mqat.specs.policy import Policy, Rule, tensor_scheme
 
 LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
@@ -44,7 +45,7 @@ def plan(tmp_path, text: str):
 
 def test_the_first_matching_rule_wins_and_the_default_takes_the_rest():
     rules = (Rule("*.0.mlp.*", "null"), Rule("*.mlp.*", "8da4w"), Rule("*.linear_fc2", "fp8"))
-    layers = Policy("int8", rules=rules).resolve(MODEL)
+    layers = Policy("int8", rules=rules).schemes(MODEL)
     assert len(layers) == 2 * len(LINEARS) - 2
     assert layers["decoder.layers.1.mlp.linear_fc2"] == named_scheme("8da4w")
     assert layers["decoder.layers.0.self_attention.linear_qkv"] == named_scheme("int8")
@@ -52,7 +53,7 @@ def test_the_first_matching_rule_wins_and_the_default_takes_the_rest():
 
 @pytest.mark.parametrize(("size", "expected"), [(None, {128, 256}), (32, {32})])
 def test_without_a_group_size_every_algorithm_has_its_own(size, expected):
-    layers = Policy("int4", size, (Rule("*.linear_fc2", "8da4w"),)).resolve(MODEL)
+    layers = Policy("int4", size, (Rule("*.linear_fc2", "8da4w"),)).schemes(MODEL)
     assert {scheme.weight.granularity.size for scheme in layers.values()} == expected
 
 
@@ -84,6 +85,12 @@ def test_a_rule_in_yaml_composes_weight_input_and_output(tmp_path):
         ("format: int4, ", "", r"rules\[1\].weight.format is missing"),
         ('fc2"\n', 'fc2"\n      algorithm: int8\n', r"rules\[1\] has both algorithm='int8' and weight"),
         ("algorithm: null", "algorithm: nul", r"'nul' is unknown; did you mean 'null'"),
+        ("algorithm: null", "algorithm: int8\n      recipe: {smoth: true}",
+         r"'quantization.rules\[0\].recipe.smoth'; did you mean 'smoothquant'"),
+        ("algorithm: null", "algorithm: int8\n      recipe: {rounding: gptk}",
+         r"rules\[0\].recipe.rounding='gptk' is unknown; did you mean 'gptq'"),
+        ("algorithm: null", "algorithm: null\n      recipe: {rounding: gptq}",
+         r"rules\[0\] has a recipe, but quantizes nothing"),
         ("format: null", "format: trtllm", "custom cannot be exported"),
     ],
 )  # fmt: skip
@@ -138,18 +145,18 @@ INT8_INPUT = {"format": "int8_full", "granularity": "tensor"}
 
 
 def test_tables_are_quantized_only_by_their_names():
-    everything = Policy("int8", rules=(Rule("*", "int4"),)).resolve(UNTIED)
+    everything = Policy("int8", rules=(Rule("*", "int4"),)).schemes(UNTIED)
     assert not table_schemes(everything)
     rules = (
         Rule("output_layer", operands={"weight": GROUPS, "input": INT8_INPUT}),
         Rule("embedding.word_embeddings", "int4"),
         Rule("output_layer", "int8"),  # the first rule wins
     )
-    tables = table_schemes(Policy("int8", 32, rules).resolve(UNTIED))
+    tables = table_schemes(Policy("int8", 32, rules).schemes(UNTIED))
     assert tables["output_layer"].input is not None and tables["output_layer"].name == "custom"
     assert tables["embedding.word_embeddings"] == named_scheme("int4", group_size=32)
     off = (Rule("output_layer", "null"), Rule("output_layer", "int4"))
-    assert not table_schemes(Policy("int8", rules=off).resolve(UNTIED))
+    assert not table_schemes(Policy("int8", rules=off).schemes(UNTIED))
 
 
 @pytest.mark.parametrize(
@@ -162,13 +169,15 @@ def test_tables_are_quantized_only_by_their_names():
          "output_layer has no output to quantize, only weight and input"),
         (UNTIED, Rule("output_layer", "fp8"), "granularity 'tensor'; rows of the vocabulary"),
         (UNTIED, Rule("output_layer", operands={"input": INT8_INPUT}), "granularity None; rows"),
+        (UNTIED, Rule("output_layer", "int4_awq"), "output_layer cannot go through a recipe"),
+        (UNTIED, Rule("output_layer", "int4", recipe={"rounding": "gptq"}), "go through a recipe"),
         (UNTIED, Rule("output_layers", "int4"), "only by a rule that says exactly"),
         (UNTIED, Rule("output*", "int4"), "only by a rule that says exactly"),
     ],
 )  # fmt: skip
 def test_tables_that_cannot_be_quantized_are_refused(model, rule, message):
     with pytest.raises(ValueError, match=message):
-        Policy("int8", rules=(rule,)).resolve(model)
+        Policy("int8", rules=(rule,)).schemes(model)
 
 
 def test_quantized_tables_are_not_exported(tmp_path):
@@ -195,15 +204,56 @@ def test_unknown_keys_in_settings_made_by_hand_are_refused():
     ):
         tensor_scheme({"symetric": True}, "rule")
     with pytest.raises(ValueError, match=r"rules\[0\]\.wait'; did you mean 'weight'"):
-        Policy("int8", rules=(Rule("*", operands={"wait": {}}),)).resolve(MODEL)
+        Policy("int8", rules=(Rule("*", operands={"wait": {}}),)).schemes(MODEL)
 
 
 def test_disabled_operands_are_left_out_and_the_rest_keeps_its_scheme():
     policy = Policy("int8", disabled=["*.linear_fc2.input", "decoder.layers.0.mlp.linear_fc1.*"])
-    layers, whole = policy.resolve(MODEL), Policy("int8").resolve(MODEL)
+    layers, whole = policy.schemes(MODEL), Policy("int8").schemes(MODEL)
     weight_only = layers["decoder.layers.1.mlp.linear_fc2"]
     assert weight_only.input is None and weight_only.weight == named_scheme("int8").weight
     assert whole.keys() - layers.keys() == {"decoder.layers.0.mlp.linear_fc1"}
     assert layers["decoder.layers.1.mlp.linear_fc1"] == named_scheme("int8")
     with pytest.raises(ValueError, match=r"pattern '\*\.linear_fc3\.\*' matches nothing that is"):
-        Policy("int8", disabled=["*.linear_fc3.*"]).resolve(MODEL)
+        Policy("int8", disabled=["*.linear_fc3.*"]).schemes(MODEL)
+
+
+def recipes(policy: Policy) -> dict[str, Recipe]:
+    """Of the linears of the second layer, by their name in it."""
+    found = policy.resolve(MODEL)
+    return {name: found[f"decoder.layers.1.{name}"].recipe for name in LINEARS}
+
+
+def test_a_rule_with_a_named_recipe_has_that_recipe_and_the_rest_the_default_s():
+    awq = named_algorithm("int4_awq").recipe
+    assert awq.smoothquant and awq.weight_calibrator == "awq"
+    *others, fc2 = recipes(Policy("int8", rules=(Rule("*.linear_fc2", "int4_awq"),))).values()
+    assert fc2 == awq and set(others) == {Recipe()}
+    *others, fc2 = recipes(Policy("int4_awq", rules=(Rule("*.linear_fc2", "int8"),))).values()
+    assert fc2 == Recipe() and set(others) == {awq}
+
+
+def test_keys_of_the_whole_run_reach_all_but_rules_with_a_named_recipe():
+    keys = {"rounding": "gptq", "weight_calibrator": "mse"}
+    rules = (
+        Rule("*.linear_fc1", "int4_awq"),
+        Rule("*.linear_fc2", operands={"weight": GROUPS}),
+        Rule("*.linear_proj", "int4", recipe={"weight_calibrator": "sawb"}),
+    )
+    qkv, proj, fc1, fc2 = recipes(Policy("int4_awq", rules=rules, recipe=keys)).values()
+    awq = named_algorithm("int4_awq").recipe
+    assert qkv == replace(awq, **keys) and fc1 == awq
+    assert fc2 == Recipe(**keys) and proj == Recipe(weight_calibrator="sawb", rounding="gptq")
+
+
+def test_a_configuration_s_recipe_keys_become_the_recipes_of_its_linears(tmp_path):
+    text = YAML.replace("algorithm: int8\n", "algorithm: int8\n  smoothquant: true\n", 1)
+    text = text.replace('fc2"\n', 'fc2"\n      recipe: {sq_alpha: null, rounding: gptq}\n')
+    made = plan(tmp_path, text)
+    assert made.recipes.keys() == made.layers.keys()
+    assert made.recipes["decoder.layers.1.mlp.linear_fc1"] == Recipe(smoothquant=True)
+    assert made.recipes["decoder.layers.1.mlp.linear_fc2"] == Recipe(
+        smoothquant=True, sq_alpha=None, rounding="gptq"
+    )
+    awq = plan(tmp_path, YAML.split("  rules:")[0].replace("int8", "int4_awq")).recipes
+    assert set(awq.values()) == {named_algorithm("int4_awq").recipe}

@@ -20,7 +20,7 @@ from torch import Tensor
 from mqat.export.export import export_hf, export_trtllm
 from mqat.models.decoder import DecoderConfig
 from mqat.models.structure import DENSE_LINEARS
-from mqat.quant.scheme import named_scheme
+from mqat.quant.algorithm import named_scheme
 from mqat.verify.verify import verify_export
 from tests.unit.export.checkpoints import all_caches, write_checkpoint
 from tests.unit.verify.test_matrix import FORMATS, REFUSED

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mqat.export.export import export_trtllm
-from mqat.quant.scheme import named_scheme
+from mqat.quant.algorithm import named_scheme
 from mqat.verify.verify import verify_trtllm
 from tests.unit.export.checkpoints import TINY, all_layers, write_checkpoint
 from tests.unit.verify.exports import rewrite

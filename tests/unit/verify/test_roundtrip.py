@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from mqat.export.export import export_trtllm
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.functional import compute_amax, compute_scale
-from mqat.quant.scheme import named_scheme
 from mqat.verify.verify import verify_trtllm
 from tests.unit.export.checkpoints import (
     EXPORTABLE,

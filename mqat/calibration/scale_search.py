@@ -1,15 +1,16 @@
-"""Input scalings: SmoothQuant's for a given alpha, or the best of many by the layer's output error.
+"""Factors of an input's channels: the best of many candidates by the layer's output error.
 
-    s_j = amax(x_j)**alpha / amax(W_j)**(1 - alpha)      SmoothQuant, arXiv:2211.10438, eq. 4
+    SmoothQuant's                                        `smoothquant.py`
     s_j = rms(x_j)**alpha                                AWQ, arXiv:2306.00978, eq. 5 (rms for mean |x|)
 
 A candidate's loss is the squared error of the layer's output over all calibration tokens:
 
     tr(D XᵀX Dᵀ)                            rounding of the weight, D = (Q(W s) - W s) / s; exact
-    sum_j min(XᵀX_jj, T step² s_j² / 12) |W_j|²   rounding of a per-tensor integer input of that `step`:
+    sum_j min(XᵀX_jj, T a² s_j² / 12) |W_j|²      rounding of an integer input with the one scale `a`:
                                             uniform noise, but never more than losing the channel
 
-Legend: `I` input features, `C` candidates, `T` tokens; a tile is [rows, I] (`tiles.py`).
+Legend: `I` input features, `C` candidates, `T` tokens; a shard is [rows, I]
+(`tp_invariant_shards.py`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mqat.calibration.smoothing_pairs import SmoothingPair, round_scale
+from mqat.calibration.smoothing_pairs import SmoothingPair
+from mqat.calibration.smoothquant import FLOOR, round_scale, smoothquant_scale
 from mqat.quant.qparams import rounded
 from mqat.quant.scales import divide
 from mqat.quant.scheme import TensorScheme
 
-_FLOOR = 1e-5  # dead channels: keep their factor moderate
 # A factor belongs to an input channel, which all rows share: a part of them orders candidates as well.
 _ROW_STRIDE = 8
 
@@ -45,19 +46,13 @@ class InputStatistics:
     tokens: int
 
 
-def smoothquant_scale(input_amax: Tensor, weight_amax: Tensor, alpha: float) -> Tensor:
-    """SmoothQuant's factors before rounding, float32 [I].
-
-    Args:
-        input_amax: Largest |x_j| of each input channel, float32 [I].
-        weight_amax: Largest |W_oj| of each weight column, float32 [I].
-        alpha: 0 leaves activations alone, 1 moves all of their range into the weights.
-    """
-    return input_amax.clamp_min(_FLOOR) ** alpha / weight_amax.clamp_min(_FLOOR) ** (1 - alpha)
-
-
 def candidate_scales(
-    pair: SmoothingPair, inputs: InputStatistics, weight_amax: Tensor, *, steps: int, grid: str
+    pair: SmoothingPair,
+    inputs: InputStatistics,
+    weight_amax: Tensor,
+    *,
+    search_steps: int,
+    sq_grid: str,
 ) -> Tensor:
     """Factors to try, float32 [C, I]; the first row leaves everything as it is.
 
@@ -65,61 +60,61 @@ def candidate_scales(
         pair: Says which channels share a factor.
         inputs: Of the linear.
         weight_amax: Largest |W_oj| of each column, float32 [I].
-        steps: Alphas tried between 0 and 1 in each of the two families.
-        grid: As for `round_scale`.
+        search_steps: Alphas tried between 0 and 1 in each of the two families.
+        sq_grid: As for `round_scale`.
     """
     x, w = pair.tied(inputs.amax), pair.tied(weight_amax)
     rms = pair.tied(divide(inputs.hessian.diagonal(), inputs.tokens).sqrt().float())
     rows = [torch.ones_like(x)]
-    for step in range(steps + 1):
-        alpha = step / steps
+    for number in range(search_steps + 1):
+        alpha = number / search_steps
         rows.append(smoothquant_scale(x, w, alpha))
-        rows.append(rms.clamp_min(_FLOOR) ** alpha)
-    return torch.unique_consecutive(round_scale(torch.stack(rows), grid), dim=0)
+        rows.append(rms.clamp_min(FLOOR) ** alpha)
+    return torch.unique_consecutive(round_scale(torch.stack(rows), sq_grid), dim=0)
 
 
 def _input_noise(inputs: InputStatistics, scale: Tensor, scheme: TensorScheme) -> Tensor:
     """Expected squared rounding error of input channel j over all tokens, in units of x; [I]."""
-    step = divide((inputs.amax / scale).amax().double(), scheme.format.max_value)
-    uniform = divide(inputs.tokens * step.square(), 12) * scale.double().square()
+    input_scale = divide((inputs.amax / scale).amax().double(), scheme.format.max_value)
+    uniform = divide(inputs.tokens * input_scale.square(), 12) * scale.double().square()
     return torch.minimum(inputs.hessian.diagonal(), uniform)
 
 
-def tile_losses(
-    tiles: Sequence[Tensor],
+def shard_losses(
+    shards: Sequence[Tensor],
     inputs: InputStatistics,
     scales: Tensor,
     weight: TensorScheme | None,
     operand: TensorScheme | None,
 ) -> Tensor:
-    """Output error of each candidate on every eighth row of this rank's tiles, float64 [C, tiles].
+    """Output error of each candidate on every eighth row of this rank's shards, float64 [C, shards].
 
     Args:
-        tiles: Of the weight, float32 [rows, I].
+        shards: Of the weight, float32 [rows, I].
         inputs: Of the linear.
         scales: Candidates, float32 [C, I].
         weight: Scheme of the weight; None: not quantized.
         operand: Scheme of the input; None: not quantized.
 
-    What a whole weight shares (a scale per tensor, the upper of two levels) is taken from each tile,
-    which orders candidates alike. Dynamic inputs count as exact: their steps follow each token.
+    What a whole weight shares (a scale per tensor, the upper of two levels) is taken from each shard,
+    which orders candidates alike. Dynamic inputs count as exact: their scales follow each token.
     """
-    hessian, sampled = inputs.hessian.float(), [tile[::_ROW_STRIDE] for tile in tiles]
-    losses = torch.zeros(len(scales), len(tiles), dtype=torch.float64, device=hessian.device)
+    hessian, sampled = inputs.hessian.float(), [shard[::_ROW_STRIDE] for shard in shards]
+    losses = torch.zeros(len(scales), len(shards), dtype=torch.float64, device=hessian.device)
     for i, scale in enumerate(scales):
         noise = None
         if operand is not None and not (operand.format.is_float or operand.is_dynamic):
             noise = _input_noise(inputs, scale, operand)
-        for j, tile in enumerate(sampled):
+        for j, shard in enumerate(sampled):
             if weight is not None:
-                scaled = tile * scale
+                scaled = shard * scale
                 error = (rounded(scaled, weight) - scaled) / scale
                 losses[i, j] += ((error @ hessian) * error).sum(dim=1).double().sum()
             if noise is not None:
-                losses[i, j] += (tile.double().square().sum(dim=0) * noise).sum()
+                losses[i, j] += (shard.double().square().sum(dim=0) * noise).sum()
     return losses
 
 
 def best_candidate(losses: Tensor) -> int:
-    """Row with the smallest total, summed over tiles in their global order; the first on a tie."""
+    """Row with the smallest total, summed over shards in their global order; the first on a tie."""
     return int(losses.sum(dim=1).argmin())
