@@ -325,15 +325,21 @@ def load_checkpoint(
     return description
 
 
+def _without_name(scheme: dict[str, Any]) -> dict[str, Any]:
+    """What a scheme is made of: its name is only for people."""
+    return {key: value for key, value in scheme.items() if key != "name"}
+
+
 def _check_schemes(path: Path, description: dict[str, Any], layers: dict[str, Scheme]) -> None:
     saved = description["quantization"]
     if saved is None or not layers:
         return
-    current = {name: scheme.to_dict() for name, scheme in layers.items()}
-    for name in sorted(current.keys() | saved["layers"].keys()):
-        if current.get(name) != saved["layers"].get(name):
+    current = {name: _without_name(scheme.to_dict()) for name, scheme in layers.items()}
+    calibrated = {name: _without_name(scheme) for name, scheme in saved["layers"].items()}
+    for name in sorted(current.keys() | calibrated.keys()):
+        if current.get(name) != calibrated.get(name):
             raise UserError(
-                f"{path}: {name} was calibrated as {saved['layers'].get(name)}, the run asks for "
+                f"{path}: {name} was calibrated as {calibrated.get(name)}, the run asks for "
                 f"{current.get(name)}. Use quantization.algorithm={saved['algorithm']} with the same "
                 "group size and rules, or restore from an unquantized checkpoint."
             )
