@@ -67,7 +67,7 @@ class InputHessian:
         hessian: Fixed-point rows of XᵀX of this rank's channels, int64 [I/tp, I]; what is left of each
             shard's first channel is zero.
         amax: Largest |x_j| of each channel, float32 [I].
-        tokens: Number of tokens, int64 (1,).
+        tokens: Number of real tokens (`QuantizedModule.token_mask`), int64 (1,).
         flag: float32 (): 1 if the input was not finite or the sum left the fixed-point range.
         first_row: Global channel of `hessian`'s first row.
     """
@@ -83,6 +83,11 @@ class InputHessian:
         rows = whole_input(linear, x)
         if rows.numel() == 0:
             return
+        tokens: Tensor | int = len(rows)
+        if linear.token_mask is not None:
+            # Zeroed, not dropped: they add exact zeros, and the GEMM's shape stays that of every layout.
+            real = linear.token_mask.t().reshape(-1)
+            rows, tokens = rows.masked_fill(~real[:, None], 0.0), real.sum()
         largest = rows.abs().amax(dim=0)
         finite = largest.isfinite()
         torch.maximum(self.amax, torch.where(finite, largest, 0.0), out=self.amax)
@@ -101,7 +106,7 @@ class InputHessian:
             diagonal = total.diagonal().double() * 2.0**-FRACTION_BITS
             bad |= ~(diagonal.amax() <= MAX_SUM / dp_size)
         torch.maximum(self.flag, bad.float(), out=self.flag)
-        self.tokens += rows.shape[0]
+        self.tokens += tokens
 
     def matrix(self, linear: QuantizedLinear) -> Tensor:
         """XᵀX, float64 [I, I], the same on every rank of the tensor-parallel group (a collective)."""

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 from mqat.cli.arguments import DEFAULT, positive
@@ -44,14 +45,17 @@ def run(args: argparse.Namespace) -> None:
         if args.compile and not args.lowered:
             raise UserError("--compile goes with --lowered: other models compute as they train.")
         if is_export(model):
-            loss, tokens = export_perplexity(model, args.text, seq_length=args.seq_length)
+            found = export_perplexity(model, args.text, seq_length=args.seq_length)
         else:
-            loss, tokens = checkpoint_perplexity(
+            found = checkpoint_perplexity(
                 model, args.text, seq_length=args.seq_length, precision=args.precision,
                 lowered=args.lowered, compiled=args.compile,
             )  # fmt: skip
-    result = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+    result = asdict(found) | {"perplexity": math.exp(found.loss)}
     if args.json:
         print(json.dumps(result))
     else:
-        print(f"{args.model}: perplexity {result['perplexity']:.3f} over {tokens} tokens")
+        print(
+            f"{args.model}: perplexity {result['perplexity']:.3f} over {found.tokens} tokens "
+            f"({found.tokens_left_out} after the last full sequence left out)"
+        )

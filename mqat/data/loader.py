@@ -17,6 +17,10 @@ Microbatch = dict[str, Tensor | None]
 class Batches:
     """Microbatches of one data-parallel rank.
 
+    In each, `loss_mask` says which labels count in the loss (answers of conversations, all of a text),
+    and `token_mask`, bool [b, s], which inputs are more than padding or filler: those that a served
+    model could meet, prompts included. None: all are.
+
     A global batch is cut into microbatches of consecutive samples; microbatch `m` goes to rank
     `m % dp_size`. So the same microbatches exist whatever `dp_size` is.
 
@@ -75,8 +79,10 @@ class Batches:
         tokens = self.data.tokens[rows].long()
         batch, length = tokens.shape[0], tokens.shape[1] - 1
         mask: Tensor | None = None
+        real = (weights > 0)[:, None].expand(batch, length)
         if self.data.segments is not None:
             segments = self.data.segments[rows]
+            real = real & (segments >= 0)
             same = segments[:, :, None] == segments[:, None, :]
             causal = torch.ones(length, length, dtype=torch.bool).tril()
             mask = ~(same & causal)[:, None]
@@ -86,6 +92,7 @@ class Batches:
             "loss_mask": self.data.loss_mask[rows].float() * weights[:, None],
             "position_ids": torch.arange(length).expand(batch, length),
             "attention_mask": mask,
+            "token_mask": None if bool(real.all()) else real,
         }
 
     def _split(self, rows: Tensor, weights: Tensor) -> list[Microbatch]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mqat.models.structure import OUTPUT_LAYER
 from mqat.parallel.learned_scales import scale_rule
-from mqat.parallel.quantized_module import QuantizedModule
+from mqat.parallel.quantized_module import QuantizedModule, set_token_mask
 from mqat.parallel.quantized_step import quantized_step
 from mqat.runtime.groups import device
 
@@ -59,6 +59,14 @@ def _forward_hidden(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, 
     return output, lambda hidden: (hidden.new_zeros(()), {})
 
 
+def _announced(chunk: Any, microbatches: Sequence[Microbatch]) -> Iterator[Microbatch]:
+    """The microbatches; as each is taken, the chunk's modules learn which of its tokens are real."""
+    for batch in microbatches:
+        mask = batch.get("token_mask")
+        set_token_mask(chunk, None if mask is None else mask.to(device()))
+        yield batch
+
+
 def run_microbatches(
     forward_step: Callable[..., Any],
     chunks: Sequence[Any],
@@ -69,22 +77,27 @@ def run_microbatches(
     """One pass over the microbatches of this data-parallel rank; results only on the last stage.
 
     Forward only, a rank may have none: nothing in a model's forward pass waits for other
-    data-parallel ranks.
+    data-parallel ranks. Padding and filler (`token_mask`) pass through the model like any token, but
+    what watches it, calibration or the quality report, leaves them out.
     """
     if forward_only and not microbatches:
         return []
     tokens = microbatches[0]["tokens"]
     assert tokens is not None
-    results: list[dict[str, Tensor]] = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        # Every chunk of an interleaved pipeline reads the same microbatches.
-        data_iterator=[iter(microbatches) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(microbatches),
-        seq_length=tokens.shape[1],
-        micro_batch_size=tokens.shape[0],
-        forward_only=forward_only,
-    )
+    take = _announced if forward_only else lambda _, batches: iter(batches)
+    try:
+        results: list[dict[str, Tensor]] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            # Every chunk of an interleaved pipeline reads the same microbatches.
+            data_iterator=[take(chunk, microbatches) for chunk in chunks],
+            model=list(chunks),
+            num_microbatches=len(microbatches),
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=forward_only,
+        )
+    finally:
+        set_token_mask(chunks, None)
     return results
 
 

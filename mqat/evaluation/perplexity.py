@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
 
 from mqat.checkpoints.load_model import load_model
 from mqat.data.documents import ReadStats, read_texts
@@ -16,6 +19,22 @@ from mqat.errors import UserError
 from mqat.evaluation.forward import logits
 from mqat.runtime import groups
 from mqat.verify.verify import open_export
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A text's mean loss per token in nats.
+
+    Attributes:
+        loss: Over `tokens`.
+        tokens: Labels that were predicted.
+        tokens_left_out: After the last full window; the text's first token, never a label, is in
+            neither number.
+    """
+
+    loss: float
+    tokens: int
+    tokens_left_out: int
 
 
 def _windows(text: Path, tokenizer: object, seq_length: int) -> PackedDataset:
@@ -30,8 +49,13 @@ def _check_length(path: Path, seq_length: int, longest: int) -> None:
         )
 
 
-def _summed_loss(scores: torch.Tensor, row: torch.Tensor) -> float:
-    return float(F.cross_entropy(scores[0].float(), row[1:], reduction="sum"))
+def _perplexity(windows: PackedDataset, compute_logits: Callable[[Tensor], Tensor]) -> Perplexity:
+    loss = 0.0
+    for row in windows.tokens.long():
+        scores = compute_logits(row[None, :-1])[0].float()
+        loss += float(F.cross_entropy(scores, row[1:], reduction="sum"))
+    tokens = windows.loss_mask.numel()
+    return Perplexity(loss / tokens, tokens, windows.dropped_tokens)
 
 
 def checkpoint_perplexity(
@@ -42,18 +66,18 @@ def checkpoint_perplexity(
     precision: str = "32",
     lowered: bool = False,
     compiled: bool = False,
-) -> tuple[float, int]:
-    """Mean loss per token in nats, and the number of tokens; also reads HF directories and GGUF.
+) -> Perplexity:
+    """Of a checkpoint; also reads HF directories and GGUF.
 
     Raises:
         ValueError: As `load_model` and `read_texts`.
     """
     model = load_model(path, precision=precision, lowered=lowered, compiled=compiled)
     _check_length(path, seq_length, model.config.max_position_embeddings)
-    rows = _windows(text, model.tokenizer, seq_length).tokens.long()
-    loss = sum(_summed_loss(logits(model.chunks, row[None, :-1]).cpu(), row) for row in rows)
+    windows = _windows(text, model.tokenizer, seq_length)
+    found = _perplexity(windows, lambda tokens: logits(model.chunks, tokens).cpu())
     groups.finalize()
-    return loss / (len(rows) * seq_length), len(rows) * seq_length
+    return found
 
 
 def checkpoint_quality(
@@ -84,7 +108,7 @@ def checkpoint_quality(
     return quality_report(model.chunks, lambda: run_layers(model.chunks, steps), group=group)
 
 
-def export_perplexity(directory: Path, text: Path, *, seq_length: int) -> tuple[float, int]:
+def export_perplexity(directory: Path, text: Path, *, seq_length: int) -> Perplexity:
     """The same for an exported directory, computed by the independent reader.
 
     Raises:
@@ -92,6 +116,4 @@ def export_perplexity(directory: Path, text: Path, *, seq_length: int) -> tuple[
     """
     reader = open_export(directory)
     _check_length(directory, seq_length, int(reader.config.raw["max_position_embeddings"]))
-    rows = _windows(text, load_tokenizer(directory), seq_length).tokens.long()
-    loss = sum(_summed_loss(reader.logits(row[None, :-1]), row) for row in rows)
-    return loss / (len(rows) * seq_length), len(rows) * seq_length
+    return _perplexity(_windows(text, load_tokenizer(directory), seq_length), reader.logits)

@@ -2,7 +2,7 @@
 
 Every module is run twice on the input it meets in the quantized model, with its quantizers and without:
 
-    SQNR = 10 log10(sum y² / sum (y - y_q)²)  dB        of operands, and of the output over all tokens
+    SQNR = 10 log10(sum y² / sum (y - y_q)²)  dB        of operands, and of the output over real tokens
 
 A bit is worth 6 dB. Sums and maxima are merged over ranks in one collective each, so that the report is
 the same on every layout, up to the order in which floats are added.

@@ -1,7 +1,7 @@
 """What the quality report measures while batches run: hooks on linears and on attentions with a cache.
 
-A hook runs its module a second time, on the same arguments and without its quantizers. What it sums is
-merged over ranks later (`quality.py`): `sums` by SUM, `maxima` by MAX.
+A hook runs its module a second time, on the same arguments and without its quantizers. Only real tokens
+count (`QuantizedModule.token_mask`). Ranks are merged later (`quality.py`): `sums` by SUM, `maxima` by MAX.
 """
 
 from __future__ import annotations
@@ -96,40 +96,47 @@ class SqnrHooks:
             return
         self._is_inside = True
         with torch.no_grad(), _unquantized(self.module):
-            exact = _first(self.module(*args, **kwargs)).detach()
+            exact = _first(self.module(*args, **kwargs))
         self._is_inside = False
-        self._compare_outputs(_first(output).detach(), exact)
+        self._compare_outputs(_first(output), exact)
         if isinstance(self.module, KvCacheAttention):
             arguments = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             for kind in ("key", "value"):
                 self._operand(self.module.scheme.scale_of(kind), arguments[kind])
             return
-        self._channels(args[0].detach())
+        self._channels(args[0])
         if "input" in self.module.quantizers:
             self._operand("input", args[0])
 
     def _compare_outputs(self, quantized: Tensor, exact: Tensor) -> None:
+        quantized, exact = self.module.real_tokens(quantized), self.module.real_tokens(exact)
         sums, quantizer = self.sums["output"], self.module.quantizers.get("output")
         sums[SIGNAL] += exact.double().square().sum()
         sums[NOISE] += (quantized.double() - exact.double()).square().sum()
         if quantizer is not None:
             sums[CLIPPED] += clipped(exact, quantizer)
         sums[COUNT] += exact.numel()
-        self.tokens += exact.shape[0] * exact.shape[1]
+        self.tokens += len(exact)
         self._largest("output", exact)
 
     def _operand(self, kind: str, x: Tensor) -> None:
-        quantizer = self.module.quantizers[kind]
-        with torch.no_grad():
-            self.sums[kind] += operand_sums(x, quantizer)
-        self._largest(kind, x.detach())
+        x = self.module.real_tokens(x)
+        # Ranks that agree on a token's scale all have a part of that token: none waits in vain.
+        if len(x):
+            with torch.no_grad():
+                self.sums[kind] += operand_sums(x, self.module.quantizers[kind])
+            self._largest(kind, x)
 
     def _largest(self, kind: str, x: Tensor) -> None:
-        largest = self.maxima[kind]
-        torch.maximum(largest, x.abs().amax().float(), out=largest)
+        if len(x):
+            largest = self.maxima[kind]
+            torch.maximum(largest, x.abs().amax().float(), out=largest)
 
     def _channels(self, x: Tensor) -> None:
-        own = x.abs().flatten(0, -2).amax(dim=0).float()
+        x = self.module.real_tokens(x)
+        if not len(x):
+            return
+        own = x.abs().amax(dim=0).float()
         cut, whole = isinstance(self.module, QuantRowParallelLinear), self.maxima["channels"]
         start = own.numel() * self.module.tp_group.rank() if cut else 0
         place = whole[start : start + own.numel()]

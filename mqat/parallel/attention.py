@@ -70,7 +70,7 @@ class KvCacheAttention(QuantizedModule):
         return context
 
     def _cached(self, kind: str, x: Tensor) -> Tensor:
-        quantizer = self.quantizers[self.scheme.scale_of(kind)]
-        if self.is_calibrating and quantizer.observer is None:
+        if self.is_calibrating:
+            self.observe(self.scheme.scale_of(kind), x)
             return x
-        return quantizer(x)  # type: ignore[no-any-return]
+        return self.quantizers[self.scheme.scale_of(kind)](x)  # type: ignore[no-any-return]

@@ -136,6 +136,9 @@ class QuantizedLinear(QuantizedModule):
 
         With the bias where Megatron adds it in the linear (qkv), without where the caller adds it.
         """
+        if self.is_calibrating:
+            self.observe("output", output)
+            return output
         return output if self.output_quantizer is None else self.output_quantizer(output)
 
     def packed_gemm(
@@ -255,8 +258,7 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
             if self._is_fast():
                 return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
-        if self.input_quantizer is not None:
-            self.input_quantizer(input)
+        self.observe("input", input)
         if self.sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
         output = sharded_linear(input, weight, self.shards_per_rank * self.parts)
@@ -302,8 +304,7 @@ class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignor
             if self._is_fast():
                 return self.quantized_gemm(input, weight, *args, **kwargs)
             return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
-        if self.input_quantizer is not None:
-            self.input_quantizer(input)
+        self.observe("input", input)
         output, overflow = ordered_linear(input, weight, self.shards_per_rank, self.tp_group)
         assert self.overflow is not None, "begin_calibration() creates the flag"
         self.overflow |= overflow

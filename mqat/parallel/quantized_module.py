@@ -20,6 +20,8 @@ class QuantizedModule(nn.Module):
         tp_group: Ranks that hold other parts of it.
         parts: Number of weights fused along the output rows that are cut separately (gate, up).
         is_calibrating: Compute unquantized, whatever is frozen.
+        token_mask: bool [b, s], False for padding and filler of the microbatch that comes next
+            (`set_token_mask`); None: every token is real.
     """
 
     quantized_name: str
@@ -27,6 +29,7 @@ class QuantizedModule(nn.Module):
     weight: Tensor
     parts: int = 1
     is_calibrating: bool = False
+    token_mask: Tensor | None = None
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
@@ -41,6 +44,29 @@ class QuantizedModule(nn.Module):
         """Back to the normal mode."""
         self.is_calibrating = False
 
+    def real_tokens(self, x: Tensor) -> Tensor:
+        """What `token_mask` keeps of activations.
+
+        Args:
+            x: [s, b, ...], or under sequence parallelism this rank's part [s/tp, b, ...].
+
+        Returns:
+            [n, ...], without gradient; n may be 0.
+        """
+        if self.token_mask is None:
+            return x.detach().flatten(0, 1)
+        mask = self.token_mask.t()
+        if len(x) != len(mask):  # sequence parallelism: each rank has consecutive tokens
+            mask = mask.chunk(self.tp_group.size())[self.tp_group.rank()]
+        assert mask.shape == x.shape[:2], f"{self.quantized_name}: {x.shape} with {mask.shape}"
+        return x.detach()[mask]
+
+    def observe(self, kind: str, x: Tensor) -> None:
+        """Shows the real tokens of `x` to the quantizer `kind`, if it is there and is observing."""
+        quantizer = self.quantizers.get(kind)
+        if quantizer is not None and quantizer.observer is not None:
+            quantizer.observer.observe_(self.real_tokens(x))
+
 
 def quantized_modules(model: Any) -> dict[str, QuantizedModule]:
     """Modules of this rank by global name, for a model or a list of pipeline chunks."""
@@ -51,6 +77,12 @@ def quantized_modules(model: Any) -> dict[str, QuantizedModule]:
         for module in chunk.modules()
         if isinstance(module, QuantizedModule)
     }
+
+
+def set_token_mask(model: Any, mask: Tensor | None) -> None:
+    """Says which tokens of the next microbatch are real, bool [b, s] on the device; None: all."""
+    for module in quantized_modules(model).values():
+        module.token_mask = mask
 
 
 def all_quantizers(model: Any) -> list[Quantizer]:

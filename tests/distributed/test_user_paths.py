@@ -118,7 +118,11 @@ def test_export_verify_eval_and_inspect_commands(trained, tmp_path):
     losses = []
     for arguments in ([checkpoint], [out], [checkpoint, "--precision", "bf16"]):
         done = mqat("eval", *arguments, "--text", text, "--seq-length", 64, "--json")
-        losses.append(json.loads(done.stdout)["loss"])
+        found = json.loads(done.stdout)
+        losses.append(found["loss"])
+        assert found["tokens"] % 64 == 0 and 0 < found["tokens_left_out"] < 64
+    done = mqat("eval", out, "--text", text, "--seq-length", 64)
+    assert f"{found['tokens_left_out']} after the last full sequence left out" in done.stdout
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-2)  # the export is bf16
     assert losses[2] != losses[0]
     done = mqat("eval", out, "--text", text, "--precision", "bf16")

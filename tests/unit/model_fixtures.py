@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mqat.checkpoints.random_weights import RandomWeights
+from mqat.data.loader import Batches, Microbatch
+from mqat.data.packing import PackedDataset
 from mqat.models.decoder import DecoderConfig
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
@@ -41,6 +43,30 @@ def microbatches(count: int = 2, length: int = 32) -> list[dict[str, Any]]:
         }
         for t in tokens
     ]
+
+
+def padded_data(pad: int, *, rows: int = 4, length: int = 32, seed: int = 0) -> PackedDataset:
+    """Conversations whose second half is padding with the token `pad`; the first quarter is a prompt."""
+    half = length // 2
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.full((rows, length + 1), pad, dtype=torch.int32)
+    tokens[:, :half] = torch.randint(0, 301, (rows, half), generator=generator, dtype=torch.int32)
+    segments = torch.full((rows, length), -1, dtype=torch.int32)
+    segments[:, :half] = 0
+    counts = torch.zeros(rows, length, dtype=torch.bool)
+    counts[:, half // 2 : half - 1] = True
+    return PackedDataset(tokens, counts, segments)
+
+
+def epoch(data: PackedDataset, **layout: int) -> list[list[Microbatch]]:
+    """One pass in microbatches of two rows, filled up to batches of four."""
+    sizes = {"global_batch_size": 4, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1} | layout
+    return Batches(data, shuffle=False, seed=0, **sizes).epoch()
+
+
+def without_masks(steps: list[list[Microbatch]]) -> list[list[Microbatch]]:
+    """The same tokens, all of them taken for real: what a control compares with."""
+    return [[batch | {"token_mask": None} for batch in step] for step in steps]
 
 
 @pytest.fixture

@@ -87,6 +87,25 @@ def test_the_mask_hides_the_future_and_other_conversations() -> None:
     assert torch.equal(~mask[0, 0], torch.tensor(seen, dtype=torch.bool))
 
 
+def test_padding_and_filler_are_not_real_tokens_but_prompts_are() -> None:
+    segments = torch.tensor([[0, 0, 1, -1], [0, 0, 0, 0], [0, -1, -1, -1]], dtype=torch.int32)
+    data = dataset(3, segments=segments)
+    data.loss_mask[:, 0] = False  # a prompt
+    first, last = batches(data, global_batch_size=4).epoch()[0]
+    assert first["token_mask"] is not None and first["token_mask"].dtype == torch.bool
+    assert first["token_mask"].tolist() == [[True, True, True, False], [True] * 4]
+    assert last["token_mask"] is not None
+    assert last["token_mask"].tolist() == [[True, False, False, False], [False] * 4]  # a filler
+
+
+def test_a_text_has_filler_but_no_padding() -> None:
+    first, last = batches(dataset(3), global_batch_size=4).epoch()[0]
+    assert first["token_mask"] is None  # all are real
+    assert last["token_mask"] is not None
+    assert last["token_mask"].tolist() == [[True] * 4, [False] * 4]
+    assert all(m["token_mask"] is None for m in batches(dataset(3)).microbatches(0))
+
+
 def test_an_evaluation_epoch_counts_every_sample_once_at_every_layout() -> None:
     data = dataset(11)
     for dp_size in (1, 2, 4):

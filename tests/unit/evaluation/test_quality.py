@@ -1,7 +1,9 @@
 """The quality report of one process: hand-checked numbers, and the page."""
 
+import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import TensorScheme
 from mqat.report.page import hint, html_page, worst_first, write_report
 from mqat.specs.policy import Policy, Rule
-from tests.unit.model_fixtures import MODEL, microbatches
+from tests.unit.model_fixtures import MODEL, epoch, microbatches, padded_data, without_masks
 
 
 @pytest.fixture
@@ -39,12 +41,16 @@ def calibrated(world):
             change(linears)
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
 
-        def go():
-            run_layers(chunks, [microbatches()])
+        def run(steps):
+            run_layers(chunks, steps)
 
         if layers:
-            calibrate(chunks, go, group=group)
-        return linears, lambda: quality_report(chunks, go, group=group)
+            calibrate(chunks, lambda: run([microbatches()]), group=group)
+
+        def report(steps=None):
+            return quality_report(chunks, lambda: run(steps or [microbatches()]), group=group)
+
+        return linears, report
 
     return make
 
@@ -140,6 +146,43 @@ def test_caches_are_reported(calibrated, scales, kinds):
                 entry[kind]["format"] == "int8_full per tensor" and 20 < entry[kind]["sqnr_db"] < 60
             )
             assert entry[kind]["scale"][0] == pytest.approx(entry[kind]["amax"] / 127, rel=2e-2)
+
+
+# Static, dynamic per token with and without zero points, groups, outputs; with caches.
+@pytest.mark.parametrize("algorithm", ["int8", "int8_pc_pt", "8da4w", "nvfp4"])
+def test_padding_and_filler_are_in_no_figure(calibrated, algorithm):
+    _, report = calibrated(algorithm, kv_cache="int8", rules=(OUTPUT,))
+    first, second = padded_data(20), padded_data(300)
+    found = report(epoch(first))
+    assert len(found["linears"]) == 4 * MODEL.num_layers and found["caches"]
+    assert report(epoch(second)) == found
+    assert report(epoch(first, global_batch_size=16)) == found
+    ignored = [
+        report(without_masks(epoch(first))),
+        report(without_masks(epoch(second))),
+        report(without_masks(epoch(first, global_batch_size=16))),
+    ]
+    assert all(a != b for a, b in itertools.combinations([found, *ignored], 2))
+
+
+def test_rows_alone_and_padded_have_the_same_figures(calibrated):
+    _, report = calibrated("int8", kv_cache="int8")
+    data = padded_data(20)
+    alone = replace(
+        data,
+        tokens=data.tokens[:, :17],
+        loss_mask=data.loss_mask[:, :16],
+        segments=data.segments[:, :16],
+    )
+    assert report(epoch(data)) == report(epoch(alone))
+    assert report(without_masks(epoch(data))) != report(epoch(alone))
+
+
+def test_filler_alone_is_an_error(calibrated):
+    _, report = calibrated("int8_pc_pt")
+    (step,) = epoch(padded_data(20, rows=2))
+    with pytest.raises(ValueError, match=r"no token reached decoder\.layers\.0"):
+        report([step[1:]])
 
 
 def test_what_is_not_finite_is_an_error_and_not_exact(calibrated):

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from mqat.calibration.search import InputStatistics, smoothquant_scale, tile_losses
 from mqat.calibration.weights import (
     group_counts,
@@ -14,6 +12,8 @@ from mqat.calibration.weights import (
     shrink_errors,
     shrunk,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from mqat.kernels import reference
 from mqat.kernels.packed_nf4 import nf4_quantize
 from mqat.quant.formats import INT4, INT8

@@ -1,0 +1,25 @@
+"""Which tokens a model's modules take for real while microbatches run."""
+
+import torch
+
+from tests.unit.model_fixtures import epoch, padded_data
+
+
+def test_modules_know_the_real_tokens_of_each_microbatch_and_forget_them(calibrated):
+    from mqat.evaluation.forward import evaluate, run_layers
+    from mqat.parallel.quantized_module import quantized_modules
+    from mqat.training.step import forward_backward
+
+    chunks = calibrated("int8")
+    seen = []
+    modules = quantized_modules(chunks)
+    last = modules["decoder.layers.1.mlp.linear_fc2"]
+    last.register_forward_pre_hook(lambda module, _: seen.append(module.token_mask))
+    (step,) = epoch(padded_data(20, rows=2))
+    for run in (run_layers, evaluate):
+        run(chunks, [step])
+        assert torch.equal(torch.stack(seen), torch.stack([m["token_mask"] for m in step]))
+        assert all(module.token_mask is None for module in modules.values())
+        seen.clear()
+    forward_backward(chunks, step)  # nothing is watched in training
+    assert seen == [None, None]
