@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mqat.checkpoints.manifest import DESCRIPTION
@@ -15,14 +14,8 @@ from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
 from mqat.models.structure import CORE_ATTENTION, in_layer, quantizer_key
 from mqat.quant.scheme import LinearScheme
-from mqat.verify.checks import check_files
-from mqat.verify.expected import CACHE_SCALE
-from mqat.verify.hf_layout import Storage, all_modules, read_hf_config
-from mqat.verify.hf_values import steps_of
-from mqat.verify.huggingface import HfDirectory
-from mqat.verify.huggingface import check_files as check_hf_files
-from mqat.verify.layout import INT4_ALGORITHMS, MODULES, ServedConfig, read_config
-from mqat.verify.verify import is_huggingface
+from mqat.verify.export import Export, Rank
+from mqat.verify.verify import read_export
 
 _BIAS = ", bias"  # in the model's dtype, not counted among the bits
 COLUMNS = ("file", "linear", "format", "bits", "shape", "weight scales", "input scale")
@@ -72,7 +65,7 @@ def rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: no such file or directory.")
     if (path / DESCRIPTION).is_file():
         return _checkpoint_rows(path)
-    return _hf_rows(path) if is_huggingface(path) else _trtllm_rows(path)
+    return _export_rows(read_export(path))
 
 
 def _bits(shape: tuple[int, int], code_bits: int, *others: Tensor | None) -> float:
@@ -127,89 +120,35 @@ def _cache_row(file: str, name: str, form: str, shape: tuple[int, int], *scales:
     return Row(file, name, f"cache: {form}", 8, shape, steps)
 
 
-def _trtllm_rows(path: Path) -> Iterator[Row]:
-    problems: list[str] = []
-    config = read_config(path, problems)
-    problems += [] if config is None else check_files(path, config)
-    if config is None or problems:
-        raise UserError(f"{path}: {problems[0]}")
-    for rank in range(config.tp * config.pp):
-        file = f"rank{rank}.safetensors"
-        with safe_open(path / file, framework="pt") as handle:
-            for layer in range(config.layers_per_stage):
-                for module in MODULES:
-                    name = f"transformer.layers.{layer}.{module}"
-                    yield _trtllm_row(file, name, handle, config)
-                if config.kv_cache is not None:
-                    name = f"transformer.layers.{layer}.{CACHE_SCALE}"
-                    shape = (config.key_value_heads_per_rank, int(config.raw["head_size"]))
-                    scale = handle.get_tensor(name)
-                    yield _cache_row(file, name, config.kv_cache, shape, scale)
+def _export_rows(export: Export) -> Iterator[Row]:
+    for ranks in export.stages:
+        for rank in ranks:
+            for layer in range(export.model.layers_per_stage):
+                prefix = export.model.prefix(layer)
+                for module in export.model.modules:
+                    yield _stored_row(export, rank, prefix, module)
+                if export.description.cache is not None:
+                    yield _stored_cache_row(export, rank, prefix)
 
 
-def _trtllm_row(file: str, name: str, handle: safe_open, config: ServedConfig) -> Row:
-    weight = handle.get_slice(f"{name}.weight")
-    out, width = weight.get_shape()
-    algorithm = config.algorithm_of(name)
-    present = set(handle.keys())
-
-    def tensor(suffix: str) -> Tensor | None:
-        full = f"{name}.{suffix}"
-        return handle.get_tensor(full) if full in present else None
-
-    scale, step = tensor("weights_scaling_factor"), tensor("activation_scaling_factor")
-    scale = tensor("per_channel_scale") if scale is None else scale
-    is_int4, is_fp4 = algorithm in INT4_ALGORITHMS, algorithm == "NVFP4"
-    shape = (2 * out if is_int4 else out, 2 * width if is_fp4 else width)
-    widths = {"BF16": 16, "F16": 16, "F32": 32, "I8": 8, "F8_E4M3": 8}
-    code_bits = 4 if is_int4 or is_fp4 else widths[weight.get_dtype()]
-    others = [tensor(s) for s in ("prequant_scaling_factor", "weights_scaling_factor_2")]
-    bits = _bits(shape, code_bits, scale, step, *others)
-    if is_fp4 and scale is not None and others[1] is not None:
-        scale = scale.float() * others[1]
-    form = algorithm or f"unquantized {weight.get_dtype()}"
-    form += _BIAS * (f"{name}.bias" in present)
-    return Row(file, name, form, bits, shape, scale, step)
+def _stored_row(export: Export, rank: Rank, prefix: str, module: str) -> Row:
+    linear, name = export.linear(rank, prefix, module), prefix + module
+    storage, form = linear.storage, str(linear.storage)
+    if not storage.bits:
+        form += f" {str(linear.tensors['weight'].dtype).removeprefix('torch.')}"
+    scale = linear.step() if "codes" in linear.tensors else None
+    step = linear.tensors.get("input_scale", linear.tensors.get("input_global_scale"))
+    file = rank.found[f"{name}.{storage.weight_name}"]
+    form += _BIAS * ("bias" in linear.tensors)
+    return Row(file, name, form, linear.bits_per_weight(), linear.shape, scale, step)
 
 
-def _hf_rows(path: Path) -> Iterator[Row]:
-    problems: list[str] = []
-    config = read_hf_config(path, problems)
-    if config is None:
-        raise UserError(f"{path}: {problems[0]}")
-    problems, files = check_hf_files(path, config)
-    if problems:
-        raise UserError(f"{path}: {problems[0]}")
-    directory = HfDirectory(path, config, files)
-    for name in all_modules(config.raw["num_hidden_layers"]):
-        tensors, storage = directory.module(name), config.storage.get(name)
-        if storage is None:
-            weight = tensors["weight"]
-            out, inputs = weight.shape
-            width = 8 * weight.element_size()
-            kind = str(weight.dtype).removeprefix("torch.")
-            form = f"unquantized {kind}" + _BIAS * ("bias" in tensors)
-            yield Row(files[f"{name}.weight"], name, form, width, (out, inputs))
-            continue
-        stored, kind = tensors[storage.weight_name], storage.weight_name
-        shape = config.shape_of(name)
-        step = tensors.get(storage.input_scale_name or "")
-        rest = [t for s, t in tensors.items() if s not in (kind, "weight_shape", "bias")]
-        code_bits = 8 * stored.numel() * stored.element_size() // (shape[0] * shape[1])
-        bits, scale = _bits(shape, code_bits, *rest), steps_of(tensors, storage)
-        form = _form(storage) + _BIAS * ("bias" in tensors)
-        yield Row(files[f"{name}.{kind}"], name, form, bits, shape, scale, step)
-    for layer in range(config.raw["num_hidden_layers"] if config.cache_scales else 0):
-        names = [f"model.layers.{layer}.{name}" for name in config.cache_scales.values()]
-        shape = (int(config.raw["num_key_value_heads"]), int(config.raw["head_dim"]))
-        scales = [directory.tensor(name) for name in names]
-        name = f"model.layers.{layer}.self_attn"
-        yield _cache_row(files[names[0]], name, "FP8", shape, *scales)
-
-
-def _form(storage: Storage) -> str:
-    kind = f"fp{storage.bits}" if storage.is_float else f"int{storage.bits}"
-    grain = {-1: "tensor", 0: "channel"}.get(storage.group_size, f"group:{storage.group_size}")
-    text = f"{kind} per {grain}" + ", zero points" * storage.is_asymmetric
-    text += ", packed" * bool(storage.packing)
-    return text if storage.input is None else f"{text}, inputs {storage.input}"
+def _stored_cache_row(export: Export, rank: Rank, prefix: str) -> Row:
+    cache, model = export.description.cache, export.model
+    assert cache is not None
+    names = dict.fromkeys(prefix + name for name in cache.names.values())
+    first = next(iter(names))
+    name = prefix + first.removeprefix(prefix).partition(".")[0]
+    shape = (model.on_rank("key_value") // model.on_rank("head"), model.on_rank("head"))
+    scales = [rank.tensor(name) for name in names]
+    return _cache_row(rank.found[first], name, "FP8" if cache.is_float else "INT8", shape, *scales)

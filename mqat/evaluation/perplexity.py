@@ -115,5 +115,5 @@ def export_perplexity(directory: Path, text: Path, *, seq_length: int) -> Perple
         ValueError: The directory's config cannot be used; names the first problem.
     """
     reader = open_export(directory)
-    _check_length(directory, seq_length, int(reader.config.raw["max_position_embeddings"]))
+    _check_length(directory, seq_length, reader.max_positions)
     return _perplexity(_windows(text, load_tokenizer(directory), seq_length), reader.logits)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,12 +18,11 @@ from torch import Tensor
 
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
-from mqat.verify import huggingface as hf
-from mqat.verify.checks import check_files
-from mqat.verify.hf_layout import read_hf_config
-from mqat.verify.layout import read_config
-from mqat.verify.reader import RankReader
-from mqat.verify.roundtrip import compare_with_checkpoint
+from mqat.verify.check import header_problems, value_problems
+from mqat.verify.compare import compare_with_checkpoint
+from mqat.verify.decoder import Decoder
+from mqat.verify.export import Export
+from mqat.verify.formats import huggingface, trtllm
 
 __all__ = [
     "Report",
@@ -105,6 +105,46 @@ def compare_logits(report: Report, served: Tensor, reference: Tensor) -> None:
         )
 
 
+def _open(directory: Path, adapter: ModuleType, problems: list[str]) -> Export | None:
+    """The export with its headers checked; complaints go to `problems`, None if it is unusable."""
+    if not directory.is_dir():
+        problems.append(f"{directory}: no such directory")
+        return None
+    description = adapter.read_config(directory, problems)
+    if description is None:
+        return None
+    stages = adapter.find_ranks(directory, description, problems)
+    if any(problem.endswith(": missing") for problem in problems) or not stages:
+        return None
+    problems += [p for ranks in stages for rank in ranks for p in rank.open(directory)]
+    export = Export(description, stages)
+    if not problems:
+        problems += header_problems(export)
+    return None if problems else export
+
+
+def _verify(
+    directory: Path,
+    adapter: ModuleType,
+    reference: Path | None,
+    tokens: Tensor | None,
+    reference_logits: Tensor | None,
+) -> Report:
+    report = Report()
+    export = _open(directory, adapter, report.problems)
+    if export is None:
+        return report
+    report.num_files = export.num_files
+    report.problems += value_problems(export)
+    if reference is not None:
+        report.problems += compare_with_checkpoint(export, CheckpointReader(reference))
+        report.compared_with_checkpoint = True
+    if tokens is not None and not report.problems:
+        _check_tokens(export.model.size("vocab_size"), tokens, reference_logits)
+        _judge_logits(report, Decoder(export).logits(tokens), reference_logits)
+    return report
+
+
 def verify_trtllm(
     directory: Path,
     *,
@@ -117,31 +157,13 @@ def verify_trtllm(
     Args:
         directory: TensorRT-LLM checkpoint directory.
         reference: mqat checkpoint it was made from; every tensor is then compared bit for bit.
-        tokens: int64 [b, s] to run through the rank-by-rank reader.
+        tokens: int64 [b, s] to run through the decoder, if nothing is wrong before.
         reference_logits: The training model's fake-quantized logits for `tokens`, [b, s, V].
 
     Raises:
         ValueError: The reference itself is damaged, or tokens and logits do not fit the model.
     """
-    report = Report()
-    if not directory.is_dir():
-        report.problems.append(f"{directory}: no such directory")
-        return report
-    config = read_config(directory, report.problems)
-    if config is None:
-        return report
-    report.num_files = config.tp * config.pp
-    report.problems += check_files(directory, config)
-    if report.problems:
-        return report
-    if reference is not None:
-        checkpoint = CheckpointReader(reference)
-        report.problems += compare_with_checkpoint(directory, config, checkpoint)
-        report.compared_with_checkpoint = True
-    if tokens is not None:
-        _check_tokens(int(config.raw["vocab_size"]), tokens, reference_logits)
-        _judge_logits(report, RankReader(directory, config).logits(tokens), reference_logits)
-    return report
+    return _verify(directory, trtllm, reference, tokens, reference_logits)
 
 
 def verify_hf(
@@ -152,28 +174,7 @@ def verify_hf(
     reference_logits: Tensor | None = None,
 ) -> Report:
     """The same for a Hugging Face directory; arguments and errors as for `verify_trtllm`."""
-    report = Report()
-    config = read_hf_config(directory, report.problems)
-    if config is None:
-        return report
-    problems, files = hf.check_files(directory, config)
-    report.problems += problems
-    report.num_files = len(set(files.values()))
-    if report.problems:
-        return report
-    tensors = hf.HfDirectory(directory, config, files)
-    report.problems += hf.check_values(tensors)
-    if report.problems and reference is None:
-        return report
-    if reference is not None:
-        checkpoint = CheckpointReader(reference)
-        different = list(hf.compare_config(config, checkpoint))
-        report.problems += different or hf.compare_tensors(tensors, checkpoint)
-        report.compared_with_checkpoint = True
-    if tokens is not None:
-        _check_tokens(int(config.raw["vocab_size"]), tokens, reference_logits)
-        _judge_logits(report, hf.HfReader(tensors).logits(tokens), reference_logits)
-    return report
+    return _verify(directory, huggingface, reference, tokens, reference_logits)
 
 
 def is_huggingface(directory: Path) -> bool:
@@ -193,24 +194,23 @@ def is_export(directory: Path) -> bool:
     return raw.get("quantization_config") is not None
 
 
-def open_export(directory: Path) -> RankReader | hf.HfReader:
-    """A reader that computes logits from an exported directory alone.
+def read_export(directory: Path) -> Export:
+    """An exported directory of either kind, its headers checked.
 
     Raises:
         ValueError: The directory is not complete; names the first problem.
     """
     problems: list[str] = []
-    if is_huggingface(directory):
-        hf_config = read_hf_config(directory, problems)
-        if hf_config is not None:
-            problems, files = hf.check_files(directory, hf_config)
-            if not problems:
-                return hf.HfReader(hf.HfDirectory(directory, hf_config, files))
-    else:
-        config = read_config(directory, problems)
-        if config is not None:
-            return RankReader(directory, config)
-    raise UserError(f"{directory}: {problems[0]}")
+    adapter = huggingface if is_huggingface(directory) else trtllm
+    export = _open(directory, adapter, problems)
+    if export is None:
+        raise UserError(f"{directory}: {problems[0]}")
+    return export
+
+
+def open_export(directory: Path) -> Decoder:
+    """A decoder that computes logits from an exported directory alone; errors as `read_export`."""
+    return Decoder(read_export(directory))
 
 
 def _extract(archive: tarfile.TarFile, directory: Path) -> None:

@@ -31,7 +31,7 @@ def test_a_checkpoint(algorithm, bits, form, tiny):
     [
         ("int8", "W8A8_SQ_PER_CHANNEL", 8),
         ("int4", "W4A16_AWQ", 4),
-        ("null", "unquantized BF16", 16),
+        ("null", "unquantized bfloat16", 16),
     ],
 )
 def test_rank_files(algorithm, form, bits, tiny, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mqat.verify.values import int4_codes
+from mqat.verify.storage import int4_codes
 from mqat.verify.verify import verify_trtllm
 from tests.unit.verify.exports import rewrite
 

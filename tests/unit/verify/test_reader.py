@@ -19,9 +19,8 @@ from transformers import (
 from mqat.export.export import export_trtllm
 from mqat.models.schemes import kv_cache_schemes
 from mqat.quant.quantizer import Quantizer
-from mqat.verify.layout import read_config
-from mqat.verify.reader import RankReader
-from mqat.verify.verify import Report, compare_logits, verify_trtllm
+from mqat.verify.storage import reload_w8a16
+from mqat.verify.verify import Report, compare_logits, open_export, verify_trtllm
 from tests.unit.export.checkpoints import (
     BIASED,
     QWEN2,
@@ -175,10 +174,7 @@ def transformers_logits(model, layers, tokens, *, quantize=True, tp=1):
 
 
 def served_logits(directory, tokens):
-    problems = []
-    config = read_config(directory, problems)
-    assert config is not None, problems
-    return RankReader(directory, config).logits(tokens)
+    return open_export(directory).logits(tokens)
 
 
 def relative(a, b):
@@ -216,7 +212,7 @@ def test_weight_only_int8_is_exact_in_the_file_and_quantized_again_by_the_loader
     unquantized = transformers_logits(TINY, layers, TOKENS, quantize=False)
     # The second rounding costs about as much as the first, and not more.
     assert 1e-3 < relative(served, expected) < 1.5 * relative(unquantized, expected)
-    monkeypatch.setattr("mqat.verify.reader._reload_w8a16", torch.Tensor.float)
+    monkeypatch.setattr("mqat.verify.storage.reload_w8a16", torch.Tensor.float)
     assert relative(served_logits(directory, TOKENS), expected) < 1e-5
 
 
@@ -287,9 +283,8 @@ def test_w8a16_weights_are_quantized_again_as_the_loader_does(exported):
     row = weight[0].double()
     step = float(row.abs().max()) / 128
     expected = [max(-128, min(127, round(value / step))) * step for value in row.tolist()]
-    from mqat.verify.reader import _reload_w8a16
 
-    assert torch.allclose(_reload_w8a16(weight)[0].double(), torch.tensor(expected).double())
+    assert torch.allclose(reload_w8a16(weight)[0].double(), torch.tensor(expected).double())
 
 
 def test_compare_logits_measures_what_it_says():

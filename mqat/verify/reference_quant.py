@@ -1,4 +1,4 @@
-"""Operands of a served linear as a server's kernels make them: in lines of their own, on purpose.
+"""Rounding of weights and inputs as servers' kernels do it: in lines of its own, on purpose.
 
 Nothing here comes from `mqat.quant`, so that a mistake there cannot hide.
 
@@ -20,6 +20,14 @@ import torch
 from torch import Tensor
 
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+# Smallest and largest code of a weight, by the name of its integer format.
+_RANGES = {
+    "int8": (-127, 127),
+    "int8_loader": (-128, 127),
+    "int4": (-8, 7),
+    "int4_even": (-8, 7),
+    "uint4": (0, 15),
+}
 _TINY = 2.0**-24  # smallest step, so that zeros stay zeros
 
 
@@ -39,9 +47,42 @@ def fp4_values(codes: Tensor) -> Tensor:
     return torch.where(codes >= 8, -values, values)
 
 
-def fp4_unpacked(packed: Tensor) -> Tensor:
-    """Codes uint8 [O, I] from bytes [O, I/2]: the even column in the low nibble."""
-    return torch.stack([packed % 16, packed // 16], dim=2).flatten(1)
+def expand(scale: Tensor, granularity: str, width: int) -> Tensor:
+    """Scales (1,), [O] or [O, G] in a shape that broadcasts over [O, width]."""
+    if granularity.startswith("group:"):
+        size = int(granularity.removeprefix("group:"))
+        return scale.repeat_interleave(size, dim=1)[:, :width]
+    return scale[:, None] if granularity == "channel" else scale
+
+
+def quantize_weight(
+    weight: Tensor, scale: Tensor, granularity: str, fmt: str, zero_point: Tensor | None = None
+) -> Tensor:
+    """Codes of weight / scale, rounded to nearest, ties to even.
+
+    Args:
+        weight: float32 [O, I].
+        scale: The frozen one, float32, in the shape of its granularity.
+        granularity: Its name in checkpoints.
+        fmt: Name of the number format in checkpoints.
+        zero_point: Shaped like `scale`, or None.
+
+    Returns:
+        [O, I]: int8 for integers, moved to -8..7 where they are unsigned; float8 for FP8; for FP4
+        uint8, one code in a byte.
+    """
+    width = weight.shape[1]
+    ratio = weight / expand(scale, granularity, width)
+    if fmt == "fp8_e4m3":
+        return ratio.clamp(-448, 448).to(torch.float8_e4m3fn)
+    if fmt == "fp4_e2m1":
+        return fp4_codes(ratio)
+    low, high = _RANGES[fmt]
+    codes = ratio.round()
+    if zero_point is not None:
+        codes += expand(zero_point, granularity, width)
+    middle = (high + 1) // 2 if low == 0 else 0
+    return (codes.clamp(low, high) - middle).to(torch.int8)
 
 
 def _fp8(x: Tensor, step: Tensor) -> Tensor:
@@ -55,12 +96,12 @@ def _blocks_of_16(x: Tensor, above: Tensor) -> Tensor:
     return (fp4_values(fp4_codes(blocks / step)) * step).flatten(-2)
 
 
-def w4a8_factor(scale: Tensor) -> Tensor:
+def w4a8_range_scale(scale: Tensor) -> Tensor:
     """The power of two that brings INT4 codes up to 8 of a whole trained weight below 448, (1,)."""
     return torch.tensor([2.0 ** math.ceil(math.log2(float(8 * scale.max() / 448)))])
 
 
-def served_input(x: Tensor, kind: str | None, step: Tensor | None = None) -> Tensor:
+def quantize_input(x: Tensor, kind: str | None, step: Tensor | None = None) -> Tensor:
     """The input of a linear on its grid, float32.
 
     Args:

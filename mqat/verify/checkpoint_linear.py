@@ -1,0 +1,94 @@
+"""What a linear of a checkpoint must look like when served: codes on its frozen grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from mqat.checkpoints.reader import CheckpointReader
+from mqat.quant.scheme import LinearScheme, TensorScheme
+from mqat.verify.facts import Facts
+from mqat.verify.reference_quant import expand, quantize_weight
+
+
+@dataclass(frozen=True)
+class CheckpointLinear:
+    """One linear of the checkpoint.
+
+    Attributes:
+        checkpoint: Where it is.
+        facts: Of its family.
+        layer: Global number.
+        linear: Name in a layer, of `facts.fused`.
+    """
+
+    checkpoint: CheckpointReader
+    facts: Facts
+    layer: int
+    linear: str
+
+    @property
+    def name(self) -> str:
+        """Global name."""
+        return self.facts.in_layer(self.layer, self.linear)
+
+    @property
+    def scheme(self) -> LinearScheme | None:
+        """None if it is not quantized."""
+        return self.checkpoint.layers.get(self.name)
+
+    @property
+    def weight_scheme(self) -> TensorScheme:
+        """How the weight is quantized."""
+        assert self.scheme is not None and self.scheme.weight is not None, self.name
+        return self.scheme.weight
+
+    def _of_layer(self, kind: str) -> Tensor:
+        key = self.facts.key(f"{self.linear}.{kind}")
+        return self.checkpoint.read(key, (slice(self.layer, self.layer + 1),))[0]
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """Float32 [O, I]."""
+        return self._of_layer("weight").float()
+
+    def bias(self) -> Tensor | None:
+        """[O], as stored; None: there is none."""
+        has_bias = self.checkpoint.has(self.facts.key(f"{self.linear}.bias"))
+        return self._of_layer("bias") if has_bias else None
+
+    def frozen(self, tensor: str) -> Tensor:
+        """A frozen tensor: `weight_scale`, `weight_zero_point`, `input_scale`, ..."""
+        return self.checkpoint.read(f"quantizers.{self.name}.{tensor}")
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """Of the weight on its frozen grid, as `reference_quant.quantize_weight` gives them."""
+        scheme = self.weight_scheme
+        zero = self.frozen("weight_zero_point") if scheme.is_asymmetric else None
+        scale, granularity = self.frozen("weight_scale"), str(scheme.granularity)
+        return quantize_weight(self.weight, scale, granularity, scheme.format.name, zero)
+
+    def values(self) -> Tensor:
+        """The weight on its frozen grid, float32 [O, I]; symmetric integers only."""
+        granularity = str(self.weight_scheme.granularity)
+        scale = expand(self.frozen("weight_scale"), granularity, self.weight.shape[1])
+        return self.codes.float() * scale
+
+    def by_part(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Rows of a tensor of the fused linear, by role."""
+        fused, model = self.facts.fused[self.linear], self.checkpoint.model
+        sizes = {
+            "query": model.num_attention_heads * model.head_dim,
+            "key_value": model.num_query_groups * model.head_dim,
+            "intermediate": model.intermediate_size,
+            "hidden": model.hidden_size,
+        }
+        rows = [sizes[self.facts.parts[role].rows] for role in fused.parts]
+        if not fused.is_by_query_group:
+            return dict(zip(fused.parts, tensor.split(rows), strict=True))
+        grouped = tensor.unflatten(0, (model.num_query_groups, -1))
+        blocks = grouped.split([count // model.num_query_groups for count in rows], dim=1)
+        return {r: block.flatten(0, 1) for r, block in zip(fused.parts, blocks, strict=True)}

@@ -1,0 +1,1 @@
+"""Adapters: what a directory of each export format says about itself."""

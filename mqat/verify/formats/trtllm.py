@@ -1,0 +1,278 @@
+"""TensorRT-LLM checkpoint directories: `config.json` and `quant_cfg.json`, checked key by key.
+
+Written from the format's description, not from the exporter: a second opinion.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from mqat.verify.export import CacheStorage, Description, Rank
+from mqat.verify.facts import find_facts, known_values
+from mqat.verify.served_model import (
+    ROPE_FACTORS,
+    Keys,
+    ServedModel,
+    is_size,
+    model_problems,
+    read_json,
+)
+from mqat.verify.storage import Storage
+
+KEYS = Keys(
+    form="trtllm",
+    family="architecture",
+    head_dim="head_size",
+    rms_norm_eps="norm_epsilon",
+    rope_theta="rotary_base",
+    rope_scaling="rotary_scaling",
+    rope_type="type",
+    dtype="dtype",
+)
+_CODES = {"codes": "weight", "scale": "weights_scaling_factor"}
+_SMOOTHING = {"smoothing": "prequant_scaling_factor"}
+_STATIC = {"input_scale": "activation_scaling_factor"}
+_AWQ = Storage(
+    _CODES | _SMOOTHING, bits=4, granularity="group:128", packing="rows", bytes_dtype="I8"
+)
+# `quant_algo` of a linear -> storage, up to the group size.
+_LINEAR = {
+    "FP8": Storage(_CODES | _STATIC, 8, is_float=True, granularity="tensor", input="static fp8"),
+    "FP8_PER_CHANNEL_PER_TOKEN": Storage(
+        {"codes": "weight", "scale": "per_channel_scale"}, 8, is_float=True, input="token fp8"
+    ),
+    "W8A8_SQ_PER_CHANNEL": Storage(_CODES | _STATIC | _SMOOTHING, 8, input="static int8"),
+    "W4A16_AWQ": _AWQ,
+    "W4A8_AWQ": replace(
+        _AWQ,
+        names=_AWQ.names | _STATIC | {"range_scale": "weights_scaling_factor_2"},
+        input="static fp8",
+    ),
+    "NVFP4": Storage(
+        _CODES
+        | {
+            "global_scale": "weights_scaling_factor_2",
+            "input_global_scale": "activation_scaling_factor",
+        },
+        bits=4, is_float=True, granularity="group:16", packing="columns", input="block fp4",
+    ),
+}  # fmt: skip
+# Of a whole model only, besides those of linears.
+_W8A16 = Storage({"weight": "weight"}, 8, is_reloaded=True)
+_ALGORITHMS = (None, *_LINEAR, "W8A16", "MIXED_PRECISION")
+_GROUP_SIZES = {"W4A16_AWQ": (64, 128), "W4A8_AWQ": (128,)}
+_CACHES = (None, "INT8", "FP8")
+_OTHER = {"producer", "rotary_scaling", "use_parallel_embedding", "mapping", "quantization"}
+_MAPPING = ("world_size", "tp_size", "pp_size")
+_QUANTIZATION = {
+    "quant_algo", "kv_cache_quant_algo", "group_size", "smoothquant_val", "clamp_val",
+    "has_zero_point", "pre_quant_scale", "exclude_modules",
+}  # fmt: skip
+# What the loader excludes when the file has no list.
+_BUILT_IN_EXCLUSIONS = (
+    "*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding",
+    "*shared_expert_gate",
+)  # fmt: skip
+_MIXED = "quant_cfg.json"
+
+
+def read_config(directory: Path, problems: list[str]) -> Description | None:
+    """Parses and checks the configuration; complaints go to `problems`, None if it is unusable."""
+    raw = read_json(directory, problems)
+    if raw is None:
+        return None
+    facts = find_facts("trtllm", "architecture", raw.get("architecture"))
+    if facts is None:
+        known = known_values("trtllm", "architecture")
+        problems.append(
+            f"config.json: architecture={raw.get('architecture')!r}, expected one of {known}"
+        )
+        return None
+    known_keys = {*KEYS.sizes.values(), *KEYS.numbers.values(), *facts.config["trtllm"], *_OTHER}
+    found = [f"unknown key {key!r}" for key in sorted(set(raw) - known_keys - {KEYS.dtype})]
+    found += model_problems(raw, KEYS, facts)
+    found += [*_rotary_problems(raw), *_mapping_problems(raw)]
+    quantization: Any = raw.get("quantization")
+    found += _quantization_problems(quantization, facts.names["trtllm"])
+    if not found:
+        mapping = raw["mapping"]
+        model = ServedModel(facts, KEYS, raw, mapping["tp_size"], mapping["pp_size"])
+        found = list(_layout_problems(model))
+    problems += [f"config.json: {problem}" for problem in found]
+    if found:
+        return None
+    entries = dict(_entries(directory, model, problems))
+    if problems:
+        return None
+    storage = {name: _storage(entry, model.dtype) for name, entry in entries.items()}
+    problems += [f"config.json: {problem}" for problem in _size_problems(model, storage)]
+    cache = quantization.get("kv_cache_quant_algo")
+    names = facts.cache["trtllm"]
+    served = None if cache is None else CacheStorage(cache == "FP8", names)
+    return None if problems else Description(model, storage, served, is_staged=True)
+
+
+def find_ranks(directory: Path, description: Description, problems: list[str]) -> list[list[Rank]]:
+    """The rank files of each stage; problems with those that are missing or too many."""
+    model = description.model
+    wanted = [f"rank{rank}.safetensors" for rank in range(model.tp * model.pp)]
+    found = {file.name for file in directory.glob("*.safetensors")}
+    problems += [f"{name}: missing" for name in wanted if name not in found]
+    problems += [f"{name}: stale file of another layout" for name in sorted(found - set(wanted))]
+    is_mixed = model.raw["quantization"]["quant_algo"] == "MIXED_PRECISION"
+    if (directory / _MIXED).exists() and not is_mixed:
+        problems.append(f"{_MIXED}: stale, quant_algo is not MIXED_PRECISION")
+    ranks = [Rank(name, [name]) for name in wanted]
+    return [ranks[stage * model.tp :][: model.tp] for stage in range(model.pp)]
+
+
+def _storage(entry: Mapping[str, Any], dtype: str) -> Storage:
+    """How a linear is stored, by its entry of the configuration."""
+    algorithm = entry.get("quant_algo")
+    if algorithm is None:
+        return Storage({"weight": "weight"})
+    found = replace(_W8A16 if algorithm == "W8A16" else _LINEAR[algorithm], label=algorithm)
+    if algorithm not in _GROUP_SIZES:
+        return found
+    return replace(found, granularity=f"group:{entry['group_size']}", scale_dtypes=(dtype,))
+
+
+def _entries(
+    directory: Path, model: ServedModel, problems: list[str]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Name in the files of a stage of every linear, and what the configuration says about it."""
+    names = [
+        model.prefix(layer) + module
+        for layer in range(model.layers_per_stage)
+        for module in model.modules
+    ]
+    quantization = model.raw["quantization"]
+    if quantization["quant_algo"] == "MIXED_PRECISION":
+        mixed = _read_mixed(directory, names, quantization.get("kv_cache_quant_algo"), problems)
+        yield from ((name, mixed.get(name, {})) for name in names)
+        return
+    excluded = quantization.get("exclude_modules")
+    patterns = _BUILT_IN_EXCLUSIONS if excluded is None else excluded
+    for name in names:
+        is_excluded = any(fnmatchcase(name, pattern) for pattern in patterns)
+        yield name, {} if is_excluded else quantization
+
+
+def _read_mixed(
+    directory: Path, names: list[str], cache: str | None, problems: list[str]
+) -> dict[str, Any]:
+    """The entries of `quant_cfg.json`; complaints go to `problems`."""
+    try:
+        found = json.loads((directory / _MIXED).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        problems.append(f"{_MIXED}: unreadable ({error})")
+        return {}
+    layers = found.get("quantized_layers") if isinstance(found, dict) else None
+    if not isinstance(layers, dict) or found.get("quant_algo") != "MIXED_PRECISION":
+        problems.append(f"{_MIXED}: expected quant_algo MIXED_PRECISION and quantized_layers")
+        return {}
+    if found.get("kv_cache_quant_algo") != cache:
+        problems.append(f"{_MIXED}: kv_cache_quant_algo is not config.json's ({cache!r})")
+    for name, entry in layers.items():
+        if name not in names:
+            problems.append(f"{_MIXED}: {name} is not a linear of this model")
+        elif not isinstance(entry, dict) or entry.get("quant_algo") not in _LINEAR:
+            problems.append(f"{_MIXED}: {name} needs a quant_algo of {tuple(_LINEAR)}")
+        else:
+            problems += [f"{_MIXED}: {name}: {text}" for text in _awq_problems(entry)]
+    return layers
+
+
+def _awq_problems(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Options that the group-wise INT4 kernels need."""
+    algorithm = entry["quant_algo"]
+    if algorithm not in _GROUP_SIZES:
+        return
+    options = {"pre_quant_scale": (True,), "has_zero_point": (False,)}
+    for key, allowed in {**options, "group_size": _GROUP_SIZES[algorithm]}.items():
+        if entry.get(key) not in allowed:
+            yield f"quantization.{key}={entry.get(key)!r}, expected one of {allowed}"
+
+
+def _rotary_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    scaling = raw.get(KEYS.rope_scaling)
+    if isinstance(scaling, dict) and set(scaling) - {KEYS.rope_type, *ROPE_FACTORS}:
+        yield f"rotary_scaling={scaling!r}, expected type and {', '.join(ROPE_FACTORS)} only"
+
+
+def _mapping_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    mapping = raw.get("mapping")
+    if not isinstance(mapping, dict):
+        yield f"mapping={mapping!r}, expected an object"
+        return
+    for key in sorted(set(mapping) - set(_MAPPING)):
+        yield f"unknown key mapping.{key} (the loader raises TypeError)"
+    for key in _MAPPING:
+        if not is_size(mapping.get(key)):
+            yield f"mapping.{key}={mapping.get(key)!r}, expected a positive integer"
+            return
+    if mapping["world_size"] != mapping["tp_size"] * mapping["pp_size"]:
+        yield f"mapping.world_size={mapping['world_size']} is not tp_size x pp_size"
+    parallel = raw.get("use_parallel_embedding")
+    if parallel is not True and (parallel is not False or mapping["tp_size"] > 1):
+        yield f"use_parallel_embedding={parallel!r}, expected true (or false at tp_size 1)"
+
+
+def _quantization_problems(quantization: Any, names: Mapping[str, str]) -> Iterator[str]:
+    if not isinstance(quantization, dict) or "quant_algo" not in quantization:
+        yield "quantization: expected an object with quant_algo"
+        return
+    for key in sorted(set(quantization) - _QUANTIZATION):
+        yield f"unknown key quantization.{key} (the loader raises TypeError)"
+    algorithm, cache = quantization["quant_algo"], quantization.get("kv_cache_quant_algo")
+    if algorithm not in _ALGORITHMS:
+        yield f"quant_algo={algorithm!r} is not verified here; known are {_ALGORITHMS}"
+    if cache not in _CACHES:
+        yield f"kv_cache_quant_algo={cache!r} is not verified here; known are {_CACHES}"
+    yield from _awq_problems(quantization)
+    excluded = quantization.get("exclude_modules")
+    if algorithm is None or excluded is None:
+        return
+    if not isinstance(excluded, list) or not all(isinstance(item, str) for item in excluded):
+        yield "exclude_modules: expected a list of strings"
+        return
+    for name in (names["lm_head"], names["embedding"]):
+        if not any(fnmatchcase(name, pattern) for pattern in excluded):
+            yield f"exclude_modules lets {name} be quantized"
+
+
+def _layout_problems(model: ServedModel) -> Iterator[str]:
+    """Rules that tie sizes and layout together."""
+    heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
+    inner, layers, t = model.size("intermediate_size"), model.size("num_layers"), model.tp
+    if heads % t or inner % t or (groups % t and t % groups) or heads % groups:
+        yield f"tp_size={t} does not fit heads {heads}, key/value heads {groups}, MLP {inner}"
+    if layers % model.pp:
+        yield f"pp_size={model.pp} does not divide num_hidden_layers={layers}"
+
+
+def _size_problems(model: ServedModel, storage: Mapping[str, Storage]) -> Iterator[str]:
+    """The loader pads linears that do not fit the group-wise INT4 kernels."""
+    for name, stored in storage.items():
+        if stored.packing != "rows" or stored.group_size is None:
+            continue
+        module = next(module for module in model.modules if name.endswith(f".{module}"))
+        is_row_parallel, multiple = (
+            model.is_row_parallel(module),
+            max(64, stored.group_size) * model.tp,
+        )
+        for what, size, is_cut in zip(
+            ("output", "input"),
+            model.shape(module),
+            (not is_row_parallel, is_row_parallel),
+            strict=True,
+        ):
+            whole = size * model.tp if is_cut else size
+            if whole % multiple:
+                yield f"{name}: {whole} {what} features, no multiple of {multiple}, are padded"
+                return
