@@ -14,7 +14,8 @@ from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
 from mqat.models.structure import CORE_ATTENTION, in_layer, quantizer_key
 from mqat.quant.scheme import LinearScheme
-from mqat.verify.export import Export, Rank
+from mqat.verify.export import CacheStorage, Export, Rank
+from mqat.verify.storage import Module
 from mqat.verify.verify import read_export
 
 _BIAS = ", bias"  # in the model's dtype, not counted among the bits
@@ -124,31 +125,26 @@ def _export_rows(export: Export) -> Iterator[Row]:
     for ranks in export.stages:
         for rank in ranks:
             for layer in range(export.model.layers_per_stage):
-                prefix = export.model.prefix(layer)
-                for module in export.model.modules:
-                    yield _stored_row(export, rank, prefix, module)
-                if export.description.cache is not None:
-                    yield _stored_cache_row(export, rank, prefix)
+                yield from (_stored_row(rank, module) for module in export.modules(layer))
+                if export.cache is not None:
+                    yield _stored_cache_row(export, export.cache, rank, layer)
 
 
-def _stored_row(export: Export, rank: Rank, prefix: str, module: str) -> Row:
-    linear, name = export.linear(rank, prefix, module), prefix + module
-    storage, form = linear.storage, str(linear.storage)
-    if not storage.bits:
+def _stored_row(rank: Rank, module: Module) -> Row:
+    linear, form = rank.linear(module), str(module.storage)
+    if not module.storage.bits:
         form += f" {str(linear.tensors['weight'].dtype).removeprefix('torch.')}"
-    scale = linear.step() if "codes" in linear.tensors else None
-    step = linear.tensors.get("input_scale", linear.tensors.get("input_global_scale"))
-    file = rank.found[f"{name}.{storage.weight_name}"]
     form += _BIAS * ("bias" in linear.tensors)
-    return Row(file, name, form, linear.bits_per_weight(), linear.shape, scale, step)
+    scale = linear.step() if "scale" in linear.tensors else None
+    step = linear.tensors.get("input_scale", linear.tensors.get("input_global_scale"))
+    file, bits = rank.found[module.full(module.storage.weight)], linear.bits_per_weight()
+    return Row(file, module.name, form, bits, module.shape, scale, step)
 
 
-def _stored_cache_row(export: Export, rank: Rank, prefix: str) -> Row:
-    cache, model = export.description.cache, export.model
-    assert cache is not None
-    names = dict.fromkeys(prefix + name for name in cache.names.values())
-    first = next(iter(names))
-    name = prefix + first.removeprefix(prefix).partition(".")[0]
+def _stored_cache_row(export: Export, cache: CacheStorage, rank: Rank, layer: int) -> Row:
+    prefix, model = export.model.prefix(layer), export.model
+    names = [prefix + name for name in dict.fromkeys(cache.names.values())]
+    attention = prefix + names[0].removeprefix(prefix).partition(".")[0]
     shape = (model.on_rank("key_value") // model.on_rank("head"), model.on_rank("head"))
     scales = [rank.tensor(name) for name in names]
-    return _cache_row(rank.found[first], name, "FP8" if cache.is_float else "INT8", shape, *scales)
+    return _cache_row(rank.found[names[0]], attention, str(cache), shape, *scales)

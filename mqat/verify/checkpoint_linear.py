@@ -15,24 +15,17 @@ from mqat.verify.reference_quant import expand, quantize_weight
 
 @dataclass(frozen=True)
 class CheckpointLinear:
-    """One linear of the checkpoint.
-
-    Attributes:
-        checkpoint: Where it is.
-        facts: Of its family.
-        layer: Global number.
-        linear: Name in a layer, of `facts.fused`.
-    """
+    """One linear of the checkpoint."""
 
     checkpoint: CheckpointReader
     facts: Facts
-    layer: int
-    linear: str
+    layer: int  # global number
+    linear: str  # name in a layer, of `facts.fused`
 
     @property
     def name(self) -> str:
         """Global name."""
-        return self.facts.in_layer(self.layer, self.linear)
+        return self.facts.key(f"{self.layer}.{self.linear}")
 
     @property
     def scheme(self) -> LinearScheme | None:

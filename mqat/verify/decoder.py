@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mqat.verify.export import Export, Rank
 from mqat.verify.reference_quant import quantize_input
+from mqat.verify.storage import Module
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -99,82 +100,66 @@ def attend(
 
 
 class Decoder:
-    """An exported model.
-
-    Args:
-        export: Its headers must have been checked.
-    """
+    """An exported model, its headers checked."""
 
     def __init__(self, export: Export) -> None:
         self.export = export
         self.model = export.model
-        self.rope = Rope(
-            self.model.size("head_dim"), self.model.number("rope_theta"), self.model.rope_scaling
-        )
+        theta = float(self.model.value("rope_theta"))
+        self.rope = Rope(self.model.size("head_dim"), theta, self.model.rope_scaling)
 
     @property
     def max_positions(self) -> int:
         """Longest sequence."""
         return self.model.size("max_position_embeddings")
 
-    def _linear(self, rank: Rank, prefix: str, module: str, x: Tensor) -> Tensor:
-        """One rank's product, without the sum over ranks and without a bias."""
-        linear = self.export.linear(rank, prefix, module)
-        if "smoothing" in linear.tensors:
-            x = x * linear.tensors["smoothing"].float()
-        # A rank takes the step of a token from its own channels.
-        x = quantize_input(x, linear.storage.input, linear.input_step())
-        return x @ linear.weight().t()
+    def _modules(self, layer: int, *roles: str) -> list[Module]:
+        found = self.export.modules(layer)
+        return [module for module in found if {p.role for p in module.parts} & set(roles)]
 
-    def _bias(self, rank: Rank, prefix: str, module: str) -> Tensor:
-        has_bias = self.model.has_bias(module)
-        return rank.tensor(f"{prefix}{module}.bias").float() if has_bias else torch.zeros(1)
-
-    def _inner(self, rank: Rank, prefix: str, roles: Sequence[str], x: Tensor) -> list[Tensor]:
+    def _inner(self, rank: Rank, layer: int, roles: tuple[str, ...], x: Tensor) -> list[Tensor]:
         """One rank's features of column-parallel linears."""
         found: dict[str, Tensor] = {}
-        for module, served in self.model.modules.items():
-            if not set(served) & set(roles):
-                continue
-            y = self._linear(rank, prefix, module, x) + self._bias(rank, prefix, module)
-            found |= dict(zip(served, y.split(self.model.rows(module), dim=-1), strict=True))
+        for module in self._modules(layer, *roles):
+            y = _product(rank, module, x) + _bias(rank, module)
+            pieces = zip(module.parts, y.split(module.rows, dim=-1), strict=True)
+            found |= {part.role: piece for part, piece in pieces}
         return [found[role] for role in roles]
 
-    def _summed(
-        self, ranks: Sequence[Rank], prefix: str, role: str, inner: Sequence[Tensor]
-    ) -> Tensor:
+    def _sum(self, ranks: Sequence[Rank], layer: int, role: str, inner: Sequence[Tensor]) -> Tensor:
         """A row-parallel linear of every rank's features; its bias is added once."""
-        module = next(m for m, roles in self.model.modules.items() if role in roles)
+        (module,) = self._modules(layer, role)
         pairs = zip(ranks, inner, strict=True)
-        total = sum(self._linear(rank, prefix, module, x) for rank, x in pairs)
-        return total + self._bias(ranks[0], prefix, module)
+        products = [_product(rank, module, x) for rank, x in pairs]
+        return torch.stack(products).sum(0) + _bias(ranks[0], module)
 
-    def _norm(self, rank: Rank, prefix: str, role: str, x: Tensor) -> Tensor:
-        name = self.model.facts.norms[role][self.model.keys.form]
-        return self._rms_norm(rank, f"{prefix}{name}.weight", x)
+    def _norm(self, rank: Rank, layer: int, role: str, x: Tensor) -> Tensor:
+        name = self.model.facts.norms[role][self.model.form]
+        return self._rms_norm(rank, f"{self.model.prefix(layer)}{name}", x)
 
     def _rms_norm(self, rank: Rank, name: str, x: Tensor) -> Tensor:
-        return rms_norm(x, rank.tensor(name), self.model.number("rms_norm_eps"))
+        return rms_norm(x, rank.tensor(f"{name}.weight"), float(self.model.value("rms_norm_eps")))
 
-    def _cache(self, rank: Rank, prefix: str) -> Cache | None:
-        cache = self.export.description.cache
+    def _cache(self, rank: Rank, layer: int) -> Cache | None:
+        cache, prefix = self.export.cache, self.model.prefix(layer)
         if cache is None:
             return None
         key, value = (rank.tensor(prefix + cache.names[kind]) for kind in ("key", "value"))
         return Cache(cache.is_float, key, value)
 
-    def _attention(self, rank: Rank, prefix: str, x: Tensor) -> Tensor:
+    def _attention(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
         """One rank's heads, before the output's linear."""
-        found = self._inner(rank, prefix, ("query", "key", "value"), x)
-        parts = [part.unflatten(-1, (-1, self.rope.head_size)) for part in found]
-        for number, norm in enumerate(("query_norm", "key_norm")):  # of each head, where there are
-            if norm in self.model.facts.norms:
-                parts[number] = self._norm(rank, prefix, norm, parts[number])
-        query, key, value = parts
-        return attend(query, key, value, self.rope, self._cache(rank, prefix))
+        heads = {}
+        roles = ("query", "key", "value")
+        for role, features in zip(roles, self._inner(rank, layer, roles, x), strict=True):
+            heads[role] = features.unflatten(-1, (-1, self.rope.head_size))
+            if f"{role}_norm" in self.model.facts.norms:  # of each head
+                heads[role] = self._norm(rank, layer, f"{role}_norm", heads[role])
+        query, key, value = (heads[role] for role in roles)
+        return attend(query, key, value, self.rope, self._cache(rank, layer))
 
-    def _mlp(self, rank: Rank, prefix: str, x: Tensor) -> Tensor:
-        gate, up = self._inner(rank, prefix, ("gate", "up"), x)
+    def _mlp(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
+        gate, up = self._inner(rank, layer, ("gate", "up"), x)
         return F.silu(gate) * up
 
     @torch.no_grad()
@@ -184,13 +169,26 @@ class Decoder:
         x = self.export.table("embedding", 0)[tokens].float()
         for ranks in stages:
             for layer in range(model.layers_per_stage):
-                prefix = model.prefix(layer)
-                normed = self._norm(ranks[0], prefix, "attention_norm", x)
-                inner = [self._attention(rank, prefix, normed) for rank in ranks]
-                x = x + self._summed(ranks, prefix, "output", inner)
-                normed = self._norm(ranks[0], prefix, "mlp_norm", x)
-                inner = [self._mlp(rank, prefix, normed) for rank in ranks]
-                x = x + self._summed(ranks, prefix, "down", inner)
-        x = self._rms_norm(stages[-1][0], f"{model.names['final_norm']}.weight", x)
-        head = self.export.table(*(("embedding", 0) if model.is_tied else ("lm_head", -1)))
-        return x @ head.float().t()
+                normed = self._norm(ranks[0], layer, "attention_norm", x)
+                inner = [self._attention(rank, layer, normed) for rank in ranks]
+                x = x + self._sum(ranks, layer, "output", inner)
+                normed = self._norm(ranks[0], layer, "mlp_norm", x)
+                inner = [self._mlp(rank, layer, normed) for rank in ranks]
+                x = x + self._sum(ranks, layer, "down", inner)
+        x = self._rms_norm(stages[-1][0], model.names["final_norm"], x)
+        role, stage = ("embedding", 0) if model.is_tied else ("lm_head", -1)
+        return x @ self.export.table(role, stage).float().t()
+
+
+def _product(rank: Rank, module: Module, x: Tensor) -> Tensor:
+    """One rank's product, without the sum over ranks and without a bias."""
+    linear = rank.linear(module)
+    if "smoothing" in linear.tensors:
+        x = x * linear.tensors["smoothing"].float()
+    # A rank takes the step of a token from its own channels.
+    x = quantize_input(x, module.storage.input, linear.input_step())
+    return x @ linear.weight().t()
+
+
+def _bias(rank: Rank, module: Module) -> Tensor:
+    return rank.tensor(module.full("bias")).float() if "bias" in module.suffixes else torch.zeros(1)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mqat.verify.facts import Facts
-from mqat.verify.tensor_specs import DTYPES
 
 ROPE_FACTORS = (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 )  # fmt: skip
-# What both formats call alike; the others are given by `keys`.
-_SIZES = {
+# Of unquantized tensors: name in config.json -> name in safetensors.
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# Sizes, as checkpoints call them -> key; formats add what they call otherwise.
+SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -24,86 +25,43 @@ _SIZES = {
     "num_query_groups": "num_key_value_heads",
     "max_position_embeddings": "max_position_embeddings",
 }
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What a format's `config.json` calls things.
-
-    Attributes:
-        form: Name of the format in the facts.
-        family: Key by which the family is found.
-        head_dim: Channels of a head.
-        rms_norm_eps: Of all norms.
-        rope_theta: Base of the rotary frequencies.
-        rope_scaling: Llama 3's factors, or null.
-        rope_type: Key in there that says `llama3`.
-        dtype: Of unquantized tensors.
-        is_tied: The head is the embedding, and not stored.
-    """
-
-    form: str
-    family: str
-    head_dim: str
-    rms_norm_eps: str
-    rope_theta: str
-    rope_scaling: str
-    rope_type: str
-    dtype: str
-    is_tied: str | None = None
-
-    @property
-    def sizes(self) -> dict[str, str]:
-        """Size, as checkpoints call it -> key."""
-        return _SIZES | {"head_dim": self.head_dim}
-
-    @property
-    def numbers(self) -> dict[str, str]:
-        """Positive number, as checkpoints call it -> key."""
-        return {"rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta}
+NUMBERS = ("rms_norm_eps", "rope_theta")
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model that a `config.json` describes.
-
-    Attributes:
-        facts: Of its family.
-        keys: Of its format.
-        raw: The whole `config.json`.
-        tp: Tensor-parallel ranks; 1 where files are whole.
-        pp: Pipeline stages.
-    """
+    """The model that a `config.json` describes."""
 
     facts: Facts
-    keys: Keys
+    form: str  # `hf` or `trtllm`, as in the facts
+    keys: Mapping[str, str]  # what the format calls `SIZES`, `NUMBERS`, and a few others
     raw: Mapping[str, Any]
-    tp: int = 1
-    pp: int = 1
+    tp: int = 1  # tensor-parallel ranks; 1 where files are whole
+    pp: int = 1  # pipeline stages
+
+    def value(self, name: str) -> Any:
+        """Of `config.json`, by a name of `keys`."""
+        return self.raw.get(self.keys[name])
 
     def size(self, name: str) -> int:
-        """A size or number, as checkpoints call it."""
-        return int(self.raw[self.keys.sizes[name]])
-
-    def number(self, name: str) -> float:
-        """A positive number, as checkpoints call it."""
-        return float(self.raw[self.keys.numbers[name]])
+        """An integer of `config.json`, by a name of `keys`."""
+        return int(self.value(name))
 
     @property
     def dtype(self) -> str:
         """Safetensors name of the dtype of unquantized tensors."""
-        return DTYPES[self.raw[self.keys.dtype]]
+        return DTYPES[self.value("dtype")]
 
     @property
     def rope_scaling(self) -> dict[str, float] | None:
         """Llama 3's factors."""
-        scaling = self.raw.get(self.keys.rope_scaling)
+        scaling = self.value("rope_scaling")
         return None if scaling is None else {key: scaling[key] for key in ROPE_FACTORS}
 
     @property
     def is_tied(self) -> bool:
         """The head is the embedding, and not stored."""
-        return self.keys.is_tied is not None and bool(self.raw[self.keys.is_tied])
+        return "tie_word_embeddings" in self.keys and bool(self.value("tie_word_embeddings"))
 
     @property
     def layers_per_stage(self) -> int:
@@ -116,96 +74,71 @@ class ServedModel:
         return max(self.tp // self.size("num_query_groups"), 1)
 
     @property
-    def modules(self) -> Mapping[str, tuple[str, ...]]:
-        """Module in a layer -> roles."""
-        return self.facts.modules[self.keys.form]
-
-    @property
     def names(self) -> Mapping[str, str]:
         """Of what stands outside of layers."""
-        return self.facts.names[self.keys.form]
+        return self.facts.names[self.form]
 
     def prefix(self, layer: int) -> str:
-        """Of a layer's names; layers of a stage count from 0."""
+        """Of a layer's names; layers count from 0 in every stage."""
         return self.names["layer"].format(layer)
+
+    def linear_names(self) -> list[str]:
+        """Full names of a stage's linears."""
+        modules = self.facts.modules[self.form]
+        return [self.prefix(i) + name for i in range(self.layers_per_stage) for name in modules]
 
     def on_rank(self, axis: str) -> int:
         """Features of one rank along an axis."""
         heads, groups = self.size("num_attention_heads"), self.size("num_query_groups")
-        head_dim = self.size("head_dim")
         sizes = {
             "hidden": self.size("hidden_size"),
-            "head": head_dim,
+            "head": self.size("head_dim"),
             "intermediate": self.size("intermediate_size") // self.tp,
-            "query": heads // self.tp * head_dim,
-            "key_value": max(groups // self.tp, 1) * head_dim,  # copied heads
+            "query": heads // self.tp * self.size("head_dim"),
+            "key_value": max(groups // self.tp, 1) * self.size("head_dim"),  # copied heads
             "vocab": -(-self.size("vocab_size") // self.tp),  # padded rows
         }
         return sizes[axis]
 
-    def is_row_parallel(self, module: str) -> bool:
-        """Whether ranks hold columns of a module."""
-        return self.facts.parts[self.modules[module][0]].is_row_parallel
 
-    def rows(self, module: str) -> list[int]:
-        """Rows of each part of a module on one rank."""
-        return [self.on_rank(self.facts.parts[role].rows) for role in self.modules[module]]
-
-    def shape(self, module: str) -> tuple[int, int]:
-        """(out, in) of one rank's part of a module."""
-        columns = self.facts.parts[self.modules[module][0]].columns
-        return sum(self.rows(module)), self.on_rank(columns)
-
-    def has_bias(self, module: str) -> bool:
-        """Whether a module has a bias; that of a row-parallel one is added once, after the sum."""
-        key = self.facts.biases.get(self.keys.form, {}).get(self.modules[module][0])
-        return key is True or bool(key and self.raw.get(key))
-
-
-def read_json(directory: Path, problems: list[str]) -> dict[str, Any] | None:
-    """`config.json`; None, with a problem, if it is not an object."""
+def read_json(file: Path, problems: list[str]) -> dict[str, Any]:
+    """An object; empty, with a problem, if it is none."""
     try:
-        raw = json.loads((directory / "config.json").read_text("utf-8"))
+        raw = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        problems.append(f"config.json: unreadable ({error})")
-        return None
-    if not isinstance(raw, dict):
-        problems.append("config.json: not a JSON object")
-        return None
+        problems.append(f"{file.name}: unreadable ({error})")
+        return {}
+    if not isinstance(raw, dict) or not raw:
+        problems.append(f"{file.name}: not a JSON object with entries")
+        return {}
     return raw
 
 
-def is_size(value: Any) -> bool:
-    """Whether JSON gave a positive integer."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def is_positive(value: Any, kind: Any = int) -> bool:
+    """Whether JSON gave a positive number of a kind."""
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(value > 0)
 
 
-def is_positive(value: Any) -> bool:
-    """Whether JSON gave a positive number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def model_problems(raw: Mapping[str, Any], keys: Keys, facts: Facts) -> Iterator[str]:
+def model_problems(model: ServedModel) -> Iterator[str]:
     """What is wrong with the keys that describe the model."""
-    for key in keys.sizes.values():
-        if not is_size(raw.get(key)):
-            yield f"{key}={raw.get(key)!r}, expected a positive integer"
-    for key in keys.numbers.values():
-        if not is_positive(raw.get(key)):
-            yield f"{key}={raw.get(key)!r}, expected a positive number"
-    for key, allowed in [*facts.config[keys.form].items(), (keys.dtype, list(DTYPES))]:
+    raw, keys, allowed_values = model.raw, model.keys, model.facts.config[model.form]
+    for name in (*SIZES, "head_dim"):
+        if not is_positive(model.value(name)):
+            yield f"{keys[name]}={model.value(name)!r}, expected a positive integer"
+    for name in NUMBERS:
+        if not is_positive(model.value(name), int | float):
+            yield f"{keys[name]}={model.value(name)!r}, expected a positive number"
+    for key, allowed in {**allowed_values, keys["dtype"]: list(DTYPES)}.items():
         value = raw.get(key)
         is_allowed = key in raw and value in allowed
         if not is_allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
             yield f"{key}={value!r}, expected one of {allowed}"
-    scaling = raw.get(keys.rope_scaling)
+    scaling = model.value("rope_scaling")
     if scaling is None:
         return
-    known = isinstance(scaling, dict) and scaling.get(keys.rope_type) == "llama3"
-    if not known or not all(is_positive(scaling.get(key)) for key in ROPE_FACTORS):
-        yield (
-            f"{keys.rope_scaling}={scaling!r}, expected null, or {keys.rope_type} llama3 with positive "
-            f"{', '.join(ROPE_FACTORS)}"
-        )
+    where, kind = keys["rope_scaling"], keys["rope_type"]
+    known = isinstance(scaling, dict) and scaling.get(kind) == "llama3"
+    if not known or not all(is_positive(scaling.get(key), int | float) for key in ROPE_FACTORS):
+        yield f"{where}={scaling!r}, expected null, or {kind} llama3 with positive {ROPE_FACTORS}"
     elif scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        yield f"{keys.rope_scaling}.high_freq_factor must be above low_freq_factor"
+        yield f"{where}.high_freq_factor must be above low_freq_factor"

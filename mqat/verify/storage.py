@@ -17,121 +17,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mqat.verify.facts import Part
 from mqat.verify.reference_quant import expand, fp4_values
-from mqat.verify.tensor_specs import TensorSpec
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How the weight of a module is stored, and how its input is quantized.
+    """How the weight of a module is stored, and how its input is quantized."""
 
-    Attributes:
-        names: Tensor of the table above -> suffix of its name in the files.
-        bits: Of a code; 0: unquantized.
-        is_float: FP8 or FP4 codes.
-        granularity: Elements that share a weight scale: `tensor`, `channel` or `group:<size>`.
-        input: A kind of `reference_quant.quantize_input`; None: unquantized.
-        packing: `words`: codes in 32-bit words along columns; `rows`: row pairs in bytes; `columns`:
-            column pairs in bytes; empty: one element per code.
-        bytes_dtype: Of row pairs.
-        scale_dtypes: Allowed for scales of groups.
-        scalar: Stored shape of what one number describes.
-        is_column: Scales of channels are stored as (O, 1).
-        is_reciprocal: Global scales are stored as their reciprocals.
-        is_reloaded: The file holds the weight on its grid, and the loader quantizes it again.
-        label: What the format calls it.
-    """
-
-    names: dict[str, str]
-    bits: int = 0
-    is_float: bool = False
-    granularity: str = "channel"
-    input: str | None = None
-    packing: str = ""
-    bytes_dtype: str = "U8"
-    scale_dtypes: tuple[str, ...] = ("F32",)
-    scalar: tuple[int, ...] = (1,)
-    is_column: bool = False
-    is_reciprocal: bool = False
-    is_reloaded: bool = False
-    label: str = ""
+    names: dict[str, str]  # tensor of the table above -> suffix of its name in the files
+    bits: int = 0  # of a code; 0: unquantized
+    is_float: bool = False  # FP8 or FP4 codes
+    granularity: str = "channel"  # who share a scale, or `tensor`, `group:<size>`
+    input: str | None = None  # a kind of `reference_quant.quantize_input`; None: unquantized
+    packing: str = (
+        ""  # `words` of 32 bits along columns, `rows` or `columns`: pairs of them in bytes
+    )
+    bytes_dtype: str = "U8"  # of row pairs
+    scale_dtypes: tuple[str, ...] = ("F32",)  # allowed for scales of groups
+    scalar: tuple[int, ...] = (1,)  # stored shape of what one number describes
+    is_column: bool = False  # scales of channels are stored as (O, 1)
+    is_reciprocal: bool = False  # global scales are stored as their reciprocals
+    is_reloaded: bool = False  # the weight is stored on its grid, and the loader quantizes it again
+    label: str = ""  # what the format calls it
 
     @property
-    def is_asymmetric(self) -> bool:
-        """Weights have zero points."""
-        return "zero_point" in self.names
+    def group_size(self) -> int:
+        """Elements of a group; 0: scales of channels, or of the whole tensor."""
+        return int(self.granularity.partition(":")[2] or 0)
 
     @property
-    def has_two_levels(self) -> bool:
-        """E4M3 block scales stand under a global scale."""
-        return "global_scale" in self.names
-
-    @property
-    def group_size(self) -> int | None:
-        """Elements of a group; None: scales of channels, or of the whole tensor."""
-        kind, _, size = self.granularity.partition(":")
-        return int(size) if kind == "group" else None
-
-    @property
-    def weight_name(self) -> str:
-        """Suffix of the codes, or of the unquantized weight."""
-        return self.names.get("codes") or self.names["weight"]
+    def weight(self) -> str:
+        """Tensor that holds the weight."""
+        return "codes" if "codes" in self.names else "weight"
 
     def __str__(self) -> str:
         """As in messages and tables."""
         if self.label or not self.bits:
             return self.label or "unquantized"
         kind = f"{'fp' if self.is_float else 'int'}{self.bits}"
-        text = f"{kind} per {self.granularity}" + ", zero points" * self.is_asymmetric
+        text = f"{kind} per {self.granularity}" + ", zero points" * ("zero_point" in self.names)
         text += ", packed" * bool(self.packing)
         return text if self.input is None else f"{text}, inputs {self.input}"
 
-    def specs(
-        self, shape: tuple[int, int], dtype: str, is_row_parallel: bool
-    ) -> dict[str, TensorSpec]:
-        """What a rank must hold of each tensor of the table, if it is stored at all.
 
-        Args:
-            shape: (out, in) of the rank's part of the weight.
-            dtype: Of unquantized tensors.
-            is_row_parallel: Ranks hold columns, and so the same scales of channels.
-        """
-        out, width = shape
-        groups = -(-width // (self.group_size or width))
-        codes = TensorSpec(shape, ("F8_E4M3" if self.is_float else "I8",))
-        if self.packing == "words":
-            codes = TensorSpec((out, -(-width * self.bits // 32)), ("I32",))
-        elif self.packing == "rows":
-            codes = TensorSpec((out // 2, width), (self.bytes_dtype,))
-        elif self.packing == "columns":
+UNQUANTIZED = Storage({"weight": "weight"})
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor's header must say."""
+
+    shape: tuple[int, ...]  # on one rank
+    dtypes: tuple[str, ...]  # allowed ones, as safetensors names them
+    is_replicated: bool = False  # every tensor-parallel rank holds the same bytes
+
+    def __str__(self) -> str:
+        """As in messages."""
+        return f"{' or '.join(self.dtypes)} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Module:
+    """A linear of a directory, cut over tensor-parallel ranks."""
+
+    name: str  # full, as in the files of a stage
+    parts: tuple[Part, ...]  # in row order
+    storage: Storage
+    suffixes: Mapping[str, str]  # of the storage's tensors and the bias
+    rows: tuple[int, ...]  # of each part on one rank
+    width: int  # columns on one rank
+    dtype: str  # of unquantized tensors, as safetensors names it
+    copies: int  # consecutive ranks that hold the same key/value head
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) on one rank."""
+        return sum(self.rows), self.width
+
+    @property
+    def is_row_parallel(self) -> bool:
+        """Ranks hold columns; otherwise rows."""
+        return self.parts[0].is_row_parallel
+
+    def full(self, tensor: str) -> str:
+        """Name in the files of a tensor of the table above."""
+        return f"{self.name}.{self.suffixes[tensor]}"
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Tensor of the table above -> what a rank must hold."""
+        storage, (out, width), model = self.storage, self.shape, (self.dtype,)
+        groups = -(-width // (storage.group_size or width))
+        codes = TensorSpec(self.shape, ("F8_E4M3" if storage.is_float else "I8",))
+        if storage.packing == "words":
+            codes = TensorSpec((out, -(-width * storage.bits // 32)), ("I32",))
+        elif storage.packing == "rows":
+            codes = TensorSpec((out // 2, width), (storage.bytes_dtype,))
+        elif storage.packing == "columns":
             codes = TensorSpec((out, width // 2), ("U8",))
-        if self.granularity == "tensor":
-            scale = TensorSpec(self.scalar, ("F32",), True)
-        elif self.granularity == "channel":
-            scale = TensorSpec((out, 1) if self.is_column else (out,), ("F32",), is_row_parallel)
-        else:
-            dtypes = ("F8_E4M3",) if self.has_two_levels else self.scale_dtypes
-            scale = TensorSpec((out, groups), dtypes)
-        one = TensorSpec(self.scalar, ("F32",), True)
-        return {
-            "weight": TensorSpec(shape, (dtype,)),
+        one = scale = TensorSpec(storage.scalar, ("F32",), True)
+        if storage.granularity == "channel":
+            shape = (out, 1) if storage.is_column else (out,)
+            scale = TensorSpec(shape, ("F32",), self.is_row_parallel)
+        elif storage.group_size:
+            has_two_levels = "global_scale" in storage.names
+            scale = TensorSpec(
+                (out, groups), ("F8_E4M3",) if has_two_levels else storage.scale_dtypes
+            )
+        specs = {
+            "weight": TensorSpec(self.shape, model),
             "codes": codes,
             "scale": scale,
-            "zero_point": TensorSpec((-(-out * self.bits // 32), groups), ("I32",)),
-            "global_scale": one,
-            "range_scale": one,
+            "zero_point": TensorSpec((-(-out * storage.bits // 32), groups), ("I32",)),
             "shape": TensorSpec((2,), ("I64",), True),
-            "smoothing": TensorSpec((width,), (dtype,), not is_row_parallel),
-            "input_scale": one,
-            "input_global_scale": one,
-            "bias": TensorSpec((out,), (dtype,), is_row_parallel),
+            "smoothing": TensorSpec((width,), model, not self.is_row_parallel),
+            "bias": TensorSpec((out,), model, self.is_row_parallel),
         }
+        return {tensor: specs.get(tensor, one) for tensor in self.suffixes}
+
+    def by_part(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Rows of one rank's tensor, by role."""
+        pieces = zip(self.parts, tensor.split(self.rows), strict=True)
+        return {part.role: piece for part, piece in pieces}
+
+    def join(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """All ranks' tensors as whole ones by role, each key/value head once."""
+        if self.is_row_parallel:
+            whole = torch.cat(list(tensors), dim=1) if tensors[0].dim() == 2 else tensors[0]
+            return {self.parts[0].role: whole}
+        split = [self.by_part(tensor) for tensor in tensors]
+        strides = {p.role: self.copies if p.rows == "key_value" else 1 for p in self.parts}
+        return {role: torch.cat([s[role] for s in split[::n]]) for role, n in strides.items()}
 
 
 def int4_codes(packed: Tensor) -> Tensor:
@@ -139,11 +161,6 @@ def int4_codes(packed: Tensor) -> Tensor:
     unsigned = packed.contiguous().view(torch.uint8)
     rows = torch.stack([unsigned % 16, unsigned // 16], dim=1).flatten(0, 1).to(torch.int8)
     return torch.where(rows >= 8, rows - 16, rows)
-
-
-def _fp4_codes(packed: Tensor) -> Tensor:
-    """Codes uint8 [O, I] from bytes [O, I/2]: the even column in the low nibble."""
-    return torch.stack([packed % 16, packed // 16], dim=2).flatten(1)
 
 
 def _from_words(words: Tensor, bits: int) -> Tensor:
@@ -163,26 +180,19 @@ def reload_w8a16(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """One rank's part of a linear, as read from the files.
+    """One rank's part of a module, as read from the files."""
 
-    Attributes:
-        storage: How it is stored.
-        shape: (out, in) of the part.
-        tensors: By the names of the module's table.
-    """
-
-    storage: Storage
-    shape: tuple[int, int]
-    tensors: Mapping[str, Tensor]
+    module: Module
+    tensors: Mapping[str, Tensor]  # by the names of the table above
 
     def codes(self) -> Tensor:
         """[O, I]: int8 (unsigned ones moved to be signed), float8, or uint8 of FP4."""
-        stored = self.tensors["codes"]
-        if self.storage.packing == "words":
-            return _from_words(stored, self.storage.bits)[:, : self.shape[1]]
-        if self.storage.packing == "rows":
-            return int4_codes(stored)
-        return _fp4_codes(stored) if self.storage.packing == "columns" else stored
+        stored, storage = self.tensors["codes"], self.module.storage
+        if storage.packing == "words":
+            return _from_words(stored, storage.bits)[:, : self.module.width]
+        if storage.packing == "columns":  # the even one in the low nibble
+            return torch.stack([stored % 16, stored // 16], dim=2).flatten(1)
+        return int4_codes(stored) if storage.packing == "rows" else stored
 
     def code_values(self) -> Tensor:
         """Multiples of the step, float32 [O, I]."""
@@ -192,39 +202,42 @@ class StoredLinear:
     def scale(self) -> Tensor:
         """As stored, float32, in the shape of its granularity: (1,), [O] or [O, G]."""
         scale = self.tensors["scale"].float()
-        return scale if self.storage.group_size else scale.reshape(-1)
+        return scale if self.module.storage.group_size else scale.reshape(-1)
 
     def zero_point(self) -> Tensor:
         """int8 [O, G], packed along the rows and moved like the codes."""
-        zeros = _from_words(self.tensors["zero_point"].t(), self.storage.bits)
-        return zeros[:, : self.shape[0]].t()
+        zeros = _from_words(self.tensors["zero_point"].t(), self.module.storage.bits)
+        return zeros[:, : self.module.shape[0]].t()
+
+    def global_scale(self, tensor: str) -> Tensor | None:
+        """An upper level of two, or None."""
+        above = self.tensors.get(tensor)
+        return 1 / above if above is not None and self.module.storage.is_reciprocal else above
 
     def step(self) -> Tensor:
-        """`scale` times the global one, if there is one."""
-        if not self.storage.has_two_levels:
+        """Of both levels, shaped like `scale`."""
+        above = self.tensors.get("global_scale")
+        if above is None:
             return self.scale()
-        above = self.tensors["global_scale"]
-        return self.scale() / above if self.storage.is_reciprocal else self.scale() * above
+        return self.scale() / above if self.module.storage.is_reciprocal else self.scale() * above
 
     def weight(self) -> Tensor:
         """What a server multiplies by, float32 [O, I]."""
-        storage = self.storage
+        storage, width = self.module.storage, self.module.width
         if "weight" in self.tensors:
             weight = self.tensors["weight"]
             return reload_w8a16(weight) if storage.is_reloaded else weight.float()
-        values, width = self.code_values(), self.shape[1]
-        if storage.is_asymmetric:
+        values = self.code_values()
+        if "zero_point" in self.tensors:
             values = values - expand(self.zero_point().float(), storage.granularity, width)
         return values * expand(self.step(), storage.granularity, width)
 
     def input_step(self) -> Tensor | None:
         """What is frozen of the input, (1,)."""
-        if "input_global_scale" in self.tensors:
-            above = self.tensors["input_global_scale"]
-            return 1 / above if self.storage.is_reciprocal else above
-        return self.tensors.get("input_scale")
+        return self.tensors.get("input_scale", self.global_scale("input_global_scale"))
 
     def bits_per_weight(self) -> float:
         """Stored bits, scales included and biases not."""
         kept = [t for name, t in self.tensors.items() if name not in ("shape", "bias")]
-        return 8 * sum(t.numel() * t.element_size() for t in kept) / (self.shape[0] * self.shape[1])
+        out, width = self.module.shape
+        return 8 * sum(t.numel() * t.element_size() for t in kept) / (out * width)

@@ -110,16 +110,14 @@ def _open(directory: Path, adapter: ModuleType, problems: list[str]) -> Export |
     if not directory.is_dir():
         problems.append(f"{directory}: no such directory")
         return None
-    description = adapter.read_config(directory, problems)
-    if description is None:
+    export: Export | None = adapter.read_config(directory, problems)
+    if export is None:
         return None
-    stages = adapter.find_ranks(directory, description, problems)
-    if any(problem.endswith(": missing") for problem in problems) or not stages:
+    export.stages = adapter.find_ranks(directory, export, problems)
+    if not export.stages or any(problem.endswith(": missing") for problem in problems):
         return None
-    problems += [p for ranks in stages for rank in ranks for p in rank.open(directory)]
-    export = Export(description, stages)
-    if not problems:
-        problems += header_problems(export)
+    problems += [p for ranks in export.stages for rank in ranks for p in rank.open(directory)]
+    problems += [] if problems else header_problems(export)
     return None if problems else export
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from mqat.verify.served_model import is_size
+from mqat.verify.served_model import ServedModel, is_positive
 from mqat.verify.storage import Storage
 
 _FP8_CACHE = {
@@ -31,17 +32,17 @@ _INPUTS: dict[tuple[Any, ...], str] = {
 
 
 def read(
-    config: Mapping[str, Any], names: list[str], head: str, dtype: str, problems: list[str]
+    directory: Path, config: Mapping[str, Any], model: ServedModel, problems: list[str]
 ) -> tuple[dict[str, Storage], bool]:
-    """How the quantized ones among linears are stored, and whether the cache is FP8.
+    """How quantized linears are stored, by full name, and whether the cache is FP8.
 
     Args:
+        directory: Holds the configuration.
         config: `quantization_config` of `config.json`.
-        names: Of all linears.
-        head: Module that stays unquantized.
-        dtype: Of unquantized tensors, as safetensors names it.
+        model: That the rest of it describes.
         problems: Complaints go here.
     """
+    names, head = model.linear_names(), model.names["lm_head"]
     storage: dict[str, Storage] = {}
     ignored, groups = config.get("ignore"), config.get("config_groups")
     if not isinstance(ignored, list) or head not in ignored or not isinstance(groups, dict):
@@ -55,7 +56,7 @@ def read(
         problems.append(f"quantization_status={status!r}, expected 'compressed'")
     for name, group in groups.items():
         try:
-            found = _storage_of(group, group.get("format") or config.get("format"), dtype)
+            found = _storage_of(group, group.get("format") or config.get("format"), model.dtype)
         except (ValueError, TypeError, AttributeError) as error:
             problems.append(f"config_groups.{name}: {error}")
             continue
@@ -83,54 +84,26 @@ def _storage_of(group: Mapping[str, Any], form: Any, dtype: str) -> Storage:
     is_asymmetric = weights.get("symmetric") is False
     if weights.get("dynamic") or (is_asymmetric and (packing, bits) != ("words", 4)):
         raise ValueError("weights must be static, and symmetric unless they are packed in 4 bits")
-    granularity = _granularity(weights, packing)
-    input_kind = None if inputs is None else _input_kind(inputs)
-    if inputs is not None and inputs.get("type") != kind:
-        raise ValueError(f"input_activations {inputs} are not verified here")
-    return Storage(
-        _names(packing, input_kind, is_asymmetric),
-        bits,
-        kind == "float",
-        granularity,
-        input_kind,
-        packing,
-        # ExecuTorch's INT4 has float32 steps, others lie on the model dtype's grid: values tell.
-        scale_dtypes=(dtype, "F32") if granularity.startswith("group:") else ("F32",),
-        is_column=True,
-        is_reciprocal=True,
-    )
-
-
-def _granularity(weights: Mapping[str, Any], packing: str) -> str:
-    strategy, size = weights.get("strategy"), weights.get("group_size")
-    known = ("tensor", "channel", "group", "tensor_group")
-    if strategy not in known or (strategy == "tensor_group") != (packing == "columns"):
+    strategy, size = str(weights.get("strategy")), weights.get("group_size")
+    known = ("tensor_group",) if packing == "columns" else ("tensor", "channel", "group")
+    if strategy not in known:
         raise ValueError(f"strategy {strategy!r} is not verified here")
-    if strategy == "group" and not is_size(size):
+    if strategy == "group" and not is_positive(size):
         raise ValueError(f"group_size={size!r}")
-    groups = {"group": f"group:{size}", "tensor_group": "group:16"}
-    return groups.get(strategy, strategy)
-
-
-def _input_kind(inputs: Mapping[str, Any]) -> str:
+    granularity = {"group": f"group:{size}", "tensor_group": "group:16"}.get(strategy, strategy)
     keys = ("type", "num_bits", "symmetric", "strategy", "dynamic")
-    kind = _INPUTS.get(tuple(inputs.get(key) for key in keys))
-    if kind is None:
+    step = None if inputs is None else _INPUTS.get(tuple(inputs.get(key) for key in keys))
+    if inputs is not None and (step is None or inputs["type"] != kind):
         raise ValueError(f"input_activations {inputs} are not verified here")
-    return kind
-
-
-def _names(packing: str, input_kind: str | None, is_asymmetric: bool) -> dict[str, str]:
-    """Suffixes of the tensors."""
     names = {"codes": "weight_packed" if packing else "weight", "scale": "weight_scale"}
-    if packing == "words":
-        names["shape"] = "weight_shape"
-    if is_asymmetric:
-        names["zero_point"] = "weight_zero_point"
-    if packing == "columns":
-        names["global_scale"] = "weight_global_scale"
-    if input_kind == "block fp4":
-        names["input_global_scale"] = "input_global_scale"
-    elif input_kind is not None and input_kind.startswith("static"):
-        names["input_scale"] = "input_scale"
-    return names
+    names |= {"shape": "weight_shape"} if packing == "words" else {}
+    names |= {"zero_point": "weight_zero_point"} if is_asymmetric else {}
+    names |= {"global_scale": "weight_global_scale"} if packing == "columns" else {}
+    names |= {"input_global_scale": "input_global_scale"} if step == "block fp4" else {}
+    names |= {"input_scale": "input_scale"} if (step or "").startswith("static") else {}
+    # ExecuTorch's INT4 has float32 steps, others lie on the model dtype's grid: the values tell.
+    dtypes = (dtype, "F32")
+    return Storage(
+        names, bits, kind == "float", granularity, step, packing, scale_dtypes=dtypes,
+        is_column=True, is_reciprocal=True,
+    )  # fmt: skip

@@ -8,74 +8,55 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mqat.verify.export import CacheStorage, Description, Rank
-from mqat.verify.facts import find_facts, known_values
+from mqat.verify.export import CacheStorage, Export, Rank
+from mqat.verify.facts import find_facts
 from mqat.verify.formats import compressed_tensors, modelopt
-from mqat.verify.served_model import Keys, ServedModel, model_problems, read_json
-from mqat.verify.storage import Storage
+from mqat.verify.served_model import SIZES, ServedModel, model_problems, read_json
+from mqat.verify.storage import UNQUANTIZED, Storage
 
-_INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
-KEYS = Keys(
-    form="hf",
-    family="model_type",
-    head_dim="head_dim",
-    rms_norm_eps="rms_norm_eps",
-    rope_theta="rope_theta",
-    rope_scaling="rope_scaling",
-    rope_type="rope_type",
-    dtype="torch_dtype",
-    is_tied="tie_word_embeddings",
-)
+_INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
+_KEYS = SIZES | {
+    "family": "model_type",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "rope_type": "rope_type",
+    "dtype": "torch_dtype",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+# `quant_method` -> reader of its configuration, and shape of a cache's scales.
+_STYLES = {"modelopt": (modelopt.read, ()), "compressed-tensors": (compressed_tensors.read, (1,))}
 
 
-def read_config(directory: Path, problems: list[str]) -> Description | None:
-    """Parses and checks the configuration; complaints go to `problems`, None if it is unusable."""
-    raw = read_json(directory, problems)
-    if raw is None:
-        return None
-    facts = find_facts("hf", "model_type", raw.get("model_type"))
+def read_config(directory: Path, problems: list[str]) -> Export | None:
+    """The export without its files; complaints go to `problems`, None if it is unusable."""
+    raw = read_json(directory / "config.json", problems)
+    facts = find_facts("hf", "model_type", raw.get("model_type"), problems) if raw else None
     if facts is None:
-        known = known_values("hf", "model_type")
-        problems.append(
-            f"config.json: model_type={raw.get('model_type')!r}, expected one of {known}"
-        )
         return None
-    found = list(model_problems(raw, KEYS, facts))
-    model = ServedModel(facts, KEYS, raw)
+    model = ServedModel(facts, "hf", _KEYS, raw)
+    found = list(model_problems(model))
     if not found and model.size("num_attention_heads") % model.size("num_query_groups"):
         found = ["num_attention_heads is not a multiple of num_key_value_heads"]
+    config = raw.get("quantization_config")
+    storage: dict[str, Storage] = {}
+    cache: CacheStorage | None = None
+    if not found and config is not None:
+        method = config.get("quant_method") if isinstance(config, dict) else config
+        if method not in _STYLES:
+            found = [f"quantization_config.quant_method={method!r} is not verified here"]
+        else:
+            read, shape = _STYLES[method]
+            storage, has_cache = read(directory, config, model, found)
+            cache = CacheStorage(True, facts.cache[method], shape) if has_cache else None
     problems += [f"config.json: {problem}" for problem in found]
     if found:
         return None
-    names = [
-        model.prefix(layer) + module
-        for layer in range(model.layers_per_stage)
-        for module in model.modules
-    ]
-    quantization = raw.get("quantization_config")
-    if quantization is None:
-        return Description(model, dict.fromkeys(names, Storage({"weight": "weight"})))
-    is_object = isinstance(quantization, dict)
-    method = str(quantization.get("quant_method")) if is_object else ""
-    head = model.names["lm_head"]
-    if method == "modelopt":
-        storage, has_cache = modelopt.read(directory, quantization, names, head, model.dtype, found)
-        scalar: tuple[int, ...] = ()
-    elif method == "compressed-tensors":
-        storage, has_cache = compressed_tensors.read(quantization, names, head, model.dtype, found)
-        scalar = (1,)
-    else:
-        found.append(f"quantization_config.quant_method={method!r} is not verified here")
-    problems += [f"config.json: {problem}" for problem in found]
-    if found:
-        return None
-    stored = {name: storage.get(name, Storage({"weight": "weight"})) for name in names}
-    cache = CacheStorage(True, facts.cache[method], scalar) if has_cache else None
-    return Description(model, stored, cache)
+    return Export(model, dict.fromkeys(model.linear_names(), UNQUANTIZED) | storage, cache)
 
 
-def find_ranks(directory: Path, description: Description, problems: list[str]) -> list[list[Rank]]:
+def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[list[Rank]]:
     """One stage of one rank: all files; problems with those that are missing or too many."""
     found = {file.name for file in directory.glob("*.safetensors")}
     rank = Rank(_WHOLE, [_WHOLE])
@@ -87,7 +68,6 @@ def find_ranks(directory: Path, description: Description, problems: list[str]) -
             return []
         rank = Rank(_INDEX, sorted(set(index.values())), index)
     problems += [f"{name}: missing" for name in rank.files if name not in found]
-    problems += [
-        f"{name}: stale, not part of this model" for name in sorted(found - set(rank.files))
-    ]
+    stale = sorted(found - set(rank.files))
+    problems += [f"{name}: stale, not part of this model" for name in stale]
     return [[rank]]

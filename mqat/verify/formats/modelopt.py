@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mqat.verify.served_model import is_size
+from mqat.verify.served_model import ServedModel, is_positive
 from mqat.verify.storage import Storage
 
 _FILE = "hf_quant_config.json"
@@ -37,21 +37,14 @@ _FP8_CACHE = {"num_bits": 8, "type": "float", "dynamic": False}
 
 
 def read(
-    directory: Path,
-    config: Mapping[str, Any],
-    names: list[str],
-    head: str,
-    dtype: str,
-    problems: list[str],
+    directory: Path, config: Mapping[str, Any], model: ServedModel, problems: list[str]
 ) -> tuple[dict[str, Storage], bool]:
-    """How the quantized ones among linears are stored, and whether the cache is FP8.
+    """How quantized linears are stored, by full name, and whether the cache is FP8.
 
     Args:
-        directory: Holds `hf_quant_config.json` too.
+        directory: Holds the configuration twice.
         config: `quantization_config` of `config.json`.
-        names: Of all linears.
-        head: Module that stays unquantized.
-        dtype: Of unquantized tensors, as safetensors names it.
+        model: That the rest of it describes.
         problems: Complaints go here.
     """
     try:
@@ -69,16 +62,18 @@ def read(
         )
     if (algorithm, excluded) != (config.get("quant_algo"), config.get("ignore")):
         problems.append(f"quantization_config and {_FILE} disagree")
-    elif algorithm not in _ALGORITHMS or head not in excluded:
+    elif algorithm not in _ALGORITHMS or model.names["lm_head"] not in excluded:
         problems.append(f"quant_algo={algorithm!r} with exclusions {excluded} is not verified here")
     else:
         found, size = _ALGORITHMS[algorithm], other.get("group_size")
-        if found.group_size and not is_size(size):
+        if found.group_size and not is_positive(size):
             problems.append(f"{_FILE}: group_size={size!r}, expected a positive integer")
         elif found.group_size:
-            found = replace(found, granularity=f"group:{size}", scale_dtypes=(dtype,))
+            found = replace(found, granularity=f"group:{size}", scale_dtypes=(model.dtype,))
         options = (other.get("pre_quant_scale"), other.get("has_zero_point"))
         if "smoothing" in found.names and options != (True, False):
             problems.append(f"{_FILE}: AWQ needs pre_quant_scale true and has_zero_point false")
-        return {name: found for name in names if name not in excluded}, cache is not None
+        return {
+            name: found for name in model.linear_names() if name not in excluded
+        }, cache is not None
     return {}, False

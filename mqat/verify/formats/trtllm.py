@@ -5,35 +5,26 @@ Written from the format's description, not from the exporter: a second opinion.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mqat.verify.export import CacheStorage, Description, Rank
-from mqat.verify.facts import find_facts, known_values
-from mqat.verify.served_model import (
-    ROPE_FACTORS,
-    Keys,
-    ServedModel,
-    is_size,
-    model_problems,
-    read_json,
-)
-from mqat.verify.storage import Storage
+from mqat.verify.export import CacheStorage, Export, Rank
+from mqat.verify.facts import find_facts
+from mqat.verify.served_model import SIZES, ServedModel, is_positive, model_problems, read_json
+from mqat.verify.storage import UNQUANTIZED, Module, Storage
 
-KEYS = Keys(
-    form="trtllm",
-    family="architecture",
-    head_dim="head_size",
-    rms_norm_eps="norm_epsilon",
-    rope_theta="rotary_base",
-    rope_scaling="rotary_scaling",
-    rope_type="type",
-    dtype="dtype",
-)
+_KEYS = SIZES | {
+    "family": "architecture",
+    "head_dim": "head_size",
+    "rms_norm_eps": "norm_epsilon",
+    "rope_theta": "rotary_base",
+    "rope_scaling": "rotary_scaling",
+    "rope_type": "type",
+    "dtype": "dtype",
+}
 _CODES = {"codes": "weight", "scale": "weights_scaling_factor"}
 _SMOOTHING = {"smoothing": "prequant_scaling_factor"}
 _STATIC = {"input_scale": "activation_scaling_factor"}
@@ -81,45 +72,37 @@ _BUILT_IN_EXCLUSIONS = (
 _MIXED = "quant_cfg.json"
 
 
-def read_config(directory: Path, problems: list[str]) -> Description | None:
-    """Parses and checks the configuration; complaints go to `problems`, None if it is unusable."""
-    raw = read_json(directory, problems)
-    if raw is None:
-        return None
-    facts = find_facts("trtllm", "architecture", raw.get("architecture"))
+def read_config(directory: Path, problems: list[str]) -> Export | None:
+    """The export without its files; complaints go to `problems`, None if it is unusable."""
+    raw = read_json(directory / "config.json", problems)
+    facts = find_facts("trtllm", "architecture", raw.get("architecture"), problems) if raw else None
     if facts is None:
-        known = known_values("trtllm", "architecture")
-        problems.append(
-            f"config.json: architecture={raw.get('architecture')!r}, expected one of {known}"
-        )
         return None
-    known_keys = {*KEYS.sizes.values(), *KEYS.numbers.values(), *facts.config["trtllm"], *_OTHER}
-    found = [f"unknown key {key!r}" for key in sorted(set(raw) - known_keys - {KEYS.dtype})]
-    found += model_problems(raw, KEYS, facts)
-    found += [*_rotary_problems(raw), *_mapping_problems(raw)]
-    quantization: Any = raw.get("quantization")
-    found += _quantization_problems(quantization, facts.names["trtllm"])
+    known = {*_KEYS.values(), *facts.config["trtllm"], *_OTHER}
+    found = [f"unknown key {key!r}" for key in sorted(set(raw) - known)]
+    model = ServedModel(facts, "trtllm", _KEYS, raw)
+    found += [*model_problems(model), *_mapping_problems(raw)]
+    found += _quantization_problems(raw.get("quantization"), facts.names["trtllm"])
     if not found:
-        mapping = raw["mapping"]
-        model = ServedModel(facts, KEYS, raw, mapping["tp_size"], mapping["pp_size"])
-        found = list(_layout_problems(model))
+        model = replace(model, tp=raw["mapping"]["tp_size"], pp=raw["mapping"]["pp_size"])
+        found += _layout_problems(model)
     problems += [f"config.json: {problem}" for problem in found]
-    if found:
-        return None
-    entries = dict(_entries(directory, model, problems))
+    entries = {} if problems else _entries(directory, model, problems)
     if problems:
         return None
     storage = {name: _storage(entry, model.dtype) for name, entry in entries.items()}
-    problems += [f"config.json: {problem}" for problem in _size_problems(model, storage)]
-    cache = quantization.get("kv_cache_quant_algo")
-    names = facts.cache["trtllm"]
-    served = None if cache is None else CacheStorage(cache == "FP8", names)
-    return None if problems else Description(model, storage, served, is_staged=True)
+    cache = raw["quantization"].get("kv_cache_quant_algo")
+    served = CacheStorage(cache == "FP8", facts.cache["trtllm"]) if cache else None
+    export = Export(model, storage, served, is_staged=True)
+    problems += [
+        f"config.json: {p}" for m in export.modules(0) for p in _size_problems(m, model.tp)
+    ]
+    return None if problems else export
 
 
-def find_ranks(directory: Path, description: Description, problems: list[str]) -> list[list[Rank]]:
+def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[list[Rank]]:
     """The rank files of each stage; problems with those that are missing or too many."""
-    model = description.model
+    model = export.model
     wanted = [f"rank{rank}.safetensors" for rank in range(model.tp * model.pp)]
     found = {file.name for file in directory.glob("*.safetensors")}
     problems += [f"{name}: missing" for name in wanted if name not in found]
@@ -135,7 +118,7 @@ def _storage(entry: Mapping[str, Any], dtype: str) -> Storage:
     """How a linear is stored, by its entry of the configuration."""
     algorithm = entry.get("quant_algo")
     if algorithm is None:
-        return Storage({"weight": "weight"})
+        return UNQUANTIZED
     found = replace(_W8A16 if algorithm == "W8A16" else _LINEAR[algorithm], label=algorithm)
     if algorithm not in _GROUP_SIZES:
         return found
@@ -144,35 +127,16 @@ def _storage(entry: Mapping[str, Any], dtype: str) -> Storage:
 
 def _entries(
     directory: Path, model: ServedModel, problems: list[str]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Name in the files of a stage of every linear, and what the configuration says about it."""
-    names = [
-        model.prefix(layer) + module
-        for layer in range(model.layers_per_stage)
-        for module in model.modules
-    ]
-    quantization = model.raw["quantization"]
-    if quantization["quant_algo"] == "MIXED_PRECISION":
-        mixed = _read_mixed(directory, names, quantization.get("kv_cache_quant_algo"), problems)
-        yield from ((name, mixed.get(name, {})) for name in names)
-        return
-    excluded = quantization.get("exclude_modules")
-    patterns = _BUILT_IN_EXCLUSIONS if excluded is None else excluded
-    for name in names:
-        is_excluded = any(fnmatchcase(name, pattern) for pattern in patterns)
-        yield name, {} if is_excluded else quantization
-
-
-def _read_mixed(
-    directory: Path, names: list[str], cache: str | None, problems: list[str]
-) -> dict[str, Any]:
-    """The entries of `quant_cfg.json`; complaints go to `problems`."""
-    try:
-        found = json.loads((directory / _MIXED).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(f"{_MIXED}: unreadable ({error})")
-        return {}
-    layers = found.get("quantized_layers") if isinstance(found, dict) else None
+) -> dict[str, Mapping[str, Any]]:
+    """What the configuration says about every linear of a stage; complaints go to `problems`."""
+    quantization, names = model.raw["quantization"], model.linear_names()
+    if quantization["quant_algo"] != "MIXED_PRECISION":
+        told = quantization.get("exclude_modules")
+        patterns = _BUILT_IN_EXCLUSIONS if told is None else told
+        excluded = {name for name in names if any(fnmatchcase(name, p) for p in patterns)}
+        return {name: {} if name in excluded else quantization for name in names}
+    found = read_json(directory / _MIXED, problems)
+    layers, cache = found.get("quantized_layers"), quantization.get("kv_cache_quant_algo")
     if not isinstance(layers, dict) or found.get("quant_algo") != "MIXED_PRECISION":
         problems.append(f"{_MIXED}: expected quant_algo MIXED_PRECISION and quantized_layers")
         return {}
@@ -185,7 +149,7 @@ def _read_mixed(
             problems.append(f"{_MIXED}: {name} needs a quant_algo of {tuple(_LINEAR)}")
         else:
             problems += [f"{_MIXED}: {name}: {text}" for text in _awq_problems(entry)]
-    return layers
+    return {name: layers.get(name, {}) for name in names}
 
 
 def _awq_problems(entry: Mapping[str, Any]) -> Iterator[str]:
@@ -199,12 +163,6 @@ def _awq_problems(entry: Mapping[str, Any]) -> Iterator[str]:
             yield f"quantization.{key}={entry.get(key)!r}, expected one of {allowed}"
 
 
-def _rotary_problems(raw: Mapping[str, Any]) -> Iterator[str]:
-    scaling = raw.get(KEYS.rope_scaling)
-    if isinstance(scaling, dict) and set(scaling) - {KEYS.rope_type, *ROPE_FACTORS}:
-        yield f"rotary_scaling={scaling!r}, expected type and {', '.join(ROPE_FACTORS)} only"
-
-
 def _mapping_problems(raw: Mapping[str, Any]) -> Iterator[str]:
     mapping = raw.get("mapping")
     if not isinstance(mapping, dict):
@@ -213,7 +171,7 @@ def _mapping_problems(raw: Mapping[str, Any]) -> Iterator[str]:
     for key in sorted(set(mapping) - set(_MAPPING)):
         yield f"unknown key mapping.{key} (the loader raises TypeError)"
     for key in _MAPPING:
-        if not is_size(mapping.get(key)):
+        if not is_positive(mapping.get(key)):
             yield f"mapping.{key}={mapping.get(key)!r}, expected a positive integer"
             return
     if mapping["world_size"] != mapping["tp_size"] * mapping["pp_size"]:
@@ -256,23 +214,10 @@ def _layout_problems(model: ServedModel) -> Iterator[str]:
         yield f"pp_size={model.pp} does not divide num_hidden_layers={layers}"
 
 
-def _size_problems(model: ServedModel, storage: Mapping[str, Storage]) -> Iterator[str]:
+def _size_problems(module: Module, tp: int) -> Iterator[str]:
     """The loader pads linears that do not fit the group-wise INT4 kernels."""
-    for name, stored in storage.items():
-        if stored.packing != "rows" or stored.group_size is None:
-            continue
-        module = next(module for module in model.modules if name.endswith(f".{module}"))
-        is_row_parallel, multiple = (
-            model.is_row_parallel(module),
-            max(64, stored.group_size) * model.tp,
-        )
-        for what, size, is_cut in zip(
-            ("output", "input"),
-            model.shape(module),
-            (not is_row_parallel, is_row_parallel),
-            strict=True,
-        ):
-            whole = size * model.tp if is_cut else size
-            if whole % multiple:
-                yield f"{name}: {whole} {what} features, no multiple of {multiple}, are padded"
-                return
+    multiple, (out, width) = max(64, module.storage.group_size) * tp, module.shape
+    whole = (out, width * tp) if module.is_row_parallel else (out * tp, width)
+    for what, size in zip(("output", "input"), whole, strict=True):
+        if module.storage.packing == "rows" and size % multiple:
+            yield f"{module.name}: {size} {what} features, no multiple of {multiple}, are padded"
