@@ -8,9 +8,9 @@ from functools import cached_property
 from torch import Tensor
 
 from mqat.checkpoints.reader import CheckpointReader
-from mqat.quant.scheme import LinearScheme, TensorScheme
+from mqat.quant.scheme import LinearScheme
 from mqat.verify.facts import Facts
-from mqat.verify.reference_quant import expand, quantize_weight
+from mqat.verify.reference_quant import quantize_weight
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,6 @@ class CheckpointLinear:
     def scheme(self) -> LinearScheme | None:
         """None if it is not quantized."""
         return self.checkpoint.layers.get(self.name)
-
-    @property
-    def weight_scheme(self) -> TensorScheme:
-        """How the weight is quantized."""
-        assert self.scheme is not None and self.scheme.weight is not None, self.name
-        return self.scheme.weight
 
     def _of_layer(self, kind: str) -> Tensor:
         key = self.facts.key(f"{self.linear}.{kind}")
@@ -59,16 +53,11 @@ class CheckpointLinear:
     @cached_property
     def codes(self) -> Tensor:
         """Of the weight on its frozen grid, as `reference_quant.quantize_weight` gives them."""
-        scheme = self.weight_scheme
+        assert self.scheme is not None and self.scheme.weight is not None, self.name
+        scheme = self.scheme.weight
         zero = self.frozen("weight_zero_point") if scheme.is_asymmetric else None
         scale, granularity = self.frozen("weight_scale"), str(scheme.granularity)
         return quantize_weight(self.weight, scale, granularity, scheme.format.name, zero)
-
-    def values(self) -> Tensor:
-        """The weight on its frozen grid, float32 [O, I]; symmetric integers only."""
-        granularity = str(self.weight_scheme.granularity)
-        scale = expand(self.frozen("weight_scale"), granularity, self.weight.shape[1])
-        return self.codes.float() * scale
 
     def by_part(self, tensor: Tensor) -> dict[str, Tensor]:
         """Rows of a tensor of the fused linear, by role."""

@@ -19,9 +19,15 @@ from mqat.quant.scheme import LinearScheme
 from mqat.verify.check import same_bytes
 from mqat.verify.checkpoint_linear import CheckpointLinear
 from mqat.verify.export import Export, Rank
-from mqat.verify.reference_quant import w4a8_range_scale
+from mqat.verify.reference_quant import expand, w4a8_range_scale
 from mqat.verify.served_model import NUMBERS, ROPE_FACTORS, SIZES
 from mqat.verify.storage import Storage, StoredLinear
+
+# Single number of a module -> what it is made of in the checkpoint.
+_NUMBERS = {
+    "global_scale": "weight_global_scale", "input_global_scale": "input_global_scale",
+    "input_scale": "input_scale", "range_scale": "weight_scale",
+}  # fmt: skip
 
 
 def compare_with_checkpoint(export: Export, checkpoint: CheckpointReader) -> Iterator[str]:
@@ -140,7 +146,9 @@ class _Comparison:
         elif not _serves(storage, scheme):
             yield f"{module.name}: served as {storage}, trained as {scheme.name}"
         elif storage.is_reloaded:
-            yield from self._compare("weight", trained.values(), "checkpoint's weight on its grid")
+            steps = expand(trained.frozen("weight_scale"), storage.granularity, module.width)
+            values = trained.codes.float() * steps
+            yield from self._compare("weight", values, "checkpoint's weight on its grid")
         else:
             codes = [linear.codes() for linear in self.served]
             if not self._matches(codes, trained.codes):
@@ -165,7 +173,7 @@ class _Comparison:
             scales = [scale * frozen("weight_global_scale") for scale in scales]
         is_one, wanted = module.storage.granularity == "tensor", frozen("weight_scale")
         same = (
-            [same_bytes(s, wanted) for s in scales] if is_one else [self._matches(scales, wanted)]
+            (same_bytes(s, wanted) for s in scales) if is_one else (self._matches(scales, wanted),)
         )
         if not all(same):
             yield f"{module.full('scale')} is not the frozen scale"
@@ -174,15 +182,8 @@ class _Comparison:
             served = [linear.zero_point() for linear in self.served]
             if not self._matches(served, zeros.to(torch.int8)):
                 yield f"{module.full('zero_point')} is not the frozen zero point"
-        for tensor, quantizer in (
-            ("global_scale", "weight_global_scale"),
-            ("input_global_scale", "input_global_scale"),
-            ("input_scale", "input_scale"),
-            ("range_scale", "weight_scale"),
-        ):
-            if tensor not in names:
-                continue
-            number = frozen(quantizer)
+        for tensor in names.keys() & _NUMBERS.keys():
+            number = frozen(_NUMBERS[tensor])
             if tensor == "range_scale":
                 number = w4a8_range_scale(number)
             elif "global" in tensor and module.storage.is_reciprocal:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -30,22 +29,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding, half rotation (GPT-NeoX).
-
-    Attributes:
-        head_size: d, which every head is rotated in.
-        base: Of the frequencies.
-        scaling: Llama 3's factors, or None.
-    """
+    """Rotary position embedding, half rotation (GPT-NeoX)."""
 
     head_size: int
-    base: float
-    scaling: Mapping[str, Any] | None
+    base: float  # of the frequencies
+    scaling: Mapping[str, float] | None  # Llama 3's factors
 
     def _inverse_frequencies(self) -> Tensor:
-        inverse = 1.0 / float(self.base) ** (
-            torch.arange(0, self.head_size, 2).float() / self.head_size
-        )
+        inverse = self.base ** (-torch.arange(0, self.head_size, 2) / self.head_size)
         if self.scaling is None:
             return inverse
         low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
@@ -62,56 +53,15 @@ class Rope:
         return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-@dataclass(frozen=True)
-class Cache:
-    """A quantized key/value cache.
-
-    Attributes:
-        is_float: FP8 E4M3 codes; otherwise INT8.
-        key_scale: Dequantization step of rotated keys, one number.
-        value_scale: Of values.
-    """
-
-    is_float: bool
-    key_scale: Tensor
-    value_scale: Tensor
-
-    def _stored(self, x: Tensor, scale: Tensor) -> Tensor:
-        if self.is_float:
-            return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-        return (x / scale).round().clamp(-128, 127) * scale
-
-    def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What reading the cache returns after rotated keys and values were written to it."""
-        return self._stored(key, self.key_scale), self._stored(value, self.value_scale)
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, rope: Rope, cache: Cache | None = None
-) -> Tensor:
-    """Causal attention of heads [b, s, h, d] with grouped keys and values; [b, s, h * d]."""
-    q, k, v = (part.transpose(1, 2) for part in (query, key, value))
-    q, k = rope.rotate(q), rope.rotate(k)
-    if cache is not None:
-        k, v = cache.store(k, v)
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return context.transpose(1, 2).flatten(2)
-
-
 class Decoder:
     """An exported model, its headers checked."""
 
     def __init__(self, export: Export) -> None:
         self.export = export
         self.model = export.model
+        self.max_positions = self.model.size("max_position_embeddings")
         theta = float(self.model.value("rope_theta"))
         self.rope = Rope(self.model.size("head_dim"), theta, self.model.rope_scaling)
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence."""
-        return self.model.size("max_position_embeddings")
 
     def _modules(self, layer: int, *roles: str) -> list[Module]:
         found = self.export.modules(layer)
@@ -140,23 +90,22 @@ class Decoder:
     def _rms_norm(self, rank: Rank, name: str, x: Tensor) -> Tensor:
         return rms_norm(x, rank.tensor(f"{name}.weight"), float(self.model.value("rms_norm_eps")))
 
-    def _cache(self, rank: Rank, layer: int) -> Cache | None:
-        cache, prefix = self.export.cache, self.model.prefix(layer)
-        if cache is None:
-            return None
-        key, value = (rank.tensor(prefix + cache.names[kind]) for kind in ("key", "value"))
-        return Cache(cache.is_float, key, value)
-
     def _attention(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
-        """One rank's heads, before the output's linear."""
-        heads = {}
-        roles = ("query", "key", "value")
+        """One rank's heads, causal, before the output's linear; keys are cached after rotation."""
+        heads, roles, cache = {}, ("query", "key", "value"), self.export.cache
         for role, features in zip(roles, self._inner(rank, layer, roles, x), strict=True):
-            heads[role] = features.unflatten(-1, (-1, self.rope.head_size))
+            part = features.unflatten(-1, (-1, self.rope.head_size)).transpose(1, 2)
             if f"{role}_norm" in self.model.facts.norms:  # of each head
-                heads[role] = self._norm(rank, layer, f"{role}_norm", heads[role])
-        query, key, value = (heads[role] for role in roles)
-        return attend(query, key, value, self.rope, self._cache(rank, layer))
+                part = self._norm(rank, layer, f"{role}_norm", part)
+            part = part if role == "value" else self.rope.rotate(part)
+            if cache is not None and role in cache.names:
+                step = rank.tensor(self.model.prefix(layer) + cache.names[role])
+                part = quantize_input(part, "static fp8" if cache.is_float else "static int8", step)
+            heads[role] = part
+        q, k, v = (heads[role] for role in roles)
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return context.transpose(1, 2).flatten(2)
 
     def _mlp(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
         gate, up = self._inner(rank, layer, ("gate", "up"), x)

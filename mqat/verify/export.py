@@ -72,11 +72,6 @@ class Export:
     is_staged: bool = False  # layer names restart in every stage, so problems must tell the stage
     stages: Sequence[Sequence[Rank]] = ()  # of each pipeline stage, its tensor-parallel ranks
 
-    @property
-    def num_files(self) -> int:
-        """Files with weights."""
-        return sum(len(rank.files) for ranks in self.stages for rank in ranks)
-
     def modules(self, layer: int) -> list[Module]:
         """The linears of a layer, counted in its stage."""
         model, facts = self.model, self.model.facts
@@ -86,13 +81,9 @@ class Export:
             switch = facts.biases.get(model.form, {}).get(roles[0])
             has_bias = switch is True or bool(switch and model.raw.get(switch))
             suffixes = self.storage[full].names | ({"bias": "bias"} if has_bias else {})
-            rows, width = [model.on_rank(p.rows) for p in parts], model.on_rank(parts[0].columns)
-            found.append(
-                Module(
-                    full, parts, self.storage[full], suffixes, tuple(rows), width, model.dtype,
-                    model.copies,
-                )
-            )  # fmt: skip
+            rows = tuple(model.on_rank(part.rows) for part in parts)
+            cut = (rows, model.on_rank(parts[0].columns), model.dtype, model.copies)
+            found.append(Module(full, parts, self.storage[full], suffixes, *cut))
         return found
 
     def small_specs(self, layer: int) -> dict[str, TensorSpec]:

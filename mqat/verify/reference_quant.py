@@ -22,12 +22,9 @@ from torch import Tensor
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 # Smallest and largest code of a weight, by the name of its integer format.
 _RANGES = {
-    "int8": (-127, 127),
-    "int8_loader": (-128, 127),
-    "int4": (-8, 7),
-    "int4_even": (-8, 7),
+    "int8": (-127, 127), "int8_loader": (-128, 127), "int4": (-8, 7), "int4_even": (-8, 7),
     "uint4": (0, 15),
-}
+}  # fmt: skip
 _TINY = 2.0**-24  # smallest step, so that zeros stay zeros
 
 
@@ -60,16 +57,9 @@ def quantize_weight(
 ) -> Tensor:
     """Codes of weight / scale, rounded to nearest, ties to even.
 
-    Args:
-        weight: float32 [O, I].
-        scale: The frozen one, float32, in the shape of its granularity.
-        granularity: Its name in checkpoints.
-        fmt: Name of the number format in checkpoints.
-        zero_point: Shaped like `scale`, or None.
-
-    Returns:
-        [O, I]: int8 for integers, moved to -8..7 where they are unsigned; float8 for FP8; for FP4
-        uint8, one code in a byte.
+    The weight is float32 [O, I], scale and zero point are the frozen ones, granularity and format are
+    named as in checkpoints. Codes are int8, of unsigned formats moved to -8..7; float8 for FP8; uint8,
+    one code in a byte, for FP4.
     """
     width = weight.shape[1]
     ratio = weight / expand(scale, granularity, width)
@@ -85,10 +75,6 @@ def quantize_weight(
     return (codes.clamp(low, high) - middle).to(torch.int8)
 
 
-def _fp8(x: Tensor, step: Tensor) -> Tensor:
-    return (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
-
-
 def _blocks_of_16(x: Tensor, above: Tensor) -> Tensor:
     blocks = x.unflatten(-1, (-1, 16))
     ratio = blocks.abs().amax(dim=-1, keepdim=True) / (6 * above)
@@ -102,12 +88,9 @@ def w4a8_range_scale(scale: Tensor) -> Tensor:
 
 
 def quantize_input(x: Tensor, kind: str | None, step: Tensor | None = None) -> Tensor:
-    """The input of a linear on its grid, float32.
+    """float32 [..., I] on the grid of a kind of the table above; None: unquantized.
 
-    Args:
-        x: float32 [..., I]; of a row-parallel linear, one rank's channels.
-        kind: Of the table above; None: unquantized.
-        step: The frozen number; of `block fp4`, the global scale.
+    `step` is the frozen number, of `block fp4` the global scale; x of a row-parallel linear is a rank's.
     """
     if kind is None:
         return x
@@ -122,6 +105,7 @@ def quantize_input(x: Tensor, kind: str | None, step: Tensor | None = None) -> T
     assert step is not None, f"{kind} has a frozen number"
     if kind == "block fp4":
         return _blocks_of_16(x, step)
+    ratio = x / step
     if kind.endswith("fp8"):
-        return _fp8(x, step)
-    return (x / step).round().clamp(-128, 127) * step
+        return ratio.clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
+    return ratio.round().clamp(-128, 127) * step

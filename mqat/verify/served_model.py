@@ -17,14 +17,10 @@ ROPE_FACTORS = (
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Sizes, as checkpoints call them -> key; formats add what they call otherwise.
 SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "max_position_embeddings": "max_position_embeddings",
-}
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
+    "intermediate_size": "intermediate_size", "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads", "max_position_embeddings": "max_position_embeddings",
+}  # fmt: skip
 NUMBERS = ("rms_norm_eps", "rope_theta")
 
 

@@ -114,25 +114,22 @@ class Module:
         """Tensor of the table above -> what a rank must hold."""
         storage, (out, width), model = self.storage, self.shape, (self.dtype,)
         groups = -(-width // (storage.group_size or width))
-        codes = TensorSpec(self.shape, ("F8_E4M3" if storage.is_float else "I8",))
-        if storage.packing == "words":
-            codes = TensorSpec((out, -(-width * storage.bits // 32)), ("I32",))
-        elif storage.packing == "rows":
-            codes = TensorSpec((out // 2, width), (storage.bytes_dtype,))
-        elif storage.packing == "columns":
-            codes = TensorSpec((out, width // 2), ("U8",))
+        codes = {
+            "": (self.shape, "F8_E4M3" if storage.is_float else "I8"),
+            "words": ((out, -(-width * storage.bits // 32)), "I32"),
+            "rows": ((out // 2, width), storage.bytes_dtype),
+            "columns": ((out, width // 2), "U8"),
+        }[storage.packing]
         one = scale = TensorSpec(storage.scalar, ("F32",), True)
         if storage.granularity == "channel":
             shape = (out, 1) if storage.is_column else (out,)
             scale = TensorSpec(shape, ("F32",), self.is_row_parallel)
         elif storage.group_size:
-            has_two_levels = "global_scale" in storage.names
-            scale = TensorSpec(
-                (out, groups), ("F8_E4M3",) if has_two_levels else storage.scale_dtypes
-            )
+            lower = ("F8_E4M3",) if "global_scale" in storage.names else storage.scale_dtypes
+            scale = TensorSpec((out, groups), lower)
         specs = {
             "weight": TensorSpec(self.shape, model),
-            "codes": codes,
+            "codes": TensorSpec(codes[0], (codes[1],)),
             "scale": scale,
             "zero_point": TensorSpec((-(-out * storage.bits // 32), groups), ("I32",)),
             "shape": TensorSpec((2,), ("I64",), True),
@@ -209,11 +206,6 @@ class StoredLinear:
         zeros = _from_words(self.tensors["zero_point"].t(), self.module.storage.bits)
         return zeros[:, : self.module.shape[0]].t()
 
-    def global_scale(self, tensor: str) -> Tensor | None:
-        """An upper level of two, or None."""
-        above = self.tensors.get(tensor)
-        return 1 / above if above is not None and self.module.storage.is_reciprocal else above
-
     def step(self) -> Tensor:
         """Of both levels, shaped like `scale`."""
         above = self.tensors.get("global_scale")
@@ -234,7 +226,9 @@ class StoredLinear:
 
     def input_step(self) -> Tensor | None:
         """What is frozen of the input, (1,)."""
-        return self.tensors.get("input_scale", self.global_scale("input_global_scale"))
+        step = self.tensors.get("input_scale", self.tensors.get("input_global_scale"))
+        is_inverse = self.module.storage.is_reciprocal and "input_global_scale" in self.tensors
+        return 1 / step if step is not None and is_inverse else step
 
     def bits_per_weight(self) -> float:
         """Stored bits, scales included and biases not."""

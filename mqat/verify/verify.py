@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,15 +24,9 @@ from mqat.verify.export import Export
 from mqat.verify.formats import huggingface, trtllm
 
 __all__ = [
-    "Report",
-    "is_export",
-    "is_huggingface",
-    "open_export",
-    "unpacked",
-    "verify_export",
-    "verify_hf",
+    "Report", "is_export", "is_huggingface", "open_export", "unpacked", "verify_export", "verify_hf",
     "verify_trtllm",
-]
+]  # fmt: skip
 
 # The reader and the training model sum in different orders. An activation on the boundary between two
 # codes may then fall on either side, and with static INT8 activations such flips grow over the layers
@@ -45,24 +38,14 @@ MIN_TOP1 = 0.90
 
 @dataclass
 class Report:
-    """What verification found.
+    """What verification found."""
 
-    Attributes:
-        problems: Empty if all is well; each names a file or tensor.
-        num_files: Files with weights.
-        compared_with_checkpoint: Every tensor was compared bit for bit.
-        mean_kl: Mean Kullback-Leibler divergence from the training model's next-token distribution
-            to the exported one's, in nats.
-        top1_agreement: Share of positions with the same most likely token.
-        max_abs_difference: Largest difference of two logits.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    num_files: int = 0
-    compared_with_checkpoint: bool = False
-    mean_kl: float | None = None
-    top1_agreement: float | None = None
-    max_abs_difference: float | None = None
+    problems: list[str] = field(default_factory=list)  # each names a file or tensor
+    num_files: int = 0  # with weights
+    compared_with_checkpoint: bool = False  # every tensor was compared bit for bit
+    mean_kl: float | None = None  # from training's next-token distribution to the exported, in nats
+    top1_agreement: float | None = None  # share of positions with the same most likely token
+    max_abs_difference: float | None = None  # of two logits
 
     @property
     def ok(self) -> bool:
@@ -105,12 +88,13 @@ def compare_logits(report: Report, served: Tensor, reference: Tensor) -> None:
         )
 
 
-def _open(directory: Path, adapter: ModuleType, problems: list[str]) -> Export | None:
+def _open(directory: Path, problems: list[str]) -> Export | None:
     """The export with its headers checked; complaints go to `problems`, None if it is unusable."""
     if not directory.is_dir():
         problems.append(f"{directory}: no such directory")
         return None
-    export: Export | None = adapter.read_config(directory, problems)
+    adapter = huggingface if is_huggingface(directory) else trtllm
+    export = adapter.read_config(directory, problems)
     if export is None:
         return None
     export.stages = adapter.find_ranks(directory, export, problems)
@@ -121,29 +105,7 @@ def _open(directory: Path, adapter: ModuleType, problems: list[str]) -> Export |
     return None if problems else export
 
 
-def _verify(
-    directory: Path,
-    adapter: ModuleType,
-    reference: Path | None,
-    tokens: Tensor | None,
-    reference_logits: Tensor | None,
-) -> Report:
-    report = Report()
-    export = _open(directory, adapter, report.problems)
-    if export is None:
-        return report
-    report.num_files = export.num_files
-    report.problems += value_problems(export)
-    if reference is not None:
-        report.problems += compare_with_checkpoint(export, CheckpointReader(reference))
-        report.compared_with_checkpoint = True
-    if tokens is not None and not report.problems:
-        _check_tokens(export.model.size("vocab_size"), tokens, reference_logits)
-        _judge_logits(report, Decoder(export).logits(tokens), reference_logits)
-    return report
-
-
-def verify_trtllm(
+def verify_directory(
     directory: Path,
     *,
     reference: Path | None = None,
@@ -153,7 +115,7 @@ def verify_trtllm(
     """Checks an exported directory: statically, against its checkpoint, and by running it.
 
     Args:
-        directory: TensorRT-LLM checkpoint directory.
+        directory: A TensorRT-LLM checkpoint, or a Hugging Face directory; which, it says itself.
         reference: mqat checkpoint it was made from; every tensor is then compared bit for bit.
         tokens: int64 [b, s] to run through the decoder, if nothing is wrong before.
         reference_logits: The training model's fake-quantized logits for `tokens`, [b, s, V].
@@ -161,18 +123,27 @@ def verify_trtllm(
     Raises:
         ValueError: The reference itself is damaged, or tokens and logits do not fit the model.
     """
-    return _verify(directory, trtllm, reference, tokens, reference_logits)
+    report = Report()
+    export = _open(directory, report.problems)
+    if export is None:
+        return report
+    report.num_files = sum(len(rank.files) for ranks in export.stages for rank in ranks)
+    report.problems += value_problems(export)
+    if reference is not None:
+        report.problems += compare_with_checkpoint(export, CheckpointReader(reference))
+        report.compared_with_checkpoint = True
+    if tokens is None or report.problems:
+        return report
+    _check_tokens(export.model.size("vocab_size"), tokens, reference_logits)
+    served = Decoder(export).logits(tokens)
+    if not torch.isfinite(served).all():
+        report.problems.append("logits hold NaN or infinity")
+    elif reference_logits is not None:
+        compare_logits(report, served, reference_logits)
+    return report
 
 
-def verify_hf(
-    directory: Path,
-    *,
-    reference: Path | None = None,
-    tokens: Tensor | None = None,
-    reference_logits: Tensor | None = None,
-) -> Report:
-    """The same for a Hugging Face directory; arguments and errors as for `verify_trtllm`."""
-    return _verify(directory, huggingface, reference, tokens, reference_logits)
+verify_trtllm = verify_hf = verify_directory
 
 
 def is_huggingface(directory: Path) -> bool:
@@ -193,14 +164,9 @@ def is_export(directory: Path) -> bool:
 
 
 def read_export(directory: Path) -> Export:
-    """An exported directory of either kind, its headers checked.
-
-    Raises:
-        ValueError: The directory is not complete; names the first problem.
-    """
+    """An exported directory, its headers checked; a ValueError names the first problem."""
     problems: list[str] = []
-    adapter = huggingface if is_huggingface(directory) else trtllm
-    export = _open(directory, adapter, problems)
+    export = _open(directory, problems)
     if export is None:
         raise UserError(f"{directory}: {problems[0]}")
     return export
@@ -215,20 +181,15 @@ def _extract(archive: tarfile.TarFile, directory: Path) -> None:
     """Plain files and folders below `directory`; Python 3.11.2 has no `filter` that does this."""
     for member in archive:
         target = (directory / member.name).resolve()
-        if not target.is_relative_to(directory.resolve()) or not (
-            member.isfile() or member.isdir()
-        ):
+        is_inside = target.is_relative_to(directory.resolve())
+        if not is_inside or not (member.isfile() or member.isdir()):
             raise tarfile.TarError(f"{member.name} is no file or folder inside the archive")
         archive.extract(member, directory)
 
 
 @contextmanager
 def unpacked(export: Path) -> Iterator[Path]:
-    """An export as a directory: itself, or a `.qnemo` archive's content for as long as it is used.
-
-    Raises:
-        ValueError: A file that is not such an archive.
-    """
+    """An export as a directory: itself, or a `.qnemo` archive's content for as long as it is used."""
     if not export.is_file():
         yield export
         return
@@ -243,25 +204,9 @@ def unpacked(export: Path) -> Iterator[Path]:
 
 
 def verify_export(export: Path, **arguments: Any) -> Report:
-    """Checks whatever `mqat export` wrote: a directory of either kind, or a `.qnemo` archive.
-
-    Args:
-        export: What to check.
-        **arguments: As for `verify_trtllm`.
-
-    Raises:
-        ValueError: As `verify_trtllm`, or an unreadable archive.
-    """
+    """`verify_directory` of whatever `mqat export` wrote: a directory or a `.qnemo` archive."""
     with unpacked(export) as directory:
-        verify = verify_hf if is_huggingface(directory) else verify_trtllm
-        return verify(directory, **arguments)
-
-
-def _judge_logits(report: Report, served: Tensor, reference_logits: Tensor | None) -> None:
-    if not torch.isfinite(served).all():
-        report.problems.append("logits hold NaN or infinity")
-    elif reference_logits is not None:
-        compare_logits(report, served, reference_logits)
+        return verify_directory(directory, **arguments)
 
 
 def _check_tokens(vocab: int, tokens: Tensor, reference_logits: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face directories: files, index and `config.json`, checked key by key.
+"""Hugging Face directories: files, index, `config.json` and `hf_quant_config.json`, key by key.
 
 Written from the formats' descriptions, not from the exporter: a second opinion.
 """
@@ -6,27 +6,59 @@ Written from the formats' descriptions, not from the exporter: a second opinion.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mqat.verify.export import CacheStorage, Export, Rank
 from mqat.verify.facts import find_facts
-from mqat.verify.formats import compressed_tensors, modelopt
-from mqat.verify.served_model import SIZES, ServedModel, model_problems, read_json
+from mqat.verify.served_model import SIZES, ServedModel, is_positive, model_problems, read_json
 from mqat.verify.storage import UNQUANTIZED, Storage
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 _KEYS = SIZES | {
-    "family": "model_type",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "rope_scaling": "rope_scaling",
-    "rope_type": "rope_type",
-    "dtype": "torch_dtype",
-    "tie_word_embeddings": "tie_word_embeddings",
+    "family": "model_type", "head_dim": "head_dim", "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "rope_type": "rope_type",
+    "dtype": "torch_dtype", "tie_word_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+_FP8_CACHE = {"num_bits": 8, "type": "float", "dynamic": False}
+_CODES, _STATIC = {"codes": "weight", "scale": "weight_scale"}, {"input_scale": "input_scale"}
+_FP8 = Storage(_CODES | _STATIC, 8, True, "tensor", "static fp8", scalar=())
+_AWQ = Storage(
+    _CODES | {"smoothing": "pre_quant_scale"}, 4, granularity="group:128", packing="rows", scalar=()
+)
+_W4A8_NAMES = _AWQ.names | _STATIC | {"range_scale": "weight_scale_2"}
+# ModelOpt's `quant_algo` -> storage, up to the group size.
+_MODELOPT = {
+    "FP8": _FP8,
+    "FP8_PER_CHANNEL_PER_TOKEN": replace(
+        _FP8, names=_CODES, granularity="channel", input="token fp8"
+    ),
+    "NVFP4": Storage(
+        _CODES | {"global_scale": "weight_scale_2", "input_global_scale": "input_scale"},
+        4, True, "group:16", "block fp4", packing="columns", scalar=(),
+    ),
+    "W4A16_AWQ": _AWQ,
+    "W4A8_AWQ": replace(_AWQ, names=_W4A8_NAMES, input="static fp8"),
+}  # fmt: skip
+# compressed-tensors: format -> (type, bits) of weights it can hold, and their packing.
+_FORMS: dict[Any, tuple[set[tuple[Any, Any]], str]] = {
+    "int-quantized": ({("int", 4), ("int", 8)}, ""),
+    "float-quantized": ({("float", 8)}, ""),
+    "naive-quantized": ({("int", 8), ("float", 8)}, ""),
+    "pack-quantized": ({("int", 4), ("int", 8)}, "words"),
+    "nvfp4-pack-quantized": ({("float", 4)}, "columns"),
 }
-# `quant_method` -> reader of its configuration, and shape of a cache's scales.
-_STYLES = {"modelopt": (modelopt.read, ()), "compressed-tensors": (compressed_tensors.read, (1,))}
+# (type, bits, symmetric, strategy, dynamic) of inputs -> kind.
+_INPUTS: dict[tuple[Any, ...], str] = {
+    ("int", 8, True, "tensor", False): "static int8",
+    ("float", 8, True, "tensor", False): "static fp8",
+    ("int", 8, True, "token", True): "token int8",
+    ("int", 8, False, "token", True): "token uint8",
+    ("float", 8, True, "token", True): "token fp8",
+    ("float", 4, True, "tensor_group", "local"): "block fp4",
+}
 
 
 def read_config(directory: Path, problems: list[str]) -> Export | None:
@@ -36,24 +68,24 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
     if facts is None:
         return None
     model = ServedModel(facts, "hf", _KEYS, raw)
-    found = list(model_problems(model))
+    found, config = list(model_problems(model)), raw.get("quantization_config") or {}
     if not found and model.size("num_attention_heads") % model.size("num_query_groups"):
         found = ["num_attention_heads is not a multiple of num_key_value_heads"]
-    config = raw.get("quantization_config")
-    storage: dict[str, Storage] = {}
-    cache: CacheStorage | None = None
-    if not found and config is not None:
+    export = Export(model, {})
+    if not found:
+        export.storage = storage = dict.fromkeys(model.linear_names(), UNQUANTIZED)
         method = config.get("quant_method") if isinstance(config, dict) else config
-        if method not in _STYLES:
+        if method == "modelopt":
+            found = list(_read_modelopt(directory, config, model, storage))
+        elif method == "compressed-tensors":
+            found = list(_read_compressed_tensors(config, model, storage))
+        elif config:
             found = [f"quantization_config.quant_method={method!r} is not verified here"]
-        else:
-            read, shape = _STYLES[method]
-            storage, has_cache = read(directory, config, model, found)
-            cache = CacheStorage(True, facts.cache[method], shape) if has_cache else None
+        if not found and config.get("kv_cache_scheme"):
+            shape: tuple[int, ...] = () if method == "modelopt" else (1,)
+            export.cache = CacheStorage(True, facts.cache[str(method)], shape)
     problems += [f"config.json: {problem}" for problem in found]
-    if found:
-        return None
-    return Export(model, dict.fromkeys(model.linear_names(), UNQUANTIZED) | storage, cache)
+    return None if found else export
 
 
 def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[list[Rank]]:
@@ -71,3 +103,99 @@ def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[lis
     stale = sorted(found - set(rank.files))
     problems += [f"{name}: stale, not part of this model" for name in stale]
     return [[rank]]
+
+
+def _read_modelopt(
+    directory: Path, config: Mapping[str, Any], model: ServedModel, storage: dict[str, Storage]
+) -> Iterator[str]:
+    """Fills `storage`; yields what is wrong."""
+    name = "hf_quant_config.json"
+    try:
+        other = json.loads((directory / name).read_text("utf-8"))["quantization"]
+        algorithm, excluded = other["quant_algo"], other["exclude_modules"]
+        cache = (other["kv_cache_quant_algo"], config.get("kv_cache_scheme"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{name} beside it is missing or unusable ({error!r})"
+        return
+    if cache not in ((None, None), ("FP8", _FP8_CACHE)):
+        yield f"kv_cache_scheme={cache[1]} with kv_cache_quant_algo={cache[0]!r} does not fit"
+    if (algorithm, excluded) != (config.get("quant_algo"), config.get("ignore")):
+        yield f"quantization_config and {name} disagree"
+    elif algorithm not in _MODELOPT or model.names["lm_head"] not in excluded:
+        yield f"quant_algo={algorithm!r} with exclusions {excluded} is not verified here"
+    else:
+        found, size = _MODELOPT[algorithm], other.get("group_size")
+        if found.group_size and not is_positive(size):
+            yield f"{name}: group_size={size!r}, expected a positive integer"
+        elif found.group_size:
+            found = replace(found, granularity=f"group:{size}", scale_dtypes=(model.dtype,))
+        options = (other.get("pre_quant_scale"), other.get("has_zero_point"))
+        if "smoothing" in found.names and options != (True, False):
+            yield f"{name}: AWQ needs pre_quant_scale true and has_zero_point false"
+        storage |= {linear: found for linear in storage if linear not in excluded}
+
+
+def _read_compressed_tensors(
+    config: Mapping[str, Any], model: ServedModel, storage: dict[str, Storage]
+) -> Iterator[str]:
+    """Fills `storage`; yields what is wrong."""
+    head, names, seen = model.names["lm_head"], list(storage), set()
+    ignored, groups = config.get("ignore"), config.get("config_groups")
+    if not isinstance(ignored, list) or head not in ignored or not isinstance(groups, dict):
+        yield f"quantization_config needs config_groups, and ignore with {head}"
+        return
+    cache, status = config.get("kv_cache_scheme"), config.get("quantization_status")
+    if cache not in (None, {**_FP8_CACHE, "symmetric": True, "strategy": "tensor"}):
+        yield f"quantization_config.kv_cache_scheme={cache} is not verified here"
+    if status != "compressed":
+        yield f"quantization_status={status!r}, expected 'compressed'"
+    for name, group in groups.items():
+        try:
+            found = _group_storage(group, group.get("format") or config.get("format"), model.dtype)
+        except (ValueError, TypeError, AttributeError) as error:
+            yield f"config_groups.{name}: {error}"
+            continue
+        targets = group.get("targets")
+        for module in names if targets == ["Linear"] else targets or []:
+            if module not in storage:
+                yield f"config_groups.{name}: {module} is not a linear of this model"
+            elif module in seen:
+                yield f"config_groups.{name}: {module} is in another group too"
+            elif module not in ignored:
+                storage[module] = found
+                seen.add(module)
+
+
+def _group_storage(group: Mapping[str, Any], form: Any, dtype: str) -> Storage:
+    """How a group of linears is stored; a ValueError says what is not verified here."""
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    kind: Any = weights.get("type")
+    bits: Any = weights.get("num_bits")
+    if form not in _FORMS:
+        raise ValueError(f"format {form!r} is not verified here")
+    held, packing = _FORMS[form]
+    if (kind, bits) not in held:
+        raise ValueError(f"format {form!r} with {bits} bits of type {kind!r}")
+    is_asymmetric = weights.get("symmetric") is False
+    if weights.get("dynamic") or (is_asymmetric and (packing, bits) != ("words", 4)):
+        raise ValueError("weights must be static, and symmetric unless they are packed in 4 bits")
+    strategy, size = str(weights.get("strategy")), weights.get("group_size")
+    known = ("tensor_group",) if packing == "columns" else ("tensor", "channel", "group")
+    if strategy not in known or (strategy == "group" and not is_positive(size)):
+        raise ValueError(f"strategy {strategy!r} with group_size={size!r} is not verified here")
+    granularity = {"group": f"group:{size}", "tensor_group": "group:16"}.get(strategy, strategy)
+    keys = ("type", "num_bits", "symmetric", "strategy", "dynamic")
+    step = None if inputs is None else _INPUTS.get(tuple(inputs.get(key) for key in keys))
+    if inputs is not None and (step is None or inputs["type"] != kind):
+        raise ValueError(f"input_activations {inputs} are not verified here")
+    names = {"codes": "weight_packed" if packing else "weight", "scale": "weight_scale"}
+    names |= {"shape": "weight_shape"} if packing == "words" else {}
+    names |= {"zero_point": "weight_zero_point"} if is_asymmetric else {}
+    names |= {"global_scale": "weight_global_scale"} if packing == "columns" else {}
+    names |= {"input_global_scale": "input_global_scale"} if step == "block fp4" else {}
+    names |= _STATIC if (step or "").startswith("static") else {}
+    # ExecuTorch's INT4 has float32 steps, others lie on the model dtype's grid: the values tell.
+    return Storage(
+        names, bits, kind == "float", granularity, step, packing, scale_dtypes=(dtype, "F32"),
+        is_column=True, is_reciprocal=True,
+    )  # fmt: skip

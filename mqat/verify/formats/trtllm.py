@@ -13,24 +13,28 @@ from typing import Any
 
 from mqat.verify.export import CacheStorage, Export, Rank
 from mqat.verify.facts import find_facts
-from mqat.verify.served_model import SIZES, ServedModel, is_positive, model_problems, read_json
+from mqat.verify.served_model import (
+    ROPE_FACTORS,
+    SIZES,
+    ServedModel,
+    is_positive,
+    model_problems,
+    read_json,
+)  # fmt: skip
 from mqat.verify.storage import UNQUANTIZED, Module, Storage
 
 _KEYS = SIZES | {
-    "family": "architecture",
-    "head_dim": "head_size",
-    "rms_norm_eps": "norm_epsilon",
-    "rope_theta": "rotary_base",
-    "rope_scaling": "rotary_scaling",
-    "rope_type": "type",
-    "dtype": "dtype",
-}
+    "family": "architecture", "head_dim": "head_size", "rms_norm_eps": "norm_epsilon",
+    "rope_theta": "rotary_base", "rope_scaling": "rotary_scaling", "rope_type": "type", "dtype": "dtype",
+}  # fmt: skip
 _CODES = {"codes": "weight", "scale": "weights_scaling_factor"}
 _SMOOTHING = {"smoothing": "prequant_scaling_factor"}
 _STATIC = {"input_scale": "activation_scaling_factor"}
-_AWQ = Storage(
-    _CODES | _SMOOTHING, bits=4, granularity="group:128", packing="rows", bytes_dtype="I8"
-)
+_AWQ = Storage(_CODES | _SMOOTHING, 4, granularity="group:128", packing="rows", bytes_dtype="I8")
+_W4A8_NAMES = _AWQ.names | _STATIC | {"range_scale": "weights_scaling_factor_2"}
+_NVFP4_NAMES = _CODES | {
+    "global_scale": "weights_scaling_factor_2", "input_global_scale": "activation_scaling_factor",
+}  # fmt: skip
 # `quant_algo` of a linear -> storage, up to the group size.
 _LINEAR = {
     "FP8": Storage(_CODES | _STATIC, 8, is_float=True, granularity="tensor", input="static fp8"),
@@ -39,20 +43,9 @@ _LINEAR = {
     ),
     "W8A8_SQ_PER_CHANNEL": Storage(_CODES | _STATIC | _SMOOTHING, 8, input="static int8"),
     "W4A16_AWQ": _AWQ,
-    "W4A8_AWQ": replace(
-        _AWQ,
-        names=_AWQ.names | _STATIC | {"range_scale": "weights_scaling_factor_2"},
-        input="static fp8",
-    ),
-    "NVFP4": Storage(
-        _CODES
-        | {
-            "global_scale": "weights_scaling_factor_2",
-            "input_global_scale": "activation_scaling_factor",
-        },
-        bits=4, is_float=True, granularity="group:16", packing="columns", input="block fp4",
-    ),
-}  # fmt: skip
+    "W4A8_AWQ": replace(_AWQ, names=_W4A8_NAMES, input="static fp8"),
+    "NVFP4": Storage(_NVFP4_NAMES, 4, True, "group:16", "block fp4", packing="columns"),
+}
 # Of a whole model only, besides those of linears.
 _W8A16 = Storage({"weight": "weight"}, 8, is_reloaded=True)
 _ALGORITHMS = (None, *_LINEAR, "W8A16", "MIXED_PRECISION")
@@ -81,6 +74,9 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
     known = {*_KEYS.values(), *facts.config["trtllm"], *_OTHER}
     found = [f"unknown key {key!r}" for key in sorted(set(raw) - known)]
     model = ServedModel(facts, "trtllm", _KEYS, raw)
+    scaling = raw.get("rotary_scaling")
+    if isinstance(scaling, dict) and set(scaling) - {"type", *ROPE_FACTORS}:
+        found.append(f"rotary_scaling={scaling!r}, expected type and {ROPE_FACTORS} only")
     found += [*model_problems(model), *_mapping_problems(raw)]
     found += _quantization_problems(raw.get("quantization"), facts.names["trtllm"])
     if not found:
@@ -94,9 +90,9 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
     cache = raw["quantization"].get("kv_cache_quant_algo")
     served = CacheStorage(cache == "FP8", facts.cache["trtllm"]) if cache else None
     export = Export(model, storage, served, is_staged=True)
-    problems += [
-        f"config.json: {p}" for m in export.modules(0) for p in _size_problems(m, model.tp)
-    ]
+    for layer in range(model.layers_per_stage):
+        for module in export.modules(layer):
+            problems += _size_problems(module, model.tp)
     return None if problems else export
 
 
@@ -220,4 +216,5 @@ def _size_problems(module: Module, tp: int) -> Iterator[str]:
     whole = (out, width * tp) if module.is_row_parallel else (out * tp, width)
     for what, size in zip(("output", "input"), whole, strict=True):
         if module.storage.packing == "rows" and size % multiple:
-            yield f"{module.name}: {size} {what} features, no multiple of {multiple}, are padded"
+            what = f"{size} {what} features, no multiple of {multiple}, are padded"
+            yield f"config.json: {module.name}: {what}"
