@@ -137,14 +137,15 @@ def _stored_row(rank: Rank, module: Module) -> Row:
     form += _BIAS * ("bias" in linear.tensors)
     scale = linear.step() if "scale" in linear.tensors else None
     step = linear.tensors.get("input_scale", linear.tensors.get("input_global_scale"))
-    file, bits = rank.found[module.full(module.storage.weight)], linear.bits_per_weight()
-    return Row(file, module.name, form, bits, module.shape, scale, step)
+    stored = [t for name, t in linear.tensors.items() if name not in ("shape", "bias")]
+    file = rank.found[module.full("codes" if "codes" in linear.tensors else "weight")]
+    return Row(file, module.name, form, _bits(module.shape, 0, *stored), module.shape, scale, step)
 
 
 def _stored_cache_row(export: Export, cache: CacheStorage, rank: Rank, layer: int) -> Row:
     prefix, model = export.model.prefix(layer), export.model
     names = [prefix + name for name in dict.fromkeys(cache.names.values())]
     attention = prefix + names[0].removeprefix(prefix).partition(".")[0]
-    shape = (model.on_rank("key_value") // model.on_rank("head"), model.on_rank("head"))
+    shape = (model.on_rank["key_value"] // model.on_rank["head"], model.on_rank["head"])
     scales = [rank.tensor(name) for name in names]
     return _cache_row(rank.found[names[0]], attention, str(cache), shape, *scales)

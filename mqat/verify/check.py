@@ -46,16 +46,15 @@ def header_problems(export: Export) -> Iterator[str]:
 def value_problems(export: Export) -> Iterator[str]:
     """What cannot be right in the values; headers must be right."""
     for stage, ranks in enumerate(export.stages):
-        for name, spec in export.outer_specs(stage).items():
-            tensors = [rank.tensor(name) for rank in ranks]
-            yield from _tensor_problems(ranks, name, tensors, spec, "weight")
-            if not spec.is_replicated:
-                yield from _padding_problems(export.model.size("vocab_size"), ranks, name, tensors)
+        for plain in export.plain(stage):
+            tensors, name = [rank.tensor(plain.name) for rank in ranks], plain.name
+            kind = "scale" if plain.role in ("key", "value") else "weight"
+            yield from _tensor_problems(ranks, name, tensors, plain.spec, kind)
+            for number, rank in enumerate(() if plain.spec.is_replicated else ranks):
+                real = max(export.model.value("vocab_size") - number * len(tensors[0]), 0)
+                if tensors[number][real:].any():
+                    yield f"{rank.found[name]}: {name} has padding rows that are not zero"
         for layer in range(export.model.layers_per_stage):
-            for name, spec in export.small_specs(layer).items():
-                kind = "scale" if "scal" in name else "weight"
-                tensors = [rank.tensor(name) for rank in ranks]
-                yield from _tensor_problems(ranks, name, tensors, spec, kind)
             firsts = []
             for module in export.modules(layer):
                 linears = [rank.linear(module) for rank in ranks]
@@ -88,14 +87,6 @@ def _tensor_problems(
         if spec.is_replicated and not same_bytes(tensor, tensors[0]):
             first = ranks[0].found[name]
             yield f"{rank.found[name]}: {name} differs from {first}, must be the same"
-
-
-def _padding_problems(
-    vocab: int, ranks: Sequence[Rank], name: str, tensors: Sequence[Tensor]
-) -> Iterator[str]:
-    for number, (rank, tensor) in enumerate(zip(ranks, tensors, strict=True)):
-        if tensor[max(vocab - number * len(tensor), 0) :].any():
-            yield f"{rank.found[name]}: {name} has padding rows that are not zero"
 
 
 def _linear_problems(ranks: Sequence[Rank], linears: Sequence[StoredLinear]) -> Iterator[str]:
@@ -146,7 +137,7 @@ def _copied_head_problems(ranks: Sequence[Rank], linears: Sequence[StoredLinear]
 
 def _fused_problems(export: Export, linears: Sequence[StoredLinear]) -> Iterator[str]:
     """Single numbers that differ between linears which servers fuse: one linear in checkpoints."""
-    owners = {r: name for name, fused in export.model.facts.fused.items() for r in fused.parts}
+    owners = {r: name for name, fused in export.model.facts.fused.items() for r in fused["parts"]}
     for a, b in combinations(linears, 2):
         if owners[a.module.parts[0].role] != owners[b.module.parts[0].role]:
             continue

@@ -68,9 +68,10 @@ class CheckpointLinear:
             "intermediate": model.intermediate_size,
             "hidden": model.hidden_size,
         }
-        rows = [sizes[self.facts.parts[role].rows] for role in fused.parts]
-        if not fused.is_by_query_group:
-            return dict(zip(fused.parts, tensor.split(rows), strict=True))
+        roles = fused["parts"]
+        rows = [sizes[self.facts.parts[role].rows] for role in roles]
+        if "is_by_query_group" not in fused:
+            return dict(zip(roles, tensor.split(rows), strict=True))
         grouped = tensor.unflatten(0, (model.num_query_groups, -1))
         blocks = grouped.split([count // model.num_query_groups for count in rows], dim=1)
-        return {r: block.flatten(0, 1) for r, block in zip(fused.parts, blocks, strict=True)}
+        return {r: block.flatten(0, 1) for r, block in zip(roles, blocks, strict=True)}

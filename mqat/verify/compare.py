@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from mqat.checkpoints.reader import CheckpointReader
 from mqat.quant.scheme import LinearScheme
 from mqat.verify.check import same_bytes
 from mqat.verify.checkpoint_linear import CheckpointLinear
-from mqat.verify.export import Export, Rank
+from mqat.verify.export import Export, PlainTensor, Rank
+from mqat.verify.facts import Facts
 from mqat.verify.reference_quant import expand, w4a8_range_scale
 from mqat.verify.served_model import NUMBERS, ROPE_FACTORS, SIZES
 from mqat.verify.storage import Storage, StoredLinear
@@ -33,20 +35,18 @@ _NUMBERS = {
 def compare_with_checkpoint(export: Export, checkpoint: CheckpointReader) -> Iterator[str]:
     """Problems, each naming the tensor; headers must be right."""
     problems = list(_compare_config(export, checkpoint))
-    yield from problems or _compare_tables(export, checkpoint)
+    yield from problems
     facts, per_stage = export.model.facts, export.model.layers_per_stage
-    for layer in () if problems else range(checkpoint.model.num_layers):
-        stage, local = divmod(layer, per_stage)
-        ranks, modules = export.stages[stage], export.modules(local)
-        found = list(_compare_small(export, ranks, checkpoint, export.model.prefix(local), layer))
-        for name, fused in facts.fused.items():
-            trained = CheckpointLinear(checkpoint, facts, layer, name)
-            for module in modules:
-                if module.parts[0].role in fused.parts:
-                    served = [rank.linear(module) for rank in ranks]
-                    found += _Comparison(served, trained).problems()
+    for stage, ranks in enumerate(() if problems else export.stages):
         where = f"stage {stage}: " if export.is_staged else ""
-        yield from (where + problem for problem in found)
+        found = [_compare_plain(ranks, checkpoint, plain, facts) for plain in export.plain(stage)]
+        for local, (name, fused) in product(range(per_stage), facts.fused.items()):
+            trained = CheckpointLinear(checkpoint, facts, stage * per_stage + local, name)
+            for module in export.modules(local):
+                if module.parts[0].role in fused["parts"]:
+                    served = [rank.linear(module) for rank in ranks]
+                    found.append(_Comparison(served, trained).problems())
+        yield from (where + problem for problems in found for problem in problems)
 
 
 def _compare_config(export: Export, checkpoint: CheckpointReader) -> Iterator[str]:
@@ -67,43 +67,31 @@ def _compare_config(export: Export, checkpoint: CheckpointReader) -> Iterator[st
         yield f"config.json: kv_cache is {export.cache}, but the checkpoint has {caches}"
 
 
-def _same(name: str, served: Tensor, trained: Tensor) -> Iterator[str]:
-    if not same_bytes(served, trained.to(served.dtype)):
-        yield f"{name} is not the checkpoint's"
-
-
-def _compare_tables(export: Export, checkpoint: CheckpointReader) -> Iterator[str]:
-    """Vocabulary tables and the last norm."""
-    served, trained = export.model.names, export.model.facts.names["checkpoint"]
-    head = "embedding" if checkpoint.model.tie_word_embeddings else "lm_head"
-    tables = [("embedding", 0, "embedding"), ("lm_head", -1, head)]
-    for role, stage, source in tables[: 1 if export.model.is_tied else 2]:
-        rows = slice(0, checkpoint.model.vocab_size)
-        wanted = checkpoint.read(f"{trained[source]}.weight", (rows,))
-        yield from _same(f"{served[role]}.weight", export.table(role, stage), wanted)
-    name = f"{served['final_norm']}.weight"
-    wanted = checkpoint.read(f"{trained['final_norm']}.weight")
-    yield from _same(name, export.stages[-1][0].tensor(name), wanted)
-
-
-def _compare_small(
-    export: Export, ranks: Sequence[Rank], checkpoint: CheckpointReader, prefix: str, layer: int
+def _compare_plain(
+    ranks: Sequence[Rank], checkpoint: CheckpointReader, plain: PlainTensor, facts: Facts
 ) -> Iterator[str]:
-    """Norms and cache scales of a layer; `prefix` is of its names in the export."""
-    facts = export.model.facts
-    for norm in facts.norms.values():
-        name = f"{prefix}{norm[export.model.form]}.weight"
-        trained = checkpoint.read(facts.key(norm["checkpoint"]), (slice(layer, layer + 1),))[0]
-        yield from _same(name, ranks[0].tensor(name), trained)
-    cache, module = export.cache, facts.key(f"{layer}.{facts.cache['checkpoint']}")
-    scheme = checkpoint.kv_cache.get(module)
-    if (cache is None) != (scheme is None):
-        yield f"{prefix}*: the key/value cache is quantized in only one of checkpoint and export"
-    for kind, suffix in cache.names.items() if cache and scheme else ():
-        quantizer = "kv" if scheme is not None and scheme.is_shared else kind
-        frozen = checkpoint.read(f"quantizers.{module}.{quantizer}_scale")
-        if not all(same_bytes(r.tensor(prefix + suffix).reshape(1), frozen) for r in ranks):
-            yield f"{prefix}{suffix} is not the frozen scale"
+    """A vocabulary table, without its padding; a norm; or a scale of a cache."""
+    served = [rank.tensor(plain.name) for rank in ranks]
+    vocab = slice(0, checkpoint.model.vocab_size)
+    if plain.layer is None:
+        is_tied = plain.role == "lm_head" and checkpoint.model.tie_word_embeddings
+        key = facts.names["checkpoint"]["embedding" if is_tied else plain.role] + ".weight"
+        is_table = not plain.spec.is_replicated
+        whole = torch.cat(served)[vocab] if is_table else served[0]
+        wanted = checkpoint.read(key, (vocab,) if is_table else ())
+    elif plain.role in facts.norms:
+        key, whole = facts.key(facts.norms[plain.role]["checkpoint"]), served[0]
+        wanted = checkpoint.read(key, (slice(plain.layer, plain.layer + 1),))[0]
+    else:
+        module = facts.key(f"{plain.layer}.{facts.cache['checkpoint']}")
+        scheme, whole = checkpoint.kv_cache.get(module), served[0].reshape(1)
+        if scheme is None:
+            yield f"{plain.name}: the checkpoint's cache is not quantized in this layer"
+            return
+        quantizer = "kv" if scheme.is_shared else plain.role
+        wanted = checkpoint.read(f"quantizers.{module}.{quantizer}_scale")
+    if not same_bytes(whole, wanted.to(whole.dtype)):
+        yield f"{plain.name} is not the checkpoint's"
 
 
 def _serves(storage: Storage, scheme: LinearScheme) -> bool:
@@ -111,10 +99,10 @@ def _serves(storage: Storage, scheme: LinearScheme) -> bool:
     weight, operand = scheme.weight, scheme.input
     if weight is None or scheme.output is not None:
         return False
-    trained = (weight.format.bits, weight.format.is_float, str(weight.granularity))
-    levels = (weight.is_asymmetric, weight.has_global_scale)
-    stored = ("zero_point" in storage.names, "global_scale" in storage.names)
-    if (storage.bits, storage.is_float, storage.granularity, *stored) != (*trained, *levels):
+    trained = [weight.format.bits, weight.format.is_float, str(weight.granularity)]
+    flags = {"zero_point": weight.is_asymmetric, "global_scale": weight.has_global_scale}
+    stored: list[object] = [storage.bits, storage.is_float, storage.granularity]
+    if stored != trained or any((t in storage.names) != flag for t, flag in flags.items()):
         return False
     if operand is None:
         return storage.input is None
@@ -146,7 +134,7 @@ class _Comparison:
         elif not _serves(storage, scheme):
             yield f"{module.name}: served as {storage}, trained as {scheme.name}"
         elif storage.is_reloaded:
-            steps = expand(trained.frozen("weight_scale"), storage.granularity, module.width)
+            steps = expand(trained.frozen("weight_scale"), storage.granularity, module.shape[1])
             values = trained.codes.float() * steps
             yield from self._compare("weight", values, "checkpoint's weight on its grid")
         else:
@@ -173,9 +161,9 @@ class _Comparison:
             scales = [scale * frozen("weight_global_scale") for scale in scales]
         is_one, wanted = module.storage.granularity == "tensor", frozen("weight_scale")
         same = (
-            (same_bytes(s, wanted) for s in scales) if is_one else (self._matches(scales, wanted),)
+            all(same_bytes(s, wanted) for s in scales) if is_one else self._matches(scales, wanted)
         )
-        if not all(same):
+        if not same:
             yield f"{module.full('scale')} is not the frozen scale"
         if "zero_point" in names:
             zeros = frozen("weight_zero_point") - (1 << module.storage.bits - 1)

@@ -59,9 +59,9 @@ class Decoder:
     def __init__(self, export: Export) -> None:
         self.export = export
         self.model = export.model
-        self.max_positions = self.model.size("max_position_embeddings")
+        self.max_positions = self.model.value("max_position_embeddings")
         theta = float(self.model.value("rope_theta"))
-        self.rope = Rope(self.model.size("head_dim"), theta, self.model.rope_scaling)
+        self.rope = Rope(self.model.value("head_dim"), theta, self.model.rope_scaling)
 
     def _modules(self, layer: int, *roles: str) -> list[Module]:
         found = self.export.modules(layer)

@@ -23,7 +23,6 @@ class CacheStorage:
     shape: tuple[int, ...] = (1,)  # of each scale
 
     def __str__(self) -> str:
-        """As in messages and tables."""
         return "FP8" if self.is_float else "INT8"
 
 
@@ -62,6 +61,18 @@ class Rank:
         return StoredLinear(module, {t: self.tensor(module.full(t)) for t in module.suffixes})
 
 
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor outside of linears."""
+
+    name: str
+    spec: TensorSpec
+    role: (
+        str  # `embedding`, `lm_head`, `final_norm`, a norm of the facts; of a cache `key`, `value`
+    )
+    layer: int | None = None  # global number
+
+
 @dataclass
 class Export:
     """A directory; made by an adapter in `formats/`, which reads its configuration."""
@@ -81,39 +92,37 @@ class Export:
             switch = facts.biases.get(model.form, {}).get(roles[0])
             has_bias = switch is True or bool(switch and model.raw.get(switch))
             suffixes = self.storage[full].names | ({"bias": "bias"} if has_bias else {})
-            rows = tuple(model.on_rank(part.rows) for part in parts)
-            cut = (rows, model.on_rank(parts[0].columns), model.dtype, model.copies)
-            found.append(Module(full, parts, self.storage[full], suffixes, *cut))
+            rows, width = (
+                [model.on_rank[part.rows] for part in parts],
+                model.on_rank[parts[0].columns],
+            )
+            cut = (tuple(rows), (sum(rows), width), parts[0].is_row_parallel, model.copies)
+            found.append(Module(full, parts, self.storage[full], suffixes, model.dtype, *cut))
         return found
 
-    def small_specs(self, layer: int) -> dict[str, TensorSpec]:
-        """Name of a layer's norms and cache scales -> what every rank must hold."""
-        model, prefix = self.model, self.model.prefix(layer)
-        specs = {}
-        for norm in model.facts.norms.values():
-            shape = (model.on_rank(norm["size"]),)
-            specs[f"{prefix}{norm[model.form]}.weight"] = TensorSpec(shape, (model.dtype,), True)
-        if self.cache is not None:
-            scale = TensorSpec(self.cache.shape, ("F32",), True)
-            specs |= {prefix + name: scale for name in self.cache.names.values()}
-        return specs
-
-    def outer_specs(self, stage: int) -> dict[str, TensorSpec]:
-        """Name of what stands outside of layers -> what every rank of a stage must hold."""
-        model, names = self.model, self.model.names
-        hidden = model.on_rank("hidden")
-        table = TensorSpec((model.on_rank("vocab"), hidden), (model.dtype,))
-        specs = {"embedding": table} if stage == 0 else {}
+    def plain(self, stage: int) -> list[PlainTensor]:
+        """What stands outside of linears in a pipeline stage."""
+        model, names, dtypes = self.model, self.model.names, (self.model.dtype,)
+        hidden = TensorSpec((model.on_rank["hidden"],), dtypes, True)
+        table = TensorSpec((model.on_rank["vocab"], model.on_rank["hidden"]), dtypes)
+        outer = {"embedding": table} if stage == 0 else {}
         if stage == model.pp - 1:
-            specs["final_norm"] = TensorSpec((hidden,), (model.dtype,), True)
-            specs |= {} if model.is_tied else {"lm_head": table}
-        return {f"{names[role]}.weight": spec for role, spec in specs.items()}
+            outer |= {"final_norm": hidden} | ({} if model.is_tied else {"lm_head": table})
+        found = [PlainTensor(f"{names[r]}.weight", spec, r) for r, spec in outer.items()]
+        scale = TensorSpec(() if self.cache is None else self.cache.shape, ("F32",), True)
+        for layer in range(model.layers_per_stage):
+            prefix, place = model.prefix(layer), stage * model.layers_per_stage + layer
+            for role, norm in model.facts.norms.items():
+                spec = TensorSpec((model.on_rank[norm["size"]],), dtypes, True)
+                found.append(PlainTensor(f"{prefix}{norm[model.form]}.weight", spec, role, place))
+            for role, name in self.cache.names.items() if self.cache else ():
+                found.append(PlainTensor(prefix + name, scale, role, place))
+        return found
 
     def specs(self, stage: int) -> dict[str, TensorSpec]:
         """Name -> what every rank of a pipeline stage must hold."""
-        specs = self.outer_specs(stage)
+        specs = {plain.name: plain.spec for plain in self.plain(stage)}
         for layer in range(self.model.layers_per_stage):
-            specs |= self.small_specs(layer)
             for module in self.modules(layer):
                 specs |= {module.full(tensor): spec for tensor, spec in module.specs().items()}
         return specs
@@ -121,4 +130,4 @@ class Export:
     def table(self, role: str, stage: int) -> Tensor:
         """A vocabulary table [vocab, hidden] without its padding."""
         rows = [rank.tensor(f"{self.model.names[role]}.weight") for rank in self.stages[stage]]
-        return torch.cat(rows)[: self.model.size("vocab_size")]
+        return torch.cat(rows)[: self.model.value("vocab_size")]

@@ -26,14 +26,6 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Fused:
-    """A linear of the checkpoint: its parts in row order."""
-
-    parts: tuple[str, ...]  # roles
-    is_by_query_group: bool = False  # query group by query group, each group's rows part by part
-
-
-@dataclass(frozen=True)
 class Facts:
     """The parsed file of a family."""
 
@@ -41,7 +33,7 @@ class Facts:
     config: Mapping[str, Mapping[str, list[Any]]]
     names: Mapping[str, Mapping[str, str]]
     norms: Mapping[str, Mapping[str, str]]
-    fused: Mapping[str, Fused]
+    fused: Mapping[str, Mapping[str, Any]]
     parts: Mapping[str, Part]
     modules: Mapping[str, Mapping[str, tuple[str, ...]]]  # format -> module -> roles in row order
     cache: Mapping[str, Any]
@@ -76,10 +68,7 @@ def read_facts(family: str) -> Facts:
             name = entry.pop(form)
             found[name] = (*found.get(name, ()), role)
         parts[role] = Part(role, **entry)
-    fused = {
-        name: Fused(tuple(entry.pop("parts")), **entry) for name, entry in raw.pop("fused").items()
-    }
-    return Facts(fused=fused, parts=parts, modules=modules, **raw)
+    return Facts(parts=parts, modules=modules, **raw)
 
 
 def find_facts(form: str, key: str, value: Any, problems: list[str]) -> Facts | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +23,52 @@ SIZES = {
 NUMBERS = ("rms_norm_eps", "rope_theta")
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """The model that a `config.json` describes."""
+Raw = Mapping[str, Any]
+Keys = Mapping[str, str]
 
-    facts: Facts
-    form: str  # `hf` or `trtllm`, as in the facts
-    keys: Mapping[str, str]  # what the format calls `SIZES`, `NUMBERS`, and a few others
-    raw: Mapping[str, Any]
-    tp: int = 1  # tensor-parallel ranks; 1 where files are whole
-    pp: int = 1  # pipeline stages
+
+class ServedModel:
+    """The model that a `config.json` describes, whose keys must have been checked.
+
+    Attributes:
+        form: `hf` or `trtllm`, as in the facts.
+        keys: What the format calls `SIZES`, `NUMBERS`, and a few others.
+        dtype: Of unquantized tensors, as safetensors names it.
+        is_tied: The head is the embedding, and not stored.
+        tp: Tensor-parallel ranks; 1 where files are whole.
+        copies: Consecutive ranks that hold the same key/value head.
+        on_rank: Features of one rank by axis; key/value heads are copied, vocabularies padded.
+        names: Of what stands outside of layers.
+    """
+
+    def __init__(self, facts: Facts, form: str, keys: Keys, raw: Raw, tp: int, pp: int) -> None:
+        self.facts, self.form, self.keys, self.raw, self.tp, self.pp = (
+            facts,
+            form,
+            keys,
+            raw,
+            tp,
+            pp,
+        )
+        heads, groups = self.value("num_attention_heads"), self.value("num_query_groups")
+        scaling = self.value("rope_scaling")
+        self.rope_scaling = scaling and {key: scaling[key] for key in ROPE_FACTORS}
+        self.dtype, self.names = DTYPES[self.value("dtype")], facts.names[form]
+        self.is_tied = bool(self.value("tie_word_embeddings"))
+        self.layers_per_stage = self.value("num_layers") // pp
+        self.copies = max(tp // groups, 1)
+        self.on_rank: dict[str, int] = {
+            "hidden": self.value("hidden_size"),
+            "head": (d := self.value("head_dim")),
+            "intermediate": self.value("intermediate_size") // tp,
+            "query": heads // tp * d,
+            "key_value": max(groups // tp, 1) * d,
+            "vocab": -(-self.value("vocab_size") // tp),
+        }
 
     def value(self, name: str) -> Any:
-        """Of `config.json`, by a name of `keys`."""
-        return self.raw.get(self.keys[name])
-
-    def size(self, name: str) -> int:
-        """An integer of `config.json`, by a name of `keys`."""
-        return int(self.value(name))
-
-    @property
-    def dtype(self) -> str:
-        """Safetensors name of the dtype of unquantized tensors."""
-        return DTYPES[self.value("dtype")]
-
-    @property
-    def rope_scaling(self) -> dict[str, float] | None:
-        """Llama 3's factors."""
-        scaling = self.value("rope_scaling")
-        return None if scaling is None else {key: scaling[key] for key in ROPE_FACTORS}
-
-    @property
-    def is_tied(self) -> bool:
-        """The head is the embedding, and not stored."""
-        return "tie_word_embeddings" in self.keys and bool(self.value("tie_word_embeddings"))
-
-    @property
-    def layers_per_stage(self) -> int:
-        """Layers of each pipeline stage."""
-        return self.size("num_layers") // self.pp
-
-    @property
-    def copies(self) -> int:
-        """Consecutive ranks that hold the same key/value head."""
-        return max(self.tp // self.size("num_query_groups"), 1)
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        """Of what stands outside of layers."""
-        return self.facts.names[self.form]
+        """Of `config.json`, by a name of `keys`; None where the format has no such key."""
+        return self.raw.get(self.keys.get(name, ""))
 
     def prefix(self, layer: int) -> str:
         """Of a layer's names; layers count from 0 in every stage."""
@@ -82,19 +78,6 @@ class ServedModel:
         """Full names of a stage's linears."""
         modules = self.facts.modules[self.form]
         return [self.prefix(i) + name for i in range(self.layers_per_stage) for name in modules]
-
-    def on_rank(self, axis: str) -> int:
-        """Features of one rank along an axis."""
-        heads, groups = self.size("num_attention_heads"), self.size("num_query_groups")
-        sizes = {
-            "hidden": self.size("hidden_size"),
-            "head": self.size("head_dim"),
-            "intermediate": self.size("intermediate_size") // self.tp,
-            "query": heads // self.tp * self.size("head_dim"),
-            "key_value": max(groups // self.tp, 1) * self.size("head_dim"),  # copied heads
-            "vocab": -(-self.size("vocab_size") // self.tp),  # padded rows
-        }
-        return sizes[axis]
 
 
 def read_json(file: Path, problems: list[str]) -> dict[str, Any]:
@@ -115,25 +98,25 @@ def is_positive(value: Any, kind: Any = int) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and bool(value > 0)
 
 
-def model_problems(model: ServedModel) -> Iterator[str]:
-    """What is wrong with the keys that describe the model."""
-    raw, keys, allowed_values = model.raw, model.keys, model.facts.config[model.form]
-    for name in (*SIZES, "head_dim"):
-        if not is_positive(model.value(name)):
-            yield f"{keys[name]}={model.value(name)!r}, expected a positive integer"
-    for name in NUMBERS:
-        if not is_positive(model.value(name), int | float):
-            yield f"{keys[name]}={model.value(name)!r}, expected a positive number"
-    for key, allowed in {**allowed_values, keys["dtype"]: list(DTYPES)}.items():
+def model_problems(raw: Raw, keys: Keys, fixed: Mapping[str, list[Any]]) -> Iterator[str]:
+    """What is wrong with the keys that describe the model; `fixed`: key -> allowed values."""
+    for key in (keys[name] for name in (*SIZES, "head_dim")):
+        if not is_positive(raw.get(key)):
+            yield f"{key}={raw.get(key)!r}, expected a positive integer"
+    for key in (keys[name] for name in NUMBERS):
+        if not is_positive(raw.get(key), int | float):
+            yield f"{key}={raw.get(key)!r}, expected a positive number"
+    for key, allowed in {**fixed, keys["dtype"]: list(DTYPES)}.items():
         value = raw.get(key)
         is_allowed = key in raw and value in allowed
         if not is_allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
             yield f"{key}={value!r}, expected one of {allowed}"
-    scaling = model.value("rope_scaling")
+    where, kind = keys["rope_scaling"], keys["rope_type"]
+    scaling = raw.get(where)
     if scaling is None:
         return
-    where, kind = keys["rope_scaling"], keys["rope_type"]
     known = isinstance(scaling, dict) and scaling.get(kind) == "llama3"
+    known = known and not set(scaling) - {"type", "rope_type", *ROPE_FACTORS}
     if not known or not all(is_positive(scaling.get(key), int | float) for key in ROPE_FACTORS):
         yield f"{where}={scaling!r}, expected null, or {kind} llama3 with positive {ROPE_FACTORS}"
     elif scaling["high_freq_factor"] <= scaling["low_freq_factor"]:

@@ -36,9 +36,7 @@ class Storage:
     is_float: bool = False  # FP8 or FP4 codes
     granularity: str = "channel"  # who share a scale, or `tensor`, `group:<size>`
     input: str | None = None  # a kind of `reference_quant.quantize_input`; None: unquantized
-    packing: str = (
-        ""  # `words` of 32 bits along columns, `rows` or `columns`: pairs of them in bytes
-    )
+    packing: str = ""  # `words`: 32 bits along columns; `rows`, `columns`: pairs of them in bytes
     bytes_dtype: str = "U8"  # of row pairs
     scale_dtypes: tuple[str, ...] = ("F32",)  # allowed for scales of groups
     scalar: tuple[int, ...] = (1,)  # stored shape of what one number describes
@@ -52,13 +50,7 @@ class Storage:
         """Elements of a group; 0: scales of channels, or of the whole tensor."""
         return int(self.granularity.partition(":")[2] or 0)
 
-    @property
-    def weight(self) -> str:
-        """Tensor that holds the weight."""
-        return "codes" if "codes" in self.names else "weight"
-
     def __str__(self) -> str:
-        """As in messages and tables."""
         if self.label or not self.bits:
             return self.label or "unquantized"
         kind = f"{'fp' if self.is_float else 'int'}{self.bits}"
@@ -79,7 +71,6 @@ class TensorSpec:
     is_replicated: bool = False  # every tensor-parallel rank holds the same bytes
 
     def __str__(self) -> str:
-        """As in messages."""
         return f"{' or '.join(self.dtypes)} {self.shape}"
 
 
@@ -91,20 +82,11 @@ class Module:
     parts: tuple[Part, ...]  # in row order
     storage: Storage
     suffixes: Mapping[str, str]  # of the storage's tensors and the bias
-    rows: tuple[int, ...]  # of each part on one rank
-    width: int  # columns on one rank
     dtype: str  # of unquantized tensors, as safetensors names it
+    rows: tuple[int, ...]  # of each part on one rank
+    shape: tuple[int, int]  # (out, in) on one rank
+    is_row_parallel: bool  # ranks hold columns; otherwise rows
     copies: int  # consecutive ranks that hold the same key/value head
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) on one rank."""
-        return sum(self.rows), self.width
-
-    @property
-    def is_row_parallel(self) -> bool:
-        """Ranks hold columns; otherwise rows."""
-        return self.parts[0].is_row_parallel
 
     def full(self, tensor: str) -> str:
         """Name in the files of a tensor of the table above."""
@@ -186,15 +168,14 @@ class StoredLinear:
         """[O, I]: int8 (unsigned ones moved to be signed), float8, or uint8 of FP4."""
         stored, storage = self.tensors["codes"], self.module.storage
         if storage.packing == "words":
-            return _from_words(stored, storage.bits)[:, : self.module.width]
+            return _from_words(stored, storage.bits)[:, : self.module.shape[1]]
         if storage.packing == "columns":  # the even one in the low nibble
             return torch.stack([stored % 16, stored // 16], dim=2).flatten(1)
         return int4_codes(stored) if storage.packing == "rows" else stored
 
     def code_values(self) -> Tensor:
         """Multiples of the step, float32 [O, I]."""
-        codes = self.codes()
-        return fp4_values(codes) if codes.dtype == torch.uint8 else codes.float()
+        return fp4_values(codes) if (codes := self.codes()).dtype == torch.uint8 else codes.float()
 
     def scale(self) -> Tensor:
         """As stored, float32, in the shape of its granularity: (1,), [O] or [O, G]."""
@@ -215,7 +196,7 @@ class StoredLinear:
 
     def weight(self) -> Tensor:
         """What a server multiplies by, float32 [O, I]."""
-        storage, width = self.module.storage, self.module.width
+        storage, width = self.module.storage, self.module.shape[1]
         if "weight" in self.tensors:
             weight = self.tensors["weight"]
             return reload_w8a16(weight) if storage.is_reloaded else weight.float()
@@ -229,9 +210,3 @@ class StoredLinear:
         step = self.tensors.get("input_scale", self.tensors.get("input_global_scale"))
         is_inverse = self.module.storage.is_reciprocal and "input_global_scale" in self.tensors
         return 1 / step if step is not None and is_inverse else step
-
-    def bits_per_weight(self) -> float:
-        """Stored bits, scales included and biases not."""
-        kept = [t for name, t in self.tensors.items() if name not in ("shape", "bias")]
-        out, width = self.module.shape
-        return 8 * sum(t.numel() * t.element_size() for t in kept) / (out * width)

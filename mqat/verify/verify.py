@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tarfile
 import tempfile
@@ -22,11 +21,7 @@ from mqat.verify.compare import compare_with_checkpoint
 from mqat.verify.decoder import Decoder
 from mqat.verify.export import Export
 from mqat.verify.formats import huggingface, trtllm
-
-__all__ = [
-    "Report", "is_export", "is_huggingface", "open_export", "unpacked", "verify_export", "verify_hf",
-    "verify_trtllm",
-]  # fmt: skip
+from mqat.verify.served_model import read_json
 
 # The reader and the training model sum in different orders. An activation on the boundary between two
 # codes may then fall on either side, and with static INT8 activations such flips grow over the layers
@@ -105,62 +100,67 @@ def _open(directory: Path, problems: list[str]) -> Export | None:
     return None if problems else export
 
 
-def verify_directory(
-    directory: Path,
+def verify_export(
+    export: Path,
     *,
     reference: Path | None = None,
     tokens: Tensor | None = None,
     reference_logits: Tensor | None = None,
 ) -> Report:
-    """Checks an exported directory: statically, against its checkpoint, and by running it.
+    """Checks what `mqat export` wrote: statically, against its checkpoint, and by running it.
 
     Args:
-        directory: A TensorRT-LLM checkpoint, or a Hugging Face directory; which, it says itself.
+        export: A TensorRT-LLM checkpoint directory, a Hugging Face one, or a `.qnemo` archive.
         reference: mqat checkpoint it was made from; every tensor is then compared bit for bit.
         tokens: int64 [b, s] to run through the decoder, if nothing is wrong before.
         reference_logits: The training model's fake-quantized logits for `tokens`, [b, s, V].
 
     Raises:
-        ValueError: The reference itself is damaged, or tokens and logits do not fit the model.
+        ValueError: An unreadable archive or reference, or tokens and logits that do not fit the model.
     """
     report = Report()
-    export = _open(directory, report.problems)
-    if export is None:
-        return report
+    with unpacked(export) as directory:
+        opened = _open(directory, report.problems)
+        if opened is not None:
+            _verify(report, opened, reference, tokens, reference_logits)
+    return report
+
+
+def _verify(
+    report: Report,
+    export: Export,
+    reference: Path | None,
+    tokens: Tensor | None,
+    logits: Tensor | None,
+) -> None:
     report.num_files = sum(len(rank.files) for ranks in export.stages for rank in ranks)
     report.problems += value_problems(export)
     if reference is not None:
         report.problems += compare_with_checkpoint(export, CheckpointReader(reference))
         report.compared_with_checkpoint = True
     if tokens is None or report.problems:
-        return report
-    _check_tokens(export.model.size("vocab_size"), tokens, reference_logits)
+        return
+    _check_tokens(export.model.value("vocab_size"), tokens, logits)
     served = Decoder(export).logits(tokens)
     if not torch.isfinite(served).all():
         report.problems.append("logits hold NaN or infinity")
-    elif reference_logits is not None:
-        compare_logits(report, served, reference_logits)
-    return report
+    elif logits is not None:
+        compare_logits(report, served, logits)
 
 
-verify_trtllm = verify_hf = verify_directory
+verify_trtllm = verify_hf = verify_export
 
 
 def is_huggingface(directory: Path) -> bool:
     """Whether `config.json` is that of a Hugging Face model (TensorRT-LLM's has no `model_type`)."""
-    try:
-        raw = json.loads((directory / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(raw, dict) and "model_type" in raw
+    return "model_type" in read_json(directory / "config.json", [])
 
 
 def is_export(directory: Path) -> bool:
-    """Whether only the readers here can run it: rank files, or quantized Hugging Face tensors."""
+    """Whether only the decoder here can run it: rank files, or quantized Hugging Face tensors."""
     if not is_huggingface(directory):
         return directory.is_dir() and any(directory.glob("rank*.safetensors"))
-    raw = json.loads((directory / "config.json").read_text("utf-8"))
-    return raw.get("quantization_config") is not None
+    return bool(read_json(directory / "config.json", []).get("quantization_config"))
 
 
 def read_export(directory: Path) -> Export:
@@ -203,21 +203,15 @@ def unpacked(export: Path) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def verify_export(export: Path, **arguments: Any) -> Report:
-    """`verify_directory` of whatever `mqat export` wrote: a directory or a `.qnemo` archive."""
-    with unpacked(export) as directory:
-        return verify_directory(directory, **arguments)
-
-
-def _check_tokens(vocab: int, tokens: Tensor, reference_logits: Tensor | None) -> None:
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
+def _check_tokens(vocab: int, tokens: Tensor, logits: Tensor | None) -> None:
+    low, high, shape = int(tokens.min()), int(tokens.max()), (*tokens.shape, vocab)
+    if low < 0 or high >= vocab:
         raise UserError(
-            f"tokens reach from {int(tokens.min())} to {int(tokens.max())}, but the exported model "
-            f"has vocab_size={vocab}; tokenize the text with the exported tokenizer."
+            f"tokens reach from {low} to {high}, but the exported model has vocab_size={vocab}; "
+            "tokenize the text with the exported tokenizer."
         )
-    shape = (*tokens.shape, vocab)
-    if reference_logits is not None and tuple(reference_logits.shape) != shape:
+    if logits is not None and tuple(logits.shape) != shape:
         raise UserError(
-            f"reference logits have shape {tuple(reference_logits.shape)}, but tokens and the "
-            f"exported vocabulary need {shape}; compare with the checkpoint of this export."
+            f"reference logits have shape {tuple(logits.shape)}, but tokens and the exported "
+            f"vocabulary need {shape}; compare with the checkpoint of this export."
         )

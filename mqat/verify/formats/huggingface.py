@@ -67,25 +67,25 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
     facts = find_facts("hf", "model_type", raw.get("model_type"), problems) if raw else None
     if facts is None:
         return None
-    model = ServedModel(facts, "hf", _KEYS, raw)
-    found, config = list(model_problems(model)), raw.get("quantization_config") or {}
-    if not found and model.size("num_attention_heads") % model.size("num_query_groups"):
+    found = list(model_problems(raw, _KEYS, facts.config["hf"]))
+    if not found and raw["num_attention_heads"] % raw["num_key_value_heads"]:
         found = ["num_attention_heads is not a multiple of num_key_value_heads"]
-    export = Export(model, {})
     if not found:
-        export.storage = storage = dict.fromkeys(model.linear_names(), UNQUANTIZED)
-        method = config.get("quant_method") if isinstance(config, dict) else config
+        model = ServedModel(facts, "hf", _KEYS, raw, 1, 1)
+        config: Any = raw.get("quantization_config")
+        storage = dict.fromkeys(model.linear_names(), UNQUANTIZED)
+        method = str(config.get("quant_method") if isinstance(config, dict) else config)
         if method == "modelopt":
             found = list(_read_modelopt(directory, config, model, storage))
         elif method == "compressed-tensors":
             found = list(_read_compressed_tensors(config, model, storage))
-        elif config:
+        elif config is not None:
             found = [f"quantization_config.quant_method={method!r} is not verified here"]
-        if not found and config.get("kv_cache_scheme"):
-            shape: tuple[int, ...] = () if method == "modelopt" else (1,)
-            export.cache = CacheStorage(True, facts.cache[str(method)], shape)
+        cache = None
+        if not found and config and config.get("kv_cache_scheme"):
+            cache = CacheStorage(True, facts.cache[method], () if method == "modelopt" else (1,))
     problems += [f"config.json: {problem}" for problem in found]
-    return None if found else export
+    return None if found else Export(model, storage, cache)
 
 
 def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[list[Rank]]:

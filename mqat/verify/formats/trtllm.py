@@ -13,14 +13,7 @@ from typing import Any
 
 from mqat.verify.export import CacheStorage, Export, Rank
 from mqat.verify.facts import find_facts
-from mqat.verify.served_model import (
-    ROPE_FACTORS,
-    SIZES,
-    ServedModel,
-    is_positive,
-    model_problems,
-    read_json,
-)  # fmt: skip
+from mqat.verify.served_model import SIZES, ServedModel, is_positive, model_problems, read_json
 from mqat.verify.storage import UNQUANTIZED, Module, Storage
 
 _KEYS = SIZES | {
@@ -73,14 +66,11 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
         return None
     known = {*_KEYS.values(), *facts.config["trtllm"], *_OTHER}
     found = [f"unknown key {key!r}" for key in sorted(set(raw) - known)]
-    model = ServedModel(facts, "trtllm", _KEYS, raw)
-    scaling = raw.get("rotary_scaling")
-    if isinstance(scaling, dict) and set(scaling) - {"type", *ROPE_FACTORS}:
-        found.append(f"rotary_scaling={scaling!r}, expected type and {ROPE_FACTORS} only")
-    found += [*model_problems(model), *_mapping_problems(raw)]
+    found += [*model_problems(raw, _KEYS, facts.config["trtllm"]), *_mapping_problems(raw)]
     found += _quantization_problems(raw.get("quantization"), facts.names["trtllm"])
     if not found:
-        model = replace(model, tp=raw["mapping"]["tp_size"], pp=raw["mapping"]["pp_size"])
+        tp, pp = raw["mapping"]["tp_size"], raw["mapping"]["pp_size"]
+        model = ServedModel(facts, "trtllm", _KEYS, raw, tp, pp)
         found += _layout_problems(model)
     problems += [f"config.json: {problem}" for problem in found]
     entries = {} if problems else _entries(directory, model, problems)
@@ -121,9 +111,7 @@ def _storage(entry: Mapping[str, Any], dtype: str) -> Storage:
     return replace(found, granularity=f"group:{entry['group_size']}", scale_dtypes=(dtype,))
 
 
-def _entries(
-    directory: Path, model: ServedModel, problems: list[str]
-) -> dict[str, Mapping[str, Any]]:
+def _entries(directory: Path, model: ServedModel, problems: list[str]) -> dict[str, Any]:
     """What the configuration says about every linear of a stage; complaints go to `problems`."""
     quantization, names = model.raw["quantization"], model.linear_names()
     if quantization["quant_algo"] != "MIXED_PRECISION":
@@ -202,8 +190,8 @@ def _quantization_problems(quantization: Any, names: Mapping[str, str]) -> Itera
 
 def _layout_problems(model: ServedModel) -> Iterator[str]:
     """Rules that tie sizes and layout together."""
-    heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
-    inner, layers, t = model.size("intermediate_size"), model.size("num_layers"), model.tp
+    heads, groups = model.value("num_attention_heads"), model.value("num_query_groups")
+    inner, layers, t = model.value("intermediate_size"), model.value("num_layers"), model.tp
     if heads % t or inner % t or (groups % t and t % groups) or heads % groups:
         yield f"tp_size={t} does not fit heads {heads}, key/value heads {groups}, MLP {inner}"
     if layers % model.pp:
