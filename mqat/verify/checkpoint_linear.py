@@ -62,16 +62,12 @@ class CheckpointLinear:
     def by_part(self, tensor: Tensor) -> dict[str, Tensor]:
         """Rows of a tensor of the fused linear, by role."""
         fused, model = self.facts.fused[self.linear], self.checkpoint.model
-        sizes = {
-            "query": model.num_attention_heads * model.head_dim,
-            "key_value": model.num_query_groups * model.head_dim,
-            "intermediate": model.intermediate_size,
-            "hidden": model.hidden_size,
-        }
+        heads, groups = model.num_attention_heads, model.num_query_groups
+        sizes = {"query": heads * model.head_dim, "key_value": groups * model.head_dim}
+        sizes |= {"intermediate": model.intermediate_size, "hidden": model.hidden_size}
         roles = fused["parts"]
         rows = [sizes[self.facts.parts[role].rows] for role in roles]
         if "is_by_query_group" not in fused:
             return dict(zip(roles, tensor.split(rows), strict=True))
-        grouped = tensor.unflatten(0, (model.num_query_groups, -1))
-        blocks = grouped.split([count // model.num_query_groups for count in rows], dim=1)
+        blocks = tensor.unflatten(0, (groups, -1)).split([count // groups for count in rows], dim=1)
         return {r: block.flatten(0, 1) for r, block in zip(roles, blocks, strict=True)}

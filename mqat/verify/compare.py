@@ -55,8 +55,7 @@ def _compare_config(export: Export, checkpoint: CheckpointReader) -> Iterator[st
     names = [*SIZES, *NUMBERS, "head_dim", *{"tie_word_embeddings"} & model.keys.keys()]
     pairs: list[tuple[str, Any, Any]] = [(n, model.value(n), getattr(trained, n)) for n in names]
     pairs.append(("family", model.facts.family, trained.family))
-    scaling = trained.rope_scaling
-    factors = None if scaling is None else {key: scaling[key] for key in ROPE_FACTORS}
+    factors = trained.rope_scaling and {key: trained.rope_scaling[key] for key in ROPE_FACTORS}
     pairs.append(("rope_scaling", model.rope_scaling, factors))
     for name, served, wanted in pairs:
         if served != wanted:

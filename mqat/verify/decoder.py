@@ -22,11 +22,6 @@ from mqat.verify.reference_quant import quantize_input
 from mqat.verify.storage import Module
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm, x / rms(x) * weight, along the last dimension."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
-
-
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding, half rotation (GPT-NeoX)."""
@@ -63,14 +58,12 @@ class Decoder:
         theta = float(self.model.value("rope_theta"))
         self.rope = Rope(self.model.value("head_dim"), theta, self.model.rope_scaling)
 
-    def _modules(self, layer: int, *roles: str) -> list[Module]:
-        found = self.export.modules(layer)
-        return [module for module in found if {p.role for p in module.parts} & set(roles)]
-
     def _inner(self, rank: Rank, layer: int, roles: tuple[str, ...], x: Tensor) -> list[Tensor]:
         """One rank's features of column-parallel linears."""
         found: dict[str, Tensor] = {}
-        for module in self._modules(layer, *roles):
+        for module in self.export.modules(layer):
+            if module.parts[0].role not in roles:
+                continue
             y = _product(rank, module, x) + _bias(rank, module)
             pieces = zip(module.parts, y.split(module.rows, dim=-1), strict=True)
             found |= {part.role: piece for part, piece in pieces}
@@ -78,7 +71,7 @@ class Decoder:
 
     def _sum(self, ranks: Sequence[Rank], layer: int, role: str, inner: Sequence[Tensor]) -> Tensor:
         """A row-parallel linear of every rank's features; its bias is added once."""
-        (module,) = self._modules(layer, role)
+        module = next(m for m in self.export.modules(layer) if m.parts[0].role == role)
         pairs = zip(ranks, inner, strict=True)
         products = [_product(rank, module, x) for rank, x in pairs]
         return torch.stack(products).sum(0) + _bias(ranks[0], module)
@@ -88,7 +81,9 @@ class Decoder:
         return self._rms_norm(rank, f"{self.model.prefix(layer)}{name}", x)
 
     def _rms_norm(self, rank: Rank, name: str, x: Tensor) -> Tensor:
-        return rms_norm(x, rank.tensor(f"{name}.weight"), float(self.model.value("rms_norm_eps")))
+        """X / rms(x) * weight, along the last dimension."""
+        rms = (x.pow(2).mean(-1, keepdim=True) + float(self.model.value("rms_norm_eps"))).rsqrt()
+        return x * rms * rank.tensor(f"{name}.weight").float()
 
     def _attention(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
         """One rank's heads, causal, before the output's linear; keys are cached after rotation."""

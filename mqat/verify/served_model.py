@@ -31,14 +31,10 @@ class ServedModel:
     """The model that a `config.json` describes, whose keys must have been checked.
 
     Attributes:
-        form: `hf` or `trtllm`, as in the facts.
-        keys: What the format calls `SIZES`, `NUMBERS`, and a few others.
-        dtype: Of unquantized tensors, as safetensors names it.
-        is_tied: The head is the embedding, and not stored.
+        keys: What the format (`form`: `hf` or `trtllm`) calls `SIZES`, `NUMBERS`, and a few others.
         tp: Tensor-parallel ranks; 1 where files are whole.
         copies: Consecutive ranks that hold the same key/value head.
         on_rank: Features of one rank by axis; key/value heads are copied, vocabularies padded.
-        names: Of what stands outside of layers.
     """
 
     def __init__(self, facts: Facts, form: str, keys: Keys, raw: Raw, tp: int, pp: int) -> None:

@@ -189,16 +189,17 @@ class StoredLinear:
 
     def step(self) -> Tensor:
         """Of both levels, shaped like `scale`."""
-        above = self.tensors.get("global_scale")
-        if above is None:
-            return self.scale()
+        above = self.tensors.get("global_scale", torch.ones(1))
         return self.scale() / above if self.module.storage.is_reciprocal else self.scale() * above
 
     def weight(self) -> Tensor:
         """What a server multiplies by, float32 [O, I]."""
-        storage, width = self.module.storage, self.module.shape[1]
-        if "weight" in self.tensors:
-            weight = self.tensors["weight"]
+        storage, width, weight = (
+            self.module.storage,
+            self.module.shape[1],
+            self.tensors.get("weight"),
+        )
+        if weight is not None:
             return reload_w8a16(weight) if storage.is_reloaded else weight.float()
         values = self.code_values()
         if "zero_point" in self.tensors:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import tarfile
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mqat.checkpoints.archive import unpacked as unpacked
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
 from mqat.verify.check import header_problems, value_problems
@@ -74,8 +71,7 @@ def compare_logits(report: Report, served: Tensor, reference: Tensor) -> None:
     report.mean_kl = float((p.exp() * (p - q)).sum(-1).mean())
     report.top1_agreement = float((p.argmax(-1) == q.argmax(-1)).float().mean())
     report.max_abs_difference = float((served - reference).abs().max())
-    positions = p[..., 0].numel()
-    least = least_top1(positions)
+    least = least_top1(positions := p[..., 0].numel())
     if not report.mean_kl <= MAX_KL or not report.top1_agreement >= least:
         report.problems.append(
             f"logits differ from the training model's: KL {report.mean_kl:.3g} (at most {MAX_KL}), "
@@ -96,7 +92,7 @@ def _open(directory: Path, problems: list[str]) -> Export | None:
     if not export.stages or any(problem.endswith(": missing") for problem in problems):
         return None
     problems += [p for ranks in export.stages for rank in ranks for p in rank.open(directory)]
-    problems += [] if problems else header_problems(export)
+    problems += header_problems(export) if not problems else []
     return None if problems else export
 
 
@@ -175,32 +171,6 @@ def read_export(directory: Path) -> Export:
 def open_export(directory: Path) -> Decoder:
     """A decoder that computes logits from an exported directory alone; errors as `read_export`."""
     return Decoder(read_export(directory))
-
-
-def _extract(archive: tarfile.TarFile, directory: Path) -> None:
-    """Plain files and folders below `directory`; Python 3.11.2 has no `filter` that does this."""
-    for member in archive:
-        target = (directory / member.name).resolve()
-        is_inside = target.is_relative_to(directory.resolve())
-        if not is_inside or not (member.isfile() or member.isdir()):
-            raise tarfile.TarError(f"{member.name} is no file or folder inside the archive")
-        archive.extract(member, directory)
-
-
-@contextmanager
-def unpacked(export: Path) -> Iterator[Path]:
-    """An export as a directory: itself, or a `.qnemo` archive's content for as long as it is used."""
-    if not export.is_file():
-        yield export
-        return
-    with tempfile.TemporaryDirectory(dir=export.parent, prefix=".mqat-") as temporary:
-        try:
-            with tarfile.open(export) as archive:
-                _extract(archive, Path(temporary))
-        except (tarfile.TarError, OSError, EOFError) as error:
-            reason = next(iter(str(error).splitlines()), repr(error)).rstrip(":")
-            raise UserError(f"{export}: not a .qnemo archive ({reason}).") from error
-        yield Path(temporary)
 
 
 def _check_tokens(vocab: int, tokens: Tensor, logits: Tensor | None) -> None:

@@ -22,7 +22,7 @@ ALLOWED = {
     "calibration": _MODEL | {"kernels", "parallel", "runtime"},
     "checkpoints": _CHECKPOINTS,
     "export": _MODEL | {"checkpoints.manifest", "checkpoints.reader"},
-    "verify": _MODEL | {"checkpoints.reader"},
+    "verify": _BOTTOM | {"quant.scheme", "checkpoints.archive", "checkpoints.reader"},
     "plan": _CHECKPOINTS | {"checkpoints", "export", "report"},
     "evaluation": _CHECKPOINTS | {"checkpoints", "calibration", "verify", "report"},
     "training": _CHECKPOINTS

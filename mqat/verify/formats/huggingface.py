@@ -5,7 +5,6 @@ Written from the formats' descriptions, not from the exporter: a second opinion.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -93,10 +92,9 @@ def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[lis
     found = {file.name for file in directory.glob("*.safetensors")}
     rank = Rank(_WHOLE, [_WHOLE])
     if (directory / _INDEX).exists():
-        try:
-            index = dict(json.loads((directory / _INDEX).read_text("utf-8"))["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{_INDEX}: unusable ({error!r})")
+        index = read_json(directory / _INDEX, problems).get("weight_map")
+        if not isinstance(index, dict):
+            problems.append(f"{_INDEX}: unusable, without weight_map")
             return []
         rank = Rank(_INDEX, sorted(set(index.values())), index)
     problems += [f"{name}: missing" for name in rank.files if name not in found]
@@ -109,14 +107,13 @@ def _read_modelopt(
     directory: Path, config: Mapping[str, Any], model: ServedModel, storage: dict[str, Storage]
 ) -> Iterator[str]:
     """Fills `storage`; yields what is wrong."""
-    name = "hf_quant_config.json"
-    try:
-        other = json.loads((directory / name).read_text("utf-8"))["quantization"]
-        algorithm, excluded = other["quant_algo"], other["exclude_modules"]
-        cache = (other["kv_cache_quant_algo"], config.get("kv_cache_scheme"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield f"{name} beside it is missing or unusable ({error!r})"
+    name, reasons = "hf_quant_config.json", list[str]()
+    other = read_json(directory / name, reasons).get("quantization")
+    if not isinstance(other, dict) or not isinstance(other.get("exclude_modules"), list):
+        yield f"{name} beside it is missing or unusable {reasons}"
         return
+    algorithm, excluded = other.get("quant_algo"), other["exclude_modules"]
+    cache = (other.get("kv_cache_quant_algo", ""), config.get("kv_cache_scheme"))
     if cache not in ((None, None), ("FP8", _FP8_CACHE)):
         yield f"kv_cache_scheme={cache[1]} with kv_cache_quant_algo={cache[0]!r} does not fit"
     if (algorithm, excluded) != (config.get("quant_algo"), config.get("ignore")):

@@ -21,6 +21,7 @@ _KEYS = SIZES | {
     "rope_theta": "rotary_base", "rope_scaling": "rotary_scaling", "rope_type": "type", "dtype": "dtype",
 }  # fmt: skip
 _CODES = {"codes": "weight", "scale": "weights_scaling_factor"}
+_BY_ROW = {"scale": "per_channel_scale"}
 _SMOOTHING = {"smoothing": "prequant_scaling_factor"}
 _STATIC = {"input_scale": "activation_scaling_factor"}
 _AWQ = Storage(_CODES | _SMOOTHING, 4, granularity="group:128", packing="rows", bytes_dtype="I8")
@@ -31,9 +32,7 @@ _NVFP4_NAMES = _CODES | {
 # `quant_algo` of a linear -> storage, up to the group size.
 _LINEAR = {
     "FP8": Storage(_CODES | _STATIC, 8, is_float=True, granularity="tensor", input="static fp8"),
-    "FP8_PER_CHANNEL_PER_TOKEN": Storage(
-        {"codes": "weight", "scale": "per_channel_scale"}, 8, is_float=True, input="token fp8"
-    ),
+    "FP8_PER_CHANNEL_PER_TOKEN": Storage(_CODES | _BY_ROW, 8, is_float=True, input="token fp8"),
     "W8A8_SQ_PER_CHANNEL": Storage(_CODES | _STATIC | _SMOOTHING, 8, input="static int8"),
     "W4A16_AWQ": _AWQ,
     "W4A8_AWQ": replace(_AWQ, names=_W4A8_NAMES, input="static fp8"),
@@ -41,7 +40,8 @@ _LINEAR = {
 }
 # Of a whole model only, besides those of linears.
 _W8A16 = Storage({"weight": "weight"}, 8, is_reloaded=True)
-_ALGORITHMS = (None, *_LINEAR, "W8A16", "MIXED_PRECISION")
+_WHOLE_MODEL = {None: UNQUANTIZED, "W8A16": _W8A16}
+_ALGORITHMS = (*_WHOLE_MODEL, *_LINEAR, "MIXED_PRECISION")
 _GROUP_SIZES = {"W4A16_AWQ": (64, 128), "W4A8_AWQ": (128,)}
 _CACHES = (None, "INT8", "FP8")
 _OTHER = {"producer", "rotary_scaling", "use_parallel_embedding", "mapping", "quantization"}
@@ -103,9 +103,7 @@ def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[lis
 def _storage(entry: Mapping[str, Any], dtype: str) -> Storage:
     """How a linear is stored, by its entry of the configuration."""
     algorithm = entry.get("quant_algo")
-    if algorithm is None:
-        return UNQUANTIZED
-    found = replace(_W8A16 if algorithm == "W8A16" else _LINEAR[algorithm], label=algorithm)
+    found = replace((_LINEAR | _WHOLE_MODEL)[algorithm], label=algorithm or "")
     if algorithm not in _GROUP_SIZES:
         return found
     return replace(found, granularity=f"group:{entry['group_size']}", scale_dtypes=(dtype,))
@@ -154,10 +152,10 @@ def _mapping_problems(raw: Mapping[str, Any]) -> Iterator[str]:
         return
     for key in sorted(set(mapping) - set(_MAPPING)):
         yield f"unknown key mapping.{key} (the loader raises TypeError)"
-    for key in _MAPPING:
-        if not is_positive(mapping.get(key)):
-            yield f"mapping.{key}={mapping.get(key)!r}, expected a positive integer"
-            return
+    wrong = [key for key in _MAPPING if not is_positive(mapping.get(key))]
+    yield from (f"mapping.{key}={mapping.get(key)!r}, expected a positive integer" for key in wrong)
+    if wrong:
+        return
     if mapping["world_size"] != mapping["tp_size"] * mapping["pp_size"]:
         yield f"mapping.world_size={mapping['world_size']} is not tp_size x pp_size"
     parallel = raw.get("use_parallel_embedding")
