@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, in blocks of rows: memory does not grow with the model.
+"""Safetensors files written tensor by tensor, in chunks of rows: memory does not grow with the model.
 
 The bytes are those of the `safetensors` package: an 8-byte little-endian header length, a JSON header
 padded with spaces to a multiple of 8, then the data in the order of the header, which is by dtype
@@ -36,15 +36,15 @@ class TensorPlan:
 
     Attributes:
         name: In the file.
-        dtype: Of every block.
+        dtype: Of every chunk.
         shape: Of the whole tensor.
-        blocks: Produces the tensor's rows in order, some at a time; may be called again.
+        chunks: Produces the tensor's rows in order, some at a time; may be called again.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    blocks: Callable[[], Iterator[Tensor]]
+    chunks: Callable[[], Iterator[Tensor]]
 
     @property
     def num_bytes(self) -> int:
@@ -53,7 +53,7 @@ class TensorPlan:
 
 
 def write_safetensors(path: Path, plans: Sequence[TensorPlan]) -> None:
-    """Writes a whole file; holds one block in memory.
+    """Writes a whole file; holds one chunk in memory.
 
     Args:
         path: File to create.
@@ -79,9 +79,9 @@ def write_safetensors(path: Path, plans: Sequence[TensorPlan]) -> None:
         _write_all(file.write, len(text).to_bytes(8, "little") + text)
         for plan in ordered:
             written = 0
-            for block in plan.blocks():
-                assert block.dtype == plan.dtype, f"{plan.name}: block is {block.dtype}"
-                data = block.contiguous().reshape(-1).view(torch.uint8).numpy()
+            for chunk in plan.chunks():
+                assert chunk.dtype == plan.dtype, f"{plan.name}: chunk is {chunk.dtype}"
+                data = chunk.contiguous().reshape(-1).view(torch.uint8).numpy()
                 _write_all(file.write, data.data)
                 written += len(data)
             assert written == plan.num_bytes, f"{plan.name}: {written} of {plan.num_bytes} bytes"

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mqat.errors import UserError
-from mqat.export.qnemo import is_qnemo_tar, write_tar
 from mqat.export.stream import TensorPlan, write_safetensors
+from mqat.export.trtllm.qnemo import is_qnemo_tar, write_tar
 
 
 def _is_export(directory: Path) -> bool:
@@ -66,7 +66,7 @@ class AtomicDirectory:
             self.temporary.mkdir(parents=True)
 
     def write_tensors(self, name: str, plans: Sequence[TensorPlan]) -> None:
-        """One safetensors file, a block of rows at a time, flushed to disk."""
+        """One safetensors file, a chunk of rows at a time, flushed to disk."""
         path = self.temporary / name
         with _clear_errors(path):
             write_safetensors(path, plans)

@@ -14,16 +14,14 @@ import torch
 from mqat.checkpoints.manifest import DESCRIPTION, read_description
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.checkpoints.source import PretrainedSource, open_pretrained
-from mqat.config import QuantizationConfig, RuleConfig, RunConfig
+from mqat.config import ExportConfig, QuantizationConfig, RuleConfig, RunConfig
 from mqat.data.packaged import smollm2_gguf
 from mqat.errors import UserError
-from mqat.export import huggingface
-from mqat.export.kv_cache import check_exportable as check_cache_exportable
-from mqat.export.tables import check_exportable as check_tables_exportable
-from mqat.export.trtllm import check_exportable
+from mqat.export.exporter import ExportOptions
+from mqat.export.exporters import exporter
 from mqat.kernels.gemm import has_bf16_units
 from mqat.models.decoder import FAMILIES, DecoderConfig
-from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes, table_schemes
+from mqat.models.schemes import Scheme, linear_schemes
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
 from mqat.plan.bit_schedule import check_bits
 from mqat.quant.algorithm import Recipe
@@ -206,6 +204,16 @@ def _check_decoder(config: RunConfig, model: DecoderConfig) -> None:
             )
 
 
+def export_options(config: ExportConfig) -> ExportOptions:
+    """What the exporter is asked for."""
+    return ExportOptions(
+        config.inference_tensor_parallel,
+        config.inference_pipeline_parallel,
+        config.dtype,
+        config.allow_requantization,
+    )
+
+
 def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     """Checks a configuration as a whole, on every rank alike, touching no process group.
 
@@ -260,24 +268,9 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     linears = linear_schemes(layers)
     _check_training(quantization, linears)
     check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
-    export = config.export
-    if export.format is not None:
-        target = export.style if export.format == "hf" else export.format
-        check_tables_exportable(table_schemes(layers))
-        check_cache_exportable(kv_cache_schemes(layers), linears, target=target)
-    if export.format == "hf":
-        huggingface.check_exportable(model, linears, style=export.style)
-    elif export.format is not None:
-        inference = {
-            "tp": export.inference_tensor_parallel,
-            "pp": export.inference_pipeline_parallel,
-        }
-        check_exportable(
-            model, linears, allow_requantization=export.allow_requantization, **inference
-        )
-        check_group_sizes(
-            model, layers, tp=inference["tp"], purpose="export.inference_tensor_parallel"
-        )
+    if config.export.format is not None:
+        target = exporter(config.export.format, config.export.style)
+        target.check(model, layers, export_options(config.export))
     return RunPlan(
         config=config,
         model=model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -149,7 +149,7 @@ class TensorScheme:
 class LinearScheme:
     """How a linear is quantized; None leaves that operand alone."""
 
-    name: str
+    name: str = field(compare=False)  # for people: what is equal and what is served are operands
     weight: TensorScheme | None
     input: TensorScheme | None
     output: TensorScheme | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from rich.table import Table
@@ -17,8 +16,9 @@ from rich.table import Table
 from mqat.config import RunConfig
 from mqat.errors import UserError
 from mqat.evaluation.forward import served_logits
-from mqat.export.export import export_hf, export_trtllm
-from mqat.plan.run import RunPlan, make_plan
+from mqat.export.export import export_checkpoint
+from mqat.export.exporters import exporter
+from mqat.plan.run import RunPlan, export_options, make_plan
 from mqat.runtime import groups
 from mqat.runtime.groups import decided_by_main, is_main, on_all_ranks, raise_on_any_rank
 from mqat.training.loop import Phase
@@ -96,24 +96,16 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
     if export.format is None:
         return
     out = Path(export.save_path) if export.save_path else session.plan.run_dir / export.format
-    together: dict[str, Any] = {
-        "dtype": export.dtype,
-        "overwrite": True,
-        "rank": dist.get_rank(),
-        "world_size": dist.get_world_size(),
-        "raise_on_any_rank": raise_on_any_rank,
-    }
-    if export.format == "hf":
-        export_hf(checkpoint, out, style=export.style, **together)
-    else:
-        export_trtllm(
-            checkpoint,
-            out,
-            tensor_parallel=export.inference_tensor_parallel,
-            pipeline_parallel=export.inference_pipeline_parallel,
-            allow_requantization=export.allow_requantization,
-            **together,
-        )
+    export_checkpoint(
+        exporter(export.format, export.style),
+        checkpoint,
+        out,
+        export_options(export),
+        overwrite=True,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        raise_on_any_rank=raise_on_any_rank,
+    )
     session.summary["export"] = {"path": str(out), "verified": False}
     if export.verify:
         tokens = session.validation.sample_tokens(rows=2, length=64)

@@ -1,0 +1,167 @@
+"""The tensors of a decoder as a server names and cuts them, planned before any is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mqat.checkpoints.reader import CheckpointReader
+from mqat.errors import UserError
+from mqat.export.forms import Form, Forms
+from mqat.export.kv_cache import CacheForm
+from mqat.export.reshard import (
+    InferenceRank,
+    linear_columns,
+    linear_rows,
+    row_chunks,
+    vocab_rows,
+)
+from mqat.export.served_linear import ServedLinear
+from mqat.export.stream import TensorPlan
+from mqat.export.tensor_builders import TensorBuilders, bias, unquantized
+from mqat.models.decoder import DecoderConfig
+from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes, table_schemes
+from mqat.models.structure import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT_LAYER,
+    Linear,
+    Norm,
+    Table,
+    in_layer,
+)
+from mqat.quant.scheme import LinearScheme
+
+
+@dataclass(frozen=True)
+class Naming:
+    """A server's names of what the table of the model lists.
+
+    Attributes:
+        layer: Before those of a layer, with its number as `{i}`.
+        module: Of a norm or vocabulary table.
+        linears: Modules of a trained linear -> the numbers of its parts in them.
+        writes_tied_head: The head is written even where it is the embedding.
+    """
+
+    layer: str
+    module: Callable[[Norm | Table], str]
+    linears: Callable[[Linear], Mapping[str, Sequence[int]]]
+    writes_tied_head: bool
+
+    def schemes(
+        self, model: DecoderConfig, layers: Mapping[str, LinearScheme], numbers: range
+    ) -> dict[str, LinearScheme | None]:
+        """Module -> scheme (None: unquantized) of linears of some layers, numbered from zero."""
+        return {
+            self.layer.format(i=local) + module: layers.get(in_layer(layer, linear.name))
+            for local, layer in enumerate(numbers)
+            for linear in model.linears
+            for module in self.linears(linear)
+        }
+
+
+@dataclass(frozen=True)
+class DecoderTensors:
+    """How a server holds a whole decoder."""
+
+    naming: Naming
+    forms: Forms[Form]
+    cache: CacheForm
+
+    def check(self, model: DecoderConfig, schemes: Mapping[str, Scheme]) -> None:
+        """Refuses what no server here reads, and what this one does not.
+
+        TensorRT-LLM excludes its vocabulary tables from every algorithm; the compressed-tensors and
+        ModelOpt readers of vLLM and SGLang quantize linears, of which the head is none.
+
+        Raises:
+            UserError: Names the table, linear or cache, and what would work.
+        """
+        for name in table_schemes(schemes):
+            raise UserError(
+                f"quantization.rules: {name} is quantized, which no export format here holds: servers "
+                "read embedding and head in the model's dtype and would compute other logits. Set "
+                "export.format=null, or leave the rule out."
+            )
+        for linear in model.linears:
+            if linear.experts:
+                raise UserError(f"{linear.name}: no export format here holds experts yet.")
+        layers = linear_schemes(schemes)
+        self.forms.check(layers)
+        self.cache.check(kv_cache_schemes(schemes), self.forms.server, has_linears=bool(layers))
+
+    def plan(
+        self, reader: CheckpointReader, rank: InferenceRank, dtype: torch.dtype
+    ) -> list[TensorPlan]:
+        """Everything that a rank holds, in model order; `dtype` is that of unquantized tensors."""
+        model, naming = reader.model, self.naming
+        plans = []
+        if rank.is_first_stage:
+            plans.append(_plan_table(reader, naming.module(EMBEDDING), EMBEDDING, dtype, rank))
+        for local, layer in enumerate(rank.layers(model)):
+            plans += self._plan_layer(reader, rank, dtype, naming.layer.format(i=local), layer)
+        if rank.is_last_stage:
+            plans.append(_plan_norm(reader, naming.module(FINAL_NORM), FINAL_NORM, None, dtype))
+            table = EMBEDDING if model.tie_word_embeddings else OUTPUT_LAYER
+            if naming.writes_tied_head or not model.tie_word_embeddings:
+                plans.append(_plan_table(reader, naming.module(OUTPUT_LAYER), table, dtype, rank))
+        return plans
+
+    def _plan_layer(
+        self,
+        reader: CheckpointReader,
+        rank: InferenceRank,
+        dtype: torch.dtype,
+        prefix: str,
+        layer: int,
+    ) -> Iterator[TensorPlan]:
+        model = reader.model
+        for norm in model.norms:
+            yield _plan_norm(reader, prefix + self.naming.module(norm), norm, layer, dtype)
+        for linear in model.linears:
+            cols = linear_columns(model, linear, rank)
+            scheme = reader.layers.get(in_layer(layer, linear.name))
+            for module, parts in self.naming.linears(linear).items():
+                rows = linear_rows(model, linear, parts, rank)
+                served = ServedLinear(reader, layer, linear, rows, cols, dtype)
+                for suffix, build in self._builders(scheme, served.has_bias).items():
+                    yield build(served).named(f"{prefix}{module}.{suffix}")
+        yield from self.cache.plan(reader, layer, prefix)
+
+    def _builders(self, scheme: LinearScheme | None, has_bias: bool) -> TensorBuilders:
+        """Of one linear: those of its form, and the bias, which is the same in every form."""
+        builders = {"weight": unquantized} if scheme is None else self.forms.of(scheme).tensors
+        return {**builders, "bias": bias} if has_bias else builders
+
+
+def _plan_table(
+    reader: CheckpointReader, module: str, table: Table, dtype: torch.dtype, rank: InferenceRank
+) -> TensorPlan:
+    """A rank's rows of a vocabulary table, then zero rows that make all ranks' equal."""
+    rows, padding = vocab_rows(reader.model, rank)
+    width = reader.model.hidden_size
+
+    def chunks() -> Iterator[Tensor]:
+        for chunk in row_chunks([rows], width):
+            for span in chunk:
+                yield reader.view(table.key, (span,)).to(dtype)
+        yield torch.zeros(padding, width, dtype=dtype)
+
+    shape = (rows.stop - rows.start + padding, width)
+    return TensorPlan(f"{module}.weight", dtype, shape, chunks)
+
+
+def _plan_norm(
+    reader: CheckpointReader, module: str, norm: Norm, layer: int | None, dtype: torch.dtype
+) -> TensorPlan:
+    """A norm's weight: one layer's, or (None) the model's last."""
+
+    def chunks() -> Iterator[Tensor]:
+        region = () if layer is None else (slice(layer, layer + 1),)
+        yield reader.read(norm.key, region).to(dtype)
+
+    return TensorPlan(f"{module}.weight", dtype, (reader.model.size(norm.size),), chunks)

@@ -1,0 +1,98 @@
+"""What an exporter is: it refuses before training, and describes a directory before it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from mqat.checkpoints.reader import CheckpointReader
+from mqat.errors import UserError
+from mqat.export.stream import TensorPlan
+from mqat.models.decoder import DecoderConfig
+from mqat.models.schemes import Scheme
+
+DTYPES = ("bfloat16", "float16", "float32")
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user chooses; each exporter reads what concerns it and refuses what it cannot honour.
+
+    Attributes:
+        tensor_parallel: Inference tensor-parallel size.
+        pipeline_parallel: Inference pipeline-parallel size.
+        dtype: Of unquantized tensors: `bfloat16`, `float16` or `float32`.
+        allow_requantization: Export forms that the loader rounds a second time.
+        archive: None, or a `.qnemo` for NeMo: `directory`, or `tar` for its older releases.
+        max_shard_bytes: Most bytes of tensors in a file; a larger tensor gets a file of its own.
+    """
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    dtype: str = "bfloat16"
+    allow_requantization: bool = False
+    archive: str | None = None
+    max_shard_bytes: int = SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a dtype that no server has."""
+        if self.dtype not in DTYPES:
+            raise UserError(f"export.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of unquantized tensors."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+@dataclass(frozen=True)
+class DirectoryContents:
+    """A directory before it exists.
+
+    Attributes:
+        weights: File name -> its tensors, planned when they are about to be written.
+        texts: File name -> JSON object, or text.
+    """
+
+    weights: Mapping[str, Callable[[], list[TensorPlan]]]
+    texts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Exporter(Protocol):
+    """Writes directories of one form; `exporters.EXPORTERS` lists them all."""
+
+    @property
+    def format(self) -> str:
+        """Value of `export.format`."""
+
+    @property
+    def style(self) -> str | None:
+        """Value of `export.style`, where a format has several."""
+
+    def check(
+        self, model: DecoderConfig, schemes: Mapping[str, Scheme], options: ExportOptions
+    ) -> None:
+        """Refuses what the directory cannot hold; runs before training, and again before exporting.
+
+        Args:
+            model: Sizes.
+            schemes: Of linears, vocabulary tables and caches, by global name.
+            options: As for the export.
+
+        Raises:
+            UserError: Names the setting or the linear with its operands, and what would work.
+        """
+
+    def warning(self, schemes: Mapping[str, Scheme]) -> str | None:
+        """What the user must know of what servers change, or None."""
+
+    def contents(
+        self, reader: CheckpointReader, tokenizer: Path, options: ExportOptions
+    ) -> DirectoryContents:
+        """The directory of a checkpoint that passed `check`; `tokenizer` is copied beside it."""

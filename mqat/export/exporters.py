@@ -1,0 +1,37 @@
+"""Every exporter. A further one is a further line here, and at most three files."""
+
+from __future__ import annotations
+
+from mqat.errors import UserError
+from mqat.export.exporter import Exporter
+from mqat.export.huggingface.compressed_tensors import COMPRESSED_TENSORS
+from mqat.export.huggingface.exporter import HuggingFaceExporter
+from mqat.export.huggingface.modelopt import MODELOPT
+from mqat.export.trtllm.exporter import TensorRtLlmExporter
+
+EXPORTERS: tuple[Exporter, ...] = (
+    TensorRtLlmExporter(),
+    HuggingFaceExporter(COMPRESSED_TENSORS),
+    HuggingFaceExporter(MODELOPT),
+)
+
+
+def exporter(format_: str, style: str | None = None) -> Exporter:
+    """The exporter of a configuration's words.
+
+    Args:
+        format_: Value of `export.format`.
+        style: Value of `export.style`; not read where the format has one style only.
+
+    Raises:
+        UserError: An unknown word; lists the known ones.
+    """
+    found = {e.style: e for e in EXPORTERS if e.format == format_}
+    if not found:
+        known = dict.fromkeys(e.format for e in EXPORTERS)
+        raise UserError(f"export.format={format_!r}: must be one of {', '.join(known)}.")
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if style not in found:
+        raise UserError(f"style={style!r}: must be one of {', '.join(map(str, found))}.")
+    return found[style]

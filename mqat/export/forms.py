@@ -1,0 +1,92 @@
+"""Which form serves a linear: found by its operands in an exporter's list of forms, never by a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from mqat.errors import UserError
+from mqat.export.operands import OperandPattern, group_size, operands_text
+from mqat.export.tensor_builders import TensorBuilders
+from mqat.quant.scheme import LinearScheme, TensorScheme
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a server holds linears of some operands.
+
+    Attributes:
+        name: The server's.
+        weight: Weights that it takes.
+        input: Inputs that it takes; None: unquantized ones.
+        tensors: Of each linear.
+    """
+
+    name: str
+    weight: OperandPattern
+    input: OperandPattern | None
+    tensors: TensorBuilders
+
+    def unmet(self, scheme: LinearScheme) -> list[str]:
+        """What the form asks and a scheme is not, in words; empty: it serves the scheme."""
+        found = self.weight.unmet("weight", scheme.weight)
+        if self.input is not None:
+            found += self.input.unmet("input", scheme.input)
+        elif scheme.input is not None:
+            found.append("an unquantized input")
+        return found + ["an unquantized output"] * (scheme.output is not None)
+
+
+F_co = TypeVar("F_co", bound=Form, covariant=True)
+
+
+@dataclass(frozen=True)
+class Forms(Generic[F_co]):
+    """All forms of a server.
+
+    Attributes:
+        server: For messages.
+        forms: A further form is a further row.
+        advice: (weight and input, what to use instead) for those without a form; the first that fits.
+    """
+
+    server: str
+    forms: tuple[F_co, ...]
+    advice: tuple[tuple[Callable[[TensorScheme, TensorScheme | None], bool], str], ...] = ()
+
+    def of(self, scheme: LinearScheme) -> F_co:
+        """The form that serves the operands of a scheme that passed `check`."""
+        return next(form for form in self.forms if not form.unmet(scheme))
+
+    def check(self, layers: Mapping[str, LinearScheme]) -> None:
+        """Refuses linears whose operands have no form.
+
+        Raises:
+            UserError: Names the first, its operands, what the nearest form asks, and what would work.
+        """
+        for name, scheme in layers.items():
+            nearest = min(self.forms, key=lambda form: len(form.unmet(scheme)))
+            unmet, weight = nearest.unmet(scheme), scheme.weight
+            if not unmet:
+                continue
+            fitting = (text for fits, text in self.advice if weight and fits(weight, scheme.input))
+            raise UserError(
+                f"{name}: {operands_text(scheme)} cannot be exported to {self.server}. Its nearest "
+                f"form, {nearest.name}, needs {' and '.join(unmet)}. {next(fitting, '')}".rstrip()
+            )
+
+    def check_groups(self, name: str, scheme: LinearScheme, width: int, ranks: int = 1) -> None:
+        """Refuses groups that a row of `width` elements, cut over ranks, does not hold whole.
+
+        Raises:
+            UserError: Names the linear, its sizes, and the group sizes that fit.
+        """
+        size = group_size(scheme)
+        if size is not None and width % (size * ranks):
+            fitting = [size for size in (16, 32, 64, 128, 256) if width % (size * ranks) == 0]
+            raise UserError(
+                f"{name}: group_size={size} does not divide in_features={width} / tensor parallel "
+                f"{ranks}, and {self.server} has no shorter last group. Group sizes that fit: "
+                f"{fitting or 'none of the usual ones'}."
+            )

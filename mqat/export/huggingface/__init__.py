@@ -1,0 +1,1 @@
+"""Hugging Face directories with quantized linears."""

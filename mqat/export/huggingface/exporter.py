@@ -1,0 +1,199 @@
+"""The exporter of Hugging Face directories: shards, `config.json` and what goes with it.
+
+Projections are apart (`q_proj`, `k_proj`, ...) and whole: servers fuse and cut them as they like. A
+fused linear was trained on one grid, so its parts share their per-tensor scales.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from mqat import __version__
+from mqat.checkpoints.reader import CheckpointReader
+from mqat.errors import UserError
+from mqat.export.decoder_tensors import DecoderTensors, Naming
+from mqat.export.exporter import DirectoryContents, ExportOptions
+from mqat.export.forms import Form, Forms
+from mqat.export.operands import group_size, operands_text
+from mqat.export.reshard import InferenceRank
+from mqat.export.stream import TensorPlan
+from mqat.models.decoder import DecoderConfig
+from mqat.models.schemes import Scheme, linear_schemes
+from mqat.models.structure import HF_LAYER, OUTPUT_LAYER, split_name
+from mqat.quant.kv_cache import KvCacheScheme
+from mqat.quant.scheme import LinearScheme
+
+NAMING = Naming(
+    HF_LAYER,
+    attrgetter("hf"),
+    lambda linear: {part.hf: [number] for number, part in enumerate(linear.parts)},
+    writes_tied_head=False,
+)
+Modules = Mapping[str, LinearScheme | None]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a family of readers wants quantized linears to be described.
+
+    Attributes:
+        name: Value of `export.style`.
+        tensors: Of the decoder.
+        texts: (every linear by its name, caches) -> `quantization_config` of `config.json`, and
+            further JSON files.
+        is_one_form: All quantized linears must have the same form and group size.
+    """
+
+    name: str
+    tensors: DecoderTensors
+    texts: Callable[
+        [Modules, Mapping[str, KvCacheScheme]], tuple[dict[str, Any], dict[str, dict[str, Any]]]
+    ]
+    is_one_form: bool
+
+
+@dataclass(frozen=True)
+class HuggingFaceExporter:
+    """For transformers, vLLM, SGLang and TensorRT-LLM's PyTorch backend."""
+
+    quantized: Style
+    format = "hf"
+
+    @property
+    def style(self) -> str:
+        """Value of `export.style`."""
+        return self.quantized.name
+
+    def check(
+        self, model: DecoderConfig, schemes: Mapping[str, Scheme], options: ExportOptions
+    ) -> None:
+        """As `Exporter.check`."""
+        layers, forms = linear_schemes(schemes), self.quantized.tensors.forms
+        _check_options(options)
+        self.quantized.tensors.check(model, schemes)
+        if self.quantized.is_one_form:
+            _check_one_form(forms, layers)
+        for name, scheme in layers.items():
+            forms.check_groups(name, scheme, model.linear_shape(split_name(name)[1])[1])
+
+    def warning(self, schemes: Mapping[str, Scheme]) -> str | None:
+        """None: servers change nothing that is stored."""
+        return None
+
+    def contents(
+        self, reader: CheckpointReader, tokenizer: Path, options: ExportOptions
+    ) -> DirectoryContents:
+        """As `Exporter.contents`."""
+        model, style = reader.model, self.quantized
+        plans = style.tensors.plan(reader, InferenceRank(), options.torch_dtype)
+        shards = shard(plans, options.max_shard_bytes)
+        special = special_tokens(tokenizer)
+        config = model.to_hf(options.dtype) | special | {"producer": producer()}
+        texts: dict[str, Any] = {"config.json": config}
+        if not (tokenizer / "generation_config.json").is_file():
+            texts["generation_config.json"] = {"_from_model_config": True} | special
+        if reader.layers:
+            modules = NAMING.schemes(model, reader.layers, range(model.num_layers))
+            config["quantization_config"], more = style.texts(modules, reader.kv_cache)
+            texts |= more
+        if len(shards) > 1:
+            texts["model.safetensors.index.json"] = {
+                "metadata": {"total_size": sum(p.num_bytes for p in plans)},
+                "weight_map": {plan.name: name for name, ps in shards.items() for plan in ps},
+            }
+        return DirectoryContents({n: partial(list, ps) for n, ps in shards.items()}, texts)
+
+
+def producer() -> dict[str, str]:
+    """Who wrote a directory."""
+    return {"name": "mqat", "version": __version__}
+
+
+def unquantized_modules(modules: Modules) -> list[str]:
+    """Exact names of what a quantized directory keeps in the model's dtype, the head first."""
+    return [OUTPUT_LAYER.hf, *(name for name, scheme in modules.items() if scheme is None)]
+
+
+def _check_options(options: ExportOptions) -> None:
+    """Refuses what a Hugging Face directory cannot honour."""
+    if options.max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes={options.max_shard_bytes}: must be at least 1.")
+    layout = options.tensor_parallel, options.pipeline_parallel
+    if layout != (1, 1) or options.archive is not None:
+        raise UserError(
+            "export.format=hf: servers split the weights themselves, and a .qnemo holds a TensorRT-LLM "
+            "directory; leave out export.inference_tensor_parallel (--inference-tp), "
+            "export.inference_pipeline_parallel (--inference-pp) and --qnemo."
+        )
+
+
+def _check_one_form(forms: Forms[Form], layers: Mapping[str, LinearScheme]) -> None:
+    found = {
+        (forms.of(s).name, group_size(s)): f"{name}: {operands_text(s)}"
+        for name, s in reversed(layers.items())
+    }
+    if len(found) > 1:
+        raise UserError(
+            f"{' beside '.join(reversed(found.values()))}: {forms.server} has no mixtures that servers "
+            "load. Use style=compressed-tensors."
+        )
+
+
+def shard(plans: Sequence[TensorPlan], max_bytes: int) -> dict[str, list[TensorPlan]]:
+    """File name -> tensors; consecutive tensors share a file while it stays within `max_bytes`."""
+    files: list[list[TensorPlan]] = [[]]
+    size = 0
+    for plan in plans:
+        if files[-1] and size + plan.num_bytes > max_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(plan)
+        size += plan.num_bytes
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {
+        f"model-{number:05d}-of-{len(files):05d}.safetensors": file
+        for number, file in enumerate(files, start=1)
+    }
+
+
+def special_tokens(tokenizer: Path) -> dict[str, Any]:
+    """`bos_token_id`, `eos_token_id`, `pad_token_id`, as far as the tokenizer's files tell.
+
+    The generation settings of the imported model win, where the checkpoint has them: an instruct
+    model stops at several tokens, of which the tokenizer knows one.
+    """
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    settings = _json(tokenizer / "generation_config.json")
+    names = _json(tokenizer / "tokenizer_config.json")
+    added = _json(tokenizer / "tokenizer.json").get("added_tokens") or []
+    ids = {token["content"]: token["id"] for token in added}
+    found = {}
+    for key in keys:
+        name = names.get(key.removesuffix("_id"))
+        name = name.get("content") if isinstance(name, dict) else name
+        value = settings.get(key, ids.get(name))
+        if value is not None:
+            found[key] = value
+    return found
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON object, or nothing if there is no such file.
+
+    Raises:
+        UserError: The file is not JSON.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not JSON ({error}).") from error
+    return value if isinstance(value, dict) else {}

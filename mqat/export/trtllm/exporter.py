@@ -1,0 +1,142 @@
+"""The exporter of TensorRT-LLM checkpoints: what fits an inference layout, and which files there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mqat.checkpoints.reader import CheckpointReader
+from mqat.errors import UserError
+from mqat.export.exporter import DirectoryContents, ExportOptions
+from mqat.export.kv_cache import cache_algorithm
+from mqat.export.operands import group_size, operands_text
+from mqat.export.reshard import InferenceRank, count, linear_rows
+from mqat.export.stream import TensorPlan
+from mqat.export.trtllm import qnemo
+from mqat.export.trtllm.config import config_json, is_mixed, quant_cfg_json, stage_schemes
+from mqat.export.trtllm.forms import FORMS, TENSORS, TrtllmForm
+from mqat.models.decoder import DecoderConfig
+from mqat.models.schemes import Scheme, linear_schemes
+from mqat.models.structure import Linear, split_name
+from mqat.quant.scheme import LinearScheme
+
+_REQUANTIZED = (
+    "W8A16 checkpoints hold unquantized weights: TensorRT-LLM quantizes them again at load time, "
+    "with amax/128 of each output channel on each rank, so the served weights are not the trained "
+    "ones."
+)
+
+
+class TensorRtLlmExporter:
+    """For `trtllm-build` of TensorRT-LLM 0.17 to 1.2: one file for each inference rank."""
+
+    format = "trtllm"
+    style = None
+
+    def check(
+        self, model: DecoderConfig, schemes: Mapping[str, Scheme], options: ExportOptions
+    ) -> None:
+        """As `Exporter.check`."""
+        layers, tp = linear_schemes(schemes), options.tensor_parallel
+        _check_layout(model, tp, options.pipeline_parallel)
+        TENSORS.check(model, schemes)
+        _check_requantized(layers, options.allow_requantization)
+        stage_schemes(model, layers, options.pipeline_parallel)
+        for name, scheme in layers.items():
+            linear, form = model.linear(split_name(name)[1]), FORMS.of(scheme)
+            if form.group_sizes:
+                _check_int4(model, name, linear, form, group_size(scheme) or 0, tp)
+            ranks = tp if linear.parallel == "row" else 1
+            FORMS.check_groups(name, scheme, model.size(linear.columns), ranks)
+
+    def warning(self, schemes: Mapping[str, Scheme]) -> str | None:
+        """That the loader changes weights."""
+        layers = linear_schemes(schemes).values()
+        return _REQUANTIZED if any(FORMS.of(s).is_requantized for s in layers) else None
+
+    def contents(
+        self, reader: CheckpointReader, tokenizer: Path, options: ExportOptions
+    ) -> DirectoryContents:
+        """As `Exporter.contents`."""
+        tp, pp = options.tensor_parallel, options.pipeline_parallel
+        weights: dict[str, Callable[[], list[TensorPlan]]] = {}
+        for index in range(tp * pp):
+            rank = InferenceRank(index % tp, tp, index // tp, pp)
+            weights[f"rank{index}.safetensors"] = partial(
+                TENSORS.plan, reader, rank, options.torch_dtype
+            )
+        model, layers, cache = reader.model, reader.layers, cache_algorithm(reader.kv_cache)
+        texts: dict[str, Any] = {"config.json": config_json(model, layers, options, cache)}
+        mixed = quant_cfg_json(model, layers, pp=pp, kv_cache=cache)
+        if mixed is not None:
+            texts["quant_cfg.json"] = mixed
+        if options.archive is not None:
+            texts |= qnemo.tokenizer_texts(tokenizer)
+        return DirectoryContents(weights, texts)
+
+
+def _check_layout(model: DecoderConfig, tp: int, pp: int) -> None:
+    for key, size in (("tensor", tp), ("pipeline", pp)):
+        if size < 1:
+            raise UserError(f"export.inference_{key}_parallel={size}: must be at least 1.")
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    fits = heads % tp == 0 and model.intermediate_size % tp == 0
+    if not fits or (groups % tp and tp % groups):
+        raise UserError(
+            f"export.inference_tensor_parallel={tp} does not fit num_attention_heads={heads}, "
+            f"num_query_groups={groups}, intermediate_size={model.intermediate_size}: it must "
+            "divide heads and intermediate size, and divide the groups or be a multiple of them."
+        )
+    if model.num_layers % pp:
+        raise UserError(
+            f"export.inference_pipeline_parallel={pp} does not divide num_layers="
+            f"{model.num_layers}."
+        )
+
+
+def _check_requantized(layers: Mapping[str, LinearScheme], is_allowed: bool) -> None:
+    """Refuses weights that the loader rounds again: without consent, and in any mixture."""
+    changed = {name: s for name, s in layers.items() if FORMS.of(s).is_requantized}
+    if not changed:
+        return
+    name, scheme = next(iter(changed.items()))
+    if is_mixed(layers):
+        others = sorted({FORMS.of(s).name for s in layers.values()} - {FORMS.of(scheme).name})
+        raise UserError(
+            f"{name}: {operands_text(scheme)} beside {', '.join(others)}: TensorRT-LLM has no mixture "
+            f"with {FORMS.of(scheme).name}. {_REQUANTIZED} Quantize the input too, leave the weight "
+            "unquantized as well, or use export.format=hf."
+        )
+    if not is_allowed:
+        raise UserError(
+            f"{name}: {operands_text(scheme)} cannot be exported to TensorRT-LLM exactly. "
+            f"{_REQUANTIZED} Use export.format=hf, which keeps them, or int8 or int4; or accept the "
+            "second rounding with export.allow_requantization=true (--allow-requantization)."
+        )
+
+
+def _check_int4(
+    model: DecoderConfig, name: str, linear: Linear, form: TrtllmForm, size: int, tp: int
+) -> None:
+    """TensorRT-LLM's size rule for group-wise INT4 (quantization/layers.py pads otherwise)."""
+    if size not in form.group_sizes:
+        allowed = " and ".join(map(str, form.group_sizes))
+        raise UserError(
+            f"{name}: group_size={size}; TensorRT-LLM's INT4 kernels support {allowed} only."
+        )
+    multiple = max(64, size) * tp
+    sizes = [("in_features", model.size(linear.columns))]
+    for parts in linear.trtllm_modules().values():  # with the copies of key/value heads
+        local = count(linear_rows(model, linear, parts, InferenceRank(0, tp)))
+        sizes.append(("out_features", local * (tp if linear.parallel == "column" else 1)))
+    for what, found in sizes:
+        if found % multiple:
+            fitting = [g for g in form.group_sizes if found % (g * tp) == 0]
+            raise UserError(
+                f"{name}: {what}={found} is not a multiple of {multiple} (= max(64, group_size={size}) "
+                f"x export.inference_tensor_parallel={tp}), as TensorRT-LLM's INT4 kernels need. Group "
+                f"sizes that fit here: {fitting or 'none at this size'}; or use a smaller "
+                "export.inference_tensor_parallel."
+            )
