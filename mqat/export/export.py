@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from mqat.checkpoints.manifest import checking_data
 from mqat.checkpoints.reader import CheckpointReader
@@ -37,27 +36,20 @@ def export_trtllm(
     dtype: str = "bfloat16",
     allow_requantization: bool = False,
     archive: str | None = None,
-    **together: Any,
+    overwrite: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    raise_on_any_rank: Agree = _raise_alone,
 ) -> None:
     """Writes a TensorRT-LLM checkpoint: config, one file per inference rank, tokenizer.
 
-    Args:
-        checkpoint: mqat checkpoint, saved at any layout.
-        out: Directory to create (a file with `archive="tar"`).
-        tensor_parallel: Inference tensor-parallel size.
-        pipeline_parallel: Inference pipeline-parallel size.
-        dtype: Of unquantized tensors: `bfloat16`, `float16` or `float32`.
-        allow_requantization: Export forms that the loader rounds a second time (`int8_wo`).
-        archive: None, or a `.qnemo` for NeMo: `directory`, or `tar` for its older releases.
-        together: `overwrite`, `rank`, `world_size`, `raise_on_any_rank` of `export_checkpoint`.
-
-    Raises:
-        UserError: As `export_checkpoint`.
+    Arguments and errors are those of `ExportOptions` and `export_checkpoint`.
     """
     options = ExportOptions(
         tensor_parallel, pipeline_parallel, dtype, allow_requantization, archive
     )
-    export_checkpoint(exporter("trtllm"), checkpoint, out, options, **together)
+    how = (overwrite, rank, world_size, raise_on_any_rank)
+    export_checkpoint(exporter("trtllm"), checkpoint, out, options, *how)
 
 
 def export_hf(
@@ -67,26 +59,20 @@ def export_hf(
     style: str = "compressed-tensors",
     dtype: str = "bfloat16",
     max_shard_bytes: int = SHARD_BYTES,
-    **together: Any,
+    overwrite: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    raise_on_any_rank: Agree = _raise_alone,
 ) -> None:
     """Writes a Hugging Face directory: for transformers, vLLM, SGLang, TensorRT-LLM's PyTorch backend.
 
     An unquantized checkpoint becomes an ordinary model directory, with the tensors of the one that
-    was imported.
-
-    Args:
-        checkpoint: mqat checkpoint, saved at any layout.
-        out: Directory to create.
-        style: Of quantized tensors: `compressed-tensors` or `modelopt`.
-        dtype: Of unquantized tensors: `bfloat16`, `float16` or `float32`.
-        max_shard_bytes: Most bytes of tensors in a file; a larger tensor gets a file of its own.
-        together: `overwrite`, `rank`, `world_size`, `raise_on_any_rank` of `export_checkpoint`.
-
-    Raises:
-        UserError: As `export_checkpoint`.
+    was imported. `style`, of quantized tensors: `compressed-tensors` or `modelopt`; other arguments and
+    errors are those of `ExportOptions` and `export_checkpoint`.
     """
     options = ExportOptions(dtype=dtype, max_shard_bytes=max_shard_bytes)
-    export_checkpoint(exporter("hf", style), checkpoint, out, options, **together)
+    how = (overwrite, rank, world_size, raise_on_any_rank)
+    export_checkpoint(exporter("hf", style), checkpoint, out, options, *how)
 
 
 def export_checkpoint(
@@ -94,7 +80,6 @@ def export_checkpoint(
     checkpoint: Path,
     out: Path,
     options: ExportOptions,
-    *,
     overwrite: bool = False,
     rank: int = 0,
     world_size: int = 1,

@@ -66,14 +66,15 @@ class Forms(Generic[F_co]):
             UserError: Names the first, its operands, what the nearest form asks, and what would work.
         """
         for name, scheme in layers.items():
-            nearest = min(self.forms, key=lambda form: len(form.unmet(scheme)))
-            unmet, weight = nearest.unmet(scheme), scheme.weight
+            candidates = ((form.unmet(scheme), form.name) for form in self.forms)
+            unmet, nearest = min(candidates, key=lambda candidate: len(candidate[0]))
             if not unmet:
                 continue
+            weight = scheme.weight
             fitting = (text for fits, text in self.advice if weight and fits(weight, scheme.input))
             raise UserError(
                 f"{name}: {operands_text(scheme)} cannot be exported to {self.server}. Its nearest "
-                f"form, {nearest.name}, needs {' and '.join(unmet)}. {next(fitting, '')}".rstrip()
+                f"form, {nearest}, needs {' and '.join(unmet)}. {next(fitting, '')}".rstrip()
             )
 
     def check_groups(self, name: str, scheme: LinearScheme, width: int, ranks: int = 1) -> None:
@@ -84,9 +85,9 @@ class Forms(Generic[F_co]):
         """
         size = group_size(scheme)
         if size is not None and width % (size * ranks):
-            fitting = [size for size in (16, 32, 64, 128, 256) if width % (size * ranks) == 0]
+            fitting = [size for size in (32, 64, 128, 256) if width % (size * ranks) == 0]
             raise UserError(
-                f"{name}: group_size={size} does not divide in_features={width} / tensor parallel "
-                f"{ranks}, and {self.server} has no shorter last group. Group sizes that fit: "
-                f"{fitting or 'none of the usual ones'}."
+                f"{name}: group_size={size} does not divide in_features={width} / "
+                f"export.inference_tensor_parallel={ranks}, and {self.server} has no shorter last "
+                f"group. Group sizes that fit: {fitting or 'none of the usual ones'}."
             )

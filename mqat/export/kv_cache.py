@@ -45,7 +45,7 @@ class CacheForm:
     formats: tuple[QuantFormat, ...]
     is_beside_linears: bool
 
-    def check(self, caches: Mapping[str, KvCacheScheme], *, server: str, has_linears: bool) -> None:
+    def check(self, caches: Mapping[str, KvCacheScheme], server: str, *, has_linears: bool) -> None:
         """Refuses caches that the readers do not have.
 
         Raises:

@@ -147,19 +147,14 @@ def e4m3_scale(served: ServedLinear) -> ServedTensor:
     )
 
 
-def global_scale(served: ServedLinear) -> ServedTensor:
-    """Upper level of weight scales, float32 (1,)."""
-    return _small(torch.float32, (1,), lambda: served.whole("weight", "global_scale"))
+def _whole(operand: str, tensor: str) -> TensorBuilder:
+    """A builder of the one frozen number of a whole linear, float32 (1,)."""
+    return lambda served: _small(torch.float32, (1,), lambda: served.whole(operand, tensor))
 
 
-def input_scale(served: ServedLinear) -> ServedTensor:
-    """Input scale, float32 (1,)."""
-    return _small(torch.float32, (1,), lambda: served.whole("input", "scale"))
-
-
-def input_global_scale(served: ServedLinear) -> ServedTensor:
-    """Upper level of input scales, float32 (1,)."""
-    return _small(torch.float32, (1,), lambda: served.whole("input", "global_scale"))
+input_scale = _whole("input", "scale")
+# Upper ones of two levels.
+global_scale, input_global_scale = _whole("weight", "global_scale"), _whole("input", "global_scale")
 
 
 def fp8_range_scale(served: ServedLinear) -> ServedTensor:

@@ -134,14 +134,14 @@ def _check_options(options: ExportOptions) -> None:
 
 
 def _check_one_form(forms: Forms[Form], layers: Mapping[str, LinearScheme]) -> None:
-    found = {
-        (forms.of(s).name, group_size(s)): f"{name}: {operands_text(s)}"
-        for name, s in reversed(layers.items())
-    }
+    found: dict[tuple[str, int | None], str] = {}
+    for name, scheme in layers.items():
+        key = forms.of(scheme).name, group_size(scheme)
+        found.setdefault(key, f"{name}: {operands_text(scheme)}")
     if len(found) > 1:
         raise UserError(
-            f"{' beside '.join(reversed(found.values()))}: {forms.server} has no mixtures that servers "
-            "load. Use style=compressed-tensors."
+            f"{' beside '.join(found.values())}: {forms.server} has no mixtures that servers load. Use "
+            "style=compressed-tensors."
         )
 
 

@@ -102,18 +102,14 @@ def _check_requantized(layers: Mapping[str, LinearScheme], is_allowed: bool) -> 
     if not changed:
         return
     name, scheme = next(iter(changed.items()))
-    if is_mixed(layers):
-        others = sorted({FORMS.of(s).name for s in layers.values()} - {FORMS.of(scheme).name})
+    others = sorted({FORMS.of(s).name for s in layers.values()} - {FORMS.of(scheme).name})
+    mixture = f" in a mixture with {', '.join(others)}" if is_mixed(layers) else ""
+    consent = "or accept the second rounding with export.allow_requantization=true"
+    if mixture or not is_allowed:
         raise UserError(
-            f"{name}: {operands_text(scheme)} beside {', '.join(others)}: TensorRT-LLM has no mixture "
-            f"with {FORMS.of(scheme).name}. {_REQUANTIZED} Quantize the input too, leave the weight "
-            "unquantized as well, or use export.format=hf."
-        )
-    if not is_allowed:
-        raise UserError(
-            f"{name}: {operands_text(scheme)} cannot be exported to TensorRT-LLM exactly. "
-            f"{_REQUANTIZED} Use export.format=hf, which keeps them, or int8 or int4; or accept the "
-            "second rounding with export.allow_requantization=true (--allow-requantization)."
+            f"{name}: {operands_text(scheme)} cannot be exported to TensorRT-LLM exactly{mixture}. "
+            f"{_REQUANTIZED} Use export.format=hf, which keeps them; or int8, int4 or fp8 with their "
+            f"inputs quantized; {'or leave the weight unquantized too' if mixture else consent}."
         )
 
 

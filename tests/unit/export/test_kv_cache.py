@@ -5,42 +5,46 @@ import json
 import pytest
 
 from mqat.export.export import export_hf, export_trtllm
-from mqat.export.kv_cache import check_exportable
-from mqat.models.schemes import kv_cache_schemes
+from mqat.export.exporter import ExportOptions
+from mqat.export.exporters import exporter
 from tests.unit.export.checkpoints import TINY, all_caches, all_layers, write_checkpoint
 
 HF = ["compressed-tensors", "modelopt"]
 
 
+def check(schemes, target):
+    made = exporter("hf", target) if target in HF else exporter(target)
+    made.check(TINY, schemes, ExportOptions())
+
+
 @pytest.mark.parametrize("target", HF)
 def test_int8_caches_have_no_reader_outside_tensorrt_llm(target):
-    caches = kv_cache_schemes(all_caches("int8"))
-    with pytest.raises(ValueError, match=r"kv_cache=int8 cannot be exported as .* no INT8 ones"):
-        check_exportable(caches, all_layers("fp8"), target=target)
-    check_exportable(caches, all_layers("fp8"), target="trtllm")
+    schemes = all_layers("fp8") | all_caches("int8")
+    with pytest.raises(ValueError, match=r"kv_cache=int8 cannot be exported to .* no INT8 ones"):
+        check(schemes, target)
+    check(schemes, "trtllm")
 
 
 def test_two_scales_do_not_fit_an_engine():
-    caches = kv_cache_schemes(all_caches("fp8", "separate"))
+    schemes = all_layers("fp8") | all_caches("fp8", "separate")
     with pytest.raises(ValueError, match="take the larger of two for both"):
-        check_exportable(caches, {}, target="trtllm")
+        check(schemes, "trtllm")
     for target in HF:
-        check_exportable(caches, all_layers("fp8"), target=target)
+        check(schemes, target)
 
 
 @pytest.mark.parametrize("target", HF)
 def test_a_cache_alone_is_for_tensorrt_llm(target):
-    caches = kv_cache_schemes(all_caches("fp8"))
     with pytest.raises(ValueError, match="without a quantized linear"):
-        check_exportable(caches, {}, target=target)
-    check_exportable(caches, {}, target="trtllm")
-    check_exportable({}, {}, target=target)
+        check(all_caches("fp8"), target)
+    check(all_caches("fp8"), "trtllm")
+    check({}, target)
 
 
 def test_what_the_checkpoint_asks_is_refused_before_anything_is_written(tmp_path):
     layers = all_layers("fp8") | all_caches("int8")
     checkpoint = write_checkpoint(tmp_path / "in", TINY, layers)
-    with pytest.raises(ValueError, match="cannot be exported as modelopt"):
+    with pytest.raises(ValueError, match="kv_cache=int8 cannot be exported to ModelOpt style"):
         export_hf(checkpoint, tmp_path / "out", style="modelopt")
     separate = write_checkpoint(tmp_path / "in2", TINY, all_caches("fp8", "separate"))
     with pytest.raises(ValueError, match="kv_cache_scales=separate"):

@@ -3,15 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mqat.export.reshard import (
-    InferenceRank,
-    even_part,
-    gate_rows,
-    key_value_heads,
-    qkv_rows,
-    up_rows,
-    vocab_rows,
-)
+from mqat.export.reshard import InferenceRank, linear_columns, linear_rows, owned, vocab_rows
+from mqat.models.structure import FC1, PROJ, QKV
 from tests.unit.export.checkpoints import TINY
 
 # Three query heads a group, heads of two rows: small enough to write the order down.
@@ -22,8 +15,12 @@ def tp_ranks(tp):
     return [InferenceRank(rank, tp, 0, 1) for rank in range(tp)]
 
 
-def rows(parts):
-    return [row for part in parts for row in range(part.start, part.stop)]
+def rows(spans):
+    return [row for span in spans for row in range(span.start, span.stop)]
+
+
+def qkv_rows(model, rank):
+    return linear_rows(model, QKV, [0, 1, 2], rank)
 
 
 def test_qkv_rows_by_hand():
@@ -37,7 +34,8 @@ def test_qkv_rows_by_hand():
 
 def test_more_ranks_than_key_value_heads_copy_each_head_to_consecutive_ranks():
     model = replace(SMALL, num_attention_heads=4)
-    assert [list(key_value_heads(model, rank)) for rank in tp_ranks(4)] == [[0], [0], [1], [1]]
+    heads = [owned(model, "key_value", rank) for rank in tp_ranks(4)]
+    assert heads == [slice(0, 2), slice(0, 2), slice(2, 4), slice(2, 4)]  # of two rows each
     # group 0 = q 0..3, k 4..5, v 6..7; group 1 = q 8..11, k 12..13, v 14..15
     assert [rows(qkv_rows(model, rank)) for rank in tp_ranks(4)] == [
         [0, 1, 4, 5, 6, 7],
@@ -50,14 +48,15 @@ def test_more_ranks_than_key_value_heads_copy_each_head_to_consecutive_ranks():
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_ranks_together_hold_every_qkv_row_once(tp):
     held = [row for rank in tp_ranks(tp) for row in rows(qkv_rows(SMALL, rank))]
-    assert sorted(held) == list(range(SMALL.qkv_out_features))
+    assert sorted(held) == list(range(SMALL.linear_shape(QKV.name)[0]))
 
 
 def test_gate_and_up_are_cut_apart_not_as_one_fused_matrix():
-    assert [rows(gate_rows(SMALL, rank)) for rank in tp_ranks(2)] == [[0, 1], [2, 3]]
-    assert [rows(up_rows(SMALL, rank)) for rank in tp_ranks(2)] == [[4, 5], [6, 7]]
-    naive = [list(part) for part in torch.arange(8).chunk(2)]
-    assert rows(gate_rows(SMALL, tp_ranks(2)[1])) != naive[1]  # control: chunking is another cut
+    gate, up = ([rows(linear_rows(SMALL, FC1, [part], r)) for r in tp_ranks(2)] for part in (0, 1))
+    assert gate == [[0, 1], [2, 3]]
+    assert up == [[4, 5], [6, 7]]
+    naive = [list(half) for half in torch.arange(8).chunk(2)]
+    assert gate[1] != naive[1]  # control: chunking is another cut
 
 
 def test_vocabulary_rows_are_padded_at_the_end_only():
@@ -77,9 +76,8 @@ def test_stages_take_consecutive_layers_and_only_the_ends_have_tables():
     ]
 
 
-def test_even_part():
-    assert [even_part(12, rank) for rank in tp_ranks(3)] == [
-        slice(0, 4),
-        slice(4, 8),
-        slice(8, 12),
-    ]
+def test_row_parallel_weights_are_cut_by_columns_and_hold_every_row():
+    ranks = tp_ranks(2)
+    assert [linear_columns(SMALL, PROJ, rank) for rank in ranks] == [slice(0, 6), slice(6, 12)]
+    assert all(linear_rows(SMALL, PROJ, [0], r) == [slice(0, SMALL.hidden_size)] for r in ranks)
+    assert linear_columns(SMALL, FC1, ranks[1]) == slice(0, SMALL.hidden_size)

@@ -2,13 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from mqat.export.trtllm import (
-    check_exportable,
-    config_json,
-    excluded_modules,
-    loader_warning,
-    quant_cfg_json,
-)
+from mqat.export.exporter import ExportOptions
+from mqat.export.exporters import exporter
+from mqat.export.trtllm import config
 from mqat.quant.algorithm import named_scheme
 from tests.unit.export.checkpoints import EXPORTABLE, TINY, all_layers
 
@@ -29,16 +25,28 @@ BUILT_IN = [
 ]
 
 
+TRTLLM = exporter("trtllm")
+
+
+def check_exportable(model, layers, *, tp, pp, allow_requantization=False):
+    options = ExportOptions(tp, pp, allow_requantization=allow_requantization)
+    TRTLLM.check(model, layers, options)
+
+
 def check(algorithm, tp=1, pp=1, model=TINY):
     check_exportable(model, all_layers(algorithm, model), tp=tp, pp=pp, allow_requantization=True)
 
 
+def config_json(model, layers, *, tp, pp, dtype):
+    return config.config_json(model, layers, ExportOptions(tp, pp, dtype))
+
+
 def test_config_json_of_a_llama3_model_in_fp8():
     model = replace(TINY, rope_theta=500000.0, rope_scaling=LLAMA3)
-    config = config_json(model, all_layers("fp8"), tp=2, pp=2, dtype="float16")
-    version = config.pop("producer")["version"]
+    found = config_json(model, all_layers("fp8"), tp=2, pp=2, dtype="float16")
+    version = found.pop("producer")["version"]
     assert version[0].isdigit()
-    assert config == {
+    assert found == {
         "architecture": "LlamaForCausalLM",
         "dtype": "float16",
         "logits_dtype": "float32",
@@ -103,12 +111,15 @@ def test_every_exportable_algorithm_fits_the_tiny_model():
 
 
 def test_an_algorithm_without_a_form_is_refused_with_what_to_use_instead():
-    with pytest.raises(ValueError, match=r"int4_w_int8_a cannot be exported.*use int8 .* or int4"):
+    with pytest.raises(
+        ValueError,
+        match=r"linear_qkv: int4_w_int8_a \(weight int4 .*\) cannot be exported.*use int8 .* or int4",
+    ):
         check("int4_w_int8_a")
 
 
 def test_weight_only_int8_needs_consent_because_the_loader_rounds_again():
-    with pytest.raises(ValueError, match=r"int8_wo cannot be exported .* exactly.*format=hf"):
+    with pytest.raises(ValueError, match=r"int8_wo .* cannot be exported .* exactly.*format=hf"):
         check_exportable(TINY, all_layers("int8_wo"), tp=1, pp=1)
     check_exportable(TINY, all_layers("int8_wo"), tp=1, pp=1, allow_requantization=True)
 
@@ -124,11 +135,11 @@ def mixture():
 
 
 def test_several_algorithms_or_group_sizes_become_mixed_precision():
-    config = config_json(TINY, mixture(), tp=1, pp=1, dtype="bfloat16")
-    assert config["quantization"] == {
+    found = config_json(TINY, mixture(), tp=1, pp=1, dtype="bfloat16")
+    assert found["quantization"] == {
         "quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None
     }  # fmt: skip
-    mixed = quant_cfg_json(TINY, mixture(), pp=1)
+    mixed = config.quant_cfg_json(TINY, mixture(), pp=1)
     assert {key: value for key, value in mixed.items() if key != "quantized_layers"} == {
         "quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None
     }  # fmt: skip
@@ -138,7 +149,7 @@ def test_several_algorithms_or_group_sizes_become_mixed_precision():
     awq = {"quant_algo": "W4A16_AWQ", "has_zero_point": False, "pre_quant_scale": True}
     assert layers["transformer.layers.2.mlp.gate"] == awq | {"group_size": 64}
     assert layers["transformer.layers.3.mlp.proj"] == awq | {"group_size": 128}
-    assert quant_cfg_json(TINY, all_layers("int4"), pp=1) is None
+    assert config.quant_cfg_json(TINY, all_layers("int4"), pp=1) is None
 
 
 def test_mixtures_need_the_same_pattern_in_every_stage():
@@ -149,12 +160,14 @@ def test_mixtures_need_the_same_pattern_in_every_stage():
     for index in (0, 2):
         layers[f"decoder.layers.{index}.mlp.linear_fc2"] = named_scheme("fp8")
     check_exportable(TINY, layers, tp=1, pp=2)
-    assert len(quant_cfg_json(TINY, layers, pp=2)["quantized_layers"]) == 2 * 5
+    assert len(config.quant_cfg_json(TINY, layers, pp=2)["quantized_layers"]) == 2 * 5
 
 
 def test_weight_only_int8_is_refused_in_a_mixture():
     layers = all_layers("int8") | {"decoder.layers.0.mlp.linear_fc2": named_scheme("int8_wo")}
-    with pytest.raises(ValueError, match=r"mix \['int8', 'int8_wo'\].*no mixture with W8A16"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.mlp.linear_fc2: int8_wo .* in a mixture with W8A8_SQ_"
+    ):
         check_exportable(TINY, layers, tp=1, pp=1, allow_requantization=True)
 
 
@@ -196,7 +209,7 @@ def test_layers_left_unquantized_are_excluded_by_exact_name():
     layers = all_layers("int8")
     for index in (0, 2):
         del layers[f"decoder.layers.{index}.mlp.linear_fc1"]
-    assert excluded_modules(TINY, layers, 1) == [
+    assert config.excluded_modules(TINY, layers, 1) == [
         *BUILT_IN,
         "transformer.layers.0.mlp.fc",
         "transformer.layers.0.mlp.gate",
@@ -204,7 +217,7 @@ def test_layers_left_unquantized_are_excluded_by_exact_name():
         "transformer.layers.2.mlp.gate",
     ]
     # Layer 0 of either stage: the names restart, and both stages agree.
-    assert excluded_modules(TINY, layers, 2) == [
+    assert config.excluded_modules(TINY, layers, 2) == [
         *BUILT_IN,
         "transformer.layers.0.mlp.fc",
         "transformer.layers.0.mlp.gate",
@@ -220,4 +233,4 @@ def test_stages_that_leave_different_layers_unquantized_are_refused():
 
 
 def test_only_weight_only_int8_warns():
-    assert [a for a in EXPORTABLE if loader_warning(all_layers(a))] == ["int8_wo"]
+    assert [a for a in EXPORTABLE if TRTLLM.warning(all_layers(a))] == ["int8_wo"]
