@@ -114,4 +114,6 @@ def test_scales_cost_one_collective_for_each_statistic(results, layout):
     assert MODEL.num_layers > 1
     for recipe, (_, calibrator, _) in RECIPES.items():
         expected = 1 if calibrator == "max" else 2
+        if recipe in ("awq", "gptq"):  # weights alone, all of them frozen as their recipe chose
+            expected = 0
         assert printed(results, layout)[recipe]["collectives"] == expected, recipe
