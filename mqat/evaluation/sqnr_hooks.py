@@ -1,8 +1,8 @@
 """What the quality report measures while batches run: hooks on linears and on attentions with a cache.
 
-A hook runs its module a second time, on the same arguments and without its quantizers. Only real tokens
-count (`QuantizedModule.token_mask`). Ranks are merged later (`quality.py`): `sums` by SUM, `maxima` by
-MAX.
+A hook runs its module a second time, on the same arguments and without its quantizers; only real tokens
+count (`QuantizedModule.token_mask`). What is merged over ranks later (`quality.py`): `sums` by SUM,
+`maxima` by MAX.
 """
 
 from __future__ import annotations
