@@ -64,29 +64,20 @@ def value_problems(export: Export) -> Iterator[str]:
             yield from _fused_problems(export, firsts)
 
 
-def _number_problem(kind: str, tensor: Tensor) -> str | None:
-    """What is wrong with the values of a tensor; `kind` is a name of the table of `storage`."""
-    values = tensor.float()
-    if not values.isfinite().all():
-        return "holds NaN or infinity"
-    if "scale" in kind and not (values > 0).all():
-        return "holds a scale that is not positive"
-    if kind == "smoothing" and not (values == 1).all():
-        return "is not all ones, but mqat folds smoothing into the weights"
-    return None
-
-
 def _tensor_problems(
     ranks: Sequence[Rank], name: str, tensors: Sequence[Tensor], spec: TensorSpec, kind: str
 ) -> Iterator[str]:
-    """Of one tensor on all ranks of a stage."""
+    """Of one tensor on all ranks of a stage; `kind` is a name of the table of `storage`."""
     for rank, tensor in zip(ranks, tensors, strict=True):
-        problem = _number_problem(kind, tensor)
-        if problem is not None:
-            yield f"{rank.found[name]}: {name} {problem}"
+        where, values = f"{rank.found[name]}: {name}", tensor.float()
+        if not values.isfinite().all():
+            yield f"{where} holds NaN or infinity"
+        elif "scale" in kind and not (values > 0).all():
+            yield f"{where} holds a scale that is not positive"
+        elif kind == "smoothing" and not (values == 1).all():
+            yield f"{where} is not all ones, but mqat folds smoothing into the weights"
         if spec.is_replicated and not same_bytes(tensor, tensors[0]):
-            first = ranks[0].found[name]
-            yield f"{rank.found[name]}: {name} differs from {first}, must be the same"
+            yield f"{where} differs from {ranks[0].found[name]}, must be the same"
 
 
 def _linear_problems(ranks: Sequence[Rank], linears: Sequence[StoredLinear]) -> Iterator[str]:
@@ -142,7 +133,7 @@ def _fused_problems(export: Export, linears: Sequence[StoredLinear]) -> Iterator
         if owners[a.module.parts[0].role] != owners[b.module.parts[0].role]:
             continue
         for tensor in a.tensors.keys() & b.tensors.keys():
-            first, second = a.tensors[tensor], b.tensors[tensor]
-            if first.numel() == second.numel() == 1 and not same_bytes(first, second):
-                names = f"{b.module.full(tensor)} differs from {a.module.full(tensor)}"
-                yield f"{names}; fused kernels need one value"
+            one, other = a.tensors[tensor], b.tensors[tensor]
+            if one.numel() == other.numel() == 1 and not same_bytes(one, other):
+                first, second = a.module.full(tensor), b.module.full(tensor)
+                yield f"{second} differs from {first}; fused kernels need one value"

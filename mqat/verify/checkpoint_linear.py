@@ -43,8 +43,8 @@ class CheckpointLinear:
 
     def bias(self) -> Tensor | None:
         """[O], as stored; None: there is none."""
-        has_bias = self.checkpoint.has(self.facts.key(f"{self.linear}.bias"))
-        return self._of_layer("bias") if has_bias else None
+        key = self.facts.key(f"{self.linear}.bias")
+        return self._of_layer("bias") if self.checkpoint.has(key) else None
 
     def frozen(self, tensor: str) -> Tensor:
         """A frozen tensor: `weight_scale`, `weight_zero_point`, `input_scale`, ..."""

@@ -25,12 +25,6 @@ from mqat.verify.reference_quant import expand, w4a8_range_scale
 from mqat.verify.served_model import NUMBERS, ROPE_FACTORS, SIZES
 from mqat.verify.storage import Storage, StoredLinear
 
-# Single number of a module -> what it is made of in the checkpoint.
-_NUMBERS = {
-    "global_scale": "weight_global_scale", "input_global_scale": "input_global_scale",
-    "input_scale": "input_scale", "range_scale": "weight_scale",
-}  # fmt: skip
-
 
 def compare_with_checkpoint(export: Export, checkpoint: CheckpointReader) -> Iterator[str]:
     """Problems, each naming the tensor; headers must be right."""
@@ -169,8 +163,9 @@ class _Comparison:
             served = [linear.zero_point() for linear in self.served]
             if not self._matches(served, zeros.to(torch.int8)):
                 yield f"{module.full('zero_point')} is not the frozen zero point"
-        for tensor in names.keys() & _NUMBERS.keys():
-            number = frozen(_NUMBERS[tensor])
+        sources = {"global_scale": "weight_global_scale", "range_scale": "weight_scale"}
+        for tensor in names.keys() & {"input_scale", "input_global_scale", *sources}:
+            number = frozen(sources.get(tensor, tensor))
             if tensor == "range_scale":
                 number = w4a8_range_scale(number)
             elif "global" in tensor and module.storage.is_reciprocal:

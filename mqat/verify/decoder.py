@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -22,30 +21,21 @@ from mqat.verify.reference_quant import quantize_input
 from mqat.verify.storage import Module
 
 
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding, half rotation (GPT-NeoX)."""
+def rotate(x: Tensor, base: float, scaling: Mapping[str, float] | None) -> Tensor:
+    """Rotates heads [b, h, s, d] by positions 0..s-1, half against half (GPT-NeoX).
 
-    head_size: int
-    base: float  # of the frequencies
-    scaling: Mapping[str, float] | None  # Llama 3's factors
-
-    def _inverse_frequencies(self) -> Tensor:
-        inverse = self.base ** (-torch.arange(0, self.head_size, 2) / self.head_size)
-        if self.scaling is None:
-            return inverse
-        low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
-        context = self.scaling["original_max_position_embeddings"]
-        wavelength = 2 * math.pi / inverse
-        smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)
-        return (1 - smooth) * inverse / self.scaling["factor"] + smooth * inverse
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotates [b, heads, s, d] by its positions 0..s-1."""
-        angles = torch.arange(x.shape[2]).float()[:, None] * self._inverse_frequencies()
-        cos, sin = (f(torch.cat([angles, angles], dim=-1)) for f in (torch.cos, torch.sin))
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
+    `base` is that of the frequencies, `scaling` holds Llama 3's factors.
+    """
+    frequencies = base ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1])
+    if scaling is not None:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies
+    angles = torch.arange(x.shape[2]).float()[:, None] * frequencies
+    cos, sin = (f(torch.cat([angles, angles], dim=-1)) for f in (torch.cos, torch.sin))
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class Decoder:
@@ -55,8 +45,6 @@ class Decoder:
         self.export = export
         self.model = export.model
         self.max_positions = self.model.value("max_position_embeddings")
-        theta = float(self.model.value("rope_theta"))
-        self.rope = Rope(self.model.value("head_dim"), theta, self.model.rope_scaling)
 
     def _inner(self, rank: Rank, layer: int, roles: tuple[str, ...], x: Tensor) -> list[Tensor]:
         """One rank's features of column-parallel linears."""
@@ -64,16 +52,13 @@ class Decoder:
         for module in self.export.modules(layer):
             if module.parts[0].role not in roles:
                 continue
-            y = _product(rank, module, x) + _bias(rank, module)
-            pieces = zip(module.parts, y.split(module.rows, dim=-1), strict=True)
-            found |= {part.role: piece for part, piece in pieces}
+            found |= module.by_part(_product(rank, module, x) + _bias(rank, module), dim=-1)
         return [found[role] for role in roles]
 
     def _sum(self, ranks: Sequence[Rank], layer: int, role: str, inner: Sequence[Tensor]) -> Tensor:
         """A row-parallel linear of every rank's features; its bias is added once."""
         module = next(m for m in self.export.modules(layer) if m.parts[0].role == role)
-        pairs = zip(ranks, inner, strict=True)
-        products = [_product(rank, module, x) for rank, x in pairs]
+        products = [_product(rank, module, x) for rank, x in zip(ranks, inner, strict=True)]
         return torch.stack(products).sum(0) + _bias(ranks[0], module)
 
     def _norm(self, rank: Rank, layer: int, role: str, x: Tensor) -> Tensor:
@@ -89,10 +74,11 @@ class Decoder:
         """One rank's heads, causal, before the output's linear; keys are cached after rotation."""
         heads, roles, cache = {}, ("query", "key", "value"), self.export.cache
         for role, features in zip(roles, self._inner(rank, layer, roles, x), strict=True):
-            part = features.unflatten(-1, (-1, self.rope.head_size)).transpose(1, 2)
+            part = features.unflatten(-1, (-1, self.model.on_rank["head"])).transpose(1, 2)
             if f"{role}_norm" in self.model.facts.norms:  # of each head
                 part = self._norm(rank, layer, f"{role}_norm", part)
-            part = part if role == "value" else self.rope.rotate(part)
+            if role != "value":
+                part = rotate(part, float(self.model.value("rope_theta")), self.model.rope_scaling)
             if cache is not None and role in cache.names:
                 step = rank.tensor(self.model.prefix(layer) + cache.names[role])
                 part = quantize_input(part, "static fp8" if cache.is_float else "static int8", step)

@@ -67,9 +67,7 @@ class PlainTensor:
 
     name: str
     spec: TensorSpec
-    role: (
-        str  # `embedding`, `lm_head`, `final_norm`, a norm of the facts; of a cache `key`, `value`
-    )
+    role: str  # `embedding`, `lm_head`, `final_norm`, of `facts.norms`; `key`, `value` of a cache
     layer: int | None = None  # global number
 
 
@@ -92,11 +90,9 @@ class Export:
             switch = facts.biases.get(model.form, {}).get(roles[0])
             has_bias = switch is True or bool(switch and model.raw.get(switch))
             suffixes = self.storage[full].names | ({"bias": "bias"} if has_bias else {})
-            rows, width = (
-                [model.on_rank[part.rows] for part in parts],
-                model.on_rank[parts[0].columns],
-            )
-            cut = (tuple(rows), (sum(rows), width), parts[0].is_row_parallel, model.copies)
+            rows = tuple(model.on_rank[part.rows] for part in parts)
+            shape = (sum(rows), model.on_rank[parts[0].columns])
+            cut = (rows, shape, parts[0].is_row_parallel, model.copies)
             found.append(Module(full, parts, self.storage[full], suffixes, model.dtype, *cut))
         return found
 

@@ -1,4 +1,4 @@
-"""What a family of models is made of, and its names in checkpoints and exports: `facts/<family>.yaml`.
+"""What families of models are made of, and their names elsewhere, from `facts/<family>.yaml`.
 
 A second opinion on purpose: nothing here comes from `mqat.models`. The files explain the fields.
 """

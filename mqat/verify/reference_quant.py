@@ -40,8 +40,7 @@ def fp4_codes(ratio: Tensor) -> Tensor:
 
 def fp4_values(codes: Tensor) -> Tensor:
     """E2M1 numbers of codes, float32."""
-    values = _E2M1[codes.long() % 8]
-    return torch.where(codes >= 8, -values, values)
+    return torch.cat([_E2M1, -_E2M1])[codes.long()]
 
 
 def expand(scale: Tensor, granularity: str, width: int) -> Tensor:
@@ -57,9 +56,8 @@ def quantize_weight(
 ) -> Tensor:
     """Codes of weight / scale, rounded to nearest, ties to even.
 
-    The weight is float32 [O, I], scale and zero point are the frozen ones, granularity and format are
-    named as in checkpoints. Codes are int8, of unsigned formats moved to -8..7; float8 for FP8; uint8,
-    one code in a byte, for FP4.
+    Of float32 [O, I] and what was frozen, with the names of checkpoints. Codes are int8, of unsigned
+    formats moved to -8..7; float8 for FP8; for FP4 uint8, one code in a byte.
     """
     width = weight.shape[1]
     ratio = weight / expand(scale, granularity, width)

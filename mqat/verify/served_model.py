@@ -32,8 +32,7 @@ class ServedModel:
 
     Attributes:
         keys: What the format (`form`: `hf` or `trtllm`) calls `SIZES`, `NUMBERS`, and a few others.
-        tp: Tensor-parallel ranks; 1 where files are whole.
-        copies: Consecutive ranks that hold the same key/value head.
+        copies: Consecutive tensor-parallel ranks that hold the same key/value head.
         on_rank: Features of one rank by axis; key/value heads are copied, vocabularies padded.
     """
 
@@ -83,10 +82,10 @@ def read_json(file: Path, problems: list[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         problems.append(f"{file.name}: unreadable ({error})")
         return {}
-    if not isinstance(raw, dict) or not raw:
-        problems.append(f"{file.name}: not a JSON object with entries")
-        return {}
-    return raw
+    if isinstance(raw, dict) and raw:
+        return raw
+    problems.append(f"{file.name}: not a JSON object with entries")
+    return {}
 
 
 def is_positive(value: Any, kind: Any = int) -> bool:

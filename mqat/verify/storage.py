@@ -120,9 +120,9 @@ class Module:
         }
         return {tensor: specs.get(tensor, one) for tensor in self.suffixes}
 
-    def by_part(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Rows of one rank's tensor, by role."""
-        pieces = zip(self.parts, tensor.split(self.rows), strict=True)
+    def by_part(self, tensor: Tensor, dim: int = 0) -> dict[str, Tensor]:
+        """Output features of one rank, by role."""
+        pieces = zip(self.parts, tensor.split(self.rows, dim), strict=True)
         return {part.role: piece for part, piece in pieces}
 
     def join(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -208,6 +208,7 @@ class StoredLinear:
 
     def input_step(self) -> Tensor | None:
         """What is frozen of the input, (1,)."""
-        step = self.tensors.get("input_scale", self.tensors.get("input_global_scale"))
-        is_inverse = self.module.storage.is_reciprocal and "input_global_scale" in self.tensors
-        return 1 / step if step is not None and is_inverse else step
+        above = self.tensors.get("input_global_scale")
+        if above is None:
+            return self.tensors.get("input_scale")
+        return 1 / above if self.module.storage.is_reciprocal else above

@@ -117,31 +117,22 @@ def verify_export(
     report = Report()
     with unpacked(export) as directory:
         opened = _open(directory, report.problems)
-        if opened is not None:
-            _verify(report, opened, reference, tokens, reference_logits)
-    return report
-
-
-def _verify(
-    report: Report,
-    export: Export,
-    reference: Path | None,
-    tokens: Tensor | None,
-    logits: Tensor | None,
-) -> None:
-    report.num_files = sum(len(rank.files) for ranks in export.stages for rank in ranks)
-    report.problems += value_problems(export)
-    if reference is not None:
-        report.problems += compare_with_checkpoint(export, CheckpointReader(reference))
-        report.compared_with_checkpoint = True
-    if tokens is None or report.problems:
-        return
-    _check_tokens(export.model.value("vocab_size"), tokens, logits)
-    served = Decoder(export).logits(tokens)
+        if opened is None:
+            return report
+        report.num_files = sum(len(rank.files) for ranks in opened.stages for rank in ranks)
+        report.problems += value_problems(opened)
+        if reference is not None:
+            report.problems += compare_with_checkpoint(opened, CheckpointReader(reference))
+            report.compared_with_checkpoint = True
+        if tokens is None or report.problems:
+            return report
+        _check_tokens(opened.model.value("vocab_size"), tokens, reference_logits)
+        served = Decoder(opened).logits(tokens)
     if not torch.isfinite(served).all():
         report.problems.append("logits hold NaN or infinity")
-    elif logits is not None:
-        compare_logits(report, served, logits)
+    elif reference_logits is not None:
+        compare_logits(report, served, reference_logits)
+    return report
 
 
 verify_trtllm = verify_hf = verify_export

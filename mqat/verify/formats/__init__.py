@@ -1,1 +1,1 @@
-"""Adapters: what a directory of each export format says about itself."""
+"""Adapters: what each format's directory says of itself, written from the formats' descriptions."""

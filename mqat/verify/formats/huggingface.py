@@ -1,7 +1,4 @@
-"""Hugging Face directories: files, index, `config.json` and `hf_quant_config.json`, key by key.
-
-Written from the formats' descriptions, not from the exporter: a second opinion.
-"""
+"""Hugging Face directories: files, index, `config.json` and `hf_quant_config.json`, key by key."""
 
 from __future__ import annotations
 
@@ -23,24 +20,18 @@ _KEYS = SIZES | {
 }  # fmt: skip
 _FP8_CACHE = {"num_bits": 8, "type": "float", "dynamic": False}
 _CODES, _STATIC = {"codes": "weight", "scale": "weight_scale"}, {"input_scale": "input_scale"}
-_FP8 = Storage(_CODES | _STATIC, 8, True, "tensor", "static fp8", scalar=())
-_AWQ = Storage(
-    _CODES | {"smoothing": "pre_quant_scale"}, 4, granularity="group:128", packing="rows", scalar=()
-)
+_NVFP4_NAMES = _CODES | {"global_scale": "weight_scale_2", "input_global_scale": "input_scale"}
+_AWQ_NAMES = _CODES | {"smoothing": "pre_quant_scale"}
+_AWQ = Storage(_AWQ_NAMES, 4, granularity="group:128", packing="rows", scalar=())
 _W4A8_NAMES = _AWQ.names | _STATIC | {"range_scale": "weight_scale_2"}
 # ModelOpt's `quant_algo` -> storage, up to the group size.
 _MODELOPT = {
-    "FP8": _FP8,
-    "FP8_PER_CHANNEL_PER_TOKEN": replace(
-        _FP8, names=_CODES, granularity="channel", input="token fp8"
-    ),
-    "NVFP4": Storage(
-        _CODES | {"global_scale": "weight_scale_2", "input_global_scale": "input_scale"},
-        4, True, "group:16", "block fp4", packing="columns", scalar=(),
-    ),
+    "FP8": Storage(_CODES | _STATIC, 8, True, "tensor", "static fp8", scalar=()),
+    "FP8_PER_CHANNEL_PER_TOKEN": Storage(_CODES, 8, True, input="token fp8", scalar=()),
+    "NVFP4": Storage(_NVFP4_NAMES, 4, True, "group:16", "block fp4", packing="columns", scalar=()),
     "W4A16_AWQ": _AWQ,
     "W4A8_AWQ": replace(_AWQ, names=_W4A8_NAMES, input="static fp8"),
-}  # fmt: skip
+}
 # compressed-tensors: format -> (type, bits) of weights it can hold, and their packing.
 _FORMS: dict[Any, tuple[set[tuple[Any, Any]], str]] = {
     "int-quantized": ({("int", 4), ("int", 8)}, ""),
@@ -98,8 +89,7 @@ def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[lis
             return []
         rank = Rank(_INDEX, sorted(set(index.values())), index)
     problems += [f"{name}: missing" for name in rank.files if name not in found]
-    stale = sorted(found - set(rank.files))
-    problems += [f"{name}: stale, not part of this model" for name in stale]
+    problems += [f"{name}: stale, not part of this model" for name in found - set(rank.files)]
     return [[rank]]
 
 
@@ -107,10 +97,10 @@ def _read_modelopt(
     directory: Path, config: Mapping[str, Any], model: ServedModel, storage: dict[str, Storage]
 ) -> Iterator[str]:
     """Fills `storage`; yields what is wrong."""
-    name, reasons = "hf_quant_config.json", list[str]()
-    other = read_json(directory / name, reasons).get("quantization")
+    name = "hf_quant_config.json"
+    other = read_json(directory / name, []).get("quantization")
     if not isinstance(other, dict) or not isinstance(other.get("exclude_modules"), list):
-        yield f"{name} beside it is missing or unusable {reasons}"
+        yield f"{name} beside it is missing or unusable"
         return
     algorithm, excluded = other.get("quant_algo"), other["exclude_modules"]
     cache = (other.get("kv_cache_quant_algo", ""), config.get("kv_cache_scheme"))

@@ -1,7 +1,4 @@
-"""TensorRT-LLM checkpoint directories: `config.json` and `quant_cfg.json`, checked key by key.
-
-Written from the format's description, not from the exporter: a second opinion.
-"""
+"""TensorRT-LLM checkpoint directories: `config.json` and `quant_cfg.json`, checked key by key."""
 
 from __future__ import annotations
 
@@ -39,11 +36,9 @@ _LINEAR = {
     "NVFP4": Storage(_NVFP4_NAMES, 4, True, "group:16", "block fp4", packing="columns"),
 }
 # Of a whole model only, besides those of linears.
-_W8A16 = Storage({"weight": "weight"}, 8, is_reloaded=True)
-_WHOLE_MODEL = {None: UNQUANTIZED, "W8A16": _W8A16}
+_WHOLE_MODEL = {None: UNQUANTIZED, "W8A16": replace(UNQUANTIZED, bits=8, is_reloaded=True)}
 _ALGORITHMS = (*_WHOLE_MODEL, *_LINEAR, "MIXED_PRECISION")
 _GROUP_SIZES = {"W4A16_AWQ": (64, 128), "W4A8_AWQ": (128,)}
-_CACHES = (None, "INT8", "FP8")
 _OTHER = {"producer", "rotary_scaling", "use_parallel_embedding", "mapping", "quantization"}
 _MAPPING = ("world_size", "tp_size", "pp_size")
 _QUANTIZATION = {
@@ -154,12 +149,10 @@ def _mapping_problems(raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"unknown key mapping.{key} (the loader raises TypeError)"
     wrong = [key for key in _MAPPING if not is_positive(mapping.get(key))]
     yield from (f"mapping.{key}={mapping.get(key)!r}, expected a positive integer" for key in wrong)
-    if wrong:
-        return
-    if mapping["world_size"] != mapping["tp_size"] * mapping["pp_size"]:
+    if not wrong and mapping["world_size"] != mapping["tp_size"] * mapping["pp_size"]:
         yield f"mapping.world_size={mapping['world_size']} is not tp_size x pp_size"
     parallel = raw.get("use_parallel_embedding")
-    if parallel is not True and (parallel is not False or mapping["tp_size"] > 1):
+    if parallel is not True and (parallel is not False or mapping.get("tp_size") != 1):
         yield f"use_parallel_embedding={parallel!r}, expected true (or false at tp_size 1)"
 
 
@@ -169,11 +162,13 @@ def _quantization_problems(quantization: Any, names: Mapping[str, str]) -> Itera
         return
     for key in sorted(set(quantization) - _QUANTIZATION):
         yield f"unknown key quantization.{key} (the loader raises TypeError)"
-    algorithm, cache = quantization["quant_algo"], quantization.get("kv_cache_quant_algo")
-    if algorithm not in _ALGORITHMS:
-        yield f"quant_algo={algorithm!r} is not verified here; known are {_ALGORITHMS}"
-    if cache not in _CACHES:
-        yield f"kv_cache_quant_algo={cache!r} is not verified here; known are {_CACHES}"
+    algorithm = quantization["quant_algo"]
+    for key, known in {
+        "quant_algo": _ALGORITHMS,
+        "kv_cache_quant_algo": (None, "INT8", "FP8"),
+    }.items():
+        if quantization.get(key) not in known:
+            yield f"{key}={quantization.get(key)!r} is not verified here; known are {known}"
     yield from _awq_problems(quantization)
     excluded = quantization.get("exclude_modules")
     if algorithm is None or excluded is None:
@@ -199,8 +194,9 @@ def _layout_problems(model: ServedModel) -> Iterator[str]:
 def _size_problems(module: Module, tp: int) -> Iterator[str]:
     """The loader pads linears that do not fit the group-wise INT4 kernels."""
     multiple, (out, width) = max(64, module.storage.group_size) * tp, module.shape
-    whole = (out, width * tp) if module.is_row_parallel else (out * tp, width)
-    for what, size in zip(("output", "input"), whole, strict=True):
-        if module.storage.packing == "rows" and size % multiple:
-            what = f"{size} {what} features, no multiple of {multiple}, are padded"
-            yield f"config.json: {module.name}: {what}"
+    out, width = (out, width * tp) if module.is_row_parallel else (out * tp, width)
+    if module.storage.packing == "rows" and (out % multiple or width % multiple):
+        why = (
+            f"weight {out} x {width} has sizes that are no multiple of {multiple}, the loader pads"
+        )
+        yield f"config.json: {module.name}: {why}"

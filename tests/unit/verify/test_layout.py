@@ -75,7 +75,7 @@ def test_the_config_of_every_export_is_accepted(exported):
         ("quantization.exclude_modules", [], "exclude_modules lets lm_head be quantized"),
         ("quantization.exclude_modules", ["lm_head"], "lets transformer.vocab_embedding be"),
         ("quantization.exclude_modules", "*lm_head", "exclude_modules: expected a list"),
-        ("intermediate_size", 192, "192 output features, no multiple of 128"),
+        ("intermediate_size", 192, "weight 192 x 256 has sizes that are no multiple of 128"),
     ],
 )
 def test_a_wrong_config_is_named(broken, path, value, message):
