@@ -57,6 +57,24 @@ def test_layer_imports_only_what_is_left_of_it(layer):
     assert not {path: names for path, names in wrong.items() if names}
 
 
+def test_verify_takes_no_arithmetic_and_no_table_from_what_it_checks():
+    """A second opinion: scheme data classes and the checkpoint's reader are all it shares."""
+    taken = set().union(*(imports(path) for path in (ROOT / "verify").rglob("*.py")))
+    shared = {name for name in taken if name.startswith("mqat.") and "verify" not in name}
+    assert shared == {
+        "mqat.errors", "mqat.quant.scheme", "mqat.checkpoints.archive", "mqat.checkpoints.reader",
+    }  # fmt: skip
+    for name in (
+        "quant.functional",
+        "quant.scales",
+        "quant.packing",
+        "kernels",
+        "export",
+        "models.structure",
+    ):
+        assert violations("verify", {f"mqat.{name}"})
+
+
 def test_the_rule_can_fail():
     assert violations("quant", {"mqat.parallel.linear"}) == ["mqat.parallel.linear"]
 
