@@ -195,6 +195,10 @@ class CheckpointReader:
             raise UserError(f"{self.path}: the chunks of {key!r} do not cover the tensor.")
         return result
 
+    def frozen(self, module: str, operand: str, tensor: str) -> Tensor:
+        """Frozen quantizer state, whole; arguments as for `models.structure.quantizer_key`."""
+        return self.read(quantizer_key(module, operand, tensor))
+
     def view(self, key: str, region: Sequence[slice] = ()) -> Tensor:
         """As `read`, but where one chunk holds the region, it is not copied: do not change it."""
         found = self._overlaps(key, region)

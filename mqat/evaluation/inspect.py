@@ -12,7 +12,7 @@ from torch import Tensor
 from mqat.checkpoints.manifest import DESCRIPTION
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
-from mqat.models.structure import CORE_ATTENTION, in_layer, quantizer_key
+from mqat.models.structure import CORE_ATTENTION, in_layer
 from mqat.quant.scheme import LinearScheme
 from mqat.verify.export import CacheStorage, Export, Rank
 from mqat.verify.storage import Module
@@ -94,7 +94,7 @@ def _checkpoint_rows(path: Path) -> Iterator[Row]:
         name = in_layer(layer, CORE_ATTENTION.name)
         cache, model = reader.kv_cache.get(name), reader.model
         if cache is not None:
-            steps = [reader.read(quantizer_key(name, kind, "scale")) for kind in cache.operands]
+            steps = [reader.frozen(name, kind, "scale") for kind in cache.operands]
             shape = (model.num_query_groups, model.head_dim)
             yield _cache_row("", name, cache.tensor.format.name, shape, *steps)
 
@@ -103,11 +103,11 @@ def _quantized_row(
     reader: CheckpointReader, name: str, scheme: LinearScheme, shape: tuple[int, int]
 ) -> Row:
     assert scheme.weight is not None, name
-    scale = reader.read(quantizer_key(name, "weight", "scale"))[: shape[0]]
+    scale = reader.frozen(name, "weight", "scale")[: shape[0]]
     operand, step = scheme.input, None
     if operand is not None and (operand.has_global_scale or not operand.is_dynamic):
         part = "global_scale" if operand.has_global_scale else "scale"
-        step = reader.read(quantizer_key(name, "input", part))
+        step = reader.frozen(name, "input", part)
     form = f"{scheme.name}: {scheme.weight.format.name} per {scheme.weight.granularity}"
     if operand is not None:
         kind = "dynamic " if operand.is_dynamic else ""

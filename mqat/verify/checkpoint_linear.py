@@ -48,7 +48,7 @@ class CheckpointLinear:
 
     def frozen(self, tensor: str) -> Tensor:
         """A frozen tensor: `weight_scale`, `weight_zero_point`, `input_scale`, ..."""
-        return self.checkpoint.read(f"quantizers.{self.name}.{tensor}")
+        return self.checkpoint.frozen(self.name, *tensor.split("_", 1))
 
     @cached_property
     def codes(self) -> Tensor:

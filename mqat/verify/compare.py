@@ -82,7 +82,7 @@ def _compare_plain(
             yield f"{plain.name}: the checkpoint's cache is not quantized in this layer"
             return
         quantizer = "kv" if scheme.is_shared else plain.role
-        wanted = checkpoint.read(f"quantizers.{module}.{quantizer}_scale")
+        wanted = checkpoint.frozen(module, quantizer, "scale")
     if not same_bytes(whole, wanted.to(whole.dtype)):
         yield f"{plain.name} is not the checkpoint's"
 
