@@ -37,14 +37,8 @@ class ServedModel:
     """
 
     def __init__(self, facts: Facts, form: str, keys: Keys, raw: Raw, tp: int, pp: int) -> None:
-        self.facts, self.form, self.keys, self.raw, self.tp, self.pp = (
-            facts,
-            form,
-            keys,
-            raw,
-            tp,
-            pp,
-        )
+        self.facts, self.form, self.keys, self.raw = facts, form, keys, raw
+        self.tp, self.pp = tp, pp  # inference ranks and stages; 1 where files are whole
         heads, groups = self.value("num_attention_heads"), self.value("num_query_groups")
         scaling = self.value("rope_scaling")
         self.rope_scaling = scaling and {key: scaling[key] for key in ROPE_FACTORS}
