@@ -26,7 +26,7 @@ def rotate(x: Tensor, base: float, scaling: Mapping[str, float] | None) -> Tenso
 
     `base` is that of the frequencies, `scaling` holds Llama 3's factors.
     """
-    frequencies = base ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1])
+    frequencies = 1 / base ** (torch.arange(0, x.shape[-1], 2).float() / x.shape[-1])
     if scaling is not None:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
