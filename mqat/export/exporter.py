@@ -80,10 +80,7 @@ class Exporter(Protocol):
     ) -> None:
         """Refuses what the directory cannot hold; runs before training, and again before exporting.
 
-        Args:
-            model: Sizes.
-            schemes: Of linears, vocabulary tables and caches, by global name.
-            options: As for the export.
+        `schemes` are those of linears, vocabulary tables and caches, by global name.
 
         Raises:
             UserError: Names the setting or the linear with its operands, and what would work.

@@ -5,15 +5,10 @@ from __future__ import annotations
 from mqat.errors import UserError
 from mqat.export.exporter import Exporter
 from mqat.export.huggingface.compressed_tensors import COMPRESSED_TENSORS
-from mqat.export.huggingface.exporter import HuggingFaceExporter
 from mqat.export.huggingface.modelopt import MODELOPT
 from mqat.export.trtllm.exporter import TensorRtLlmExporter
 
-EXPORTERS: tuple[Exporter, ...] = (
-    TensorRtLlmExporter(),
-    HuggingFaceExporter(COMPRESSED_TENSORS),
-    HuggingFaceExporter(MODELOPT),
-)
+EXPORTERS: tuple[Exporter, ...] = (TensorRtLlmExporter(), COMPRESSED_TENSORS, MODELOPT)
 
 
 def exporter(format_: str, style: str | None = None) -> Exporter:

@@ -74,13 +74,7 @@ class CacheForm:
                 )
 
     def plan(self, reader: CheckpointReader, layer: int, prefix: str) -> Iterator[TensorPlan]:
-        """The scales of one layer's cache, float32; none if it is not quantized.
-
-        Args:
-            reader: The checkpoint.
-            layer: Global number.
-            prefix: Of the layer's names in the file.
-        """
+        """The scales of one layer's cache, float32, named after `prefix`; none if it is unquantized."""
         name = in_layer(layer, CORE_ATTENTION.name)
         scheme = reader.kv_cache.get(name)
         if scheme is None:

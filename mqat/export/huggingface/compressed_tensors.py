@@ -14,7 +14,12 @@ from mqat.export import operands
 from mqat.export import tensor_builders as build
 from mqat.export.decoder_tensors import DecoderTensors
 from mqat.export.forms import Form, Forms
-from mqat.export.huggingface.exporter import NAMING, Modules, Style, unquantized_modules
+from mqat.export.huggingface.exporter import (
+    NAMING,
+    HuggingFaceExporter,
+    Modules,
+    unquantized_modules,
+)
 from mqat.export.kv_cache import CacheForm
 from mqat.export.operands import is_integer
 from mqat.quant.formats import FP8_E4M3, NF4
@@ -135,4 +140,4 @@ def _strategy(granularity: Granularity) -> str:
 
 
 TENSORS = DecoderTensors(NAMING, FORMS, CACHE)
-COMPRESSED_TENSORS = Style("compressed-tensors", TENSORS, _texts, is_one_form=False)
+COMPRESSED_TENSORS = HuggingFaceExporter("compressed-tensors", TENSORS, _texts, is_one_form=False)

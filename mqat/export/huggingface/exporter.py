@@ -39,45 +39,33 @@ Modules = Mapping[str, LinearScheme | None]
 
 
 @dataclass(frozen=True)
-class Style:
-    """How a family of readers wants quantized linears to be described.
+class HuggingFaceExporter:
+    """For transformers, vLLM, SGLang and TensorRT-LLM's PyTorch backend.
 
     Attributes:
-        name: Value of `export.style`.
+        style: How its readers want quantized linears to be described.
         tensors: Of the decoder.
         texts: (every linear by its name, caches) -> `quantization_config` of `config.json`, and
             further JSON files.
         is_one_form: All quantized linears must have the same form and group size.
     """
 
-    name: str
+    style: str
     tensors: DecoderTensors
     texts: Callable[
         [Modules, Mapping[str, KvCacheScheme]], tuple[dict[str, Any], dict[str, dict[str, Any]]]
     ]
     is_one_form: bool
-
-
-@dataclass(frozen=True)
-class HuggingFaceExporter:
-    """For transformers, vLLM, SGLang and TensorRT-LLM's PyTorch backend."""
-
-    quantized: Style
     format = "hf"
-
-    @property
-    def style(self) -> str:
-        """Value of `export.style`."""
-        return self.quantized.name
 
     def check(
         self, model: DecoderConfig, schemes: Mapping[str, Scheme], options: ExportOptions
     ) -> None:
         """As `Exporter.check`."""
-        layers, forms = linear_schemes(schemes), self.quantized.tensors.forms
+        layers, forms = linear_schemes(schemes), self.tensors.forms
         _check_options(options)
-        self.quantized.tensors.check(model, schemes)
-        if self.quantized.is_one_form:
+        self.tensors.check(model, schemes)
+        if self.is_one_form:
             _check_one_form(forms, layers)
         for name, scheme in layers.items():
             forms.check_groups(name, scheme, model.linear_shape(split_name(name)[1])[1])
@@ -90,8 +78,8 @@ class HuggingFaceExporter:
         self, reader: CheckpointReader, tokenizer: Path, options: ExportOptions
     ) -> DirectoryContents:
         """As `Exporter.contents`."""
-        model, style = reader.model, self.quantized
-        plans = style.tensors.plan(reader, InferenceRank(), options.torch_dtype)
+        model = reader.model
+        plans = self.tensors.plan(reader, InferenceRank(), options.torch_dtype)
         shards = shard(plans, options.max_shard_bytes)
         special = special_tokens(tokenizer)
         config = model.to_hf(options.dtype) | special | {"producer": producer()}
@@ -100,7 +88,7 @@ class HuggingFaceExporter:
             texts["generation_config.json"] = {"_from_model_config": True} | special
         if reader.layers:
             modules = NAMING.schemes(model, reader.layers, range(model.num_layers))
-            config["quantization_config"], more = style.texts(modules, reader.kv_cache)
+            config["quantization_config"], more = self.texts(modules, reader.kv_cache)
             texts |= more
         if len(shards) > 1:
             texts["model.safetensors.index.json"] = {

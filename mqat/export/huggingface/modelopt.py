@@ -14,7 +14,13 @@ from mqat.export import operands
 from mqat.export import tensor_builders as build
 from mqat.export.decoder_tensors import DecoderTensors
 from mqat.export.forms import Form, Forms
-from mqat.export.huggingface.exporter import NAMING, Modules, Style, producer, unquantized_modules
+from mqat.export.huggingface.exporter import (
+    NAMING,
+    HuggingFaceExporter,
+    Modules,
+    producer,
+    unquantized_modules,
+)
 from mqat.export.kv_cache import CacheForm, cache_algorithm
 from mqat.export.operands import group_size
 from mqat.quant.formats import FP8_E4M3
@@ -123,4 +129,4 @@ def _texts(
 
 
 TENSORS = DecoderTensors(NAMING, FORMS, CACHE)
-MODELOPT = Style("modelopt", TENSORS, _texts, is_one_form=True)
+MODELOPT = HuggingFaceExporter("modelopt", TENSORS, _texts, is_one_form=True)

@@ -38,7 +38,9 @@ TOLERANCE = {
 NOT_LOADED = ("w_uint4_asym", "nvfp4")
 _ENGINES = [target for target in SERVED if "TP" in target]
 _NO_ENGINE = ("int4_w_int8_a", "8da4w", "int8_pc_pt", "w_uint4_asym", "mxfp4", "mxfp8", "nf4")
-_MODELOPT = ("null", "fp8", "fp8_pc_pt", "nvfp4", "int4_awq", "w4a8_awq")
+_MODELOPT = (
+    "null", "fp8", "fp8_pc_pt", "nvfp4", "int4", "int4_awq", "w_int4_sym", "w4a8_awq",
+)  # fmt: skip
 REFUSED = {
     **{(name, target): "no such algorithm" for name in _NO_ENGINE for target in _ENGINES},
     ("w4a8_awq", "TensorRT-LLM TP 4 x PP 1"): "groups of 128 do not fit this small model",
@@ -48,7 +50,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-_MESSAGES = r"cannot be exported|no ModelOpt-style form|no compressed-tensors form|multiple of 512"
+_MESSAGES = r"cannot be exported to|multiple of 512"
 
 
 def export(checkpoint, out, target, **kwargs):
