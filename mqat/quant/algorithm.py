@@ -25,7 +25,7 @@ from mqat.quant.scheme import LinearScheme, TensorScheme, nearest_hint
 
 # Values of recipe keys; `calibration/clipping_methods.py` lists what the weight calibrators do.
 SQ_GRIDS = ("power_of_two", "float")
-WEIGHT_CALIBRATORS = ("max", "mse", "awq", "sawb")
+WEIGHT_CALIBRATORS = ("max", "mse", "awq", "sawb", "four_over_six")
 ROUNDINGS = ("nearest", "gptq")
 _CHOICES = {
     "sq_grid": SQ_GRIDS,
