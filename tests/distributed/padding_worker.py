@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
-from mqat.calibration.recipe import Recipe
 
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig
+from mqat.quant.algorithm import Recipe
+from mqat.quant.scheme import LinearScheme
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
 from tests.distributed.recipes_worker import MODEL, assembled
@@ -22,7 +23,7 @@ from tests.unit.model_fixtures import epoch, padded_data, without_masks
 # Name: algorithm, calibrator of activations, recipe, key/value cache.
 CASES = {
     "static": ("int8", "percentile", Recipe(smoothquant=True), "int8"),
-    "maxima": ("fp8", "max", Recipe(weight_method="awq", rounding="gptq"), "fp8"),
+    "maxima": ("fp8", "max", Recipe(weight_calibrator="awq", rounding="gptq"), "fp8"),
     "dynamic": ("int8_pc_pt", "max", Recipe(smoothquant=True), None),
 }
 
@@ -53,7 +54,7 @@ def run(
     from mqat.parallel.checkpoint import quantizer_sharded_state
     from mqat.specs.model import build_model
 
-    layers = Policy(algorithm, 32, (), kv_cache).resolve(MODEL)
+    layers = Policy(algorithm, 32, (), kv_cache).schemes(MODEL)
     settings = ModelConfig(
         tensor_model_parallel_size=layout.get("tp", 1), sequence_parallel=layout.get("sp", False),
         pipeline_model_parallel_size=layout.get("pp", 1),
@@ -73,10 +74,12 @@ def run(
 
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    statistics = apply_weight_recipe_(
-        chunks, run_batches, recipe, num_layers=MODEL.num_layers, group=group, dp_group=dp_group
-    )
-    calibrate(chunks, run_batches, group=group, method=calibrator, weight_statistics=statistics)
+    linears = [name for name, scheme in layers.items() if isinstance(scheme, LinearScheme)]
+    qparams = apply_weight_recipe_(
+        chunks, run_batches, dict.fromkeys(linears, recipe),
+        model=MODEL, group=group, dp_group=dp_group,
+    )  # fmt: skip
+    calibrate(chunks, run_batches, group=group, method=calibrator, weight_qparams=qparams)
     report = quality_report(chunks, run_batches, group=group)
     state = {"model": [chunk.sharded_state_dict() for chunk in chunks]}
     state["quantizers"] = quantizer_sharded_state(

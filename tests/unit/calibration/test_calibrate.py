@@ -27,7 +27,7 @@ def scales(world):
     from mqat.parallel.quantized_module import quantized_modules
     from mqat.specs.model import build_model
 
-    layers = Policy("int8", 64, (OUTPUT,), "int8", "separate").resolve(MODEL)
+    layers = Policy("int8", 64, (OUTPUT,), "int8", "separate").schemes(MODEL)
 
     def make(steps, method="max"):
         chunks = build_model(MODEL, ModelConfig(), layers, torch.float32)

@@ -21,7 +21,7 @@ def collected(world):
     from mqat.parallel.linear import decoder_linears
     from mqat.specs.model import build_model
 
-    chunks = build_model(MODEL, ModelConfig(), Policy("int8", 64).resolve(MODEL), torch.float32)
+    chunks = build_model(MODEL, ModelConfig(), Policy("int8", 64).schemes(MODEL), torch.float32)
     load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
     groups = {
         "group": parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
@@ -70,7 +70,7 @@ def test_the_input_hessian_is_that_of_the_real_rows_alone(world):
     from mqat.parallel.quantized_module import set_token_mask
     from mqat.specs.model import build_model
 
-    chunks = build_model(MODEL, ModelConfig(), Policy("int8", 64).resolve(MODEL), torch.float32)
+    chunks = build_model(MODEL, ModelConfig(), Policy("int8", 64).schemes(MODEL), torch.float32)
     linear = next(iter(decoder_linears(chunks).values()))
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-9, 10, (8, 2, MODEL.hidden_size), generator=generator).float()  # exact sums

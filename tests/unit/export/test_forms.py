@@ -53,7 +53,7 @@ def renamed(layers, name):
 
 
 def without_inputs(algorithm, pattern="*.linear_fc2.input", **settings):
-    return Policy(algorithm, disabled=[pattern], **settings).resolve(UNTIED)
+    return Policy(algorithm, disabled=[pattern], **settings).schemes(UNTIED)
 
 
 @pytest.mark.parametrize(
