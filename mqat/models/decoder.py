@@ -10,6 +10,7 @@ from mqat.errors import UserError
 from mqat.models.families.llama import LLAMA
 from mqat.models.families.mistral import MISTRAL
 from mqat.models.families.qwen2 import QWEN2
+from mqat.models.families.qwen3 import QWEN3
 from mqat.models.family import Family
 from mqat.models.structure import (
     EMBEDDING,
@@ -22,7 +23,7 @@ from mqat.models.structure import (
     by_name,
 )
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 @dataclass(frozen=True)

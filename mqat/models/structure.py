@@ -206,6 +206,22 @@ MLP_NORM = Norm(
     gguf="ffn_norm",
     trtllm="post_layernorm",
 )
+QUERY_NORM = Norm(
+    "self_attention.q_layernorm",
+    "head",
+    key="decoder.layers.self_attention.q_layernorm.weight",
+    hf="self_attn.q_norm",
+    gguf="attn_q_norm",
+    trtllm="attention.q_layernorm",
+)
+KEY_NORM = Norm(
+    "self_attention.k_layernorm",
+    "head",
+    key="decoder.layers.self_attention.k_layernorm.weight",
+    hf="self_attn.k_norm",
+    gguf="attn_k_norm",
+    trtllm="attention.k_layernorm",
+)
 FINAL_NORM = Norm(
     "decoder.final_layernorm",
     "hidden",

@@ -28,7 +28,7 @@ def served(tmp_path: Path, model: Path, tokens: torch.Tensor, tp: int, pp: int) 
     return torch.load(out)
 
 
-MODELS = ("llama", "llama-untied", "llama-biased", "qwen2", "mistral")
+MODELS = ("llama", "llama-untied", "llama-biased", "qwen2", "qwen3", "mistral")
 
 
 def family(name: str, sizes: dict[str, object]) -> torch.nn.Module:
@@ -40,10 +40,14 @@ def family(name: str, sizes: dict[str, object]) -> torch.nn.Module:
         MistralForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
     )
 
     if name == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**sizes, rope_parameters=DEFAULT_ROPE))
+    if name == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=24, rope_parameters=DEFAULT_ROPE))
     if name == "mistral":
         window = {"sliding_window": None, "rope_parameters": DEFAULT_ROPE, "head_dim": 24}
         return MistralForCausalLM(MistralConfig(**sizes | window))
@@ -59,7 +63,7 @@ def huggingface(request, tmp_path_factory):
     model = family(request.param, {
         "vocab_size": 301, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
-        "tie_word_embeddings": request.param in ("llama", "qwen2"),
+        "tie_word_embeddings": request.param in ("llama", "qwen2", "qwen3"),
     })  # fmt: skip
     for parameter in model.parameters():
         if parameter.dim() == 1:  # transformers starts with biases of zero
