@@ -14,9 +14,10 @@ from mqat.export.exporters import EXPORTERS, exporter
 from mqat.models.decoder import FAMILIES
 from mqat.models.families.llama import LLAMA
 from mqat.models.structure import DENSE_NORMS, Norm, stacked_key
+from mqat.quant.algorithm import ALGORITHMS, named_scheme
 from mqat.quant.formats import INT8
 from mqat.quant.granularity import PerTensor
-from mqat.quant.scheme import ALGORITHMS, LinearScheme, TensorScheme, named_scheme
+from mqat.quant.scheme import LinearScheme, TensorScheme
 from mqat.specs.policy import Policy
 from tests.unit.export.checkpoints import TINY, UNTIED, all_layers, tensors_of, write_checkpoint
 from tests.unit.export.test_export import contents

@@ -102,11 +102,13 @@ def test_biases_train(algorithm, chunks):
 def test_rescaling_inputs_does_not_change_the_function(chunks):
     from mqat.calibration.smoothing_pairs import find_smoothing_pairs
     from mqat.evaluation.forward import logits
+    from mqat.parallel.linear import decoder_linears
 
     model = chunks("null")
     tokens = microbatches()[0]["tokens"]
     before = logits(model, tokens)
-    for name, pair in find_smoothing_pairs(model).items():
+    pairs = find_smoothing_pairs(model, decoder_linears(model), BIASED)
+    for name, pair in pairs.items():
         powers = torch.randint(-2, 3, (pair.linear.weight.shape[1],)).float().exp2()
         pair.fold_(pair.tied(powers))
         # Powers of two: values are divided exactly, so nothing is rounded.

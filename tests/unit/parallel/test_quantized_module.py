@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mqat.parallel.quantized_module import QuantizedModule, set_token_mask
+from mqat.quant.algorithm import named_scheme
 from mqat.quant.quantizer import Quantizer
-from mqat.quant.scheme import named_scheme
 
 
 class Rank:

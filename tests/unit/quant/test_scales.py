@@ -4,25 +4,22 @@ import math
 
 import pytest
 import torch
-from mqat.calibration.search import InputStatistics, smoothquant_scale, tile_losses
-from mqat.calibration.weights import (
-    group_counts,
-    sawb_amax,
-    sawb_sums,
-    shrink_errors,
-    shrunk,
-)
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mqat.calibration.clipping import WeightShard
+from mqat.calibration.clipping_methods import CLIPPING_METHODS
+from mqat.calibration.scale_search import InputStatistics, shard_losses
+from mqat.calibration.smoothquant import smoothquant_scale
 from mqat.kernels import reference
 from mqat.kernels.packed_nf4 import nf4_quantize
+from mqat.quant.algorithm import ALGORITHMS, named_scheme
 from mqat.quant.formats import INT4, INT8
 from mqat.quant.histogram import entropy_amax, mse_amax
 from mqat.quant.observers import ActivationObserver
 from mqat.quant.qparams import statistic_of
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scales import compute_scale, divide
-from mqat.quant.scheme import ALGORITHMS, TensorScheme, named_scheme
+from mqat.quant.scheme import TensorScheme
 
 
 class Reciprocals(TorchDispatchMode):
@@ -85,13 +82,13 @@ def test_no_clipping_point_or_factor_depends_on_the_device():
             choose(observer.histogram, x.abs().amax().reshape(1), int8.input.format)
         for scheme in (int8.weight, named_scheme("int4").weight):
             statistic = statistic_of(weight, scheme)
-            errors = shrink_errors(weight, statistic, None, scheme, (x.t() @ x).double())
-            shrunk(statistic, errors, scheme.granularity)
-            counts = group_counts(256, 16, scheme.granularity)
-            sawb_amax(statistic, sawb_sums(weight, scheme.granularity), counts, scheme)
+            shard = WeightShard(weight, statistic, scheme, None, (x.t() @ x).double())
+            for name in ("mse", "awq", "sawb"):
+                method = CLIPPING_METHODS[name]
+                method.choose(statistic, method.measure(shard), scheme)
         inputs = InputStatistics((x.t() @ x).double(), x.abs().amax(dim=0), len(x))
         factors = smoothquant_scale(inputs.amax, weight.abs().amax(dim=0), 0.5)[None]
-        tile_losses([weight], inputs, factors, int8.weight, int8.input)
+        shard_losses([weight], inputs, factors, int8.weight, int8.input)
         nf4_quantize(weight)
 
     assert reciprocals(chosen) == []
