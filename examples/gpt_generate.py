@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mqat.errors import UserError
 from mqat.runtime import groups
 from mqat.runtime.groups import command_line
 
@@ -35,7 +36,7 @@ def main() -> None:
             lowered=args.lowered,
         )
         if "" in args.prompt:
-            raise ValueError("the prompt is empty; give at least one word to continue.")
+            raise UserError("the prompt is empty; give at least one word to continue.")
         for prompt in args.prompt:
             ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
             stop = model.tokenizer.eos_token_id

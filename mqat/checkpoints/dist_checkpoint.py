@@ -221,25 +221,32 @@ def save_checkpoint(
 @contextmanager
 def _writing(path: Path, temporary: Path) -> Iterator[None]:
     """One stage of saving: what fails on any rank ends all of them, and nothing unfinished stays."""
-    reason, error = None, None
+    error: BaseException | None = None
     try:
         yield
-    except CheckpointException as caught:  # torch's collection of what failed on which rank
-        reason = "; ".join(
-            f"rank {rank}: {failure[0]}" for rank, failure in caught.failures.items()
-        )
-    except (OSError, RuntimeError, CheckpointingException) as caught:
-        reason = str(caught)
-    except Exception as caught:
+    except (Exception, CheckpointException) as caught:
         error = caught
-    if reason is not None:
-        error = UserError(
-            f"{path}: writing the checkpoint failed: {reason}. Check that the disk has space and can "
-            "be written; what was unfinished is removed, earlier checkpoints are whole."
-        )
-    if error is not None:
         shutil.rmtree(temporary, ignore_errors=True)
+    if error is not None and _is_of_the_disk(error):
+        error = UserError(
+            f"{path}: writing the checkpoint failed: {_reasons(error)}. Check that the disk has space "
+            "and can be written; what was unfinished is removed, earlier checkpoints are whole."
+        )
     raise_on_any_rank(error)
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether the system refused to write: torch and Megatron wrap its OSError in types of theirs."""
+    if isinstance(error, CheckpointException):  # torch's collection of what failed on which rank
+        return all(_is_of_the_disk(failure) for failure, _ in error.failures.values())
+    texts = ("[Errno ", "PytorchStreamWriter", "inline_container")
+    return isinstance(error, OSError) or any(text in str(error) for text in texts)
+
+
+def _reasons(error: BaseException) -> str:
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    return "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
 
 
 def _finish(
@@ -306,9 +313,8 @@ def load_checkpoint(
     with on_all_ranks():
         try:
             loaded = dist_checkpointing.load(state, str(path))
-        except Exception as error:  # a damaged file surfaces as any of a dozen types
-            kind = type(error).__name__
-            raise UserError(f"{path}: cannot be loaded: {kind}: {error}") from error
+        except (OSError, CheckpointingException, CheckpointException) as error:
+            raise UserError(f"{path}: cannot be loaded: {_reasons(error)}") from error
     for index, chunk in enumerate(_unwrapped(chunks)):
         chunk.load_state_dict(loaded[f"model{index}"], strict=False)
     if has_scales:

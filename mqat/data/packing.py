@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mqat.data.chat import tokenize_conversation
+from mqat.data.chat import chat_template, tokenize_conversation
 from mqat.data.documents import BadLines, Conversation, ReadStats
 from mqat.errors import UserError
 
@@ -175,6 +175,7 @@ def pack_conversations(
     """
     stats = stats if stats is not None else ReadStats(documents=len(conversations))
     end = _end_token(tokenizer)
+    chat_template(tokenizer)  # refuses a tokenizer before conversations are blamed for it
     room = seq_length + 1
     examples = _tokenized(conversations, tokenizer, room, BadLines(bad_lines, stats))
     if not examples:

@@ -142,13 +142,13 @@ class _Failure:
     text: str
 
 
-def _failure(error: Exception) -> _Failure:
+def _failure(error: BaseException) -> _Failure:
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename):
         return _Failure(True, str(error))
     return _Failure(False, "".join(traceback.format_exception(error)))
 
 
-def raise_on_any_rank(error: Exception | None) -> None:
+def raise_on_any_rank(error: BaseException | None) -> None:
     """Every rank reports success or its error; if any failed, all raise.
 
     A rank that raises alone leaves the others waiting in their next collective.

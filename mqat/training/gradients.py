@@ -19,8 +19,14 @@ def _global_name(model: Any, name: str) -> str:
     return in_layer(model.decoder.layers[local].layer_number - 1, rest)
 
 
+def _position(name: str) -> tuple[int, str]:
+    return split_name(name) if is_in_layer(name) else (-1, name)
+
+
 def nonfinite_gradients(chunks: Sequence[Any]) -> list[str]:
-    """Global names of parameters whose gradient holds NaN or infinity on any rank (a collective).
+    """Global names of parameters whose gradient holds NaN or infinity on any rank, by layer.
+
+    A collective.
 
     Args:
         chunks: DDP-wrapped chunks of this rank, after their backward passes.
@@ -35,4 +41,4 @@ def nonfinite_gradients(chunks: Sequence[Any]) -> list[str]:
     if dist.get_world_size() > 1:
         found = [[]] * dist.get_world_size()
         dist.all_gather_object(found, own)
-    return list(dict.fromkeys(name for names in found for name in names))
+    return sorted({name for names in found for name in names}, key=_position)

@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mqat.errors import UserError
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes atomically: under a temporary name, then renamed."""
@@ -71,16 +73,29 @@ class RunLog:
         self.console.print(text, soft_wrap=True)
 
     def drop_steps_after(self, phase: str, step: int) -> None:
-        """Removes lines of steps that a resumed phase takes again, so that each step has one line."""
+        """Removes lines of steps that a resumed phase takes again, so that each step has one line.
+
+        A last line that was cut off with its process goes, too; TensorBoard's events stay.
+
+        Raises:
+            UserError: Another line is damaged.
+        """
         if self._file is None:
             return
         lines = self._path.read_text("utf-8").splitlines(keepends=True)
-        told = [json.loads(line) for line in lines]
-        kept = [
-            line
-            for line, entry in zip(lines, told, strict=True)
-            if entry["phase"] != phase or entry["step"] <= step
-        ]
+        kept = []
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                continue
+            try:
+                entry = json.loads(line)
+                is_again = entry["phase"] == phase and entry["step"] > step
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self._path}:{number}: damaged ({error}); delete the line to resume without it."
+                ) from error
+            if not is_again:
+                kept.append(line)
         if kept == lines:
             return
         self._file.close()

@@ -7,7 +7,6 @@ design documents: config, metrics, summary, checkpoints, and the exported model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from mqat.export.export import export_checkpoint
 from mqat.export.exporters import exporter
 from mqat.plan.run import RunPlan, export_options, make_plan
 from mqat.runtime import groups
-from mqat.runtime.groups import decided_by_main, is_main, on_all_ranks, raise_on_any_rank
+from mqat.runtime.groups import is_main, on_all_ranks, raise_on_any_rank
 from mqat.training.loop import Phase
 from mqat.training.schedule import QuantizerSchedule
 from mqat.training.session import Session, open_session
@@ -44,8 +43,7 @@ def _start(config: RunConfig, *, quantizes: bool) -> Session:
         virtual_pipeline=settings.virtual_pipeline_model_parallel_size,
         seed=config.trainer.seed,
     )
-    # Hosts of a job may differ in what they multiply natively: the first one's `auto` is everybody's.
-    return open_session(replace(plan, dtype=decided_by_main(lambda: plan.dtype)))
+    return open_session(plan)
 
 
 def _phase(plan: RunPlan, name: str, max_steps: int, *, quantized: bool) -> Phase:

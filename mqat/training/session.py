@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from mqat.parallel.quantized_module import all_quantizers
 from mqat.plan.run import RunPlan, describe
 from mqat.quant.algorithm import Recipe
 from mqat.report.page import write_report
-from mqat.runtime.groups import decided_by_main, is_main, on_all_ranks
+from mqat.runtime.groups import any_rank, decided_by_main, is_main, on_all_ranks
 from mqat.specs.model import build_model
 from mqat.training.log import RunLog, write_json
 from mqat.training.loop import Phase, train_phase
@@ -177,9 +177,10 @@ class Session:
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         steps = self.validation.epoch()
         report = quality_report(self.chunks, lambda: run_layers(self.chunks, steps), group=group)
-        if is_main():
-            name = self.plan.config.quantization.algorithm or "quantized"
-            write_report(report, self.plan.run_dir / "quality", f"{name}: quality by linear")
+        with on_all_ranks():
+            if is_main():
+                name = self.plan.config.quantization.algorithm or "quantized"
+                write_report(report, self.plan.run_dir / "quality", f"{name}: quality by linear")
 
     # -- training --------------------------------------------------------------------------------
 
@@ -200,7 +201,8 @@ class Session:
         if latest is not None:
             load_checkpoint(latest, self.chunks, layers=self.plan.layers, training=state)
             self.log.say(f"  {phase.name}: resumed from {latest}")
-        self.log.drop_steps_after(phase.name, state.step)
+        with on_all_ranks():
+            self.log.drop_steps_after(phase.name, state.step)
         train_phase(
             phase,
             self.chunks,
@@ -230,10 +232,20 @@ def open_session(plan: RunPlan) -> Session:
         )
     # Every rank knows afterwards that the directory exists.
     summary = decided_by_main(lambda: open_run_directory(plan.run_dir, config))
-    log = RunLog(
-        plan.run_dir, enabled=is_main(), tensorboard=config.exp_manager.create_tensorboard_logger
-    )
+    with on_all_ranks():
+        log = RunLog(
+            plan.run_dir,
+            enabled=is_main(),
+            tensorboard=config.exp_manager.create_tensorboard_logger,
+        )
     log.say("  ".join(f"{key}: {value}" for key, value in describe(plan).items()))
+    # The model has one dtype; machines may differ in what `auto` means on them.
+    dtype = decided_by_main(lambda: plan.dtype)
+    if any_rank(plan.dtype != dtype):
+        log.say(
+            f"precision: auto differs between the machines; all compute in {dtype}, the first's"
+        )
+    plan = replace(plan, dtype=dtype)
     log.say(data.description)
     built = build_model(plan.model, config.model, plan.layers, plan.dtype)
     learn_scales_(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mqat.data.chat import tokenize_conversation
+from mqat.data.packing import pack_conversations
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -92,3 +93,15 @@ def test_of_several_templates_the_default_one_is_used():
     several.chat_template = {"rag": "a", "tool_use": "b"}
     with pytest.raises(ValueError, match=r"chat templates \['rag', 'tool_use'\] and none called"):
         chat_template(several)
+
+
+@pytest.mark.parametrize("bad_lines", ["error", "skip"])
+def test_a_tokenizer_is_refused_before_its_conversations_are(
+    tokenizer: Any, bad_lines: str
+) -> None:
+    several = deepcopy(tokenizer)
+    several.chat_template = {"rag": "x", "tool_use": "y"}
+    with pytest.raises(
+        ValueError, match=r"^the tokenizer has the chat templates \['rag', 'tool_use'"
+    ):
+        pack_conversations([], several, 32, bad_lines=bad_lines)

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from mqat.training.log import RunLog
 
 
@@ -29,3 +31,18 @@ def test_other_ranks_write_nothing(tmp_path):
     with RunLog(tmp_path, enabled=False, tensorboard=False) as log:
         log.drop_steps_after("qat", 0)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_line_cut_by_a_kill_is_dropped_and_a_damaged_one_named(tmp_path):
+    write(tmp_path, "qat", [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "qat", "st')
+    with RunLog(tmp_path, enabled=True, tensorboard=False) as log:
+        log.drop_steps_after("qat", 2)
+    assert steps(tmp_path) == [("qat", 1), ("qat", 2)]
+    (tmp_path / "metrics.jsonl").write_text('{"phase": "qat", "step": 1}\n{"phase"\n')
+    with (
+        RunLog(tmp_path, enabled=True, tensorboard=False) as log,
+        pytest.raises(ValueError, match=r"metrics\.jsonl:2: damaged"),
+    ):
+        log.drop_steps_after("qat", 1)
