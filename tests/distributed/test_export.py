@@ -15,7 +15,7 @@ from tests.distributed.launch import mqat, torchrun
 from tests.distributed.test_import import family
 
 WORKER = Path(__file__).with_name("worker.py")
-CLI = Path(__file__).parents[2] / "mqat" / "cli.py"
+CLI = Path(__file__).parents[2] / "mqat" / "cli" / "main.py"
 
 
 def contents(directory: Path) -> dict[str, bytes]:
