@@ -12,7 +12,7 @@ from tests.distributed.launch import torchrun
 from tests.distributed.test_layouts import run
 
 pytestmark = pytest.mark.slow
-CLI = Path(__file__).parents[2] / "mqat" / "cli.py"
+CLI = Path(__file__).parents[2] / "mqat" / "cli" / "main.py"
 ALGORITHMS = ("int8", "int4", "fp8")
 TRAINED = {
     "TP 1 x PP 1": (1, []),
