@@ -161,7 +161,7 @@ class QuantizationConfig:
     smoothquant: bool = False  # first move activation outliers into weights (same function)
     sq_alpha: float | None = 0.8  # SmoothQuant's strength; null: searched for every linear
     sq_grid: str = "power_of_two"  # exact to fold; or float: finer, folding rounds
-    weight_calibrator: str = "max"  # max, mse, awq (clip search by output error) or sawb
+    weight_calibrator: str = "max"  # or mse, awq (by output error), sawb, four_over_six (nvfp4)
     rounding: str = "nearest"  # or gptq: error-compensated, before any training
     compare_with_finetuned: bool = True  # also train the unquantized model for as many steps
 

@@ -88,7 +88,7 @@ def checkpoint_quality(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
 ) -> dict[str, Any]:
-    """`calibration.quality.quality_report` of a checkpoint, on every rank; groups stay open.
+    """`evaluation.quality.quality_report` of a checkpoint, on every rank; groups stay open.
 
     Raises:
         ValueError: As `load_model` and `read_texts`; or nothing is quantized.

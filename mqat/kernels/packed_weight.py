@@ -2,10 +2,10 @@
 
 | weight           | input                    | stored              | product                         |
 |------------------|--------------------------|---------------------|---------------------------------|
-| INT8 per row     | INT8 per tensor or token | codes               | integer GEMM, `lowered_int8`    |
+| INT8 per row     | INT8 per tensor or token | codes               | integer GEMM, `packed_int8`    |
 | INT8 per row     | float                    | codes               | GEMM with codes, scaled per row |
 | FP8 per row      | FP8 per tensor           | codes               | `gemm.scaled_matmul`            |
-| INT4 in groups   | any                      | half a byte each    | torch's kernel, `lowered_int4`  |
+| INT4 in groups   | any                      | half a byte each    | torch's kernel, `packed_int4`  |
 | NF4, if asked    | float                    | 4.127 bits, `nf4`   | decoded, float GEMM             |
 | anything else    | any                      | codes (4 bits: 1/2) | decoded, float GEMM             |
 
@@ -157,7 +157,7 @@ def pack_weight(
 ) -> PackedWeight:
     """Quantizes a weight [O, I] with its frozen steps; every scheme is served.
 
-    `double_quantization` keeps the block maxima of NF4 in 8 bits, which moves them (`nf4.py`).
+    `double_quantization` keeps the block maxima of NF4 in 8 bits, which moves them (`packed_nf4.py`).
     """
     assert scheme.weight is not None, "only quantized weights are lowered"
     operand, operand_of_x = scheme.weight, scheme.input

@@ -328,7 +328,7 @@ def decoder_linears(model: Any) -> dict[str, QuantizedLinear]:
 
 
 def weight_amax_spans_ranks(module: QuantizedModule) -> bool:
-    """Whether a weight's amax must be the maximum over the tensor-parallel group (style.md table).
+    """Whether a weight's amax must be the maximum over the tensor-parallel group (table in `reduce.py`).
 
     Per-tensor: always. Per output channel: only row-parallel, where a rank holds part of each row.
     Groups and squares never cross ranks (`layout.check_group_sizes`).

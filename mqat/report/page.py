@@ -155,7 +155,7 @@ def write_report(report: dict[str, Any], directory: Path, title: str) -> None:
     """Writes `quality.json` and `quality.html`, each whole or not at all.
 
     Args:
-        report: From `calibration.quality.quality_report`.
+        report: From `evaluation.quality.quality_report`.
         directory: Created if missing.
         title: Of the page.
 
