@@ -7,7 +7,7 @@ torchrun --nproc-per-node 8 examples/gpt_ptq.py --config my.yaml model.optim.lr=
 
 from pathlib import Path
 
-from mqat.cli.recipe import recipe_config
+from mqat.cli import recipe_config
 from mqat.runtime.groups import command_line
 
 

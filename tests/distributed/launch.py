@@ -13,25 +13,26 @@ ROOT = Path(__file__).parents[2]
 
 def torchrun(
     processes: int,
-    script: Path,
+    script: Path | str,
     *arguments: object,
     timeout: float = 900,
     file_bytes: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script on `processes` ranks; `--standalone` picks a free port.
+    """Runs a script, or a module by its dotted name, on `processes` ranks of a free port.
 
     With `file_bytes`, writing a file beyond that size fails, as it does on a full disk.
     """
+    module = ["-m"] if isinstance(script, str) else []
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(processes), str(script), *map(str, arguments),
+        "--nproc-per-node", str(processes), *module, str(script), *map(str, arguments),
     ]  # fmt: skip
     return _run(command, timeout, file_bytes)
 
 
 def mqat(*arguments: object, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Runs the `mqat` command."""
-    return _run([sys.executable, "-m", "mqat.cli.main", *map(str, arguments)], timeout)
+    return _run([sys.executable, "-m", "mqat.cli", *map(str, arguments)], timeout)
 
 
 def _run(

@@ -15,7 +15,6 @@ from tests.distributed.launch import mqat, torchrun
 from tests.distributed.test_import import family
 
 WORKER = Path(__file__).with_name("worker.py")
-CLI = Path(__file__).parents[2] / "mqat" / "cli" / "main.py"
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -86,7 +85,7 @@ def test_bytes_do_not_depend_on_the_training_layout_or_on_how_many_write(trained
         assert done.returncode == 0, done.stderr[-3000:]
         written[layout] = contents(out)
     out = tmp_path / "together"
-    done = torchrun(2, CLI, "export", trained / "two" / "ptq", "--format", "hf", "--out", out,
+    done = torchrun(2, "mqat.cli", "export", trained / "two" / "ptq", "--format", "hf", "--out", out,
                     "--max-shard-gb", 0.0002)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert written["one"] == written["two"] == contents(out)

@@ -12,7 +12,6 @@ from tests.distributed.launch import torchrun
 from tests.distributed.test_layouts import run
 
 pytestmark = pytest.mark.slow
-CLI = Path(__file__).parents[2] / "mqat" / "cli" / "main.py"
 ALGORITHMS = ("int8", "int4", "fp8")
 TRAINED = {
     "TP 1 x PP 1": (1, []),
@@ -88,7 +87,7 @@ def test_several_processes_write_what_one_does(trained, tmp_path):
     checkpoint = trained["fp8 TP 2 x PP 2"]
     alone, together = tmp_path / "alone", tmp_path / "together"
     export_trtllm(checkpoint, alone, tensor_parallel=2, pipeline_parallel=2)
-    done = torchrun(3, CLI, "export", checkpoint, "--inference-tp", 2, "--inference-pp", 2,
+    done = torchrun(3, "mqat.cli", "export", checkpoint, "--inference-tp", 2, "--inference-pp", 2,
                     "--out", together)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert contents(alone) == contents(together)
