@@ -4,8 +4,6 @@ The names below are loaded when they are first used: `import mqat` starts no CUD
 and Megatron-Core is imported only after `initialize` has prepared the device.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

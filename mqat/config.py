@@ -4,8 +4,6 @@ Precedence: `key=value` on the command line over the YAML file over the defaults
 is an error that suggests the nearest one.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The one error type that people see as a line without a traceback."""
 
-from __future__ import annotations
-
 
 class UserError(ValueError):
     """Something a user can mend: its message names the thing, the value, the rule and the way out.

@@ -3,8 +3,6 @@
 AWQ's clip search (arXiv:2306.00978, section 3.2) with exact output errors.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor

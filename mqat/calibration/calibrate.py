@@ -4,8 +4,6 @@ The forward passes are layout-exact (`parallel/exact.py`) and every statistic me
 same sequences give bit-equal scales at any TP, PP, DP, with and without sequence parallelism.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

@@ -3,8 +3,6 @@
 Legend: a shard is [rows, I] (`tp_invariant_shards.py`); `G` groups of a row; `K` numbers a method notes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The one list of clipping methods, by their `quantization.weight_calibrator`."""
 
-from __future__ import annotations
-
 from mqat.calibration.awq import AWQ
 from mqat.calibration.clipping import ClippingMethod
 from mqat.calibration.four_over_six import FOUR_OVER_SIX

@@ -7,8 +7,6 @@ which the upper scale leaves room: E4M3 block scales reach 256 for a maximum at 
 Cook et al. 2025, "Four Over Six", arXiv:2512.02010.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

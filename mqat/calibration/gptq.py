@@ -6,8 +6,6 @@ needs no index. Rows do not depend on each other: shards of rows are rounded ind
 H and the shards are the same on every layout, so is the result.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

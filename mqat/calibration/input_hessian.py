@@ -17,8 +17,6 @@ microbatches are added as 64-bit integers in units of 2**-FRACTION_BITS, in any 
 Memory per rank: 8 I² / tp bytes for each watched linear; `peak_bytes` adds them up.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`mse`: the share of the maximum with the least squared rounding error of the weight."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -4,8 +4,6 @@ Choi et al. 2018, arXiv:1807.06964, section 3.2, with the coefficients that fms-
 publishes for symmetric grids.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -13,8 +13,6 @@ Legend: `I` input features, `C` candidates, `T` tokens; a shard is [rows, I]
 (`tp_invariant_shards.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -14,8 +14,6 @@ Tensor parallelism: `s` is computed whole, [I], on every rank; a row-parallel li
 it take this rank's slice. Attention mixes tokens, not channels of a head, so values can be scaled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 s_j = amax(x_j)**alpha / amax(W_j)**(1 - alpha)      arXiv:2211.10438, eq. 4
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -8,8 +8,6 @@ the ranks' tensors adds only zeros and is exact.
     row-parallel     [O, I/tp]  columns gathered, then this rank's share of num_shards row shards
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

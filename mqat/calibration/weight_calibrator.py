@@ -4,8 +4,6 @@ Work is done on row shards (`tp_invariant_shards.py`); what decides about a whol
 shards through tensors with a slot for every shard, one collective for all linears.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch

@@ -6,8 +6,6 @@ statistics is bounded (`input_hessian.peak_bytes`), and the batches run once for
 layers. Spans are cut by global layer number, so they are the same at any pipeline size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The content of a `.qnemo` archive as a directory."""
 
-from __future__ import annotations
-
 import tarfile
 import tempfile
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ A checkpoint is a directory that appears complete or not at all: ranks write int
 sibling, rank 0 adds `mqat.json` (with checksums) last and renames it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -5,8 +5,6 @@ interleaved; `read` undoes it (transformers/modeling_gguf_pytorch_utils.py, Llam
 the same permutation).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reads slices of a Hugging Face directory: `config.json` and `model*.safetensors`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

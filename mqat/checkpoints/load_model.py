@@ -1,7 +1,5 @@
 """A model opened for looking at it: any source, any layout, no training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ every file with its size and CRC-32: a checkpoint without it was never finished,
 damaged file is found before a tensor is used or, by an export, before its directory appears.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Fills a built model from a pretrained source; each rank reads only the slices it owns."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ Every tensor is drawn whole from a generator seeded with its name, then sliced: 
 TP and PP. It has the interface of the pretrained sources.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 

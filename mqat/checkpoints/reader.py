@@ -5,8 +5,6 @@ records, one per saved chunk. The index is read by an unpickler that knows only 
 classes; of the records (`records.py`) only what overlaps the request is touched.
 """
 
-from __future__ import annotations
-
 import enum
 import pickle
 from collections.abc import Mapping, Sequence

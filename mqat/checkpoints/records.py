@@ -5,8 +5,6 @@ says dtype, shape and strides, and the bytes. The pickle is read by an unpickler
 words; the bytes stay in the page cache until somebody copies a part of them.
 """
 
-from __future__ import annotations
-
 import io
 import mmap
 import pickle

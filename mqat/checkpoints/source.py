@@ -1,7 +1,5 @@
 """Opens whatever a user names as pretrained weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mqat.checkpoints.gguf import GgufCheckpoint

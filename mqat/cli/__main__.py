@@ -4,8 +4,6 @@ Every command checks its input first and exits with status 2 and one line on an 
 mend. `import` and `export` also run under torchrun, where ranks share the work.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from mqat.cli import eval, export, import_checkpoint, inspect, plan, report, verify

@@ -1,7 +1,5 @@
 """What several commands say about their arguments."""
 
-from __future__ import annotations
-
 import argparse
 
 DEFAULT = "default: %(default)s"

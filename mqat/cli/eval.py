@@ -1,7 +1,5 @@
 """`mqat eval`: the perplexity of a text under a checkpoint or an exported directory."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

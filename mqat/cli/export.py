@@ -1,7 +1,5 @@
 """`mqat export`: a checkpoint becomes a directory for serving, also under torchrun."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`mqat import`: foreign weights become a dist-checkpoint, also under torchrun."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

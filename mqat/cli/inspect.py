@@ -1,7 +1,5 @@
 """`mqat inspect`: formats, bits and scales of a checkpoint or an export, as a table."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

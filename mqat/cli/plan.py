@@ -1,7 +1,5 @@
 """`mqat plan`: what a run will need, before it is queued."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

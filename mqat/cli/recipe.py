@@ -1,7 +1,5 @@
 """The command line of the example scripts: `[--config FILE] [key=value ...]`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`mqat report`: signal to noise, clipping and outliers of every linear, as files."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Conversations as tokens, and which of the tokens are an assistant's answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

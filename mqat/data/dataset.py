@@ -1,7 +1,5 @@
 """The data of a run: tokenizer, packed training and validation sequences, and what was left out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

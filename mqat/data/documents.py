@@ -1,7 +1,5 @@
 """Reads text and conversations from files; every complaint names the file and the line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

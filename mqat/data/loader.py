@@ -4,8 +4,6 @@ The order depends on the seed and the epoch only, and the position is the number
 samples: resuming at another data-parallel size continues with the very next sample.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A real model and real text that install as Python packages; nothing is downloaded at run time."""
 
-from __future__ import annotations
-
 import bz2
 import html
 import importlib.util

@@ -4,8 +4,6 @@ Ids without a text would do for finding wrong tensors, but what follows them is 
 the quantization noise of a good export changes the likeliest token too often to judge by it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Tokenizers: loading what comes with a model, and a small one for models trained from scratch."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable
 from pathlib import Path

@@ -5,8 +5,6 @@ are removed. A paragraph with something that has no plain form, such as a formul
 whole: a sentence with a hole in it would teach a language model wrong grammar.
 """
 
-from __future__ import annotations
-
 import html
 import re
 

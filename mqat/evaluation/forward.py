@@ -1,7 +1,5 @@
 """Forward passes over microbatches, through Megatron's own pipeline schedules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

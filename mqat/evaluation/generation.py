@@ -1,7 +1,5 @@
 """Greedy text from a model, to look at."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What is in a checkpoint or an exported directory: one row for each linear and quantized cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path

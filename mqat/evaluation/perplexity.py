@@ -1,7 +1,5 @@
 """A text under a checkpoint (perplexity, quality by linear), or under an exported directory alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

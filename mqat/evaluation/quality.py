@@ -18,8 +18,6 @@ the same on every layout, up to the order in which floats are added.
 | `caches[].kv`, or `key` and `value` | as operands of linears                                          |
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -5,8 +5,6 @@ count (`QuantizedModule.token_mask`). What is merged over ranks later (`quality.
 `maxima` by MAX.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

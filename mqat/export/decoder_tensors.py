@@ -1,7 +1,5 @@
 """The tensors of a decoder as a server names and cuts them, planned before any is read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """From a checkpoint of any training layout to a directory for any inference layout and server."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What an exporter is: it refuses before training, and describes a directory before it exists."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every exporter. A further one is a further line here, and at most three files."""
 
-from __future__ import annotations
-
 from mqat.errors import UserError
 from mqat.export.exporter import Exporter
 from mqat.export.huggingface.compressed_tensors import COMPRESSED_TENSORS

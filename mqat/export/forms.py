@@ -1,7 +1,5 @@
 """Which form serves a linear: found by its operands in an exporter's list of forms, never by a name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar

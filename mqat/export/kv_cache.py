@@ -9,8 +9,6 @@ Sources: TensorRT-LLM `quantization/quantize.py` (`kv_cache_quantize`) and `mode
 `export/{quant_utils,convert_hf_config}.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Patterns of operands, by which forms are found: number format, granularity, scales, zero points."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

@@ -5,8 +5,6 @@ where a parallel layout enters the export. In which order a fused weight holds i
 table's to say (`models/structure.py`); here is which share of a part a rank owns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The rows and columns of a trained linear that a served module holds, read and quantized in chunks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

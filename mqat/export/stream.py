@@ -5,8 +5,6 @@ padded with spaces to a multiple of 8, then the data in the order of the header,
 (widest first, so that everything is aligned) and then by name.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence

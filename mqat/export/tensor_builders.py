@@ -3,8 +3,6 @@
 A form (`forms.Form`) maps names of tensors to these functions. Scales multiply when dequantizing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Integer codes packed into 32-bit words, in the order of compressed-tensors."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor

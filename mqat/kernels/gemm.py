@@ -7,8 +7,6 @@ give the same integers. bfloat16 operands are likewise widened where bfloat16 GE
 Suffixes: N tokens, I input features, O output features.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

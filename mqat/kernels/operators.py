@@ -10,8 +10,6 @@ autograd functions of `parallel/` and `specs/` call these in both directions. Ra
 a call, `torch.library.custom_op` 30: a training step makes dozens of calls a layer.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

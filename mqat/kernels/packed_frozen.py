@@ -4,8 +4,6 @@ The backbone under adapters such as QLoRA's (arXiv:2305.14314): weights stay in 
 decoded on use, once for the product and once more for the input gradient. No float copy is kept.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

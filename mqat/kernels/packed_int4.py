@@ -10,8 +10,6 @@ row j of a block in the low and row j + h in the high nibble of byte j. It is pr
 a packed weight does not read back, the weight is not stored this way.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

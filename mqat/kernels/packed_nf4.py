@@ -8,8 +8,6 @@ After QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3), which uses an 8
 second quantization; integers of one step per block are at most half of 1/127 of its range off.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

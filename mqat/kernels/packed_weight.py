@@ -13,8 +13,6 @@ Where a product is in floats, a quantized input is fake-quantized first: the val
 training, the storage is the server's.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -3,8 +3,6 @@
 Arguments are those of the operators' schemas; the docstrings there say what is computed.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

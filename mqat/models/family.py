@@ -5,8 +5,6 @@ a gated MLP. A further family is a further file in `families/` like `qwen2.py`, 
 `decoder.FAMILIES`, and, as a second opinion, a file in `verify/facts/`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

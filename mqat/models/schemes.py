@@ -1,7 +1,5 @@
 """The schemes of a whole model, by kind: linears, vocabulary tables, caches."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

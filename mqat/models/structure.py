@@ -15,8 +15,6 @@ Sources: Megatron-Core `models/gpt/gpt_model.py` and `transformer/attention.py`,
 `docs/source/legacy/architecture/checkpoint.md`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol

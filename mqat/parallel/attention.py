@@ -8,8 +8,6 @@ Heads are cut over TP and tokens over DP, while a layer has one scale: calibrati
 over both. Queries and the attention's own products stay in the model's dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

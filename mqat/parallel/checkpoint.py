@@ -19,8 +19,6 @@ that.
 | either, per square           | (O/size, I/size)  | as the weight                             |
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -5,8 +5,6 @@ without passing over the whole of it in every microbatch. A row has its own scal
 along the hidden dimension), so vocabulary padding and the cut of rows over TP change none.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812

@@ -16,8 +16,6 @@ The second is what Megatron then sums over ranks (or scatters by tokens): adding
     all-to-all       [S B, num_shards/tp, O]  ->  [S B / tp, num_shards, O]
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Fused weights are cut part by part: chunking `[gate; up]` or `[q; k; v]` naively
 wrong. Legend: rank `r` of `tp`; `H` hidden, `F` intermediate, `d` head size, `h` heads, `kv` groups.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -20,8 +20,6 @@ layout; a factor of the group's size makes the average a sum. (`sequence_paralle
 with sequence parallelism.)
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

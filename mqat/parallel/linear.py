@@ -15,8 +15,6 @@ Dynamic scales of tokens whose features are cut over TP (input of row-parallel, 
 column-parallel) are the MAX over the group, one collective of a number a token ([S, B]) per call.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ Such a model can also be compiled, layer by layer (`compile_layers_`). That is n
 takes seconds to minutes for every new number of tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

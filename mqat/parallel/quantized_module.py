@@ -1,7 +1,5 @@
 """What calibration, checkpoints and schedules know of a module: its name and its quantizers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

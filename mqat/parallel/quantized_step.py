@@ -1,7 +1,5 @@
 """The scope in which weights do not change, so that each is quantized once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -12,8 +12,6 @@ ranks of a pipeline stage that hold part of the same layers (TP x DP x CP) form 
 | cached keys and values       | the same: heads are cut over TP                                  |
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Weights quantized once per optimizer step, and the rule for when that is still valid."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

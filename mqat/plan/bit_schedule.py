@@ -1,7 +1,5 @@
 """Refuses a schedule of weight bits that does not end in what is served."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any

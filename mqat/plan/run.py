@@ -1,7 +1,5 @@
 """Everything about a run that can be decided, and refused, before any process group exists."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

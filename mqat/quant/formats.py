@@ -1,7 +1,5 @@
 """Number formats: the codes a quantized value can take, and how codes are stored."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import pairwise

@@ -6,8 +6,6 @@ checked by hand and do not depend on the device. Values beyond the last code sat
 too; NaN stays NaN in fake quantization, although not every code could hold it.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

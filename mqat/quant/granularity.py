@@ -1,7 +1,5 @@
 """Which elements of a tensor share one scale."""
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import dataclass
 

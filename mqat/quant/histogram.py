@@ -7,8 +7,6 @@ counts is the same on every layout.
 A legend for the shapes: `B` non-empty bins, `C` candidates for the clipping point.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -12,8 +12,6 @@ A cache scheme stands under the name of the core attention, such as
 So one scale, from the larger of both maxima, is the default: it is served everywhere as trained.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

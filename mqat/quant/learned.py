@@ -12,8 +12,6 @@ only: `d x_hat / d alpha` is 1 above, -1 below for signed inputs, else 0. As wit
 up to half a step beyond the last code still rounds to it and is not clipped.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 

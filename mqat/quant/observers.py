@@ -1,7 +1,5 @@
 """Statistics of activations that merge exactly, in any order and over any number of ranks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Codes of 4 or 2 bits in bytes, and back: row pairs as in TensorRT-LLM's INT4, or neighbours."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

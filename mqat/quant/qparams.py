@@ -1,7 +1,5 @@
 """From the range of a tensor to the tensors that calibration freezes: scales and zero points."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from mqat.quant.functional import fake_quantize

@@ -13,8 +13,6 @@ product: `block_scales` takes the two-level scales of NVFP4 apart again.
 The last two may be smaller than `amax / max_value`; the largest elements then saturate.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The quality report as files: `quality.json`, and one HTML page that needs nothing beside it."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

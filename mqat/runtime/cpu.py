@@ -24,8 +24,6 @@ and Mamba kernels, persistent asynchronous checkpoint writers. `overlap_p2p_comm
 which is safe only where the allocator follows the stream.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import sys

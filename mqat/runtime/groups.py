@@ -1,7 +1,5 @@
 """Process groups for NCCL on CUDA or gloo on CPU, and agreement between ranks on errors."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 import os

@@ -1,7 +1,5 @@
 """The unquantized layer spec: lean norms and SwiGLU, scaled-dot-product attention; any device."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext

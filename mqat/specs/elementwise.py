@@ -3,8 +3,6 @@
 On CUDA torch's and Megatron's own fused kernels already keep no more than this.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Nothing that is already built is touched, and the given spec is not modified.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """From a model description and a layout to Megatron GPT chunks whose linears can be quantized."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -10,8 +10,6 @@ The recipe of a linear is put together from three layers, later ones winning:
 The key/value cache has one scheme for all layers: every server has one cache dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase

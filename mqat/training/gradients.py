@@ -1,7 +1,5 @@
 """Which gradients are not finite, before an optimizer step spreads them over the weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One training phase: steps, schedule of fake quantization, validation, checkpoints, metrics."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

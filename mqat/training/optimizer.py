@@ -1,7 +1,5 @@
 """DDP, distributed optimizer and learning-rate schedule, as Megatron builds them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

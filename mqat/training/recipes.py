@@ -4,8 +4,6 @@ Each takes a validated plan, runs under torchrun at any layout, and leaves the r
 design documents: config, metrics, summary, checkpoints, and the exported model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The run directory: an earlier run in it is continued, or put aside, but never mixed with a new one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 Everything follows from the step, which checkpoints hold, so a resumed run is in the right stage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

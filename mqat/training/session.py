@@ -3,8 +3,6 @@
 `summary.json` grows phase by phase and is the record that a resumed run continues from.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping

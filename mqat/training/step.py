@@ -1,7 +1,5 @@
 """Forward and backward of one optimizer step, through Megatron's own pipeline schedules."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Static checks of an exported directory: no reference, no forward pass, one module at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 

@@ -1,7 +1,5 @@
 """What a linear of a checkpoint must look like when served: codes on its frozen grid."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

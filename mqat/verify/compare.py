@@ -5,8 +5,6 @@ shifted, mis-scaled or mis-packed tensor cannot pass: codes must be those of the
 its frozen grid, and every scale the frozen one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product

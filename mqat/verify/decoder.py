@@ -7,8 +7,6 @@ Sources: TensorRT-LLM `layers/attention.py`, `layers/mlp.py`, `quantization/laye
 scaling as in transformers' `modeling_rope_utils.py`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """An exported directory: what it must hold by its configuration, and the tensors themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -3,8 +3,6 @@
 A second opinion on purpose: nothing here comes from `mqat.models`. The files explain the fields.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

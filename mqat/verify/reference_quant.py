@@ -12,8 +12,6 @@ Nothing here comes from `mqat.quant`, so that a mistake there cannot hide.
 | `block fp4`       | E4M3 of amax of each 16 channels / (6 global), times the global one          |
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The model that a `config.json` describes, and the checks of its keys that all formats share."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

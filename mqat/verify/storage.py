@@ -15,8 +15,6 @@
 | `bias`               | (O,)              | in the model's dtype                                     |
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

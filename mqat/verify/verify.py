@@ -1,7 +1,5 @@
 """Proof that an exported directory is what was trained, before anybody builds an engine."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -5,8 +5,6 @@ Names, shapes and the configuration follow the `compressed-tensors` package (0.1
 SmoothQuant and AWQ are folded into weights and norms.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Projections are apart (`q_proj`, `k_proj`, ...) and whole: servers fuse and cut 
 fused linear was trained on one grid, so its parts share their per-tensor scales.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Follows nvidia-modelopt 0.47 (`modelopt/torch/export/{quant_utils,convert_hf_con
 vLLM's `modelopt` method reads. Scales multiply when dequantizing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """`config.json` and `quant_cfg.json` of a TensorRT-LLM checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The exporter of TensorRT-LLM checkpoints: what fits an inference layout, and which files there are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path

@@ -5,8 +5,6 @@ Facts of the format (TensorRT-LLM 0.17 to 1.2): `models/modeling_utils.py` and
 dequantizing. SmoothQuant and AWQ are folded into weights and norms.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any

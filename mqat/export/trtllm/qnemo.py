@@ -1,7 +1,5 @@
 """`.qnemo`: a TensorRT-LLM directory with the tokenizer's description that NeMo looks for."""
 
-from __future__ import annotations
-
 import tarfile
 from pathlib import Path
 

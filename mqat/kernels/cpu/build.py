@@ -4,8 +4,6 @@ One second once per machine and version; the library is kept in the user's cache
 compiler there is none, and callers take torch's own operations instead.
 """
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import functools

@@ -6,8 +6,6 @@ does not: other dtypes, shapes and layouts, or everything where there is no C++ 
 compiling, 1.1 ms in eager torch.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import math

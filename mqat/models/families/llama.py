@@ -4,8 +4,6 @@ Sources: transformers `models/llama`, llama.cpp `convert_hf_to_gguf.py` (`LlamaM
 `models/llama/config.py`.
 """
 
-from __future__ import annotations
-
 from mqat.models.family import Family
 from mqat.models.structure import FC1, FC2, PROJ, QKV
 

@@ -3,8 +3,6 @@
 Sources: transformers `models/mistral`; llama.cpp and TensorRT-LLM use their Llama classes.
 """
 
-from __future__ import annotations
-
 from mqat.models.family import Family, SlidingWindow
 
 MISTRAL = Family(

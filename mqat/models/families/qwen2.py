@@ -4,8 +4,6 @@ Sources: transformers `models/qwen2`, llama.cpp `convert_hf_to_gguf.py` (`Qwen2M
 `models/qwen/{config,model}.py` (its output projection never has a bias).
 """
 
-from __future__ import annotations
-
 from mqat.models.family import Family, SlidingWindow
 from mqat.models.structure import QKV
 

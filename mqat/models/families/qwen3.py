@@ -4,8 +4,6 @@ Sources: transformers `models/qwen3`, llama.cpp `convert_hf_to_gguf.py` (`Qwen3M
 `models/qwen/{config,model}.py`.
 """
 
-from __future__ import annotations
-
 from mqat.models.family import Family, SlidingWindow
 from mqat.models.structure import DENSE_NORMS, KEY_NORM, PROJ, QKV, QUERY_NORM
 

@@ -1,7 +1,5 @@
 """Hugging Face directories: files, index, `config.json` and `hf_quant_config.json`, key by key."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """TensorRT-LLM checkpoint directories: `config.json` and `quant_cfg.json`, checked key by key."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
