@@ -1,11 +1,11 @@
 """Process groups for NCCL on CUDA or gloo on CPU, and agreement between ranks on errors."""
 
 import atexit
-import functools
+import gc
 import os
 import sys
-import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,7 +98,8 @@ def initialize(
 
 def join(backend: str, timeout_minutes: float = 10.0) -> None:
     """Creates the group of all processes, without Megatron; without torchrun, a world of one."""
-    _settle_at_exit()
+    atexit.unregister(_end_threads)  # once, however often this process joins
+    atexit.register(_end_threads)
     timeout = timedelta(minutes=timeout_minutes)
     if "MASTER_ADDR" in os.environ:
         rank = int(os.environ.get("RANK", "0"))
@@ -108,28 +109,45 @@ def join(backend: str, timeout_minutes: float = 10.0) -> None:
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
-@functools.cache
-def _settle_at_exit() -> None:
-    """Lets gloo's threads finish before the interpreter ends; once per process.
-
-    A thread drops the tensors of its last collective a moment after `wait` has returned, for which it
-    needs the interpreter's lock; asking for it while the interpreter ends aborts the process. Destroying
-    a group ends its threads, but only if nothing, such as a model, refers to the group any more.
-    """
-    atexit.register(time.sleep, 0.3)  # 0.1 was too short once, on a machine with ten times its load
-
-
 def finalize() -> None:
     """Leaves the process groups for good.
 
     Under torchrun a process can join once: the job's store still holds the addresses of the first time.
     For another layout of the same world, destroy Megatron's groups only and call `initialize` again.
     """
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _end_threads() -> None:
+    """At exit: waits for gloo's threads, without which the process may abort.
+
+    A worker thread drops the tensors of its last collective some time after `wait` has returned. For
+    that it waits for the interpreter's lock, and Python (before 3.14) unwinds a thread that waits when
+    finalization begins, which C++ answers with `std::terminate`. Only the destructor of a group waits
+    for its threads, and it runs when the last reference goes: `destroy_process_group` drops torch's own,
+    while modules, buckets, autograd graphs and one of Megatron's globals keep theirs. So, while the
+    interpreter still lives, this takes groups out of every dict and every object's attributes, and lets
+    go of tracebacks and cycles. No group, no thread, no abort. Not seen: a group in a list, a tuple or a
+    closure that lives as long as the process; delete those first.
+    """
+    if getattr(sys, "last_value", None) is not None and dist.is_initialized():
+        # A fault of this rank: others may never join the collectives it has started.
+        dist.distributed_c10d._abort_process_group()
+    finalize()
+    for name in ("last_exc", "last_value", "last_traceback"):  # their frames refer to models
+        setattr(sys, name, None)
+    for holder in gc.get_objects():
+        if type(holder) is types.FunctionType:  # most of the objects
+            continue
+        has_attributes = type(holder).__dictoffset__ != 0
+        held = object.__getattribute__(holder, "__dict__") if has_attributes else holder
+        if type(held) is dict and dist.ProcessGroup in map(type, held.values()):
+            held.update({k: None for k, v in held.items() if type(v) is dist.ProcessGroup})
+    del holder, held
+    gc.collect()
 
 
 @dataclass(frozen=True)
@@ -213,12 +231,6 @@ def any_rank(flag: bool) -> bool:
     return any(flags)
 
 
-def _leave() -> None:
-    """Leaves the process groups."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def _is_first_to_fail() -> bool:
     """Whether no other process of this job has printed its error; torchrun's own store knows."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -253,9 +265,9 @@ def command_line() -> Iterator[None]:
             raise
         if _is_first_to_fail():
             print(f"error: {failure.text}", file=sys.stderr, flush=True)
-        _leave()
+        finalize()
         sys.exit(2)
     except KeyboardInterrupt:  # other ranks may be in the middle of a collective: nothing to leave
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    _leave()
+    finalize()

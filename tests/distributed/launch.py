@@ -44,15 +44,7 @@ def _run(
         if file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
-    def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=environment, check=False,
-            preexec_fn=limit,
-        )  # fmt: skip
-
-    done = run()
-    # gloo may abort a process that has done its work (`groups._settle_at_exit`); nothing else says this.
-    if done.returncode and "terminate called without an active exception" in done.stderr:
-        print("a process aborted at exit: started again", file=sys.stderr)
-        done = run()
-    return done
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False,
+        preexec_fn=limit,
+    )  # fmt: skip
