@@ -8,7 +8,7 @@ A linear is in one of four modes:
   multiplied, and the weight's are kept for the optimizer step (`quantized_step.py`).
 - reference: both operands pass through their quantizers (identity until frozen and enabled), then
   Megatron's GEMM with its autograd function; the straight-through gradient is the quantizers' own.
-- lowered (`lowering.py`): stored codes, for inference or as a frozen backbone; no float weights.
+- lowered (`pack_weights.py`): stored codes, for inference or as a frozen backbone; no float weights.
 - calibrating (no gradient): unquantized, layout-exact GEMMs (`exact.py`) under observation.
 
 Dynamic scales of tokens whose features are cut over TP (input of row-parallel, output of
@@ -45,9 +45,20 @@ from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme
 
+_OPERANDS = ("weight", "input", "output")
+
 
 class QuantizedLinear(QuantizedModule):
-    """What both linears share: the quantizers, the mode, and the quantized GEMM.
+    """What both linears add to Megatron's: the quantizers, the mode, and the quantized GEMM.
+
+    Args:
+        *args: As for the Megatron linear, and likewise what else is named there.
+        name: Global name of this linear.
+        scheme: What to quantize; None leaves the linear unquantized (but still calibratable).
+        num_shards: Largest tensor-parallel size of the model (`layout.shard_count`).
+        parts: 2 for a fused gate/up weight, otherwise 1.
+        has_bias: Takes the place of `bias`, which Megatron's layers set from their config.
+        **kwargs: As for the Megatron linear.
 
     Attributes:
         weight_quantizer: None when the scheme leaves weights alone; likewise
@@ -55,25 +66,43 @@ class QuantizedLinear(QuantizedModule):
         gemm_kind: Fast path of the scheme; None: there is only the reference path.
         weight_cache: Present inside `quantized_step`.
         is_reference: Stay on the reference path, for comparisons.
-        lowered: Present once the model has been lowered for inference.
+        packed_weight: Present once the model has been lowered for inference.
+
+    Raises:
+        ValueError: `gradient_accumulation_fusion` is on: it writes to `weight.main_grad`, which
+            a fake-quantized copy of the weight does not have. Or a row-parallel linear is to add its
+            bias itself: an output is quantized without it.
     """
 
     input_size: int
     config: Any
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+    output_quantizer: Quantizer | None
 
-    def attach_quantizers(
-        self, name: str, scheme: LinearScheme | None, num_shards: int, parts: int
+    def __init__(
+        self,
+        *args: Any,
+        name: str,
+        scheme: LinearScheme | None,
+        num_shards: int,
+        parts: int = 1,
+        has_bias: bool | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Called once by the constructors, after Megatron has made the weight.
-
-        Raises:
-            ValueError: `gradient_accumulation_fusion` is on: it writes to `weight.main_grad`, which
-                a fake-quantized copy of the weight does not have.
-        """
+        if has_bias is not None:
+            kwargs["bias"] = has_bias
+        super().__init__(*args, **kwargs)
         if scheme is not None and self.config.gradient_accumulation_fusion:
             raise UserError(
                 f"{name}: gradient_accumulation_fusion=True cannot be combined with quantization, "
                 "because the fused kernel bypasses the straight-through gradient; set it to False."
+            )
+        is_row = isinstance(self, RowParallelLinear)
+        if is_row and self.bias is not None and not self.skip_bias_add:
+            raise UserError(
+                f"{name}: a bias needs skip_bias_add=True here, as in all of Megatron's layers; the "
+                "caller adds it."
             )
         self.quantized_name = name
         self.parts = parts
@@ -84,15 +113,15 @@ class QuantizedLinear(QuantizedModule):
         self.is_reference = False
         self.scheme = scheme
         self.packed_weight: PackedWeight | None = None
-        self.weight_quantizer: Quantizer | None = None
-        self.input_quantizer: Quantizer | None = None
-        self.output_quantizer: Quantizer | None = None
-        cut_over_tp = "input" if isinstance(self, RowParallelLinear) else "output"
-        for kind, operand in (scheme.operands if scheme else {}).items():
-            shape = tuple(self.weight.shape) if kind == "weight" else None
-            quantizer = Quantizer(operand, shape, f"{name}.{kind}")
-            if kind == cut_over_tp and isinstance(operand.granularity, PerToken):
-                quantizer.reduce_amax = self._merge_maxima_
+        operands = scheme.operands if scheme else {}
+        for kind in _OPERANDS:
+            quantizer = None
+            if kind in operands:
+                shape = tuple(self.weight.shape) if kind == "weight" else None
+                quantizer = Quantizer(operands[kind], shape, f"{name}.{kind}")
+                is_cut_over_tp = kind == ("input" if is_row else "output")
+                if is_cut_over_tp and isinstance(operands[kind].granularity, PerToken):
+                    quantizer.reduce_amax = self._merge_maxima_
             setattr(self, f"{kind}_quantizer", quantizer)
         self.to(self.weight.device)
 
@@ -102,11 +131,7 @@ class QuantizedLinear(QuantizedModule):
     @property
     def quantizers(self) -> dict[str, Quantizer]:
         """The quantizers that exist among `weight`, `input` and `output`."""
-        found = {
-            "weight": self.weight_quantizer,
-            "input": self.input_quantizer,
-            "output": self.output_quantizer,
-        }
+        found = {kind: getattr(self, f"{kind}_quantizer") for kind in _OPERANDS}
         return {kind: quantizer for kind, quantizer in found.items() if quantizer is not None}
 
     def begin_calibration(self) -> None:
@@ -220,48 +245,20 @@ class QuantizedLinear(QuantizedModule):
         output = quantized_matmul(input, weight, steps, used, gemm)
         return output if bias is None else output + bias
 
-
-class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type: ignore[misc]
-    """`ColumnParallelLinear` with quantized operands; takes the same arguments, and five more.
-
-    Args:
-        *args: As for Megatron's `ColumnParallelLinear`.
-        name: Global name of this linear.
-        scheme: What to quantize; None leaves the linear unquantized (but still calibratable).
-        num_shards: Largest tensor-parallel size of the model (`layout.shard_count`).
-        parts: 2 for a fused gate/up weight, otherwise 1.
-        has_bias: Takes the place of `bias`, which Megatron's layers set from their config.
-        **kwargs: As for Megatron's `ColumnParallelLinear`.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        name: str,
-        scheme: LinearScheme | None,
-        num_shards: int,
-        parts: int = 1,
-        has_bias: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if has_bias is not None:
-            kwargs["bias"] = has_bias
-        ColumnParallelLinear.__init__(self, *args, **kwargs)
-        self.attach_quantizers(name, scheme, num_shards, parts)
+    def _calibration_gemm(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Unquantized and layout-exact."""
+        raise NotImplementedError
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_calibrating:
-            if self.packed_weight is not None:
-                return self.packed_gemm(input, **kwargs)
-            if self._is_fast():
-                return self.quantized_gemm(input, weight, *args, **kwargs)
-            return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
-        self.observe("input", input)
-        if self.sequence_parallel:
-            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
-        output = sharded_linear(input, weight, self.shards_per_rank * self.parts)
-        bias = kwargs.get("bias")
-        return output if bias is None else output + bias
+        if self.is_calibrating:
+            self.observe("input", input)
+            return self._calibration_gemm(input, weight, kwargs.get("bias"))
+        if self.packed_weight is not None:
+            return self.packed_gemm(input, **kwargs)
+        if self._is_fast():
+            return self.quantized_gemm(input, weight, *args, **kwargs)
+        operands = self.quantized_operands(input, weight)
+        return super()._forward_impl(*operands, *args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As Megatron's, then the output quantizer."""
@@ -269,49 +266,24 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
         return self.quantized_output(output), bias
 
 
+class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type: ignore[misc]
+    """`ColumnParallelLinear` with quantized operands."""
+
+    def _calibration_gemm(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        output = sharded_linear(input, weight, self.shards_per_rank * self.parts)
+        return output if bias is None else output + bias
+
+
 class QuantRowParallelLinear(QuantizedLinear, RowParallelLinear):  # type: ignore[misc]
-    """`RowParallelLinear` with quantized operands; arguments as for `QuantColumnParallelLinear`.
+    """`RowParallelLinear` with quantized operands."""
 
-    Raises:
-        ValueError: It is to add its bias itself: an output is quantized without it.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        name: str,
-        scheme: LinearScheme | None,
-        num_shards: int,
-        has_bias: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if has_bias is not None:
-            kwargs["bias"] = has_bias
-        RowParallelLinear.__init__(self, *args, **kwargs)
-        if self.bias is not None and not self.skip_bias_add:
-            raise UserError(
-                f"{name}: a bias needs skip_bias_add=True here, as in all of Megatron's layers; the "
-                "caller adds it."
-            )
-        self.attach_quantizers(name, scheme, num_shards, parts=1)
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_calibrating:
-            if self.packed_weight is not None:
-                return self.packed_gemm(input, **kwargs)
-            if self._is_fast():
-                return self.quantized_gemm(input, weight, *args, **kwargs)
-            return super()._forward_impl(*self.quantized_operands(input, weight), *args, **kwargs)
-        self.observe("input", input)
+    def _calibration_gemm(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output, overflow = ordered_linear(input, weight, self.shards_per_rank, self.tp_group)
         assert self.overflow is not None, "begin_calibration() creates the flag"
         self.overflow |= overflow
         return output
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's, then the output quantizer."""
-        output, bias = super().forward(input_)
-        return self.quantized_output(output), bias
 
 
 def quantized_linears(model: Any) -> dict[str, QuantizedLinear]:

@@ -116,7 +116,7 @@ _INT8_TOKEN = TensorScheme(INT8_MIN128, PerToken(), is_dynamic=True)
 _FP8_STATIC = TensorScheme(FP8_E4M3, PerTensor(), _BF16)
 _FP8_TOKEN = TensorScheme(FP8_E4M3, PerToken(), is_dynamic=True)
 _INT4_GROUPS = TensorScheme(INT4, PerGroup(128), _BF16)
-_NVFP4 = TensorScheme(FP4_E2M1, PerGroup(16), _E4M3)
+_NVFP4 = TensorScheme(FP4_E2M1, PerGroup(16), _E4M3)  # block scales under a static global one
 _MXFP4 = TensorScheme(FP4_E2M1, PerGroup(32), _E8M0)
 _MXFP8 = TensorScheme(FP8_E4M3, PerGroup(32), _E8M0)
 
@@ -157,32 +157,11 @@ ALGORITHMS = (*_NAMED, "null")
 def named_algorithm(name: str, *, group_size: int | None = None) -> Algorithm | None:
     """A named algorithm; `null` is None.
 
-    | algorithm       | weight                            | input                         | recipe      |
-    |-----------------|-----------------------------------|-------------------------------|-------------|
-    | `int8`          | INT8 per output channel           | INT8 per tensor, static       | -           |
-    | `int8_sq`       | the same                          | the same                      | SmoothQuant |
-    | `int8_pc_pt`    | the same                          | INT8 per token, dynamic       | -           |
-    | `int8_wo`       | INT8, scale amax / 128            | -                             | -           |
-    | `fp8`           | FP8 E4M3 per tensor               | FP8 E4M3 per tensor, static   | -           |
-    | `fp8_pc_pt`     | FP8 E4M3 per output channel       | FP8 E4M3 per token, dynamic   | -           |
-    | `nvfp4`         | E2M1, blocks of 16, two levels    | the same, dynamic under a     | -           |
-    |                 |                                   | static global scale           |             |
-    | `mxfp4`         | E2M1, blocks of 32, powers of two | the same, dynamic             | -           |
-    | `mxfp8`         | E4M3, blocks of 32, powers of two | the same, dynamic             | -           |
-    | `nf4`           | NF4, blocks of 64                 | -                             | -           |
-    | `int4`          | INT4 groups                       | -                             | -           |
-    | `int4_awq`      | the same                          | -                             | AWQ         |
-    | `w4a8_awq`      | the same                          | FP8 E4M3 per tensor, static   | AWQ         |
-    | `int4_w_int8_a` | the same                          | INT8 per tensor, static       | -           |
-    | `8da4w`         | INT4 groups, scale amax / 7.5     | INT8 per token, asymmetric    | -           |
-    | `w_int4_sym`    | the same                          | -                             | -           |
-    | `w_uint4_asym`  | UINT4 groups with zero points     | -                             | -           |
-
     INT4, UINT4 and static FP8 scales lie on the bfloat16 grid, because servers keep them in the
     model's dtype; ExecuTorch keeps those of `8da4w` in float32.
 
     Args:
-        name: One of the table.
+        name: One of `ALGORITHMS`.
         group_size: Elements per group of integers; None: 128, for `8da4w` 256. The other formats fix
             their blocks.
 

@@ -1,4 +1,4 @@
-"""Which elements of a tensor share one scale."""
+"""Which elements of a tensor share one scale; `str` of a granularity is its name in checkpoints."""
 
 import difflib
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ class PerTensor:
         return x.amax().reshape(1)
 
     def __str__(self) -> str:
-        """Name used in checkpoints."""
         return "tensor"
 
 
@@ -47,7 +46,6 @@ class PerChannel:
         return x.amax(dim=-1)
 
     def __str__(self) -> str:
-        """Name used in checkpoints."""
         return "channel"
 
 
@@ -56,7 +54,6 @@ class PerToken(PerChannel):
     """One scale per token of [..., I], shape [...]: rows again, but known only when they arrive."""
 
     def __str__(self) -> str:
-        """Name used in checkpoints."""
         return "token"
 
 
@@ -88,7 +85,6 @@ class PerGroup:
         return padded.reshape(*self.scale_shape(tuple(x.shape)), self.size).amax(dim=-1)
 
     def __str__(self) -> str:
-        """Name used in checkpoints."""
         return f"group:{self.size}"
 
 
@@ -120,7 +116,6 @@ class PerBlock:
         return padded.reshape(rows, self.size, cols, self.size).amax(dim=(1, 3))
 
     def __str__(self) -> str:
-        """Name used in checkpoints."""
         return f"block:{self.size}"
 
 

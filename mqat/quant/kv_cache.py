@@ -37,20 +37,16 @@ class KvCacheScheme:
 
     Attributes:
         name: `int8` or `fp8`.
-        tensor: The same for keys and values: static, symmetric, per tensor.
         is_shared: Keys and values have one scale.
     """
 
     name: str
-    tensor: TensorScheme
     is_shared: bool = True
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for what no server's cache holds."""
-        if self.tensor != _TENSORS.get(self.name):
-            raise UserError(
-                f"KV cache {self.name!r} is {_TENSORS.get(self.name)}, not {self.tensor}."
-            )
+    @property
+    def tensor(self) -> TensorScheme:
+        """The same for keys and values: static, symmetric, per tensor."""
+        return _TENSORS[self.name]
 
     @property
     def operands(self) -> dict[str, TensorScheme]:
@@ -83,4 +79,4 @@ def kv_cache_scheme(name: str, scales: str = "shared") -> KvCacheScheme:
     if scales not in KV_SCALES:
         hint = nearest_hint(scales, KV_SCALES)
         raise UserError(f"quantization.kv_cache_scales={scales!r} is unknown; {hint}")
-    return KvCacheScheme(name, _TENSORS[name], scales == "shared")
+    return KvCacheScheme(name, scales == "shared")

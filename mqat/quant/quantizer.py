@@ -143,10 +143,6 @@ class Quantizer(nn.Module):
         self.observer = None
         self.is_frozen = True
 
-    def load_scale_(self, scale: Tensor) -> None:
-        """`load_` of a quantizer that has nothing but a scale."""
-        self.load_({"scale": scale})
-
     def _check(self, part: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape:
             raise UserError(

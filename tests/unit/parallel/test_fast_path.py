@@ -210,7 +210,7 @@ def test_an_ordinary_write_or_a_new_scale_inside_the_scope_is_noticed(calibrated
         linear.weight.mul_(0.5)
         assert relative(linear(x)[0], first) > 0.1
         second = linear(x)[0]
-        linear.weight_quantizer.load_scale_(linear.weight_quantizer.scale * 0.1)
+        linear.weight_quantizer.load_({"scale": linear.weight_quantizer.scale * 0.1})
         assert relative(linear(x)[0], second) > 0.1
 
 

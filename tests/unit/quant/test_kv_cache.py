@@ -3,11 +3,8 @@ import torch
 
 from mqat.models.schemes import kv_cache_schemes, linear_schemes, scheme_from_dict, table_schemes
 from mqat.quant.algorithm import named_scheme
-from mqat.quant.formats import FP8_E4M3
-from mqat.quant.granularity import PerTensor
-from mqat.quant.kv_cache import KvCacheScheme, kv_cache_scheme
+from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.quant.quantizer import Quantizer
-from mqat.quant.scheme import TensorScheme
 
 
 @pytest.mark.parametrize("scales", ["shared", "separate"])
@@ -30,8 +27,6 @@ def test_unknown_words_suggest_the_nearest():
         kv_cache_scheme("int4")
     with pytest.raises(ValueError, match="did you mean 'separate'"):
         kv_cache_scheme("fp8", "seperate")
-    with pytest.raises(ValueError, match="KV cache 'fp8' is "):
-        KvCacheScheme("fp8", TensorScheme(FP8_E4M3, PerTensor()))
 
 
 def frozen(name, amax):

@@ -1,14 +1,7 @@
 import pytest
 import torch
 
-from mqat.quant.packing import (
-    pack_2bit,
-    pack_int4,
-    pack_nibbles,
-    unpack_2bit,
-    unpack_int4,
-    unpack_nibbles,
-)
+from mqat.quant.packing import pack_int4, pack_nibbles, unpack_nibbles
 
 
 def test_even_rows_are_in_the_low_nibble():
@@ -16,11 +9,11 @@ def test_even_rows_are_in_the_low_nibble():
     assert pack_int4(codes).view(torch.uint8).tolist() == [[0xF1, 0x78]]
 
 
-def test_every_pair_of_codes_is_unpacked_as_packed():
+def test_every_pair_of_codes_has_a_byte_of_its_own():
     code = torch.arange(-8, 8, dtype=torch.int8)
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)])
-    assert torch.equal(unpack_int4(pack_int4(pairs)), pairs)
-    assert not torch.equal(unpack_int4(pack_int4(pairs.flip(0))), pairs)  # control: order matters
+    expected = [[(low & 15) + 16 * (high & 15) for low, high in pairs.t().tolist()]]
+    assert pack_int4(pairs).view(torch.uint8).tolist() == expected
 
 
 def test_a_slice_of_columns_is_packed_like_its_copy():
@@ -34,11 +27,9 @@ def test_odd_rows_and_vectors_are_refused(shape):
         pack_int4(torch.zeros(shape, dtype=torch.int8))
 
 
-def test_other_dtypes_are_refused_in_both_directions():
+def test_other_dtypes_are_refused():
     with pytest.raises(ValueError, match=r"torch\.int32"):
         pack_int4(torch.zeros(2, 2, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"needs int8, got torch\.uint8"):
-        unpack_int4(torch.zeros(1, 2, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("code", [8, -9, 127])
@@ -66,18 +57,3 @@ def test_wrong_neighbours_are_refused():
         pack_nibbles(torch.tensor([0, 16], dtype=torch.uint8))
     with pytest.raises(ValueError, match="needs uint8"):
         unpack_nibbles(torch.zeros(1, dtype=torch.int8))
-
-
-def test_the_first_of_four_neighbours_is_in_the_lowest_bits():
-    codes = torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8)
-    assert pack_2bit(codes).tolist() == [[0b00111001]]
-    assert torch.equal(unpack_2bit(pack_2bit(codes)), codes)
-
-
-def test_wrong_fours_are_refused():
-    with pytest.raises(ValueError, match="divisible by four"):
-        pack_2bit(torch.zeros(4, 6, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="code 4"):
-        pack_2bit(torch.tensor([0, 1, 2, 4], dtype=torch.uint8))
-    with pytest.raises(ValueError, match="needs uint8"):
-        unpack_2bit(torch.zeros(1, dtype=torch.int8))

@@ -68,7 +68,7 @@ def test_disabled_or_reset_it_is_the_identity_again():
 def test_a_loaded_scale_gives_the_same_values_as_the_frozen_one():
     trained, loaded = weight_quantizer(), weight_quantizer()
     trained.freeze_(X.abs().amax(dim=1))
-    loaded.load_scale_(trained.scale.clone())
+    loaded.load_({"scale": trained.scale.clone()})
     assert torch.equal(loaded(X), trained(X))
 
 
@@ -80,15 +80,15 @@ def test_scales_are_not_in_the_state_dict():
 
 def test_a_scale_of_another_shape_is_refused_by_name():
     with pytest.raises(ValueError, match=r"fc1\.weight: scale has shape \(1,\), expected \(4,\)"):
-        weight_quantizer().load_scale_(torch.ones(1))
+        weight_quantizer().load_({"scale": torch.ones(1)})
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.1, float("nan"), float("inf")])
 def test_a_step_that_is_not_positive_and_finite_is_refused_and_leaves_the_old_one(bad):
     quantizer = weight_quantizer()
-    quantizer.load_scale_(torch.ones(4))
+    quantizer.load_({"scale": torch.ones(4)})
     with pytest.raises(ValueError, match=r"fc1\.weight: 1 of 4 scales"):
-        quantizer.load_scale_(torch.tensor([1.0, bad, 2.0, 3.0]))
+        quantizer.load_({"scale": torch.tensor([1.0, bad, 2.0, 3.0])})
     assert quantizer.scale.tolist() == [1.0] * 4
 
 
