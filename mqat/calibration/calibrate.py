@@ -16,7 +16,7 @@ from mqat.errors import UserError
 from mqat.parallel.linear import quantized_linears, weight_amax_spans_ranks
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
-from mqat.runtime.groups import any_rank, raise_on_any_rank
+from mqat.runtime.groups import any_rank, on_all_ranks
 
 
 @contextmanager
@@ -94,8 +94,7 @@ def calibrate(
         histograms = [observer.histogram for observer in observers.values()]
         all_reduce_fused_(histograms, dist.ReduceOp.SUM, group)
 
-    error: Exception | None = None
-    try:
+    with on_all_ranks():
         for name, observer in observers.items():
             observer.check(name)
         for name in modules:
@@ -109,9 +108,6 @@ def calibrate(
                 raise UserError(
                     f"{name}: weight holds NaN or infinite values; restore another checkpoint."
                 )
-    except ValueError as caught:
-        error = caught
-    raise_on_any_rank(error)
 
     for name in amax:
         modules[name].quantizers["weight"].freeze_(amax[name], whole[name])

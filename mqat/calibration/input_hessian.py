@@ -14,12 +14,15 @@ microbatches are added as 64-bit integers in units of 2**-FRACTION_BITS, in any 
 | the same, sequence parallel `[S/tp, B, I]`| gather of sequence  | I / tp               | DP          |
 | row-parallel `[S, B, I/tp]`               | gather of channels  | I / tp               | DP          |
 
-Memory per rank: 8 I² / tp bytes for each watched linear; `peak_bytes` adds them up.
+Memory per rank: 8 I² / tp bytes for each watched linear; a search adds a few float64 matrices [I, I] for
+one linear at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,18 +119,6 @@ class InputHessian:
         return upper + upper.triu(1).t()
 
 
-def peak_bytes(linears: Mapping[str, QuantizedLinear]) -> int:
-    """Bytes of statistics that this rank holds while it watches `linears` at once.
-
-    The search adds a few matrices [I, I] in float64 for one linear at a time.
-    """
-    total = 0
-    for linear in linears.values():
-        width = input_width(linear)
-        total += width * (8 * -(-width // linear.tp_group.size()) + 4)
-    return total
-
-
 def input_width(linear: QuantizedLinear) -> int:
     """Global number of input features."""
     cut = linear.tp_group.size() if isinstance(linear, QuantRowParallelLinear) else 1
@@ -159,24 +150,6 @@ def _empty(linears: Mapping[str, QuantizedLinear]) -> tuple[Tensor, dict[str, In
     return flat, input_hessians
 
 
-@contextmanager
-def _watching(
-    linears: Mapping[str, QuantizedLinear], input_hessians: Mapping[str, InputHessian], dp_size: int
-) -> Iterator[None]:
-    def hook_for(name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            input_hessians[name].observe_(linears[name], inputs[0], dp_size)
-
-        return hook
-
-    handles = [linear.register_forward_pre_hook(hook_for(n)) for n, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def collect_input_hessians(
     linears: Mapping[str, QuantizedLinear],
     run_batches: Callable[[], None],
@@ -193,16 +166,21 @@ def collect_input_hessians(
         dp_group: DP x CP.
     """
     flat, input_hessians = _empty(linears)
-    with _watching(linears, input_hessians, dp_group.size()):
+
+    def observe(name: str, linear: Any, inputs: tuple[Tensor, ...]) -> None:
+        input_hessians[name].observe_(linear, inputs[0], dp_group.size())
+
+    with ExitStack() as stack:
+        for name, linear in linears.items():
+            stack.enter_context(linear.register_forward_pre_hook(partial(observe, name)))
         run_batches()
     if linears and dp_group.size() > 1:
         dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=dp_group)
     maxima = [tensor for m in input_hessians.values() for tensor in (m.amax, m.flag)]
     for name, linear in linears.items():
         if linear.overflow is not None:
-            torch.maximum(
-                input_hessians[name].flag, linear.overflow.float(), out=input_hessians[name].flag
-            )
+            flag = input_hessians[name].flag
+            torch.maximum(flag, linear.overflow.float(), out=flag)
     all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
     return input_hessians
 

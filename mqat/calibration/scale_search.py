@@ -54,12 +54,8 @@ def candidate_scales(
 ) -> Tensor:
     """Factors to try, float32 [C, I]; the first row leaves everything as it is.
 
-    Args:
-        pair: Says which channels share a factor.
-        inputs: Of the linear.
-        weight_amax: Largest |W_oj| of each column, float32 [I].
-        search_steps: Alphas tried between 0 and 1 in each of the two families.
-        sq_grid: As for `round_scale`.
+    From the largest |W_oj| of each column, float32 [I], and `search_steps` alphas between 0 and 1 in
+    each of the two families.
     """
     x, w = pair.tied(inputs.amax), pair.tied(weight_amax)
     rms = pair.tied(divide(inputs.hessian.diagonal(), inputs.tokens).sqrt().float())
@@ -87,13 +83,7 @@ def shard_losses(
 ) -> Tensor:
     """Output error of each candidate on every eighth row of this rank's shards, float64 [C, shards].
 
-    Args:
-        shards: Of the weight, float32 [rows, I].
-        inputs: Of the linear.
-        scales: Candidates, float32 [C, I].
-        weight: Scheme of the weight; None: not quantized.
-        operand: Scheme of the input; None: not quantized.
-
+    `scales` are the candidates, [C, I]; `weight` and `operand` (the input) are None if not quantized.
     What a whole weight shares (a scale per tensor, the upper of two levels) is taken from each shard,
     which orders candidates alike. Dynamic inputs count as exact: their scales follow each token.
     """

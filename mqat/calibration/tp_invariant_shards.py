@@ -25,12 +25,6 @@ def row_shard_count(linear: QuantizedLinear) -> int:
     return num_shards(linear) * linear.parts
 
 
-def output_width(linear: QuantizedLinear) -> int:
-    """Global number of output features."""
-    cut = 1 if isinstance(linear, QuantRowParallelLinear) else linear.tp_group.size()
-    return int(linear.weight.shape[0] * cut)
-
-
 def row_shard_numbers(linear: QuantizedLinear) -> list[int]:
     """Global numbers of this rank's shards, in the order of `row_shards`."""
     shards, rank = num_shards(linear), linear.tp_group.rank()

@@ -2,7 +2,7 @@
 
 Recipes are carried out for all layers at once, or for a few layers at a time (`calib_layers_at_once`):
 then later layers are calibrated behind earlier ones that are already rescaled and rounded, memory for
-statistics is bounded (`input_hessian.peak_bytes`), and the batches run once for every such span of
+statistics is bounded (`input_hessian.py`), and the batches run once for every such span of
 layers. Spans are cut by global layer number, so they are the same at any pipeline size.
 """
 
@@ -27,7 +27,7 @@ from mqat.models.structure import is_in_layer, split_name
 from mqat.parallel.linear import decoder_linears
 from mqat.parallel.quantized_module import quantized_modules
 from mqat.quant.algorithm import Recipe
-from mqat.runtime.groups import raise_on_any_rank
+from mqat.runtime.groups import on_all_ranks
 
 
 def needs_input_hessian(recipe: Recipe) -> bool:
@@ -86,21 +86,14 @@ def apply_weight_recipe_(
                     group=group,
                     dp_group=dp_group,
                 )
-        error: Exception | None = None
-        try:
+        with on_all_ranks():
             check_input_hessians(input_hessians)
             smoothed = {name for name in own if span[name].smoothquant}
             pairs = find_smoothing_pairs(chunks, smoothed, model)
-        except ValueError as caught:
-            error = caught
-        raise_on_any_rank(error)
         calibrator = WeightCalibrator(own, span, pairs, input_hessians)
         calibrator.smoothquant_()
-        try:
+        with on_all_ranks():
             calibrator.choose_scales()
             calibrator.round_()
-        except ValueError as caught:
-            error = caught
-        raise_on_any_rank(error)
         found |= calibrator.local_qparams()
     return found

@@ -47,13 +47,11 @@ def forward_loss(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Cal
 def _forward_logits(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
     batch = _to_device(next(batches))
     output = chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"])
-    zero = torch.zeros((), device=output.device)
-    return output, lambda logits: (zero, {"logits": logits.detach()})
+    return output, lambda logits: (logits.new_zeros(()), {"logits": logits.detach()})
 
 
 def _forward_hidden(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-    batch = _to_device(next(batches))
-    output = chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    output, _ = _forward_logits(batches, chunk)
     return output, lambda hidden: (hidden.new_zeros(()), {})
 
 
@@ -111,21 +109,26 @@ def loss_totals(results: list[dict[str, Tensor]]) -> tuple[float, float]:
     return loss, tokens
 
 
+@contextmanager
+def _eval_mode(chunks: Sequence[Any]) -> Iterator[None]:
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    yield
+    for chunk, training in zip(chunks, was_training, strict=True):
+        chunk.train(training)
+
+
 @torch.no_grad()
 def evaluate(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> tuple[float, float]:
     """Loss summed over all counted tokens, and their number, on every rank; changes nothing."""
     loss = tokens = 0.0
-    was_training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    with quantized_step(chunks, for_backward=False):
+    with _eval_mode(chunks), quantized_step(chunks, for_backward=False):
         for microbatches in steps:
             part = loss_totals(
                 run_microbatches(forward_loss, chunks, microbatches, forward_only=True)
             )
             loss, tokens = loss + part[0], tokens + part[1]
-    for chunk, training in zip(chunks, was_training, strict=True):
-        chunk.train(training)
     return loss, tokens
 
 
@@ -149,14 +152,9 @@ def _without_logits(chunks: Sequence[Any]) -> Iterator[None]:
 @torch.no_grad()
 def run_layers(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> None:
     """Forward passes through all layers, without logits and loss: for what calibration watches."""
-    was_training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    with _without_logits(chunks):
+    with _eval_mode(chunks), _without_logits(chunks):
         for microbatches in steps:
             run_microbatches(_forward_hidden, chunks, microbatches, forward_only=True)
-    for chunk, training in zip(chunks, was_training, strict=True):
-        chunk.train(training)
 
 
 @torch.no_grad()

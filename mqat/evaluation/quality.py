@@ -20,6 +20,7 @@ the same on every layout, up to the order in which floats are added.
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from mqat.errors import UserError
 from mqat.evaluation.sqnr_hooks import CLIPPED, COUNT, NOISE, SIGNAL, SqnrHooks, operand_sums
 from mqat.parallel.attention import KvCacheAttention
-from mqat.parallel.linear import QuantizedLinear, quantized_linears
+from mqat.parallel.linear import QuantizedLinear
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.quant.quantizer import Quantizer
@@ -98,18 +99,16 @@ def quality_report(
     Raises:
         ValueError: Nothing is quantized, no token reached a module, or one is not finite; on every rank.
     """
-    linears: dict[str, QuantizedModule] = {**quantized_linears(chunks)}
-    attentions = {
-        n: m for n, m in quantized_modules(chunks).items() if isinstance(m, KvCacheAttention)
+    modules = {
+        name: module
+        for name, module in quantized_modules(chunks).items()
+        if isinstance(module, QuantizedLinear | KvCacheAttention) and module.quantizers
     }
-    modules = {n: m for n, m in (linears | attentions).items() if m.quantizers}
     watched = {name: SqnrHooks(module) for name, module in modules.items()}
-    handles = [w.attach() for w in watched.values()]
-    try:
+    with ExitStack() as stack:
+        for hooks in watched.values():
+            stack.enter_context(hooks.attach())
         run_batches()
-    finally:
-        for handle in handles:
-            handle.remove()
     with torch.no_grad():
         _weight_figures(modules, watched)
     ends = {

@@ -73,12 +73,9 @@ class SqnrHooks:
 
     def __init__(self, module: QuantizedModule) -> None:
         self.module = module
-        device = module.weight.device if isinstance(module, QuantizedLinear) else _device(module)
-        kinds = ["output", *(kind for kind in module.quantizers if kind != "weight")]
-        self.sums = {
-            kind: torch.zeros(4, dtype=torch.float64, device=device)
-            for kind in dict.fromkeys(kinds)
-        }
+        device = next(iter(module.quantizers.values())).scale.device
+        kinds = dict.fromkeys(["output", *(kind for kind in module.quantizers if kind != "weight")])
+        self.sums = {kind: torch.zeros(4, dtype=torch.float64, device=device) for kind in kinds}
         self.maxima = {kind: torch.zeros(1, device=device) for kind in self.sums}
         if isinstance(module, QuantizedLinear):
             cut = module.tp_group.size() if isinstance(module, QuantRowParallelLinear) else 1
@@ -87,7 +84,7 @@ class SqnrHooks:
         self._is_inside = False
 
     def attach(self) -> Any:
-        """Starts; the handle's `remove()` ends it."""
+        """Starts; what is returned is a context that ends it."""
         return self.module.register_forward_hook(self._hook, with_kwargs=True)
 
     def _hook(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -145,7 +142,3 @@ class SqnrHooks:
 def _first(output: Any) -> Tensor:
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
-
-
-def _device(module: QuantizedModule) -> torch.device:
-    return next(iter(module.quantizers.values())).scale.device

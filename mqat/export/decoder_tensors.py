@@ -1,7 +1,7 @@
 """The tensors of a decoder as a server names and cuts them, planned before any is read."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class DecoderTensors:
                 rows = linear_rows(model, linear, parts, rank)
                 served = ServedLinear(reader, layer, linear, rows, cols, dtype)
                 for suffix, build in self._builders(scheme, served.has_bias).items():
-                    yield build(served).named(f"{prefix}{module}.{suffix}")
+                    yield replace(build(served), name=f"{prefix}{module}.{suffix}")
         yield from self.cache.plan(reader, layer, prefix)
 
     def _builders(self, scheme: LinearScheme | None, has_bias: bool) -> TensorBuilders:
@@ -150,7 +150,7 @@ def _plan_table(
         yield torch.zeros(padding, width, dtype=dtype)
 
     shape = (rows.stop - rows.start + padding, width)
-    return TensorPlan(f"{module}.weight", dtype, shape, chunks)
+    return TensorPlan(dtype, shape, chunks, f"{module}.weight")
 
 
 def _plan_norm(
@@ -162,4 +162,4 @@ def _plan_norm(
         region = () if layer is None else (slice(layer, layer + 1),)
         yield reader.read(norm.key, region).to(dtype)
 
-    return TensorPlan(f"{module}.weight", dtype, (reader.model.size(norm.size),), chunks)
+    return TensorPlan(dtype, (reader.model.size(norm.size),), chunks, f"{module}.weight")

@@ -83,7 +83,7 @@ class CacheForm:
 
         for suffix, kind in self.names(CORE_ATTENTION).items():
             key = quantizer_key(name, kind if kind == "kv" else scheme.scale_of(kind), "scale")
-            yield TensorPlan(prefix + suffix, torch.float32, self.shape, partial(chunks, key))
+            yield TensorPlan(torch.float32, self.shape, partial(chunks, key), prefix + suffix)
 
 
 def cache_algorithm(caches: Mapping[str, KvCacheScheme]) -> str | None:

@@ -33,16 +33,16 @@ class TensorPlan:
     """A tensor of a file before it exists.
 
     Attributes:
-        name: In the file.
         dtype: Of every chunk.
         shape: Of the whole tensor.
         chunks: Produces the tensor's rows in order, some at a time; may be called again.
+        name: In the file.
     """
 
-    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     chunks: Callable[[], Iterator[Tensor]]
+    name: str = ""
 
     @property
     def num_bytes(self) -> int:

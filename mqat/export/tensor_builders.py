@@ -1,10 +1,10 @@
 """One function for every kind of tensor that servers keep of a linear: codes, packed codes, scales.
 
-A form (`forms.Form`) maps names of tensors to these functions. Scales multiply when dequantizing.
+A form (`forms.Form`) maps names of tensors to these functions, whose plans have none yet. Scales
+multiply when dequantizing.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,69 +16,55 @@ from mqat.export.words import pack_words
 from mqat.quant.packing import pack_int4, pack_nibbles
 from mqat.quant.scales import block_scales
 
-
-@dataclass(frozen=True)
-class ServedTensor:
-    """A tensor of a served module, without its name; attributes as of `TensorPlan`."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[Tensor]]
-
-    def named(self, name: str) -> TensorPlan:
-        """With its name in the file."""
-        return TensorPlan(name, self.dtype, self.shape, self.chunks)
-
-
-TensorBuilder = Callable[[ServedLinear], ServedTensor]
+TensorBuilder = Callable[[ServedLinear], TensorPlan]
 # Suffix of a tensor's name, after its module's -> builder.
 TensorBuilders = Mapping[str, TensorBuilder]
 
 
-def _small(dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> ServedTensor:
+def _small(dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> TensorPlan:
     """A tensor that is small enough to be made at once, when its turn comes."""
-    return ServedTensor(dtype, shape, lambda: iter([make().reshape(shape)]))
+    return TensorPlan(dtype, shape, lambda: iter([make().reshape(shape)]))
 
 
-def bias(served: ServedLinear) -> ServedTensor:
+def bias(served: ServedLinear) -> TensorPlan:
     """The bias in the model's dtype, whatever the form of the weight."""
     return _small(served.dtype, served.shape[:1], lambda: served.bias().to(served.dtype))
 
 
-def unquantized(served: ServedLinear) -> ServedTensor:
+def unquantized(served: ServedLinear) -> TensorPlan:
     """The trained weight in the model's dtype."""
     dtype = served.dtype
-    return ServedTensor(dtype, served.shape, lambda: (w.to(dtype) for w in served.weights()))
+    return TensorPlan(dtype, served.shape, lambda: (w.to(dtype) for w in served.weights()))
 
 
-def dequantized(served: ServedLinear) -> ServedTensor:
+def dequantized(served: ServedLinear) -> TensorPlan:
     """The weight on its grid, in the model's dtype."""
-    return ServedTensor(served.dtype, served.shape, served.values)
+    return TensorPlan(served.dtype, served.shape, served.values)
 
 
-def codes(served: ServedLinear) -> ServedTensor:
+def codes(served: ServedLinear) -> TensorPlan:
     """One code per element."""
-    return ServedTensor(served.weight_scheme.format.storage_dtype, served.shape, served.codes)
+    return TensorPlan(served.weight_scheme.format.storage_dtype, served.shape, served.codes)
 
 
-def row_pairs(served: ServedLinear) -> ServedTensor:
+def row_pairs(served: ServedLinear) -> TensorPlan:
     """Two INT4 codes of neighbouring rows in a byte, int8 (out / 2, in)."""
     out, width = served.shape
-    return ServedTensor(torch.int8, (out // 2, width), lambda: map(pack_int4, served.codes()))
+    return TensorPlan(torch.int8, (out // 2, width), lambda: map(pack_int4, served.codes()))
 
 
-def row_pairs_as_bytes(served: ServedLinear) -> ServedTensor:
+def row_pairs_as_bytes(served: ServedLinear) -> TensorPlan:
     """The same bits, as unsigned bytes."""
     packed = row_pairs(served)
-    return ServedTensor(
+    return TensorPlan(
         torch.uint8, packed.shape, lambda: (chunk.view(torch.uint8) for chunk in packed.chunks())
     )
 
 
-def column_pairs(served: ServedLinear) -> ServedTensor:
+def column_pairs(served: ServedLinear) -> TensorPlan:
     """Two FP4 codes of neighbouring columns in a byte, uint8 (out, in / 2)."""
     out, width = served.shape
-    return ServedTensor(torch.uint8, (out, width // 2), lambda: map(pack_nibbles, served.codes()))
+    return TensorPlan(torch.uint8, (out, width // 2), lambda: map(pack_nibbles, served.codes()))
 
 
 def _signed(unsigned: Tensor, bits: int) -> Tensor:
@@ -86,7 +72,7 @@ def _signed(unsigned: Tensor, bits: int) -> Tensor:
     return (unsigned.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
-def words(served: ServedLinear) -> ServedTensor:
+def words(served: ServedLinear) -> TensorPlan:
     """Integer codes of neighbouring columns in a 32-bit word."""
     (out, width), fmt = served.shape, served.weight_scheme.format
 
@@ -94,10 +80,10 @@ def words(served: ServedLinear) -> ServedTensor:
         for chunk in served.codes():
             yield pack_words(_signed(chunk, fmt.bits) if fmt.is_unsigned else chunk, fmt.bits)
 
-    return ServedTensor(torch.int32, (out, -(-width * fmt.bits // 32)), chunks)
+    return TensorPlan(torch.int32, (out, -(-width * fmt.bits // 32)), chunks)
 
 
-def zero_words(served: ServedLinear) -> ServedTensor:
+def zero_words(served: ServedLinear) -> TensorPlan:
     """Zero points of neighbouring rows in a 32-bit word, moved like the codes of `words`."""
     bits = served.weight_scheme.format.bits
     out, groups = served.scale_shape
@@ -110,17 +96,17 @@ def zero_words(served: ServedLinear) -> ServedTensor:
     return _small(torch.int32, (-(-out * bits // 32), groups), make)
 
 
-def frozen_scale(served: ServedLinear) -> ServedTensor:
+def frozen_scale(served: ServedLinear) -> TensorPlan:
     """Weight scale, float32, in the shape of its granularity."""
     return _small(torch.float32, served.scale_shape, served.scale)
 
 
-def column_scale(served: ServedLinear) -> ServedTensor:
+def column_scale(served: ServedLinear) -> TensorPlan:
     """Weight scale per output channel, float32 (out, 1)."""
     return _small(torch.float32, (served.shape[0], 1), served.scale)
 
 
-def model_scale(served: ServedLinear) -> ServedTensor:
+def model_scale(served: ServedLinear) -> TensorPlan:
     """Weight scale in the model's dtype, in which servers keep it; it must lose nothing."""
 
     def exact() -> Tensor:
@@ -136,7 +122,7 @@ def model_scale(served: ServedLinear) -> ServedTensor:
     return _small(served.dtype, served.scale_shape, exact)
 
 
-def e4m3_scale(served: ServedLinear) -> ServedTensor:
+def e4m3_scale(served: ServedLinear) -> TensorPlan:
     """Lower one of two levels of weight scales, E4M3, in the shape of its granularity."""
     return _small(
         torch.float8_e4m3fn,
@@ -155,7 +141,7 @@ input_scale = _whole("input", "scale")
 global_scale, input_global_scale = _whole("weight", "global_scale"), _whole("input", "global_scale")
 
 
-def fp8_range_scale(served: ServedLinear) -> ServedTensor:
+def fp8_range_scale(served: ServedLinear) -> TensorPlan:
     """Second scale of W4A8 weights, float32 (1,): the same for all parts of a trained weight.
 
     It brings an INT4 weight into E4M3's range. Any factor of at least max|W| / 448 will do for W4A8
@@ -173,7 +159,7 @@ def fp8_range_scale(served: ServedLinear) -> ServedTensor:
 def scalar(build: TensorBuilder) -> TensorBuilder:
     """A builder of the same single number with shape ()."""
 
-    def reshaped(served: ServedLinear) -> ServedTensor:
+    def reshaped(served: ServedLinear) -> TensorPlan:
         one = build(served)
         return _small(one.dtype, (), lambda: next(one.chunks()))
 
@@ -183,19 +169,19 @@ def scalar(build: TensorBuilder) -> TensorBuilder:
 def inverse(build: TensorBuilder) -> TensorBuilder:
     """A builder of the reciprocals of a small tensor."""
 
-    def inverted(served: ServedLinear) -> ServedTensor:
+    def inverted(served: ServedLinear) -> TensorPlan:
         small = build(served)
         return _small(small.dtype, small.shape, lambda: next(small.chunks()).reciprocal())
 
     return inverted
 
 
-def ones(served: ServedLinear) -> ServedTensor:
+def ones(served: ServedLinear) -> TensorPlan:
     """Factor of each input channel, in the model's dtype: smoothing is folded into the weights."""
     width = served.shape[1]
     return _small(served.dtype, (width,), lambda: torch.ones(width, dtype=served.dtype))
 
 
-def full_shape(served: ServedLinear) -> ServedTensor:
+def full_shape(served: ServedLinear) -> TensorPlan:
     """Shape of the unpacked weight, int64 (2,)."""
     return _small(torch.int64, (2,), lambda: torch.tensor(served.shape))

@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mqat.kernels.gemm import float_matmul
+from mqat.kernels.stored import FloatProduct
 from mqat.quant.formats import INT4, INT4_AMAX7_5, UINT4, QuantFormat
 
 # Up to this many tokens the kernel is faster than decoding and a bfloat16 GEMM (measured).
@@ -28,7 +29,7 @@ _ROWS = 64  # rows are padded to whole blocks of any layout
 
 
 @dataclass(frozen=True)
-class PackedInt4:
+class PackedInt4(FloatProduct):
     """A weight [O, I] in half a byte each.
 
     Attributes:
@@ -50,14 +51,8 @@ class PackedInt4:
     half: int
     shape: tuple[int, int]
 
-    @property
-    def held(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
-        zero = () if self.zero is None else (self.zero,)
-        return (self.packed, self.scale, *zero, *self.pairs)
-
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The weight [O, I] that fake quantization gives, bit for bit; a view of its transpose."""
+        """As `FloatProduct.decode`; a view of the transpose."""
         return self._decode_padded(dtype).t()[: self.shape[0], : self.shape[1]]
 
     def _decode_padded(self, dtype: torch.dtype) -> Tensor:

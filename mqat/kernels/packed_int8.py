@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mqat.kernels.gemm import compute_dtype, has_int8_units, scaled_matmul
 from mqat.kernels.operators import decode, encode
+from mqat.kernels.stored import CodeProduct, FloatProduct
 from mqat.quant.formats import QuantFormat
 from mqat.quant.functional import dequantize
 from mqat.quant.granularity import PerChannel, PerTensor, PerToken
@@ -60,7 +61,7 @@ def _(
 
 
 @dataclass(frozen=True)
-class Int8Product:
+class Int8Product(CodeProduct):
     """A weight that is multiplied with INT8 inputs.
 
     Attributes:
@@ -83,23 +84,8 @@ class Int8Product:
         zeros = torch.zeros(codes.shape[0], dtype=torch.int64)
         return cls(torch.ops.onednn.qlinear_prepack(codes, None), scale, zeros, input_format)
 
-    @property
-    def held(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
-        return (self.codes, self.scale) if self.zeros is None else (
-            self.codes, self.scale, self.zeros
-        )  # fmt: skip
-
     def multiply(self, x_NI: Tensor, scale: Tensor) -> Tensor:  # noqa: N803
-        """`x @ w.T`, x quantized here.
-
-        Args:
-            x_NI: Floats.
-            scale: float32, (1,) or (N,), step of x.
-
-        Returns:
-            [N, O] in the dtype of x; NaN where x has one (the whole tensor, or the token).
-        """
+        """As `CodeProduct.multiply`, `scale` (1,) or (N,); NaN where x has one (all, or the token)."""
         is_per_token = scale.numel() > 1
         steps = scale[:, None] if is_per_token else scale
         granularity = PerToken() if is_per_token else PerTensor()
@@ -120,7 +106,7 @@ class Int8Product:
 
 
 @dataclass(frozen=True)
-class Int8Codes:
+class Int8Codes(FloatProduct):
     """A weight that is multiplied with float inputs.
 
     Attributes:
@@ -138,13 +124,8 @@ class Int8Codes:
         """From int8 codes [O, I] and steps (O,)."""
         return cls(codes, scale, torch.ones_like(scale, dtype=torch.bfloat16))
 
-    @property
-    def held(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
-        return (self.codes, self.scale, self.ones)
-
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The weight [O, I] that fake quantization gives, bit for bit."""
+        """As `FloatProduct.decode`."""
         return dequantize(self.codes, self.scale, PerChannel(), dtype)
 
     def multiply(self, x_NI: Tensor) -> Tensor:  # noqa: N803

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mqat.errors import UserError
-from mqat.kernels.gemm import float_matmul
+from mqat.kernels.stored import FloatProduct, Stored
 from mqat.quant.formats import INT8, NF4
 from mqat.quant.functional import dequantize, quantize
 from mqat.quant.granularity import PerGroup
@@ -27,7 +27,7 @@ SCALE_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class DoubleScales:
+class DoubleScales(Stored):
     """Block maxima in 8 bits.
 
     Attributes:
@@ -48,7 +48,7 @@ class DoubleScales:
 
 
 @dataclass(frozen=True)
-class Nf4Weight:
+class Nf4Weight(FloatProduct):
     """A weight in NF4.
 
     Attributes:
@@ -61,30 +61,12 @@ class Nf4Weight:
     scales: Tensor | DoubleScales
     shape: tuple[int, ...]
 
-    @property
-    def held(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
-        double = self.scales
-        parts = (
-            (double,) if isinstance(double, Tensor) else (double.codes, double.steps, double.mean)
-        )
-        return (self.packed, *parts)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory held."""
-        return sum(part.numel() * part.element_size() for part in self.held)
-
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight that is computed with: level * maximum in float32, rounded once to `dtype`."""
         scale = self.scales if isinstance(self.scales, Tensor) else self.scales.values()
         codes = unpack_nibbles(self.packed).view(-1, BLOCK)
         values = dequantize(codes, scale[:, None], PerGroup(BLOCK), dtype, fmt=NF4)
         return values.view(-1)[: torch.Size(self.shape).numel()].view(self.shape)
-
-    def multiply(self, x_NI: Tensor) -> Tensor:  # noqa: N803
-        """`x @ w.T` in the dtype of x."""
-        return float_matmul(x_NI, self.decode(x_NI.dtype).t(), x_NI.dtype)
 
 
 def nf4_quantize(weight: Tensor, *, double: bool = True) -> Nf4Weight:

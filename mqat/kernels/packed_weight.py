@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mqat.errors import UserError
 from mqat.kernels.gemm import float_matmul, scaled_matmul
 from mqat.kernels.operators import encode
-from mqat.kernels.packed_int4 import PackedInt4, pack_for_kernel
+from mqat.kernels.packed_int4 import pack_for_kernel
 from mqat.kernels.packed_int8 import Int8Codes, Int8Product
-from mqat.kernels.packed_nf4 import BLOCK, Nf4Weight, nf4_quantize
+from mqat.kernels.packed_nf4 import BLOCK, nf4_quantize
+from mqat.kernels.stored import CodeProduct, FloatProduct, Stored
 from mqat.quant.formats import FP8_E4M3, INT8, INT8_AMAX128, INT8_MIN128, NF4
 from mqat.quant.functional import dequantize, fake_quantize, quantize
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
@@ -36,25 +38,20 @@ Steps = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class Fp8Product:
+class Fp8Product(CodeProduct):
     """FP8 codes [O, I] and their steps, (1,) or (O,); inputs are FP8 per tensor."""
 
     codes: Tensor
     scale: Tensor
 
-    @property
-    def held(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
-        return (self.codes, self.scale)
-
     def multiply(self, x_NI: Tensor, scale: Tensor) -> Tensor:  # noqa: N803
-        """`x @ w.T` of floats that are quantized here with the given step."""
+        """As `CodeProduct.multiply`, `scale` (1,)."""
         encoded = encode(x_NI, scale, FP8_E4M3, PerTensor(), with_mask=False)
         return scaled_matmul(encoded.codes, self.codes, encoded.scale * self.scale, x_NI.dtype)
 
 
 @dataclass(frozen=True)
-class DecodedCodes:
+class DecodedCodes(FloatProduct):
     """Codes of any format, decoded for each product.
 
     Attributes:
@@ -71,12 +68,6 @@ class DecodedCodes:
     scheme: TensorScheme
     shape: tuple[int, int]
 
-    @property
-    def held(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
-        zero_point = () if self.zero_point is None else (self.zero_point,)
-        return (self.codes, self.scale, *zero_point)
-
     def _unpacked(self, codes: Tensor) -> Tensor:
         fmt = self.scheme.format
         if fmt.bits != 4:
@@ -87,7 +78,7 @@ class DecodedCodes:
         )
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The weight that fake quantization gives, bit for bit."""
+        """As `FloatProduct.decode`."""
         fmt, granularity = self.scheme.format, self.scheme.granularity
         is_by_row = isinstance(granularity, PerChannel | PerGroup)
         step = _CHUNK if is_by_row or isinstance(granularity, PerTensor) else self.shape[0]
@@ -102,16 +93,9 @@ class DecodedCodes:
             )  # fmt: skip
         return weight
 
-    def multiply(self, x_NI: Tensor) -> Tensor:  # noqa: N803
-        """`x @ w.T` in the dtype of x."""
-        return float_matmul(x_NI, self.decode(x_NI.dtype).t(), x_NI.dtype)
-
-
-Storage = Int8Product | Int8Codes | Fp8Product | PackedInt4 | Nf4Weight | DecodedCodes
-
 
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(Stored):
     """A weight [O, I] as it is stored for inference.
 
     Attributes:
@@ -122,12 +106,7 @@ class PackedWeight:
 
     scheme: LinearScheme
     shape: tuple[int, int]
-    storage: Storage
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory held."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.storage.held)
+    storage: CodeProduct | FloatProduct
 
 
 def _is_by_row(granularity: Granularity) -> bool:
@@ -167,7 +146,7 @@ def pack_weight(
     codes = quantize(weight, scale, fmt, granularity, zero_point=zero_point)
     shape = (codes.shape[0], codes.shape[1])
     is_symmetric = zero_point is None and not (operand_of_x and operand_of_x.is_asymmetric)
-    storage: Storage | None = None
+    storage: CodeProduct | FloatProduct | None = None
     if fmt in _INT8 and _is_by_row(granularity) and is_symmetric:
         per_row = scale.expand(shape[0]).contiguous()
         if operand_of_x is None:
@@ -188,25 +167,50 @@ def pack_weight(
 
 @torch.no_grad()
 def packed_matmul(x: Tensor, steps: Steps | None, w: PackedWeight) -> Tensor:
-    """`x @ w.T` for inference.
+    """`x @ w.T` of floats [..., I] for inference, [..., O] in the dtype of x.
 
-    Args:
-        x: Floats [..., I].
-        steps: Scale and zero point of x, static or computed from it; None: it is not quantized.
-        w: The weight.
-
-    Returns:
-        [..., O] in the dtype of x.
+    `steps`: scale and zero point of x, static or computed from it; None: it is not quantized.
     """
     storage, operand = w.storage, w.scheme.input
-    if steps is None or operand is None:
-        assert not isinstance(storage, Int8Product | Fp8Product), "the input has a scale"
-        rows = x.reshape(-1, x.shape[-1])
-        return storage.multiply(rows).view(*x.shape[:-1], w.shape[0])
-    if isinstance(storage, Int8Product | Fp8Product):
-        rows = x.reshape(-1, x.shape[-1])
-        return storage.multiply(rows, steps[0].reshape(-1)).view(*x.shape[:-1], w.shape[0])
-    scale, zero_point = steps
-    values = fake_quantize(x, scale, operand.format, operand.granularity, zero_point=zero_point)
-    rows = values.reshape(-1, x.shape[-1])
-    return storage.multiply(rows).view(*x.shape[:-1], w.shape[0])
+    scale, zero_point = steps or (None, None)
+    if isinstance(storage, CodeProduct):
+        assert scale is not None, "the input has a scale"
+        product = storage.multiply(x.reshape(-1, x.shape[-1]), scale.reshape(-1))
+    else:
+        if scale is not None and operand is not None:
+            x = fake_quantize(x, scale, operand.format, operand.granularity, zero_point=zero_point)
+        product = storage.multiply(x.reshape(-1, x.shape[-1]))
+    return product.view(*x.shape[:-1], w.shape[0])
+
+
+class _FrozenGemm(torch.autograd.Function):
+    """`x @ w.T` of a storage that multiplies and decodes; nothing else is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, storage: FloatProduct) -> Tensor:  # noqa: N803
+        ctx.storage = storage
+        return storage.multiply(x_NI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy_NO,) = grads  # noqa: N806
+        return float_matmul(dy_NO, ctx.storage.decode(dy_NO.dtype), dy_NO.dtype), None
+
+
+def frozen_matmul(x: Tensor, w: PackedWeight) -> Tensor:
+    """`x @ w.T` [..., O] of a weight that is never trained: gradients pass through to the input.
+
+    The backbone under adapters such as QLoRA's (arXiv:2305.14314): weights stay in packed storage and
+    are decoded on use, once for the product and once more for the input gradient. No float copy is kept.
+    `x` [..., I] is fake-quantized already where the scheme quantizes inputs.
+
+    Raises:
+        ValueError: The storage only multiplies codes with codes.
+    """
+    if isinstance(w.storage, CodeProduct):
+        raise UserError(
+            f"scheme {w.scheme.name!r}: a lowered linear with 8-bit inputs has no gradient. Freeze a "
+            "backbone in a weight-only algorithm, such as nf4 or int4."
+        )
+    rows: Tensor = _FrozenGemm.apply(x.reshape(-1, x.shape[-1]), w.storage)  # type: ignore[no-untyped-call]
+    return rows.view(*x.shape[:-1], w.shape[0])

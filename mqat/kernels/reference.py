@@ -1,6 +1,6 @@
 """Every operator of `operators.py` in torch: any device and dtype, and what other backends must equal.
 
-Arguments are those of the operators' schemas; the docstrings there say what is computed.
+The signatures are the operators' (`operators.py` reads schemas from the annotations).
 """
 
 import functools
@@ -176,14 +176,17 @@ def decode(
 def scale_product(
     product: Tensor, col_scale: Tensor, row_scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`operators.scale_product`."""
+    """`product * row_scale[:, None] * col_scale` in float32, rounded once to `dtype`; [N, O].
+
+    Of int32, float32 or bfloat16 [N, O], float32 (1,) or (O,), and float32 (N,) or None for ones.
+    """
     if row_scale is None:
         return (product * col_scale.float()).to(dtype)
     return (product * row_scale.float()[:, None]).mul_(col_scale).to(dtype)
 
 
 def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
-    """`operators.apply_mask_`."""
+    """Zeroes `x` where the bit is 0, multiplies it by `scale`, float32 (1,), elsewhere."""
     if scale is not None:
         x.mul_(scale)
     if mask is None:
@@ -196,13 +199,13 @@ def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
 
 
 def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
-    """`operators.accumulate_`."""
+    """`total += x * scale` where the bit is 1, in float32; `total` is float32 and shaped like `x`."""
     added = x.float() if scale is None else x.float() * scale
     total.add_(added if mask is None else added * unpack_mask(mask, tuple(x.shape)))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`operators.rms_norm`."""
+    """`x / rms(x) * weight` over the last dimension, and 1 / rms(x) of each row in float32."""
     rstd = (x.float().square().mean(dim=-1) + eps).rsqrt()
     return F.rms_norm(x, weight.shape, weight, eps), rstd
 
@@ -210,7 +213,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`operators.rms_norm_backward`."""
+    """Gradients of `rms_norm` for `x`, in its dtype, and for `weight`, in float32."""
     normed, scaled = x.float() * rstd[..., None], grad.float() * weight.float()
     shift = normed * (scaled * normed).mean(dim=-1, keepdim=True)
     dweight = (grad.float() * normed).reshape(-1, x.shape[-1]).sum(dim=0)
@@ -218,13 +221,13 @@ def rms_norm_backward(
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """`operators.swiglu`."""
+    """`silu(gate) * up` of [..., gate | up]."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """`operators.swiglu_backward`."""
+    """Gradient of `swiglu` for `x`."""
     gate, up = x.chunk(2, dim=-1)
     dgate = torch.ops.aten.silu_backward(grad * up, gate)
     return torch.cat([dgate, grad * F.silu(gate)], dim=-1)

@@ -27,8 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from mqat.errors import UserError
-from mqat.kernels.packed_frozen import frozen_matmul
-from mqat.kernels.packed_weight import PackedWeight, packed_matmul
+from mqat.kernels.packed_weight import PackedWeight, frozen_matmul, packed_matmul
 from mqat.models.structure import is_in_layer
 from mqat.parallel.exact import ordered_linear, sharded_linear
 from mqat.parallel.quantized_gemm import (

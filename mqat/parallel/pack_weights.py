@@ -1,8 +1,8 @@
 """Turns a calibrated model into one that stores and multiplies low-precision weights. One way.
 
 For inference; or, where only weights are quantized, as the frozen backbone under adapters: gradients
-pass to the inputs of its linears (`kernels/packed_frozen.py`) and over ranks as Megatron's do. Lower it
-before it is wrapped for data parallelism.
+pass to the inputs of its linears (`packed_weight.frozen_matmul`) and over ranks as Megatron's do. Lower
+it before it is wrapped for data parallelism.
 
 Such a model can also be compiled, layer by layer (`compile_layers_`). That is never done unasked: it
 takes seconds to minutes for every new number of tokens.

@@ -42,6 +42,7 @@ from mqat.kernels.operators import (
     encode,
     fake_quantize_with_mask,
 )
+from mqat.kernels.stored import Stored
 from mqat.quant.formats import FP8_E4M3, INT8, INT8_AMAX128, INT8_MIN128, QuantFormat
 from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
@@ -93,7 +94,7 @@ def gemm_kind(scheme: LinearScheme | None) -> GemmKind | None:
 
 
 @dataclass(frozen=True)
-class StepWeight:
+class StepWeight(Stored):
     """A weight as an optimizer step uses it; shared by all microbatches and by recompute.
 
     Attributes:
@@ -105,12 +106,6 @@ class StepWeight:
     operand: Tensor
     scale: Tensor | None
     mask: Tensor | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory held."""
-        held = [tensor for tensor in (self.operand, self.scale, self.mask) if tensor is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 @torch.no_grad()
@@ -278,7 +273,7 @@ class _QuantizedGemm(torch.autograd.Function):
         if sent is not None:
             sent.wait()
         if dx_sum is not None and mask is not None:
-            apply_mask_(dx_sum, mask)
+            apply_mask_(dx_sum, mask, None)
         return dx_sum, dw, None, None, None, None
 
 
@@ -337,13 +332,15 @@ def _deliver(
     `grad_added_to_main_grad` tells its DDP hook, which runs next, to leave the returned tensor alone.
     Not while `torch.autograd.grad` collects gradients, which nobody would add up.
     """
-    main_grad = getattr(weight, "main_grad", None)
-    if not hasattr(weight, "grad_added_to_main_grad") or main_grad is None:
-        return apply_mask_(dw, mask, factor)
-    weight.grad_added_to_main_grad = main_grad.dtype == torch.float32 and _accumulates(accumulator)
-    if not weight.grad_added_to_main_grad:
-        return apply_mask_(dw, mask, factor)
-    accumulate_(main_grad, dw, mask, factor)
+    main_grad: Any = getattr(weight, "main_grad", None)
+    is_added = False
+    if hasattr(weight, "grad_added_to_main_grad") and main_grad is not None:
+        is_added = main_grad.dtype == torch.float32 and _accumulates(accumulator)
+        weight.grad_added_to_main_grad = is_added
+    if is_added:
+        accumulate_(main_grad, dw, mask, factor)
+    else:
+        apply_mask_(dw, mask, factor)
     return dw
 
 

@@ -91,17 +91,8 @@ def _source(config: RunConfig) -> tuple[DecoderConfig, PretrainedSource | Random
                 f"model.architecture: hidden_size={sizes.hidden_size} is not a multiple of "
                 f"num_attention_heads={sizes.num_attention_heads}; change one, or set head_dim."
             )
-        model = DecoderConfig(
-            vocab_size=sizes.vocab_size,
-            hidden_size=sizes.hidden_size,
-            intermediate_size=sizes.intermediate_size,
-            num_layers=sizes.num_layers,
-            num_attention_heads=sizes.num_attention_heads,
-            num_query_groups=sizes.num_query_groups,
-            head_dim=sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads,
-            max_position_embeddings=sizes.max_position_embeddings,
-            tie_word_embeddings=sizes.tie_word_embeddings,
-        )
+        head_dim = sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads
+        model = DecoderConfig(**asdict(sizes) | {"head_dim": head_dim})
         return model, RandomWeights(model, config.trainer.seed)
     path = smollm2_gguf() if settings.packaged else Path(str(settings.restore_from_path))
     if (path / DESCRIPTION).exists():

@@ -4,29 +4,16 @@ import base64
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
+
 from mqat.errors import UserError
 
 _LOW_DB = 20.0  # below this, a tenth of the output's amplitude is noise
-_STYLE = """
-body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em }
-table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd }
-td { text-align: right } td:first-child { text-align: left; font-family: monospace }
-tr.low { background: #fde8e4 } img { max-width: 100% } p.hint { color: #555 }
-"""
-
-
-def _db(value: float | None) -> str:
-    return "exact" if value is None else f"{value:.1f}"
-
-
-def _share(operand: dict[str, Any] | None) -> str:
-    return "-" if operand is None else f"{100 * operand['clip_rate']:.3g}%"
 
 
 def worst_first(linears: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -79,73 +66,21 @@ def _plots(linears: Sequence[dict[str, Any]]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _row(entry: dict[str, Any]) -> str:
-    weight, found = entry["weight"], entry["outliers"]
-    worst = ", ".join(f"{channel} ({ratio:g}x)" for channel, ratio in found["worst"])
-    cells = (
-        entry["name"],
-        _db(entry["output_sqnr_db"]),
-        "-" if weight is None else _db(weight["sqnr_db"]),
-        _share(weight),
-        _share(entry["input"]),
-        _share(entry["output"]),
-        f"{entry['input_amax']:.3g}",
-        f"{found['count']}" + (f": {worst}" if worst else ""),
-        hint(entry),
-    )
-    is_low = (entry["output_sqnr_db"] or _LOW_DB) < _LOW_DB
-    columns = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    return f"<tr{' class=low' if is_low else ''}>{columns}</tr>"
-
-
-def _table(heads: Sequence[str], rows: Iterable[str]) -> str:
-    return (
-        f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{''.join(rows)}</table>\n"
-    )
-
-
-def _cache_rows(entry: dict[str, Any]) -> str:
-    """A row for each scale of a layer's cache."""
-    rows = []
-    for kind in (kind for kind in ("kv", "key", "value") if kind in entry):
-        cached = entry[kind]
-        cells = (f"{entry['name']}.{kind}", _db(entry["output_sqnr_db"]), _db(cached["sqnr_db"]),
-                 _share(cached), f"{cached['amax']:.3g}")  # fmt: skip
-        rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-    return "".join(rows)
-
-
-def _linears(linears: Sequence[dict[str, Any]]) -> str:
-    """Summary, plots and table; empty without linears."""
-    if not linears:
-        return ""
-    ordered = worst_first(linears)
-    noisy = sum((e["output_sqnr_db"] or _LOW_DB) < _LOW_DB for e in ordered)
-    first = ordered[0]
-    summary = (
-        f"{len(ordered)} quantized linears, {noisy} with less than {_LOW_DB:g} dB. Worst: "
-        f"{first['name']} with {_db(first['output_sqnr_db'])} dB."
-    )
-    heads = ("linear", "output SQNR, dB", "weight SQNR, dB", "clipped weights", "clipped inputs",
-             "clipped outputs", "input amax", "outlier channels", "try")  # fmt: skip
-    return (
-        f"<p>{escape(summary)}</p>"
-        "<p class=hint>SQNR compares each linear with itself unquantized on the same input; 6 dB are "
-        "one bit. Outlier channels: amax above 10 times the median channel's.</p>"
-        f"<img alt='SQNR and clipping by layer' src='data:image/png;base64,{_plots(linears)}'>"
-        f"{_table(heads, map(_row, ordered))}"
-    )
-
-
 def html_page(report: dict[str, Any], title: str) -> str:
     """The report for people, worst linears first; needs `check_plots`."""
-    caches = ""
-    if report["caches"]:
-        heads = ("cache", "attention SQNR, dB", "SQNR, dB", "clipped", "amax")
-        caches = "<h2>Key/value cache</h2>" + _table(heads, map(_cache_rows, report["caches"]))
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
-        f"<h1>{escape(title)}</h1>{_linears(report['linears'])}{caches}"
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["hint"] = hint
+    return environment.get_template("page.html.jinja").render(
+        title=title,
+        linears=worst_first(report["linears"]),
+        caches=report["caches"],
+        plots=_plots(report["linears"]) if report["linears"] else "",
+        low_db=_LOW_DB,
     )
 
 

@@ -151,7 +151,7 @@ def decode(
 def scale_product(
     product: Tensor, col_scale: Tensor, row_scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`operators.scale_product`."""
+    """`reference.scale_product`."""
     if not (dtype in SUFFIXES and product.dtype in _PRODUCTS and _serves(product)):
         return reference.scale_product(product, col_scale, row_scale, dtype)
     rows, cols = product.shape
@@ -164,21 +164,21 @@ def scale_product(
 
 
 def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
-    """`operators.apply_mask_`."""
+    """`reference.apply_mask_`."""
     if x.numel() % 8 or not _serves_floats(x):
         return reference.apply_mask_(x, mask, scale)
     _call("apply_mask", x.dtype, x, x.numel(), mask, _float32(scale))
 
 
 def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
-    """`operators.accumulate_`."""
+    """`reference.accumulate_`."""
     if x.numel() % 8 or not (_serves_floats(x) and _serves(total)):
         return reference.accumulate_(total, x, mask, scale)
     _call("accumulate", x.dtype, x, x.numel(), mask, _float32(scale), total)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`operators.rms_norm`."""
+    """`reference.rms_norm`."""
     if not _serves_floats(x, weight):
         return reference.rms_norm(x, weight, eps)
     out = torch.empty_like(x)
@@ -190,7 +190,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`operators.rms_norm_backward`."""
+    """`reference.rms_norm_backward`."""
     grad = grad.contiguous()
     if not _serves_floats(x, weight, grad):
         return reference.rms_norm_backward(grad, x, weight, rstd)
@@ -203,7 +203,7 @@ def rms_norm_backward(
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """`operators.swiglu`."""
+    """`reference.swiglu`."""
     if not _serves_floats(x):
         return reference.swiglu(x)
     rows, cols = x.numel() // x.shape[-1], x.shape[-1] // 2
@@ -213,7 +213,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """`operators.swiglu_backward`."""
+    """`reference.swiglu_backward`."""
     if not _serves_floats(x, grad):
         return reference.swiglu_backward(grad, x)
     out = torch.empty_like(x)

@@ -25,7 +25,7 @@ def largest_file(size):
 def plan(name, tensor, cuts=1):
     """A tensor that arrives in several blocks of rows."""
     blocks = tensor.chunk(cuts) if tensor.dim() else (tensor,)
-    return TensorPlan(name, tensor.dtype, tuple(tensor.shape), lambda: iter(blocks))
+    return TensorPlan(tensor.dtype, tuple(tensor.shape), lambda: iter(blocks), name)
 
 
 @pytest.mark.parametrize("cuts", [1, 3])
@@ -44,7 +44,7 @@ def test_files_are_those_of_the_safetensors_package(cuts, tmp_path):
 
 
 def test_blocks_that_do_not_fill_the_planned_shape_are_refused(tmp_path):
-    short = TensorPlan("weight", torch.float32, (4, 2), lambda: iter([torch.zeros(3, 2)]))
+    short = TensorPlan(torch.float32, (4, 2), lambda: iter([torch.zeros(3, 2)]), "weight")
     with pytest.raises(AssertionError, match="weight: 24 of 32 bytes"):
         write_safetensors(tmp_path / "file", [short])
 

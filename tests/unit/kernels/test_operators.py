@@ -11,7 +11,7 @@ from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerTensor, Pe
 from mqat.quant.scales import compute_affine, compute_range
 
 FORMATS = (INT8, INT8_MIN128, INT4, INT4_AMAX7_5, TERNARY, FP8_E4M3)
-NAMES = [schema.split("(")[0] for schema in operators._SCHEMAS]
+NAMES = {n for n in dir(torch.ops.mqat) if hasattr(reference, n) and not n.startswith("__")}
 
 
 def normal(*shape, seed=0):
@@ -181,7 +181,7 @@ def calls(dtype=torch.bfloat16):
 
 
 def test_every_operator_is_called():
-    assert {name for name, _ in calls()} == set(NAMES)
+    assert {name for name, _ in calls()} == NAMES
 
 
 @pytest.mark.parametrize(("name", "arguments"), calls(), ids=lambda x: x if type(x) is str else "")
@@ -215,7 +215,9 @@ def test_a_quantized_product_compiles_to_one_graph(fmt, compiler):
         a = operators.encode(x, scale, fmt, PerTensor(), with_mask=True)
         b = operators.encode(w, scale.expand(24), fmt, PerChannel(), with_mask=False)
         y = scaled_matmul(a.codes, b.codes, a.scale * b.scale, torch.float32)
-        return y, operators.apply_mask_(x * 2, a.mask)
+        masked = x * 2
+        operators.apply_mask_(masked, a.mask, None)
+        return y, masked
 
     arguments = normal(17, 64), normal(24, 64, seed=1), torch.tensor([0.01])
     compiled = torch.compile(product, fullgraph=True, backend=compiler)
