@@ -58,14 +58,9 @@ def round_shard(
     order: Tensor,
     scheme: TensorScheme,
 ) -> Tensor:
-    """Values on the grid of the frozen scales, float32 [rows, I].
+    """Some rows of a weight, float32 [rows, I], moved to the grid of their `frozen` tensors.
 
-    Args:
-        weight: Some rows, float32 [rows, I].
-        frozen: Their `scale`, and `zero_point` where there is one.
-        factor: From `inverse_factor`.
-        order: From `inverse_factor`.
-        scheme: Of the weight.
+    `factor` and `order` are those of `inverse_factor`.
     """
 
     def by_column(per_group: Tensor) -> Tensor:

@@ -80,12 +80,7 @@ class SmoothingPair:
 def find_smoothing_pairs(
     chunks: list[Any], names: Collection[str], model: DecoderConfig
 ) -> dict[str, SmoothingPair]:
-    """The pair of every linear of this rank whose input is to be rescaled, in model order.
-
-    Args:
-        chunks: Model chunks of this rank, with or without DDP wrapper.
-        names: Global names of those linears; other ranks' are passed over.
-        model: Whose table says what is before a linear.
+    """The pairs of linears of these global names, in model order; other ranks' are passed over.
 
     Raises:
         UserError: Something else reads the tensor before, or its norm is of an unknown kind; names it.

@@ -10,12 +10,9 @@ FLOOR = 1e-5  # dead channels: keep their factor moderate
 
 
 def smoothquant_scale(input_amax: Tensor, weight_amax: Tensor, alpha: float) -> Tensor:
-    """SmoothQuant's factors before rounding, float32 [I].
+    """SmoothQuant's factors before rounding, from the largest |x_j| and |W_oj|, all float32 [I].
 
-    Args:
-        input_amax: Largest |x_j| of each input channel, float32 [I].
-        weight_amax: Largest |W_oj| of each weight column, float32 [I].
-        alpha: 0 leaves activations alone, 1 moves all of their range into the weights.
+    `alpha`: 0 leaves activations alone, 1 moves all of their range into the weights.
     """
     return input_amax.clamp_min(FLOOR) ** alpha / weight_amax.clamp_min(FLOOR) ** (1 - alpha)
 

@@ -159,14 +159,9 @@ def run_layers(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> 
 
 @torch.no_grad()
 def logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
-    """Next-token logits of whole sequences, identical on every rank.
+    """Next-token logits of sequences [b, s]: float32 [b, s, V], without vocabulary padding.
 
-    Args:
-        chunks: Model chunks, with or without DDP wrapper.
-        tokens: int64 [b, s], the same on every rank.
-
-    Returns:
-        float32 [b, s, V], without vocabulary padding.
+    `tokens` are the same on every rank, and so are the logits.
     """
     sequence = tokens.shape[1]
     # Sequence parallelism cuts the sequence evenly; causal attention ignores what is added.

@@ -57,10 +57,7 @@ def operand_sums(x: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 class SqnrHooks:
-    """A module under observation on this rank.
-
-    Args:
-        module: Linear or attention with quantizers.
+    """A linear or attention with quantizers under observation on this rank.
 
     Attributes:
         sums: Kind -> float64 (4,): signal, noise, clipped elements, elements. `output` counts what the

@@ -10,11 +10,7 @@ EXPORTERS: tuple[Exporter, ...] = (TensorRtLlmExporter(), COMPRESSED_TENSORS, MO
 
 
 def exporter(format_: str, style: str | None = None) -> Exporter:
-    """The exporter of a configuration's words.
-
-    Args:
-        format_: Value of `export.format`.
-        style: Value of `export.style`; not read where the format has one style only.
+    """The exporter of `export.format` and, where a format has several styles, `export.style`.
 
     Raises:
         UserError: An unknown word; lists the known ones.

@@ -78,12 +78,7 @@ class ServedLinear:
         return (self._weight(rows) for rows in row_chunks(self.rows, self.shape[1]))
 
     def scale(self, rows: Rows | None = None, *, tensor: str = "scale") -> Tensor:
-        """The frozen scale of some of the rows (default: all), in the shape of its granularity.
-
-        Args:
-            rows: Of the trained weight.
-            tensor: Or `zero_point`, which is shaped alike.
-        """
+        """The frozen scale (or `zero_point`) of some trained rows, in its granularity's shape."""
         key, rows = self._key("weight", tensor), self.rows if rows is None else rows
         granularity = self.weight_scheme.granularity
         if isinstance(granularity, PerTensor):
@@ -119,12 +114,7 @@ class ServedLinear:
             )  # fmt: skip
 
     def whole(self, operand: str, tensor: str) -> Tensor:
-        """A frozen tensor of the whole trained linear, of which this may hold some rows only.
-
-        Args:
-            operand: `weight` or `input`.
-            tensor: `scale` or `global_scale`.
-        """
+        """A frozen tensor of the whole trained linear, of which this may hold some rows only."""
         return self.reader.read(self._key(operand, tensor))
 
     def _key(self, operand: str, tensor: str) -> str:

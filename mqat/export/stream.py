@@ -51,11 +51,7 @@ class TensorPlan:
 
 
 def write_safetensors(path: Path, plans: Sequence[TensorPlan]) -> None:
-    """Writes a whole file; holds one chunk in memory.
-
-    Args:
-        path: File to create.
-        plans: Its tensors, in any order.
+    """Writes a whole file of tensors, given in any order; holds one chunk in memory.
 
     Raises:
         OSError: The disk is full, or the file cannot be written.

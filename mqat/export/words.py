@@ -10,12 +10,8 @@ from mqat.errors import UserError
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Packs neighbouring columns: column `j` of a word in its bits `bits * j` and up, offset binary.
 
-    Args:
-        codes: int8 [O, I] with values that `bits` hold in two's complement.
-        bits: 4 or 8.
-
-    Returns:
-        int32 [O, ceil(I * bits / 32)]; the rest of the last word is zero.
+    int8 [O, I] of values that 4 or 8 bits hold in two's complement -> int32 [O, ceil(I * bits / 32)];
+    the rest of the last word is zero.
 
     Raises:
         ValueError: Another dtype, width, or a code that does not fit.

@@ -79,13 +79,8 @@ def scaled_matmul(
 ) -> Tensor:
     """`(x @ w.T) * scale` of codes, scaled in float32 and rounded once to `dtype`.
 
-    Args:
-        x_NI: int8 or float8 codes.
-        w_OI: Codes of the same dtype.
-        scale: float32, (1,) or (O,): product of the steps of both operands, or with
-            `row_scale` those of `w_OI`.
-        dtype: Of the result.
-        row_scale: float32 (N,): a step for each row of `x_NI`.
+    Both are int8 or both float8. `scale`, float32 (1,) or (O,), is the product of the steps of both, or
+    with `row_scale`, float32 (N,) of the rows of `x_NI`, that of `w_OI`.
     """
     if x_NI.dtype == torch.int8:
         product = int8_matmul(x_NI, w_OI)

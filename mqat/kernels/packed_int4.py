@@ -109,17 +109,9 @@ def _half(packed: Tensor, codes: Tensor) -> int | None:
 def pack_for_kernel(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: QuantFormat, group_size: int
 ) -> PackedInt4 | None:
-    """Stores a weight for the kernel, where there is one.
+    """Stores codes [O, I] with scales and zero points [O, G] for the kernel.
 
-    Args:
-        codes: [O, I] in the storage dtype of `fmt`.
-        scale: float32 [O, G].
-        zero_point: Shaped like `scale`, or None.
-        fmt: Of the codes.
-        group_size: Elements that share a scale.
-
-    Returns:
-        None for other formats, group sizes and devices.
+    None for formats, group sizes and devices that it does not serve.
     """
     is_served = (
         codes.device.type == "cpu"

@@ -70,11 +70,9 @@ class Nf4Weight(FloatProduct):
 
 
 def nf4_quantize(weight: Tensor, *, double: bool = True) -> Nf4Weight:
-    """Packs a weight; codes are chosen for the maxima that will be used to dequantize.
+    """Packs a weight of any shape; codes are chosen for the maxima that will be used to dequantize.
 
-    Args:
-        weight: Float tensor of any shape, finite.
-        double: Also quantize the block maxima.
+    `double`: these are quantized, too.
 
     Raises:
         ValueError: The weight holds NaN or infinity, or nothing.

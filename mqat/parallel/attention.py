@@ -20,15 +20,9 @@ from mqat.quant.quantizer import Quantizer
 
 
 class KvCacheAttention(QuantizedModule):
-    """Any core attention behind key and value quantizers; built like that attention.
+    """Any core attention behind key and value quantizers; what that attention takes is handed on.
 
-    Args:
-        attention: Class or `ModuleSpec` of the core attention inside.
-        name: Global name, such as `decoder.layers.3.self_attention.core_attention`.
-        scheme: Of the cache.
-        config: Megatron's, handed on.
-        pg_collection: Megatron's process groups, handed on.
-        **kwargs: As for Megatron's `DotProductAttention`, handed on.
+    `name` is global, such as `decoder.layers.3.self_attention.core_attention`.
     """
 
     def __init__(

@@ -48,13 +48,9 @@ def tp_axis(module: QuantizedModule, kind: str, part: str) -> int | None:
 def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[str, Any]:
     """Sharded entries for what is frozen of every quantizer in `model` (or list of chunks).
 
-    Args:
-        model: Holds quantized modules.
-        dp_group: Data-parallel group (with context parallel): its first rank writes.
-
-    Returns:
-        Key -> ShardedTensor (or factory, for fused gate/up), to merge into the model's own
-        `sharded_state_dict()` before saving, or to load into.
+    Key -> ShardedTensor (or factory, for fused gate/up), to merge into the model's own
+    `sharded_state_dict()` before saving, or to load into. The first rank of `dp_group` (with context
+    parallel) writes.
     """
     return {
         quantizer_key(name, kind, part): _entry(module, name, kind, part, tensor, dp_group)

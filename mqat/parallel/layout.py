@@ -77,11 +77,8 @@ def check_group_sizes(
 ) -> None:
     """Refuses groups and squares that would cross a cut at tensor-parallel size `tp`.
 
-    Args:
-        model: Global sizes.
-        layers: Full name -> scheme; caches have no groups.
-        tp: Tensor-parallel size of training or of inference.
-        purpose: Config key that set `tp`, for the message.
+    Caches have none. `purpose`, for the message, is the config key, of training or inference, that set
+    `tp`.
 
     Raises:
         ValueError: Names the linear, its local width, and the group sizes that fit.

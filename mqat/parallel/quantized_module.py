@@ -43,13 +43,9 @@ class QuantizedModule(nn.Module):
         self.is_calibrating = False
 
     def real_tokens(self, x: Tensor) -> Tensor:
-        """What `token_mask` keeps of activations.
+        """What `token_mask` keeps of activations: [n, ...], without gradient; n may be 0.
 
-        Args:
-            x: [s, b, ...], or under sequence parallelism this rank's part [s/tp, b, ...].
-
-        Returns:
-            [n, ...], without gradient; n may be 0.
+        Of [s, b, ...], or under sequence parallelism of this rank's part [s/tp, b, ...].
         """
         if self.token_mask is None:
             return x.detach().flatten(0, 1)

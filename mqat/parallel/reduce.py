@@ -22,12 +22,9 @@ from torch import Tensor
 def all_reduce_fused_(
     tensors: Sequence[Tensor], op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup
 ) -> None:
-    """Reduces all tensors in place with a single collective; every rank passes the same shapes.
+    """Reduces all tensors in place with a single collective: MAX for maxima and flags, SUM for counts.
 
-    Args:
-        tensors: Same dtype and device; contents differ per rank.
-        op: MAX for maxima and flags, SUM for integer counts.
-        group: Process group; with one member nothing is sent.
+    Every rank passes the same shapes; all have one dtype and device. With one member nothing is sent.
     """
     if not tensors or group.size() == 1:
         return

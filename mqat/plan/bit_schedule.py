@@ -17,11 +17,7 @@ def _is_stage(stage: Any) -> bool:
 
 
 def check_bits(stages: Sequence[Any], layers: Mapping[str, LinearScheme]) -> None:
-    """Refuses a bit schedule that does not end in what is served.
-
-    Args:
-        stages: `quantization.bit_schedule`, [first step, bits] each.
-        layers: Resolved schemes.
+    """Refuses a bit schedule, [first step, bits] each, that does not end in what is served.
 
     Raises:
         ValueError: Stages out of order, or a weight that cannot follow them; names the linear.

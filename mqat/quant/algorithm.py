@@ -81,11 +81,7 @@ class Recipe:
         return self.smoothquant or self.chooses_scales
 
     def with_keys(self, keys: Mapping[str, Any], path: str) -> Recipe:
-        """This recipe with some keys replaced.
-
-        Args:
-            keys: Key -> value, as a configuration gives them.
-            path: Their place in the configuration, for messages.
+        """This recipe with the keys replaced that stand at `path` in a configuration.
 
         Raises:
             UserError: Unknown key or value.

@@ -177,14 +177,8 @@ def fake_quantize(
     The scale gets no gradient. One bool per element is saved for backward, nothing where no gradient
     is wanted or nothing counts as clipped.
 
-    Args:
-        x: Float tensor.
-        scale: As for `quantize`.
-        fmt: Target format.
-        granularity: Which elements share a scale.
-        zero_point: As for `quantize`.
-        ste_clip_range: Largest |x / scale| that lets the gradient pass; None: the range of the format
-            (half a step more for integers); infinity: everything.
+    `ste_clip_range` is the largest |x / scale| that lets the gradient pass; None: the range of the
+    format (half a step more for integers); infinity: everything.
 
     Reference:
         Bengio et al. 2013, arXiv:1308.3432; the clipped form is Jacob et al. 2018, arXiv:1712.05877.

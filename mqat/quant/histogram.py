@@ -4,7 +4,8 @@ Bins are the upper magnitude bits of float32 (8 of exponent, 7 of mantissa). The
 data, so counts of different batches and ranks are added, and what is computed here from the merged
 counts is the same on every layout.
 
-A legend for the shapes: `B` non-empty bins, `C` candidates for the clipping point.
+`counts` are int64 (BINS,), merged over ranks; `maximum`, never exceeded, and the points found are
+float32 (1,). A legend for shapes: `B` non-empty bins, `C` candidates for the clipping point.
 """
 
 import math
@@ -36,15 +37,9 @@ def edges(bins: Tensor) -> Tensor:
 
 
 def percentile_amax(counts: Tensor, maximum: Tensor, percentile: float) -> Tensor:
-    """Upper edge of the first bin at which the cumulative share reaches `percentile`.
+    """Upper edge of the first bin at which the cumulative share reaches `percentile`, in (0, 100].
 
-    Args:
-        counts: int64 (BINS,), merged over ranks.
-        maximum: float32 (1,), never exceeded.
-        percentile: In (0, 100].
-
-    Returns:
-        float32 (1,); at most 1/128 of itself above the exact percentile.
+    At most 1/128 of itself above the exact percentile.
     """
     finite = counts[:FIRST_NONFINITE_BIN].cpu()
     needed = math.ceil(int(finite.sum()) * percentile / 100)
@@ -68,15 +63,9 @@ def _candidates(maximum: Tensor) -> Tensor:
 
 
 def mse_amax(counts: Tensor, maximum: Tensor, fmt: QuantFormat) -> Tensor:
-    """Clipping point with the least squared error of rounding and clipping, in `fmt`.
+    """Clipping point with the least squared error of rounding and clipping, in any symmetric format.
 
-    Args:
-        counts: int64 (BINS,), merged over ranks.
-        maximum: float32 (1,); the largest candidate. Others are 1/16 octave apart.
-        fmt: Any symmetric format; values are quantized by `fake_quantize` itself.
-
-    Returns:
-        float32 (1,).
+    Candidates are 1/16 octave apart, from the maximum down; `fake_quantize` itself quantizes.
     """
     bins, weight_B = _occupied(counts)  # noqa: N806
     if not len(bins):
@@ -97,15 +86,7 @@ def entropy_amax(counts: Tensor, maximum: Tensor, fmt: QuantFormat) -> Tensor:
 
     For each candidate, the reference P is the histogram with everything beyond the candidate added to
     its last bin; Q merges the bins below it that share a code and spreads each code's mass over its
-    non-empty bins, in proportion to their width. KL(P || Q) decides.
-
-    Args:
-        counts: int64 (BINS,), merged over ranks.
-        maximum: float32 (1,); the largest candidate.
-        fmt: Any symmetric format.
-
-    Returns:
-        float32 (1,).
+    non-empty bins, in proportion to their width. KL(P || Q) decides. The format is any symmetric one.
 
     Reference:
         Migacz 2017, "8-bit Inference with TensorRT" (GTC S7310), there with 2048 even bins.

@@ -63,11 +63,9 @@ class KvCacheScheme:
 
 
 def kv_cache_scheme(name: str, scales: str = "shared") -> KvCacheScheme:
-    """The scheme of a configuration's words.
+    """The scheme of a configuration's words, one of `KV_CACHES` and one of `KV_SCALES`.
 
-    Args:
-        name: `int8`: codes -128..127, step amax / 127; `fp8`: E4M3, step amax / 448.
-        scales: `shared` or `separate`.
+    `int8`: codes -128..127, step amax / 127; `fp8`: E4M3, step amax / 448.
 
     Raises:
         ValueError: An unknown word; suggests the nearest.

@@ -31,10 +31,8 @@ Rule = Literal["lsq", "pact"]
 def lsq_grad_scale(num_elements: float, fmt: QuantFormat) -> float:
     """LSQ's factor on the scale's gradient.
 
-    Args:
-        num_elements: Elements that share one scale, over all ranks that hold some of them; for
-            activations the features of one token, as in the paper's section 2.2.
-        fmt: Only `max_value` is used.
+    `num_elements` are those that share one scale, over all ranks that hold some of them; for
+    activations the features of one token, as in the paper's section 2.2.
     """
     return 1.0 / math.sqrt(num_elements * fmt.max_value)
 
@@ -137,17 +135,8 @@ def fake_quantize_learned(
 ) -> Tensor:
     """`dequantize(quantize(x))`, with gradients for `x` and for `scale`.
 
-    Args:
-        x: Tensor of any float dtype.
-        scale: float32 step, shape `granularity.scale_shape(x.shape)`; must be positive.
-        fmt: Format with a uniform step.
-        granularity: Which elements share a scale.
-        grad_scale: Factor on the scale's gradient (`lsq_grad_scale`).
-        rule: `lsq`, or `pact`: only clipped elements move the scale.
-
-    Returns:
-        Like `x`. The gradient of `scale` counts this rank's elements only; a scale that spans ranks
-        needs their sum.
+    `scale` is float32, positive, shape `granularity.scale_shape(x.shape)`; its gradient, `grad_scale`
+    times the `rule`'s, counts this rank's elements only: a scale that spans ranks needs their sum.
 
     Raises:
         ValueError: A floating-point format: its step is not uniform, so neither formula applies.

@@ -66,12 +66,7 @@ class ActivationObserver(nn.Module):
             )
 
     def amax(self, percentile: float | None = None) -> Tensor:
-        """The maximum, or a percentile of |x|; float32 (1,).
-
-        Args:
-            percentile: In (0, 100]; None is the true maximum. The result is the upper edge of the
-                first bin at which the cumulative share reaches it, never above the maximum; it
-                overestimates the exact percentile by at most 1/128 of it.
+        """The maximum, or a percentile of |x| in (0, 100] (`histogram.percentile_amax`); float32 (1,).
 
         Raises:
             ValueError: `percentile` is out of range, or no histogram was kept.
@@ -91,13 +86,8 @@ class ActivationObserver(nn.Module):
     def calibrated(self, scheme: TensorScheme, percentile: float) -> Tensor:
         """What `method` chooses from the merged statistics, for `Quantizer.freeze_`.
 
-        Args:
-            scheme: Of the operand; `mse` and `entropy` depend on its format.
-            percentile: For the method of that name.
-
-        Returns:
-            Clipping point, float32 (1,). With a zero point (2, 1): largest -x and largest x, neither
-            beyond the clipping point of symmetric codes.
+        A clipping point, float32 (1,). With a zero point (2, 1): largest -x and largest x, neither
+        beyond the clipping point of symmetric codes.
         """
         if self.method == "mse":
             clip = mse_amax(self.histogram, self.amax(), scheme.format)

@@ -7,13 +7,7 @@ from mqat.errors import UserError
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Packs pairs of adjacent output rows: the even row in the low nibble, two's complement.
-
-    Args:
-        codes: int8 [O, I] with values in -8..7; O must be even.
-
-    Returns:
-        int8 [O/2, I].
+    """Pairs of adjacent output rows, the even one in the low nibble: int8 [O, I] -> int8 [O/2, I].
 
     Raises:
         ValueError: Wrong dtype, an odd number of rows, or a code that four bits cannot hold.
@@ -33,13 +27,7 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Packs neighbours along the last dimension: the even one in the low nibble (FP4, NF4).
-
-    Args:
-        codes: uint8 [..., n] with values in 0..15; n must be even.
-
-    Returns:
-        uint8 [..., n/2].
+    """Neighbours in a byte, the even one in the low nibble (FP4, NF4): uint8 [..., n] -> [..., n/2].
 
     Raises:
         ValueError: Wrong dtype, odd n, or a code that four bits cannot hold.

@@ -22,12 +22,9 @@ def statistic_of(x: Tensor, scheme: TensorScheme) -> Tensor:
 def compute_qparams(
     statistic: Tensor, scheme: TensorScheme, global_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale, and zero point where the scheme is asymmetric.
+    """Scale, and zero point where the scheme is asymmetric; two levels need the upper, float32 (1,).
 
-    Args:
-        statistic: From `statistic_of`, merged over all ranks that hold part of a group.
-        scheme: Whose format and grid of scales count.
-        global_scale: float32 (1,), of two levels only.
+    The statistic (`statistic_of`) is merged over all ranks that hold part of a group.
     """
     if scheme.is_asymmetric:
         return compute_affine(statistic, scheme.format, scale_dtype=scheme.scale_dtype)
@@ -42,11 +39,8 @@ def frozen_qparams(
 ) -> dict[str, Tensor]:
     """The tensors of `TensorScheme.frozen_shapes`: what calibration fixes and checkpoints hold.
 
-    Args:
-        statistic: As for `compute_qparams`.
-        scheme: Of the tensor.
-        global_amax: Largest |x| of the whole tensor, float32 (1,), of two levels only; None: that of
-            `statistic`.
+    Of two levels, `global_amax` is the largest |x| of the whole tensor, float32 (1,); None: that of
+    `statistic`, which is as for `compute_qparams`.
     """
     frozen: dict[str, Tensor] = {}
     if scheme.has_global_scale:
@@ -65,14 +59,7 @@ def rounded(
     statistic: Tensor | None = None,
     global_amax: Tensor | None = None,
 ) -> Tensor:
-    """`x` on the grid of a static scheme, in its dtype, without a gradient.
-
-    Args:
-        x: Float tensor, detached.
-        scheme: How it is quantized.
-        statistic: As from `statistic_of`; None: the tensor's own.
-        global_amax: As for `frozen_qparams`.
-    """
+    """A detached `x` on the grid of a static scheme, in its dtype; by default of its own statistic."""
     statistic = statistic_of(x, scheme) if statistic is None else statistic
     frozen = frozen_qparams(statistic, scheme, global_amax)
     zero_point = frozen.get("zero_point")

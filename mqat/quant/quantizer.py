@@ -80,10 +80,6 @@ class Quantizer(nn.Module):
     def learn_(self, rule: Rule, grad_scale: float) -> nn.Parameter:
         """Makes the scale a parameter; call it before optimizer and DDP wrapper are built.
 
-        Args:
-            rule: `lsq` or `pact`.
-            grad_scale: Factor on its gradient.
-
         Raises:
             ValueError: The scheme's scale cannot be trained (`check_learnable`).
         """
@@ -121,11 +117,9 @@ class Quantizer(nn.Module):
         return statistic_of(x, self.scheme)
 
     def freeze_(self, statistic: Tensor, global_amax: Tensor | None = None) -> None:
-        """Fixes what is static; observing ends.
+        """Fixes what is static, by `frozen_qparams`; observing ends.
 
-        Args:
-            statistic: From `statistic` (weights) or `ActivationObserver.calibrated`, merged over ranks.
-            global_amax: As for `frozen_qparams`.
+        From `statistic` (weights) or `ActivationObserver.calibrated`, merged over ranks.
         """
         self.load_(frozen_qparams(statistic, self.scheme, global_amax))
 

@@ -104,8 +104,7 @@ class TensorScheme:
     def frozen_shapes(self, shape: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that calibration fixes and checkpoints hold.
 
-        Args:
-            shape: Of the quantized tensor; None for activations.
+        `shape` is that of the quantized tensor; None for activations.
         """
         names = (
             () if self.is_dynamic else ("scale", *(["zero_point"] if self.is_asymmetric else []))

@@ -85,12 +85,7 @@ def html_page(report: dict[str, Any], title: str) -> str:
 
 
 def write_report(report: dict[str, Any], directory: Path, title: str) -> None:
-    """Writes `quality.json` and `quality.html`, each whole or not at all.
-
-    Args:
-        report: From `evaluation.quality.quality_report`.
-        directory: Created if missing.
-        title: Of the page.
+    """Writes `quality.json` and `quality.html` of `evaluation.quality`, each whole or not at all.
 
     Raises:
         ValueError: matplotlib is not installed; nothing is written then.

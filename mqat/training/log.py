@@ -32,12 +32,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunLog:
-    """Writes a line a step; use as a context manager.
+    """Writes a line a step into a run directory; use as a context manager.
 
-    Args:
-        directory: The run directory, which must exist.
-        enabled: False on all ranks but the first.
-        tensorboard: Also write TensorBoard events under `directory/tensorboard`.
+    `enabled`: on the first rank only; `tensorboard`: also write events, under `directory/tensorboard`.
     """
 
     def __init__(self, directory: Path, *, enabled: bool, tensorboard: bool) -> None:
