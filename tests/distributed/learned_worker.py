@@ -114,9 +114,7 @@ def run(args: argparse.Namespace) -> None:
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     calibrate(chunks, lambda: evaluate(chunks, [batches]), group=group)
     for quantizer in quantizers:
-        quantizer.load_(
-            {"scale": quantizer.scale.detach() * 0.6}
-        )  # so that some elements are clipped
+        quantizer.load_({"scale": quantizer.scale.detach() * 0.6})  # some elements are clipped
     result: dict = {"quantized": evaluate(chunks, [batches])[0], "levels": []}
     optimizer, scheduler = build_optimizer(
         chunks, OptimizerConfig(lr=1e-3), max_steps=10, clip_grad=1.0,
