@@ -201,11 +201,18 @@ class ExperimentConfig:
 
     exp_dir: str = "runs/qat"
     resume_if_exists: bool = False
-    checkpoint_interval: int = 0  # steps; 0: only at the end of a phase
+    # Which of `RESUME_CHANGES` a resumed run has other values for than before.
+    resume_changes: list[str] = field(default_factory=list)
+    checkpoint_interval: int = 0  # steps; 0: only at the end of a phase, if resume_if_exists
     create_tensorboard_logger: bool = True
     quality_report: bool = False  # of every quantized linear, after calibration
     sample_prompts: list[str] = field(default_factory=list)
     sample_tokens: int = 24
+
+    @property
+    def keeps_last_state(self) -> bool:
+        """Whether a finished phase leaves its optimizer's state, to go on from with more steps."""
+        return self.resume_if_exists or self.checkpoint_interval > 0
 
 
 @dataclass
@@ -243,6 +250,11 @@ _CHOICES = {
     "export.decoder_type": _DECODERS,
     "export.dtype": ("bfloat16", "float16", "float32"),
 }
+
+# A schedule that is constant may take more `trainer.max_steps` without being told so.
+RESUME_CHANGES = (
+    "trainer.max_steps", "model.data.train", "model.data.validation", "model.restore_from_path",
+)  # fmt: skip
 
 _MINIMUM = {
     "trainer.max_steps": 0,
@@ -329,6 +341,12 @@ def _check_values(config: RunConfig) -> None:
         value = _lookup(config, key)
         if value is not None and not minimum <= value < math.inf:  # NaN fails both
             raise UserError(f"config: {key}={value} must be a number of at least {minimum}.")
+    for key in config.exp_manager.resume_changes:
+        if key not in RESUME_CHANGES:
+            allowed = ", ".join(RESUME_CHANGES)
+            raise UserError(
+                f"config: exp_manager.resume_changes: {key!r} is not one of: {allowed}."
+            )
     _check_optimizer(config)
     quantization = config.quantization
     if not 0 < quantization.percentile <= 100:

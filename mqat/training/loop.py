@@ -27,6 +27,7 @@ class Phase:
         schedule: Which quantizers are on, and with how many bits.
         val_check_interval: Steps between validations; 0: none.
         checkpoint_interval: Steps between checkpoints; 0: none.
+        keeps_last_state: A checkpoint with the optimizer's state after the last step too.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Phase:
     schedule: QuantizerSchedule = field(default_factory=QuantizerSchedule)
     val_check_interval: int = 0
     checkpoint_interval: int = 0
+    keeps_last_state: bool = False
 
 
 def train_phase(
@@ -107,7 +109,8 @@ def train_phase(
             log.metrics(phase.name, state.step, metrics)
             note = f"loss {loss:.3f}  {speed:.0f} tokens/s"
             progress.update(task, completed=state.step, note=note)
-            if _due(state.step, phase.checkpoint_interval) and state.step < phase.max_steps:
+            is_last = state.step == phase.max_steps
+            if phase.keeps_last_state if is_last else _due(state.step, phase.checkpoint_interval):
                 save(directory / f"step_{state.step:08d}")
     QuantizerSchedule().apply_(chunks, phase.max_steps)
 

@@ -140,5 +140,8 @@ def build_optimizer(
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A longer run has another decay; `run_directory.py` decides what a resumed run may change.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )
     return optimizer, scheduler

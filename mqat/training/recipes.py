@@ -58,6 +58,7 @@ def _phase(plan: RunPlan, name: str, max_steps: int, *, quantized: bool) -> Phas
         schedule=schedule if quantized else QuantizerSchedule(),
         val_check_interval=config.trainer.val_check_interval,
         checkpoint_interval=config.exp_manager.checkpoint_interval,
+        keeps_last_state=config.exp_manager.keeps_last_state and name != "pretrain",
     )
 
 

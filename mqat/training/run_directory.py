@@ -1,4 +1,8 @@
-"""The run directory: an earlier run in it is continued, or put aside, but never mixed with a new one."""
+"""The run directory: an earlier run in it is continued, or put aside, but never mixed with a new one.
+
+A run goes on with the settings it had. What a user may want otherwise has rules: more steps, and data or
+a starting model that lie elsewhere now.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from mqat.config import RunConfig, config_to_yaml
+from mqat.config import RESUME_CHANGES, RunConfig, config_to_yaml
 from mqat.errors import UserError
+from mqat.training.log import write_json, write_text
 
 # What may change when a run goes on: where and how it runs, not what it computes.
 _MAY_CHANGE = (
@@ -24,6 +29,8 @@ _MAY_CHANGE = (
     "export.",
     "exp_manager.",
 )
+# Phases of `trainer.max_steps` steps.
+_LONGER_PHASES = ("baseline", "qat")
 # What a run writes: only this is ever moved, whatever else the directory holds.
 _FILES = (
     "config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "checkpoint",
@@ -31,28 +38,51 @@ _FILES = (
 )  # fmt: skip
 
 
-def open_run_directory(directory: Path, config: RunConfig) -> dict[str, Any]:
+def open_run_directory(directory: Path, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
     """Makes the directory ready for a run; call on one rank only.
 
     Without `exp_manager.resume_if_exists` the files of an earlier run are moved to `run_0`, `run_1`, ...
     inside the directory, as NeMo's experiment manager does.
 
     Returns:
-        The summary to go on from: empty, or that of the run that is resumed.
+        The summary to go on from: empty, or that of the run that is resumed, where phases that are to
+        take more steps are no longer done. And a line for each setting that changed what is computed.
 
     Raises:
-        ValueError: The run to resume had other settings (names the first), or its summary is damaged.
+        UserError: The run to resume had other settings (names the first), its summary is damaged, or
+            a phase to prolong left no optimizer state.
     """
     if not config.exp_manager.resume_if_exists:
         _put_aside(directory)
     summary = _previous_summary(directory)
     file = directory / "config.yaml"
     text = config_to_yaml(config)
+    changes: dict[str, tuple[Any, Any]] = {}
     if config.exp_manager.resume_if_exists and file.is_file():
-        _check_same_run(file, yaml.safe_load(file.read_text("utf-8")), yaml.safe_load(text))
+        changes = _changes(file, yaml.safe_load(file.read_text("utf-8")), yaml.safe_load(text))
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    return summary
+    if "trainer.max_steps" in changes:
+        _reopen(directory, summary, took_steps=changes["trainer.max_steps"][0] > 0)
+    write_text(file, text)
+    said = [f"resumed with {key}={now}, it was {was}" for key, (was, now) in changes.items()]
+    if "trainer.max_steps" in changes and config.model.optim.sched.name != "constant":
+        said.append("the learning rate goes on as if the run had had so many steps from its start")
+    return summary, said
+
+
+def _reopen(directory: Path, summary: dict[str, Any], *, took_steps: bool) -> None:
+    """Takes finished phases off the list of what is done, if they can go on."""
+    for phase in _LONGER_PHASES:
+        states = (directory / "checkpoints" / phase).glob("step_*")
+        if took_steps and phase in summary["done"] and not any(states):
+            raise UserError(
+                f"{directory}: {phase} is finished and left no optimizer state to go on from "
+                f"(checkpoints/{phase} has no step_N), which runs with exp_manager.resume_if_exists or "
+                "checkpoint_interval leave. Restore trainer.max_steps, or start a new run with "
+                "model.restore_from_path at this run's checkpoint."
+            )
+    summary["done"] = [step for step in summary["done"] if step not in _LONGER_PHASES]
+    write_json(directory / "summary.json", summary)
 
 
 def _put_aside(directory: Path) -> None:
@@ -97,11 +127,23 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _check_same_run(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _changes(
+    file: Path, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Settings that change what is computed -> what they were, what they are; refuses forbidden ones."""
     current = dict(_flat(now))
+    named = current["exp_manager.resume_changes"]
+    constant = current["model.optim.sched.name"] == "constant"
+    changes = {}
     for key, value in _flat(before):
-        if key in current and current[key] != value and not key.startswith(_MAY_CHANGE):
+        if key not in current or current[key] == value or key.startswith(_MAY_CHANGE):
+            continue
+        may = key in RESUME_CHANGES and (key != "trainer.max_steps" or current[key] > value)
+        if not may or not (key in named or (key == "trainer.max_steps" and constant)):
+            hint = f", go on with exp_manager.resume_changes=[{key}]" if may else ""
             raise UserError(
                 f"{file}: the run to resume had {key}={value}, this one has {current[key]}. Restore "
-                "the setting, or start a new run in another exp_manager.exp_dir."
+                f"the setting{hint}, or start a new run in another exp_manager.exp_dir."
             )
+        changes[key] = (value, current[key])
+    return changes

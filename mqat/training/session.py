@@ -229,7 +229,7 @@ def open_session(plan: RunPlan) -> Session:
             checkpoint=plan.source if isinstance(plan.source, Path) else None,
         )
     # Every rank knows afterwards that the directory exists.
-    summary = decided_by_main(lambda: open_run_directory(plan.run_dir, config))
+    summary, changes = decided_by_main(lambda: open_run_directory(plan.run_dir, config))
     with on_all_ranks():
         log = RunLog(
             plan.run_dir,
@@ -237,6 +237,8 @@ def open_session(plan: RunPlan) -> Session:
             tensorboard=config.exp_manager.create_tensorboard_logger,
         )
     log.say("  ".join(f"{key}: {value}" for key, value in describe(plan).items()))
+    for change in changes:
+        log.say(change)
     # The model has one dtype; machines may differ in what `auto` means on them.
     dtype = decided_by_main(lambda: plan.dtype)
     if any_rank(plan.dtype != dtype):

@@ -220,3 +220,27 @@ def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):
     assert "resumed from" in finish("killed")  # it went on, it did not start over
     losses = {run: [(s["step"], s["loss"]) for s in steps(run)] for run in ("killed", "whole")}
     assert losses["killed"] == losses["whole"]  # each step once, in order
+
+
+@pytest.mark.parametrize("schedule", ["constant", "CosineAnnealing"])
+def test_a_finished_run_goes_on_for_more_steps(tmp_path, schedule):
+    def train(run: str, steps: int, *arguments: str) -> list[dict]:
+        done = torchrun(
+            1, SFT, f"trainer.max_steps={steps}", f"exp_manager.exp_dir={tmp_path / run}",
+            "exp_manager.resume_if_exists=true", f"model.optim.sched.name={schedule}",
+            "model.optim.sched.warmup_steps=0", "trainer.limit_val_samples=4", *arguments,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    whole = train("whole", 6)
+    train("longer", 3)
+    longer = train("longer", 6, "exp_manager.resume_changes=[trainer.max_steps]")
+    assert [s["step"] for s in longer] == [1, 2, 3, 4, 5, 6]
+    assert [s["lr"] for s in longer[3:]] == [s["lr"] for s in whole[3:]]
+    same = [a["loss"] == b["loss"] for a, b in zip(longer, whole, strict=True)]
+    if schedule == "constant":
+        assert all(same)
+    else:  # control: the first steps had the shorter cosine
+        assert longer[1]["lr"] != whole[1]["lr"] and not same[-1]

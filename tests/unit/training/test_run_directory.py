@@ -23,7 +23,7 @@ def finished_run(directory):
 def test_a_new_run_moves_an_earlier_one_aside_whole(tmp_path):
     finished_run(tmp_path)
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert open_run_directory(tmp_path, config())["done"] == []
+    assert open_run_directory(tmp_path, config())[0]["done"] == []
     assert (tmp_path / "thesis.txt").is_file()  # not a file of a run: it stays
     assert {f.name for f in (tmp_path / "run_0").iterdir()} == {
         "config.yaml", "checkpoints", "metrics.jsonl", "summary.json", "quality",
@@ -36,8 +36,9 @@ def test_a_new_run_moves_an_earlier_one_aside_whole(tmp_path):
 
 def test_a_resumed_run_goes_on_from_its_summary(tmp_path):
     finished_run(tmp_path)
-    summary = open_run_directory(tmp_path, config(resume_if_exists="true"))
+    summary, changes = open_run_directory(tmp_path, config(resume_if_exists="true"))
     assert summary["done"] == ["qat"] and summary["seconds_before"] == 7.0
+    assert changes == []
     assert (tmp_path / "checkpoints" / "step_00000004").is_dir()
     assert not (tmp_path / "run_0").exists()
 
@@ -56,3 +57,45 @@ def test_a_damaged_summary_is_named(tmp_path):
     (tmp_path / "summary.json").write_text('{"done": [')
     with pytest.raises(ValueError, match=r"summary\.json: damaged"):
         open_run_directory(tmp_path, config(resume_if_exists="true"))
+
+
+RESUME = "exp_manager.resume_if_exists=true"
+LONGER = "trainer.max_steps=200"
+
+
+def test_more_steps_reopen_what_was_finished_under_a_constant_rate(tmp_path):
+    constant = "model.optim.sched.name=constant"
+    open_run_directory(tmp_path, load_config(None, [constant]))
+    (tmp_path / "summary.json").write_text(json.dumps({"done": ["ptq", "qat"]}))
+    with pytest.raises(ValueError, match="qat is finished and left no optimizer state"):
+        open_run_directory(tmp_path, load_config(None, [RESUME, LONGER, constant]))
+    (tmp_path / "checkpoints" / "qat" / "step_00000100").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"had trainer\.max_steps=100, this one has 50\. Restore the "
+                                         r"setting, or start"):  # fmt: skip
+        open_run_directory(tmp_path, load_config(None, [RESUME, "trainer.max_steps=50", constant]))
+    summary, changes = open_run_directory(tmp_path, load_config(None, [RESUME, LONGER, constant]))
+    assert summary["done"] == ["ptq"]
+    assert changes == ["resumed with trainer.max_steps=200, it was 100"]
+    assert json.loads((tmp_path / "summary.json").read_text())["done"] == ["ptq"]  # if killed now
+
+
+def test_a_cosine_is_stretched_only_if_the_user_says_so(tmp_path):
+    finished_run(tmp_path)
+    (tmp_path / "checkpoints" / "qat" / "step_00000100").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"exp_manager\.resume_changes=\[trainer\.max_steps\]"):
+        open_run_directory(tmp_path, load_config(None, [RESUME, LONGER]))
+    named = "exp_manager.resume_changes=[trainer.max_steps]"
+    _, changes = open_run_directory(tmp_path, load_config(None, [RESUME, LONGER, named]))
+    assert "as if the run had had so many steps from its start" in changes[-1]
+
+
+def test_moved_data_is_named_by_the_user_and_said(tmp_path):
+    here, there = "model.data.train=[here.txt]", "model.data.train=[there.txt]"
+    open_run_directory(tmp_path, load_config(None, [here]))
+    with pytest.raises(ValueError, match=r"resume_changes=\[model\.data\.train\]"):
+        open_run_directory(tmp_path, load_config(None, [RESUME, there]))
+    named = "exp_manager.resume_changes=[model.data.train]"
+    _, changes = open_run_directory(tmp_path, load_config(None, [RESUME, there, named]))
+    assert changes == ["resumed with model.data.train=['there.txt'], it was ['here.txt']"]
+    with pytest.raises(ValueError, match=r"'model\.optim\.lr' is not one of"):
+        load_config(None, ["exp_manager.resume_changes=[model.optim.lr]"])
