@@ -28,7 +28,9 @@ def served(tmp_path: Path, model: Path, tokens: torch.Tensor, tp: int, pp: int) 
     return torch.load(out)
 
 
-MODELS = ("llama", "llama-untied", "llama-biased", "qwen2", "qwen3", "mistral")
+FAST_MODELS = ("llama-biased", "qwen3")  # untied with biases; tied with norms of heads
+SLOW_MODELS = ("llama", "llama-untied", "qwen2", "mistral")
+MODELS = (*FAST_MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_MODELS))
 
 
 def family(name: str, sizes: dict[str, object]) -> torch.nn.Module:
