@@ -201,7 +201,8 @@ class ExperimentConfig:
 
     exp_dir: str = "runs/qat"
     resume_if_exists: bool = False
-    # Which of `RESUME_CHANGES` a resumed run has other values for than before.
+    # Which of `RESUME_CHANGES` a resumed run has other values for than before: files that have moved
+    # (with the same content), more steps.
     resume_changes: list[str] = field(default_factory=list)
     checkpoint_interval: int = 0  # steps; 0: only at the end of a phase, if resume_if_exists
     create_tensorboard_logger: bool = True
@@ -347,6 +348,10 @@ def _check_values(config: RunConfig) -> None:
             raise UserError(
                 f"config: exp_manager.resume_changes: {key!r} is not one of: {allowed}."
             )
+    if config.exp_manager.resume_changes and not config.exp_manager.resume_if_exists:
+        raise UserError(
+            "config: exp_manager.resume_changes needs exp_manager.resume_if_exists=true."
+        )
     _check_optimizer(config)
     quantization = config.quantization
     if not 0 < quantization.percentile <= 100:

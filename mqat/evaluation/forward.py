@@ -114,9 +114,11 @@ def _eval_mode(chunks: Sequence[Any]) -> Iterator[None]:
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    yield
-    for chunk, training in zip(chunks, was_training, strict=True):
-        chunk.train(training)
+    try:
+        yield
+    finally:
+        for chunk, training in zip(chunks, was_training, strict=True):
+            chunk.train(training)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mqat.checkpoints.manifest import DESCRIPTION
 from mqat.config import RESUME_CHANGES, RunConfig, config_to_yaml
 from mqat.errors import UserError
 from mqat.training.log import write_json, write_text
@@ -29,8 +30,6 @@ _MAY_CHANGE = (
     "export.",
     "exp_manager.",
 )
-# Phases of `trainer.max_steps` steps.
-_LONGER_PHASES = ("baseline", "qat")
 # What a run writes: only this is ever moved, whatever else the directory holds.
 _FILES = (
     "config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "checkpoint",
@@ -71,17 +70,18 @@ def open_run_directory(directory: Path, config: RunConfig) -> tuple[dict[str, An
 
 
 def _reopen(directory: Path, summary: dict[str, Any], *, took_steps: bool) -> None:
-    """Takes finished phases off the list of what is done, if they can go on."""
-    for phase in _LONGER_PHASES:
-        states = (directory / "checkpoints" / phase).glob("step_*")
-        if took_steps and phase in summary["done"] and not any(states):
+    """Takes finished phases that are to go on off the list of what is done, if they left their state."""
+    finished = set(summary["tokens"]) - {"pretrain"}
+    for phase in sorted(finished) if took_steps else ():
+        if not any((directory / "checkpoints" / phase).glob(f"step_*/{DESCRIPTION}")):
             raise UserError(
                 f"{directory}: {phase} is finished and left no optimizer state to go on from "
-                f"(checkpoints/{phase} has no step_N), which runs with exp_manager.resume_if_exists or "
-                "checkpoint_interval leave. Restore trainer.max_steps, or start a new run with "
+                f"(checkpoints/{phase} has no whole step_N), which runs with "
+                "exp_manager.resume_if_exists or checkpoint_interval leave. Restore "
+                "trainer.max_steps, or start a new run with "
                 "model.restore_from_path at this run's checkpoint."
             )
-    summary["done"] = [step for step in summary["done"] if step not in _LONGER_PHASES]
+    summary["done"] = [step for step in summary["done"] if step not in finished]
     write_json(directory / "summary.json", summary)
 
 

@@ -59,29 +59,39 @@ def test_a_damaged_summary_is_named(tmp_path):
         open_run_directory(tmp_path, config(resume_if_exists="true"))
 
 
+def state(directory, phase, step):
+    """An optimizer state, as far as the run directory looks at it."""
+    path = directory / "checkpoints" / phase / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    (path / "mqat.json").write_text("{}")
+
+
 RESUME = "exp_manager.resume_if_exists=true"
 LONGER = "trainer.max_steps=200"
 
 
-def test_more_steps_reopen_what_was_finished_under_a_constant_rate(tmp_path):
+@pytest.mark.parametrize("phase", ["qat", "sft"])
+def test_more_steps_reopen_what_was_finished_under_a_constant_rate(tmp_path, phase):
     constant = "model.optim.sched.name=constant"
     open_run_directory(tmp_path, load_config(None, [constant]))
-    (tmp_path / "summary.json").write_text(json.dumps({"done": ["ptq", "qat"]}))
-    with pytest.raises(ValueError, match="qat is finished and left no optimizer state"):
+    summary = {"done": ["ptq", "qat"], "tokens": {"pretrain": 8, phase: 64}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "checkpoints" / phase / "step_00000050").mkdir(parents=True)  # not whole
+    with pytest.raises(ValueError, match=f"{phase} is finished and left no optimizer state"):
         open_run_directory(tmp_path, load_config(None, [RESUME, LONGER, constant]))
-    (tmp_path / "checkpoints" / "qat" / "step_00000100").mkdir(parents=True)
+    state(tmp_path, phase, 100)
     with pytest.raises(ValueError, match=r"had trainer\.max_steps=100, this one has 50\. Restore the "
                                          r"setting, or start"):  # fmt: skip
         open_run_directory(tmp_path, load_config(None, [RESUME, "trainer.max_steps=50", constant]))
     summary, changes = open_run_directory(tmp_path, load_config(None, [RESUME, LONGER, constant]))
-    assert summary["done"] == ["ptq"]
+    left = ["ptq"] if phase == "qat" else ["ptq", "qat"]
+    assert summary["done"] == left
     assert changes == ["resumed with trainer.max_steps=200, it was 100"]
-    assert json.loads((tmp_path / "summary.json").read_text())["done"] == ["ptq"]  # if killed now
+    assert json.loads((tmp_path / "summary.json").read_text())["done"] == left  # if killed now
 
 
 def test_a_cosine_is_stretched_only_if_the_user_says_so(tmp_path):
     finished_run(tmp_path)
-    (tmp_path / "checkpoints" / "qat" / "step_00000100").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"exp_manager\.resume_changes=\[trainer\.max_steps\]"):
         open_run_directory(tmp_path, load_config(None, [RESUME, LONGER]))
     named = "exp_manager.resume_changes=[trainer.max_steps]"
@@ -98,4 +108,6 @@ def test_moved_data_is_named_by_the_user_and_said(tmp_path):
     _, changes = open_run_directory(tmp_path, load_config(None, [RESUME, there, named]))
     assert changes == ["resumed with model.data.train=['there.txt'], it was ['here.txt']"]
     with pytest.raises(ValueError, match=r"'model\.optim\.lr' is not one of"):
-        load_config(None, ["exp_manager.resume_changes=[model.optim.lr]"])
+        load_config(None, [RESUME, "exp_manager.resume_changes=[model.optim.lr]"])
+    with pytest.raises(ValueError, match=r"resume_changes needs exp_manager\.resume_if_exists"):
+        load_config(None, [named])
