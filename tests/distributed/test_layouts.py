@@ -238,7 +238,7 @@ def test_the_quality_report_is_the_same(layout, layouts):
         assert other[name]["output_sqnr_db"] < entry["output_sqnr_db"] - 1
 
 
-@pytest.mark.parametrize("name", ["tp1", "w4a8"])
+@pytest.mark.parametrize("name", ["tp1", pytest.param("w4a8", marks=pytest.mark.slow)])
 def test_lowered_at_tp_2_is_the_model_that_was_calibrated(layouts, tmp_path, name):
     tokens, worker = tmp_path / "tokens.pt", Path(__file__).with_name("logits_worker.py")
     checkpoint = shutil.copytree(layouts[name][0] / "ptq", tmp_path / "ptq")
