@@ -10,7 +10,7 @@ from mqat.checkpoints.dist_checkpoint import checkpoint_layers, load_checkpoint
 from mqat.checkpoints.manifest import DESCRIPTION, read_description
 from mqat.checkpoints.source import open_pretrained
 from mqat.config import ModelConfig
-from mqat.data.tokenizer import load_tokenizer
+from mqat.data.tokenizer import check_fits, load_tokenizer
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
@@ -63,6 +63,7 @@ def load_model(
         source = open_pretrained(path)
         config, layers = source.config, {}
         tokenizer = load_tokenizer(source.tokenizer_source)
+    check_fits(tokenizer, config.vocab_size)
     check_parallel_sizes(config, tp=tensor_parallel, pp=pipeline_parallel)
     check_group_sizes(config, layers, tp=tensor_parallel, purpose="tensor_parallel")
     groups.initialize(tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)

@@ -9,7 +9,7 @@ from mqat.config import DataConfig
 from mqat.data.documents import ReadStats, read_conversations, read_texts
 from mqat.data.packaged import hold_out, python_docs_documents, wikipedia_documents
 from mqat.data.packing import PackedDataset, pack_conversations, pack_text
-from mqat.data.tokenizer import load_tokenizer, train_small_tokenizer
+from mqat.data.tokenizer import check_fits, load_tokenizer, train_small_tokenizer
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
 
@@ -68,12 +68,7 @@ def _tokenizer(
         tokenizer = load_tokenizer(source)
     else:
         tokenizer = train_small_tokenizer(train, model.vocab_size)
-    if len(tokenizer) > model.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary "
-            f"{model.vocab_size}; they do not belong together. Use the tokenizer that came with "
-            "the model."
-        )
+    check_fits(tokenizer, model.vocab_size)
     return tokenizer
 
 

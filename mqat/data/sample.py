@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mqat.data.tokenizer import load_tokenizer
+from mqat.data.tokenizer import check_fits, load_tokenizer
 
 NUM_TOKENS = 256
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -41,11 +41,11 @@ def sample_tokens(directory: Path, *, vocab_size: int, longest: int) -> Tensor:
         longest: Most tokens of a sequence that it can read.
 
     Raises:
-        ValueError: The tokenizer cannot be used.
+        ValueError: The tokenizer cannot be used, or does not fit the model.
     """
     length = min(NUM_TOKENS, longest)
     if any((directory / name).exists() for name in _TOKENIZER_FILES):
-        ids = torch.tensor(load_tokenizer(directory)(_TEXT)["input_ids"][:length])
-    else:
-        ids = torch.arange(length) * 7919
-    return ids[None] % vocab_size
+        tokenizer = load_tokenizer(directory)
+        check_fits(tokenizer, vocab_size)
+        return torch.tensor([tokenizer(_TEXT)["input_ids"][:length]])
+    return (torch.arange(length) * 7919 % vocab_size)[None]
