@@ -6,18 +6,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mqat.data.messages import HARMLESS, Message, read_row, said
 from mqat.errors import UserError
 
-Message = dict[str, str]
 T = TypeVar("T")
+_JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
+_NOT_PROSE = (
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".bin",
+    ".idx",
+    ".gz",
+    ".zst",
+    ".bz2",
+    ".xz",
+    ".zip",
+)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages (`role`, `content`) in order; `place` is `file:line`, for complaints."""
+    """Messages (`messages.read_message`) in order; `place` is `file:line`, for complaints."""
 
     messages: tuple[Message, ...]
     place: str
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -62,6 +77,10 @@ class BadLines:
 
 
 def _bytes_of(path: Path) -> bytes:
+    if path.suffix.lower() in _NOT_PROSE:
+        raise UserError(
+            f"{path}: {path.suffix} files are not read; unpack or convert it to text or JSON lines."
+        )
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -85,9 +104,24 @@ def _text_of(path: Path) -> str:
         ) from error
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise UserError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise UserError(f"not JSON: {name} is no number")
+
+
 def _parse_json(line: bytes) -> Any:
     try:
-        value = json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
+        value = json.loads(
+            text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
+        )
         # Escaped lone surrogates are valid JSON but not text: no tokenizer can encode them.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -101,12 +135,37 @@ def _parse_json(line: bytes) -> Any:
     return value
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(`file:line`, content) of every line that is not blank."""
+def _parsed(text: bytes) -> Any:
+    """The JSON value, or None where it is none."""
+    try:
+        return _parse_json(text)
+    except ValueError:
+        return None
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(place, what parses it) of every record: lines, or the entries of one JSON array or object."""
     content = _bytes_of(path).removeprefix(b"\xef\xbb\xbf")
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", line
+    lines = [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    if _parsed(lines[0][1]) is None or lines[0][1].lstrip().startswith(b"["):
+        whole = _parsed(content)
+        if isinstance(whole, list | dict) and whole != []:
+            for number, value in enumerate(whole if isinstance(whole, list) else [whole], start=1):
+                yield f"{path}, record {number}", lambda value=value: value  # type: ignore[misc]
+            return
+    for number, line in lines:
+        yield f"{path}:{number}", lambda line=line: _parse_json(line)  # type: ignore[misc]
+
+
+def _holds_json(path: Path) -> bool:
+    """By its ending, or by content: the first line or the whole file is an object or a list of them."""
+    content = _bytes_of(path).removeprefix(b"\xef\xbb\xbf").strip()
+    if path.suffix.lower() in _JSON_ENDINGS:
+        return True
+    if not content.startswith((b"{", b"[")):
+        return False
+    found = [_parsed(content.split(b"\n", 1)[0]), _parsed(content)]
+    return any(isinstance(v[0] if isinstance(v, list) and v else v, dict) for v in found)
 
 
 def _read_jsonl(
@@ -114,50 +173,32 @@ def _read_jsonl(
 ) -> list[T]:
     records = []
     complaints = BadLines(bad_lines, stats)
-    for place, line in _json_lines(path):
+    for place, read in _json_records(path):
         try:
-            records.append(parse(_parse_json(line), place))
+            records.append(parse(read(), place))
         except ValueError as error:
             complaints.report(place, error)
     return records
 
 
 def _conversation(value: Any, place: str) -> Conversation:
-    if not isinstance(value, dict):
-        raise UserError("expected a JSON object")
-    if "messages" in value:
-        messages = value["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise UserError("'messages' must be a list that is not empty")
-        for message in messages:
-            if not isinstance(message, dict) or not all(
-                isinstance(message.get(key), str) for key in ("role", "content")
-            ):
-                raise UserError("every message needs the strings 'role' and 'content'")
-    elif isinstance(value.get("input"), str) and isinstance(value.get("output"), str):
-        messages = [
-            {"role": "user", "content": value["input"]},
-            {"role": "assistant", "content": value["output"]},
-        ]
-    else:
-        raise UserError("expected 'messages', or the strings 'input' and 'output'")
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise UserError(f"no message has the role 'assistant' (roles: {sorted(set(roles))})")
-    return Conversation(
-        tuple({"role": m["role"], "content": m["content"]} for m in messages), place
-    )
+    messages, tools = read_row(value)
+    return Conversation(tuple(messages), place, tuple(tools))
 
 
 def _text_record(value: Any, place: str) -> str:
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+    record = said(value)
+    if not isinstance(record.get("text"), str):
         raise UserError(
             "expected a JSON object with the string 'text' (chat and input/output lines need "
             "model.data.format=sft)"
         )
-    if not value["text"].strip():
+    unknown = [key for key in record if key != "text" and key not in HARMLESS]
+    if unknown:
+        raise UserError(f"unknown key {unknown[0]!r} beside 'text'; remove what is not trained on")
+    if not record["text"].strip():
         raise UserError("'text' is empty")
-    return str(value["text"])
+    return str(record["text"])
 
 
 def _check_not_empty(found: Sequence[object], what: str, paths: Sequence[Path]) -> None:
@@ -170,7 +211,9 @@ def _check_not_empty(found: Sequence[object], what: str, paths: Sequence[Path]) 
 
 
 def read_texts(paths: Sequence[Path], bad_lines: str, stats: ReadStats) -> list[str]:
-    """Documents of plain-text files (one each) and of `.jsonl` files (`{"text": ...}` a line).
+    """Documents of plain-text files (one each) and of files with JSON objects (`{"text": ...}`).
+
+    JSON is recognized by content, whatever a file is called: an object a line, or one array of them.
 
     Args:
         paths: Files.
@@ -182,7 +225,7 @@ def read_texts(paths: Sequence[Path], bad_lines: str, stats: ReadStats) -> list[
     """
     documents: list[str] = []
     for path in paths:
-        if path.suffix == ".jsonl":
+        if _holds_json(path):
             documents += _read_jsonl(path, _text_record, bad_lines, stats)
         else:
             documents.append(_text_of(path))
@@ -194,7 +237,7 @@ def read_texts(paths: Sequence[Path], bad_lines: str, stats: ReadStats) -> list[
 def read_conversations(
     paths: Sequence[Path], bad_lines: str, stats: ReadStats
 ) -> list[Conversation]:
-    """Conversations of JSONL files: `{"messages": [...]}` or `{"input": ..., "output": ...}`.
+    """Conversations of files with JSON objects, in the forms that `messages.read_row` knows.
 
     Arguments and errors as for `read_texts`.
     """

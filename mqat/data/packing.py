@@ -135,7 +135,9 @@ def _tokenized(
     examples = []
     for conversation in conversations:
         try:
-            ids, answer = tokenize_conversation(conversation.messages, tokenizer)
+            ids, answer = tokenize_conversation(
+                conversation.messages, tokenizer, conversation.tools
+            )
         except ValueError as error:
             complaints.report(conversation.place, error)
             continue

@@ -96,7 +96,9 @@ def fast_tokenizer(pieces: Pieces) -> Any:
     has_bytes = BYTE in pieces.kinds
     if pieces.unigram:
         entries = list(zip(pieces.names, pieces.scores, strict=True))
-        model = models.Unigram(entries, pieces.names.index(unknown[0]), byte_fallback=has_bytes)
+        model: Any = models.Unigram(
+            entries, pieces.names.index(unknown[0]), byte_fallback=has_bytes
+        )
     else:
         model = models.BPE(
             vocab={name: index for index, name in enumerate(pieces.names)},
@@ -126,10 +128,11 @@ def read_sentencepiece(path: Path) -> Any:
     Raises:
         UserError: Not a SentencePiece file, or of a kind whose ids would be others.
     """
-    from google.protobuf.message import DecodeError
-    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from sentencepiece import SentencePieceProcessor
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
         reference = SentencePieceProcessor(model_proto=proto.SerializeToString())

@@ -291,7 +291,7 @@ def _written_anew(tokenizer: Any) -> dict[str, bytes]:
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     tokens = {name: getattr(tokenizer, name) for name in _NAMES}
     settings |= {name: str(token) for name, token in tokens.items() if token is not None}
-    extra = next((value for key in _EXTRA if (value := getattr(tokenizer, key, None))), [])
+    extra = next((value for key in _EXTRA if (value := getattr(tokenizer, key, None))), None)
     if extra:
         settings[_EXTRA[0]] = [str(token) for token in extra]
     settings |= {key: getattr(tokenizer, key) for key in _OPTIONS}
@@ -314,6 +314,7 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     A tokenizer that is as `load_tokenizer` found it is written byte for byte, with the generation
     settings and all chat templates beside it. Another one is written anew.
     """
+    files: dict[str, bytes]
     files, state = getattr(tokenizer, _KEPT, ({}, ""))
     if state != _state(tokenizer):
         settings = Path(tokenizer.name_or_path or "") / GENERATION_CONFIG
