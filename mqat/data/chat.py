@@ -226,7 +226,6 @@ class _Conversation:
 
     def __init__(self, tokenizer: Any, messages: list[Message], tools: Sequence[Any]) -> None:
         self.tokenizer, self.tools = tokenizer, tools
-        self._trimmed: dict[bool, bool] = {}
         self.messages = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
         self.learnt = [m["role"] == "assistant" and m.get("weight", 1) == 1 for m in messages]
         self.template = chat_template(tokenizer, tools) or _WITHOUT_TEMPLATE
@@ -334,9 +333,9 @@ class _Conversation:
         if calls or any(key in self.messages[index] for key in REASONING):
             start = self._turn_start(index, start)
         else:
-            start = self._extend_left(first.head, start)
+            start = self._extend_left(first, start)
         if not calls:
-            stop = self._extend_right(last.tail, stop)
+            stop = self._extend_right(last, stop)
         span = _solid(self.whole[start:stop])
         for leaf in leaves:
             if leaf.kind != "call" and _solid(leaf.text) not in span:
@@ -346,41 +345,32 @@ class _Conversation:
                 )
         return self._with_end(index, start, stop, calls=calls)
 
-    def _extend_left(self, head: str, start: int) -> int:
+    def _extend_left(self, leaf: _Leaf, start: int) -> int:
         """`start`, moved before the signs and blanks that an answer begins with."""
+        head = leaf.head
         reach = self.whole[max(0, start - 2 * len(head) - 64) : start]
         found = re.search(r"\s*".join(map(re.escape, _solid(head))) + r"\s*\Z", reach)
         if _solid(head) and found:
             start -= len(reach) - found.start()
-        blanks = head[: len(head) - len(head.lstrip())]
-        if blanks and not self._is_trimmed(left=True):
-            while blanks and self.whole[:start].endswith(blanks[-1]):
-                blanks, start = blanks[:-1], start - 1
-        return start
+        return start - self._shown_blanks(leaf, left=True)
 
-    def _extend_right(self, tail: str, stop: int) -> int:
+    def _extend_right(self, leaf: _Leaf, stop: int) -> int:
         """`stop`, moved behind the signs and blanks that an answer ends with."""
+        tail = leaf.tail
         reach = self.whole[stop : stop + 2 * len(tail) + 64]
         found = re.match(r"\s*" + r"\s*".join(map(re.escape, _solid(tail))), reach)
         if _solid(tail) and found:
             stop += found.end()
-        blanks = tail[len(tail.rstrip()) :]
-        if blanks and not self._is_trimmed(left=False):
-            while blanks and self.whole.startswith(blanks[0], stop):
-                blanks, stop = blanks[1:], stop + 1
-        return stop
+        return stop + self._shown_blanks(leaf, left=False)
 
-    def _is_trimmed(self, *, left: bool) -> bool:
-        """Whether the text stays the same when answers lose the blanks at that end."""
-        if left not in self._trimmed:
-            trimmed = [
-                m | {"content": m["content"].lstrip() if left else m["content"].rstrip()}
-                if m["role"] == "assistant"
-                else m
-                for m in self.messages
-            ]
-            self._trimmed[left] = self._render(trimmed) == self.whole
-        return self._trimmed[left]
+    def _shown_blanks(self, leaf: _Leaf, *, left: bool) -> int:
+        """How many blanks at that end of a content the template writes: so much shorter is it without."""
+        bare = leaf.text.lstrip() if left else leaf.text.rstrip()
+        if bare == leaf.text or leaf.kind != "content":
+            return 0
+        messages = list(self.messages)
+        messages[leaf.index] = messages[leaf.index] | {"content": bare}
+        return len(self.whole) - len(self._render(messages))
 
     def _turn_start(self, index: int, first_word: int) -> int:
         """Where an answer with reasoning or calls begins: behind what the template prompts it with."""

@@ -314,8 +314,8 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     A tokenizer that is as `load_tokenizer` found it is written byte for byte, with the generation
     settings and all chat templates beside it. Another one is written anew.
     """
-    files: dict[str, bytes]
-    files, state = getattr(tokenizer, _KEPT, ({}, ""))
+    kept_files: tuple[dict[str, bytes], str] = getattr(tokenizer, _KEPT, ({}, ""))
+    files, state = kept_files
     if state != _state(tokenizer):
         settings = Path(tokenizer.name_or_path or "") / GENERATION_CONFIG
         kept = files.get(GENERATION_CONFIG) or (

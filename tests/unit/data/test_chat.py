@@ -68,12 +68,130 @@ def test_a_template_with_generation_marks_is_believed(tokenizer: Any) -> None:
     assert answers(marked, TURNS) == [f" là 日本 \n\nthere{end}", f"yes{end}"]
 
 
-def test_a_template_that_rewrites_history_is_refused(tokenizer: Any) -> None:
-    last_only = with_template(
-        tokenizer, "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+def test_text_that_changes_with_the_conversation_is_no_label(tokenizer: Any) -> None:
+    counted = with_template(
+        tokenizer,
+        "{{ messages|length }}{% for m in messages %}{{ m['content']|trim }}{{ eos_token }}{% endfor %}",
     )
-    with pytest.raises(ValueError, match=r"rewrites earlier messages.*only appends"):
-        tokenize_conversation(TURNS, last_only)
+    end = counted.eos_token
+    assert answers(counted, TURNS) == [f"là 日本 \n\nthere{end}", f"yes{end}"]
+
+
+def test_a_template_that_rewrites_answers_is_refused(tokenizer: Any) -> None:
+    shouted = with_template(
+        tokenizer, "{% for m in messages %}{{ m['content']|upper }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"treats messages by their words"):
+        tokenize_conversation(TURNS, shouted)
+
+
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{% set c = m.content %}{% if '</think>' in c and not loop.last %}"
+    "{% set c = c.split('</think>')[-1]|trim %}{% endif %}{{ c }}{{ eos_token }}{% endfor %}"
+)
+
+
+def test_words_that_a_template_leaves_out_are_counted_and_refused(tokenizer: Any) -> None:
+    template = with_template(tokenizer, THINKING)
+    thought = {"role": "assistant", "content": "<think>so it is</think>yes"}
+    asked = {"role": "user", "content": "q"}
+    assert answers(template, [asked, thought]) == [thought["content"] + template.eos_token]
+    with pytest.raises(ValueError, match=r"leaves out 4 of 5 words of message 2 \(assistant"):
+        tokenize_conversation([asked, thought, asked, thought], template)
+    history = [asked, thought | {"weight": 0}, asked, thought]
+    assert answers(template, history) == [thought["content"] + template.eos_token]
+    no_system = with_template(
+        tokenizer, "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"leaves out 2 of 2 words of message 1 \(system"):
+        tokenize_conversation(TURNS, no_system)
+
+
+WITH_CALLS = (
+    "{% for t in tools or [] %}TOOL {{ t | tojson }}\n{% endfor %}{% for m in messages %}<{{ m.role }}>"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}CALL {{ c.function.name }}"
+    "({{ c.function.arguments | tojson }}){% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "sky"}'}}
+CALLING = [
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "name": "look", "content": "rain"},
+    {"role": "assistant", "content": "It rains."},
+]
+
+
+def test_tools_reach_the_template_and_calls_are_learnt(tokenizer: Any) -> None:
+    calling = with_template(tokenizer, WITH_CALLS)
+    ids, answer = tokenize_conversation(CALLING, calling, [TOOL])
+    assert calling.decode(ids).startswith('TOOL {"type": "function", "function": {"name": "look"')
+    labels = calling.decode([i for i, k in zip(ids, answer, strict=True) if k])
+    end = calling.eos_token
+    # The arguments arrive as the object that they are, as servers hand them to the template.
+    assert labels == f'CALL look({{"at": "sky"}}){end}It rains.{end}'
+    raw = with_template(tokenizer, WITH_CALLS.replace(" | tojson }})", " }})"))
+    labels = "".join(answers(raw, CALLING))
+    assert labels == f'CALL look({{"at": "sky"}}){end}It rains.{end}'
+
+
+def test_tools_and_calls_that_a_template_drops_are_refused(tokenizer: Any) -> None:
+    plain = with_template(tokenizer, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    with pytest.raises(ValueError, match=r"leaves out 2 of 2 words of message 2|leaves out 1 of 1"):
+        tokenize_conversation(CALLING, plain)
+    with pytest.raises(ValueError, match=r"does not show the tool 'look'"):
+        tokenize_conversation(CALLING[:1] + CALLING[3:], plain, [TOOL])
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_reasoning_is_learnt_with_what_surrounds_it_or_refused(tokenizer: Any, key: str) -> None:
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "yes", key: "as so"},
+    ]
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.KEY %}<think>{{ m.KEY }}</think>{% endif %}"
+        "{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    shown = with_template(tokenizer, template.replace("KEY", key))
+    assert answers(shown, turns) == [f"<think>as so</think>yes{shown.eos_token}"]
+    with pytest.raises(
+        ValueError, match=rf"leaves out 2 of 2 words of message 2 \(assistant, '{key}'"
+    ):
+        tokenize_conversation(turns, with_template(tokenizer, template.replace("KEY", "thoughts")))
+
+
+@pytest.mark.parametrize("place", ["{% macro say(m) %}BODY{% endmacro %}{% for m in messages %}{{ say(m) }}",
+                                   "{% for m in messages %}BODY"])  # fmt: skip
+@pytest.mark.parametrize(
+    "mark", ["{% generation %}", "{%- generation -%}", "{%generation%}", "{%+ generation %}"]
+)
+def test_marks_count_in_every_spelling_and_place(tokenizer: Any, mark: str, place: str) -> None:
+    body = (
+        "{% if m.role == 'assistant' %}A:MARK{{ m.content }}{{ eos_token }}{% endgeneration %}\n"
+        "{% else %}{# {% generation %} #}Q:{{ m.content }}\n{% endif %}"
+    )
+    template = place.replace("BODY", body).replace("MARK", mark) + "{% endfor %}"
+    marked = with_template(tokenizer, template)
+    end = marked.eos_token
+    assert answers(marked, TURNS) == [f" là 日本 \n\nthere{end}", f"yes{end}"]
+    first_is_context = [*TURNS[:2], TURNS[2] | {"weight": 0}, *TURNS[3:]]
+    assert answers(marked, first_is_context) == [f"yes{end}"]
+
+
+def test_marks_that_cover_less_or_more_than_answers_are_refused(tokenizer: Any) -> None:
+    around_all = (
+        "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
+    )
+    with pytest.raises(ValueError, match=r"marks cover more than answers \(message [12]\)"):
+        tokenize_conversation(TURNS, with_template(tokenizer, around_all))
+    last_only = (
+        "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"marks leave out words of message 3 \('là'\)"):
+        tokenize_conversation(TURNS, with_template(tokenizer, last_only))
 
 
 @pytest.mark.parametrize("mark", ["", "{% generation %}x{% endgeneration %}"])

@@ -108,11 +108,11 @@ def test_no_label_belongs_to_another_conversation_than_its_input(tokenizer: Any)
 
 def test_an_answer_that_is_only_the_first_token_cannot_be_learned(tokenizer: Any) -> None:
     plain = deepcopy(tokenizer)
-    plain.chat_template = None
-    empty_answer = Conversation(({"role": "assistant", "content": ""},), "file:1")
-    packed = pack_conversations([empty_answer, conversation("q", "a")], plain, 16)
+    plain.chat_template = "{{ messages[0].content }}{{ messages[1].content if messages[1] }}"
+    one_token = Conversation(({"role": "assistant", "content": "a"},), "file:1")
+    packed = pack_conversations([one_token, conversation("q", "a")], plain, 16)
     assert packed.stats.dropped_conversations == 1
-    assert packed.loss_mask.sum() == 2  # "a" and the end token
+    assert packed.loss_mask.sum() == 1  # the "a" behind "q"
 
 
 def test_long_conversations_are_cut_or_dropped_and_counted(tokenizer: Any) -> None:
