@@ -364,7 +364,7 @@ class _Conversation:
         return stop + self._shown_blanks(leaf, left=False)
 
     def _shown_blanks(self, leaf: _Leaf, *, left: bool) -> int:
-        """How many blanks at that end of a content the template writes: so much shorter is it without."""
+        """How many blanks at that end of a content the template writes: the text is shorter without."""
         bare = leaf.text.lstrip() if left else leaf.text.rstrip()
         if bare == leaf.text or leaf.kind != "content":
             return 0

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Chat templates that do what well-known models' templates do, written anew."""
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class Template:
     end: str
     words: Words = as_it_is
     has_system: bool = True
+
+    @property
+    def has_marks(self) -> bool:
+        return "endgeneration" in self.source
 
 
 def turns(
@@ -84,7 +89,7 @@ QWEN3 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
-{%- endif %}"""  # noqa: E501
+{%- endif %}"""
 BY_ROLE = (
     "{% for m in messages %}{% if m.role == 'system' %}SYSTEM{% elif m.role == 'user' %}USER"
     "{% else %}ANSWER{% endif %}{% endfor %}{% if add_generation_prompt %}PROMPT{% endif %}"

@@ -86,8 +86,8 @@ def test_a_template_that_rewrites_answers_is_refused(tokenizer: Any) -> None:
 
 
 THINKING = (
-    "{% for m in messages %}<|{{ m.role }}|>{% set c = m.content %}{% if '</think>' in c and not loop.last %}"
-    "{% set c = c.split('</think>')[-1]|trim %}{% endif %}{{ c }}{{ eos_token }}{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>{% set c = m.content %}"
+    "{% if '</think>' in c and not loop.last %}{% set c = c.split('</think>')[-1]|trim %}{% endif %}{{ c }}{{ eos_token }}{% endfor %}"
 )
 
 
@@ -162,8 +162,10 @@ def test_reasoning_is_learnt_with_what_surrounds_it_or_refused(tokenizer: Any, k
         tokenize_conversation(turns, with_template(tokenizer, template.replace("KEY", "thoughts")))
 
 
-@pytest.mark.parametrize("place", ["{% macro say(m) %}BODY{% endmacro %}{% for m in messages %}{{ say(m) }}",
-                                   "{% for m in messages %}BODY"])  # fmt: skip
+IN_A_MACRO = "{% macro say(m) %}BODY{% endmacro %}{% for m in messages %}{{ say(m) }}"
+
+
+@pytest.mark.parametrize("place", [IN_A_MACRO, "{% for m in messages %}BODY"])
 @pytest.mark.parametrize(
     "mark", ["{% generation %}", "{%- generation -%}", "{%generation%}", "{%+ generation %}"]
 )
