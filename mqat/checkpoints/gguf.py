@@ -1,18 +1,21 @@
-"""Reads slices of a llama.cpp GGUF file; quantized blocks are dequantized.
+"""Reads slices of a llama.cpp GGUF model, in one file or several; quantized blocks are dequantized.
 
 llama.cpp stores query and key rows of Llama (not of Qwen 2) with the two halves of each head
 interleaved; `read` undoes it (transformers/modeling_gguf_pytorch_utils.py, LlamaTensorProcessor, has
 the same permutation).
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mqat.checkpoints.gguf_metadata import Metadata, architecture, decoder_config
+from mqat.checkpoints.stored_tensors import check_tensors, finite
 from mqat.errors import UserError
-from mqat.models.decoder import FAMILIES, DecoderConfig, check_window
+from mqat.models.decoder import DecoderConfig, hf_shapes
 from mqat.models.structure import (
     EMBEDDING,
     FINAL_NORM,
@@ -21,6 +24,9 @@ from mqat.models.structure import (
     OUTPUT_LAYER,
     QKV,
 )
+
+# llama.cpp `llama_split_path`: number and count of a file of several.
+_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def gguf_names(model: DecoderConfig) -> dict[str, str]:
@@ -35,76 +41,68 @@ def gguf_names(model: DecoderConfig) -> dict[str, str]:
     return {f"{a}.{kind}": f"{b}.{kind}" for a, b in top.items() for kind in kinds}
 
 
+def split_name(path: Path, number: int) -> Path:
+    """The file of that number (from 1) of a split model; of any other, the path itself."""
+    match = _SPLIT.match(path.name)
+    return path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") if match else path
+
+
 class GgufCheckpoint:
-    """Lazy view of a GGUF file (memory-mapped); same interface as `HuggingFaceCheckpoint`.
+    """Lazy view of a GGUF model (memory-mapped); same interface as `HuggingFaceCheckpoint`.
+
+    Args:
+        path: Its file, or any of its files.
 
     Raises:
-        ValueError: The `gguf` package is missing, the file is damaged, or of no family that is known.
+        ValueError: The `gguf` package is missing, a file is missing or damaged, the model is of no
+            family that is known, or metadata and tensors contradict each other.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            from gguf import GGUFReader
-        except ImportError as error:
+        self.path = self.tokenizer_source = split_name(path, 1)
+        reader = _open(self.path)
+        metadata = Metadata(self.path, reader.fields)
+        self._tensors: dict[str, Any] = {}
+        for file, part in ((self.path, reader), *_siblings(metadata)):
+            for tensor in part.tensors:
+                if tensor.name in self._tensors:
+                    raise UserError(f"{file}: tensor {tensor.name!r} is in an earlier file, too.")
+                self._tensors[tensor.name] = tensor
+        total = metadata.value("split.tensors.count")
+        if total not in (None, len(self._tensors)):
             raise UserError(
-                f"{path}: reading GGUF needs the 'gguf' package; pip install 'mqat[demo]'."
-            ) from error
-        self.path = path
-        self.tokenizer_source = path
-        try:
-            reader = GGUFReader(path)
-        except (OSError, ValueError, IndexError) as error:
-            raise UserError(f"{path}: not a complete GGUF file ({error}).") from error
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.config = self._read_config(reader)
-        self._names = gguf_names(self.config)
-
-    def _read_config(self, reader: Any) -> DecoderConfig:
-        def value(key: str, default: Any = None) -> Any:
-            field = reader.get_field(key)
-            if field is None and default is None:
-                raise UserError(f"{self.path}: GGUF key {key!r} is missing.")
-            return default if field is None else field.contents()
-
-        architecture = value("general.architecture")
-        # Mistral's files say `llama`: the first family of an architecture stands for all.
-        family = next((f for f in FAMILIES.values() if f.gguf_architecture == architecture), None)
-        if family is None:
-            known = sorted({f.gguf_architecture for f in FAMILIES.values()})
-            raise UserError(f"{self.path}: architecture {architecture!r}; known are {known}.")
-        self._is_interleaved = family.is_interleaved_in_gguf
-        scaling = value(f"{architecture}.rope.scaling.type", "none")
-        if scaling != "none" or "rope_freqs.weight" in self._tensors:
-            raise UserError(
-                f"{self.path}: scaled rotary positions (rope scaling {scaling!r}) are not read from "
-                "GGUF; use the Hugging Face directory of this model."
+                f"{self.path}: split.tensors.count={total}, but its files hold {len(self._tensors)}."
             )
-        context = int(value(f"{architecture}.context_length"))
-        # Few converters write the key: a file without it is taken to have no window.
-        check_window(int(value(f"{architecture}.attention.sliding_window", context)), context)
-        heads = int(value(f"{architecture}.attention.head_count"))
-        hidden = int(value(f"{architecture}.embedding_length"))
-        first = GGUF_LAYER.format(i=0)
-        return DecoderConfig(
-            # The tensor, not the metadata key: some converters leave the key out.
-            vocab_size=int(self._tensors[f"{EMBEDDING.gguf}.weight"].shape[1]),
-            hidden_size=hidden,
-            intermediate_size=int(value(f"{architecture}.feed_forward_length")),
-            num_layers=int(value(f"{architecture}.block_count")),
-            num_attention_heads=heads,
-            num_query_groups=int(value(f"{architecture}.attention.head_count_kv", heads)),
-            head_dim=int(value(f"{architecture}.attention.key_length", hidden // heads)),
-            rms_norm_eps=float(value(f"{architecture}.attention.layer_norm_rms_epsilon")),
-            rope_theta=float(value(f"{architecture}.rope.freq_base", 10000.0)),
-            max_position_embeddings=context,
-            tie_word_embeddings=f"{OUTPUT_LAYER.gguf}.weight" not in self._tensors,
-            family=family.name,
-            biases=tuple(
-                linear.name
-                for linear in family.linears
-                if any(f"{first}{part.gguf}.bias" in self._tensors for part in linear.parts)
-            ),
+        self._is_interleaved = architecture(metadata).is_interleaved_in_gguf
+        shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
+        if "rope_freqs.weight" in shapes:
+            raise UserError(
+                f"{self.path}: scaled rotary positions (rope_freqs.weight) are not read from GGUF; use "
+                "the Hugging Face directory of this model."
+            )
+        self.config = decoder_config(metadata, shapes)
+
+        def expected() -> dict[str, tuple[int, ...]]:
+            self._names = gguf_names(self.config)
+            return {self._names[name]: shape for name, shape in hf_shapes(self.config).items()}
+
+        check_tensors(
+            self.path, shapes, self.config, expected, layer=GGUF_LAYER, said_by="its metadata"
         )
+        self._check_types()
+
+    def _check_types(self) -> None:
+        """Refuses tensors of types that the gguf package cannot dequantize."""
+        from gguf.quants import dequantize
+
+        for tensor in {t.tensor_type: t for t in self._tensors.values()}.values():
+            try:
+                dequantize(tensor.data[:1], tensor.tensor_type)
+            except (NotImplementedError, KeyError, ValueError) as error:
+                raise UserError(
+                    f"{self.path}: tensor {tensor.name!r} is {tensor.tensor_type.name}, which the gguf "
+                    "package does not dequantize; use a file of another type, such as Q8_0 or BF16."
+                ) from error
 
     def has(self, name: str) -> bool:
         """Whether a tensor of this Hugging Face name exists."""
@@ -119,11 +117,12 @@ class GgufCheckpoint:
         tensor = self._tensors[self._names[name]]
         if cols is None:
             vector = dequantize(tensor.data, tensor.tensor_type)
-            return torch.from_numpy(np.array(vector[self._rows(name, len(vector))[rows]]))
+            found = torch.from_numpy(np.array(vector[self._rows(name, len(vector))[rows]]))
+            return finite(self.path, tensor.name, found)
         index = self._rows(name, int(tensor.shape[1]))
         # Quantization blocks lie along the columns, so only the wanted rows are dequantized.
         block = dequantize(tensor.data[index[rows]], tensor.tensor_type)
-        return torch.from_numpy(np.array(block[:, cols]))
+        return finite(self.path, tensor.name, torch.from_numpy(np.array(block[:, cols])))
 
     def _rows(self, name: str, count: int) -> np.ndarray[Any, Any]:
         """Row of the file for each row of the tensor."""
@@ -136,3 +135,50 @@ class GgufCheckpoint:
         if heads is None or not self._is_interleaved:
             return index
         return index.reshape(heads, count // heads // 2, 2).swapaxes(1, 2).reshape(count)
+
+
+def _open(path: Path) -> Any:
+    """The `gguf` package's view of a file."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UserError(
+            f"{path}: reading GGUF needs the 'gguf' package; pip install 'mqat[demo]'."
+        ) from error
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the model is split over several, all are needed.")
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # of many types, where lengths and types are damaged
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not a complete GGUF file ({reason[:200]}).") from error
+
+
+def _siblings(metadata: Metadata) -> list[tuple[Path, Any]]:
+    """The other files of a model that is split over several."""
+    path = metadata.path
+    count = metadata.whole("split.count", 1, least=0)
+    match = _SPLIT.match(path.name)
+    if count > 1 and (match is None or int(match[3]) != count):
+        raise UserError(
+            f"{path}: is the first of {count} files, which are found by names that end in "
+            f"-00001-of-{count:05d}.gguf; name them so, or merge them (llama-gguf-split --merge)."
+        )
+    found = []
+    for number in range(2, count + 1):
+        file = split_name(path, number)
+        part = Metadata(file, (reader := _open(file)).fields)
+        if part.value("split.no") != number - 1 or part.value("split.count") != count:
+            raise UserError(
+                f"{file}: split.no={part.value('split.no')}, split.count={part.value('split.count')}: "
+                f"is not file {number} of {count}."
+            )
+        found.append((file, reader))
+    if metadata.whole("split.no", 0, least=0) != 0:
+        raise UserError(f"{path}: split.no={metadata.value('split.no')}: is not the first file.")
+    return found
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    """In torch's order; GGUF's has the innermost dimension first."""
+    return tuple(int(size) for size in reversed(tensor.shape))

@@ -1,14 +1,24 @@
-"""Reads slices of a Hugging Face directory: `config.json` and `model*.safetensors`."""
+"""Reads slices of a Hugging Face directory: `config.json`, and the safetensors transformers reads."""
 
 import json
+import warnings
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mqat.checkpoints.stored_tensors import check_tensors, finite
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig, hf_shapes
-from mqat.models.structure import OUTPUT_LAYER
+from mqat.models.structure import EMBEDDING, HF_LAYER, OUTPUT_LAYER
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# safetensors' name of each dtype that holds weights as they are; others are codes of quantized ones.
+_DTYPES = {"F64", "F32", "F16", "BF16"}
+_TABLE, _HEAD = f"{EMBEDDING.hf}.weight", f"{OUTPUT_LAYER.hf}.weight"
+_ROWS = 4096  # of a vocabulary table, compared at once
 
 
 class HuggingFaceCheckpoint:
@@ -19,66 +29,166 @@ class HuggingFaceCheckpoint:
         tokenizer_source: Where `AutoTokenizer` finds the tokenizer.
 
     Raises:
-        ValueError: Missing or unreadable files, or a model that is not supported.
+        ValueError: Missing or unreadable files, a model that is not supported, or files that
+            contradict each other.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tokenizer_source = path
-        try:
-            self.config = DecoderConfig.from_hf(
-                json.loads((path / "config.json").read_text("utf-8"))
-            )
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            raise UserError(
-                f"{path / 'config.json'}: not a Hugging Face model config ({error!r})."
-            ) from error
-        self._files = self._index()
+        self.config = DecoderConfig.from_hf(read_json(path / "config.json"))
+        self._files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, str] = {}
+        for file in self._weight_files():
+            for name, (shape, dtype) in _header(file).items():
+                if name in self._files:
+                    raise UserError(
+                        f"{path}: tensor {name!r} is in {self._files[name].name} and in {file.name}; "
+                        "remove the file that does not belong there."
+                    )
+                self._files[name], shapes[name], dtypes[name] = file, shape, dtype
+        self._check_index()
+        # Tables of rotary frequencies, once saved by transformers, are computed from config.json.
+        shapes = {
+            name: s for name, s in shapes.items() if not name.endswith(".rotary_emb.inv_freq")
+        }
+        has_copy = self.config.tie_word_embeddings and _HEAD in shapes
 
-    def _index(self) -> dict[str, Path]:
-        """Tensor name -> file; opening each file also checks that it is complete."""
-        index_file = self.path / "model.safetensors.index.json"
-        named = sorted(self.path.glob("model*.safetensors"))
-        files = named or sorted(self.path.glob("*.safetensors"))
-        if index_file.exists():
-            names = set(json.loads(index_file.read_text("utf-8"))["weight_map"].values())
-            files = [self.path / name for name in sorted(names)]
-        if not files:
+        def expected() -> dict[str, tuple[int, ...]]:
+            wanted = hf_shapes(self.config)
+            return wanted | {_HEAD: wanted[_TABLE]} if has_copy else wanted
+
+        check_tensors(path, shapes, self.config, expected, layer=HF_LAYER, said_by="config.json")
+        self._check_dtypes({name: dtypes[name] for name in shapes})
+        if has_copy:
+            self._check_tied()
+
+    def _weight_files(self) -> list[Path]:
+        """The files that transformers reads: one of a fixed name, else those of the index."""
+        path = self.path
+        if (path / _SINGLE).is_file():
+            if (path / _INDEX).is_file():
+                warnings.warn(
+                    f"{path}: {_SINGLE} is read, as transformers does; {_INDEX} beside it is of "
+                    "another save and is ignored.",
+                    stacklevel=4,
+                )
+            return [path / _SINGLE]
+        if (path / _INDEX).is_file():
+            return [path / name for name in sorted(set(self._weight_map().values()))]
+        found = sorted(f.name for f in path.iterdir() if f.suffix in _OTHERS)
+        hints = [text for suffix, text in _OTHERS.items() if any(f.endswith(suffix) for f in found)]
+        raise UserError(
+            f"{path}: no {_SINGLE} and no {_INDEX}, which transformers reads; found "
+            f"{', '.join(found[:3]) or 'no weights'}{' ...' if found[3:] else ''}. "
+            f"{hints[0] if hints else 'Download the weights, too.'}"
+        )
+
+    def _weight_map(self) -> dict[str, str]:
+        index = read_json(self.path / _INDEX)
+        found = index.get("weight_map") if isinstance(index, dict) else None
+        files = list(found.values()) if isinstance(found, dict) else []
+        if not files or not all(isinstance(f, str) and f and Path(f).name == f for f in files):
             raise UserError(
-                f"{self.path}: no *.safetensors file. Pickled weights (*.bin) are not read, because "
-                "unpickling can run code; convert with save_pretrained(safe_serialization=True)."
+                f"{self.path / _INDEX}: no weight_map from tensors to files of this directory; "
+                "download it again."
             )
-        found: dict[str, Path] = {}
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    found.update(dict.fromkeys(handle.keys(), file))
-            except (OSError, SafetensorError) as error:
+        return {name: str(file) for name, file in dict(found or {}).items()}
+
+    def _check_index(self) -> None:
+        """Refuses an index that names other tensors, or other files for them, than there are."""
+        if (self.path / _SINGLE).is_file():
+            return
+        named = self._weight_map()
+        held = {name: file.name for name, file in self._files.items()}
+        for name in sorted(named.keys() | held.keys()):
+            if named.get(name) != held.get(name) and not name.endswith(".inv_freq"):
                 raise UserError(
-                    f"{file}: missing, truncated or not safetensors ({error}); download it again."
-                ) from error
-        self._check_names(found)
-        return found
+                    f"{self.path}: tensor {name!r} is in {held.get(name, 'no shard')}, but {_INDEX} "
+                    f"says {named.get(name, 'nothing of it')}; download the directory again."
+                )
 
-    def _check_names(self, found: dict[str, Path]) -> None:
-        """Refuses tensors that would be dropped silently: biases, scales of quantized weights, ..."""
-        known = {*hf_shapes(self.config), f"{OUTPUT_LAYER.hf}.weight"}
-        extra = [n for n in sorted(found) if n not in known and not n.endswith(".inv_freq")]
-        if extra:
-            raise UserError(
-                f"{self.path}: {extra[0]!r} and {len(extra) - 1} more tensors have no place in the "
-                f"{self.config.family} model that config.json describes; import an unquantized "
-                "checkpoint whose config.json is its own."
-            )
+    def _check_dtypes(self, dtypes: dict[str, str]) -> None:
+        for name, dtype in dtypes.items():
+            if dtype not in _DTYPES:
+                raise UserError(
+                    f"{self.path}: tensor {name!r} is {dtype}, which are codes of quantized weights; "
+                    "import the unquantized model."
+                )
+        counts = Counter(dtypes.values())
+        if len(counts) > 1:
+            told = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
+            warnings.warn(f"{self.path}: tensors are {told}; each is read as stored.", stacklevel=3)
+
+    def _check_tied(self) -> None:
+        """Refuses a head that is not the embedding although config.json says so.
+
+        transformers 4 would compute with the embedding, 5 with the head.
+        """
+        for start in range(0, self.config.vocab_size, _ROWS):
+            rows = slice(start, min(start + _ROWS, self.config.vocab_size))
+            if not torch.equal(*(self.read(n, rows, slice(None)).float() for n in (_TABLE, _HEAD))):
+                raise UserError(
+                    f"{self.path}: config.json says tie_word_embeddings=true, but {_HEAD!r} differs "
+                    f"from {_TABLE!r}; set it to false if the head is meant, or remove the head."
+                )
 
     def has(self, name: str) -> bool:
         """Whether a tensor of this name exists."""
         return name in self._files
 
     def read(self, name: str, rows: slice, cols: slice | None = None) -> torch.Tensor:
-        """Rows, and for matrices columns, of one tensor, in its stored dtype."""
+        """Rows, and for matrices columns, of one tensor, in its stored dtype.
+
+        Raises:
+            UserError: An element is NaN or infinite.
+        """
         if name not in self._files:
             raise UserError(f"{self.path}: tensor {name!r} is missing from the checkpoint.")
         with safe_open(self._files[name], framework="pt") as handle:
             view = handle.get_slice(name)
-            return view[rows] if cols is None else view[rows, cols]
+            return finite(self.path, name, view[rows] if cols is None else view[rows, cols])
+
+
+# Suffix of other files -> what to do with them.
+_OTHERS = {
+    ".safetensors": "Download the index of the shards, too, or name the file as transformers does.",
+    ".gguf": "Name the .gguf file itself.",
+    ".bin": "Pickled weights (*.bin) are not read, because unpickling can run code; convert with "
+    "save_pretrained(safe_serialization=True).",
+    ".pth": "Pickled weights (*.pth) are not read, because unpickling can run code; convert them with "
+    "transformers' convert_llama_weights_to_hf.py.",
+}
+
+
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor of a file; opening it also checks that it is complete."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            views = {name: handle.get_slice(name) for name in handle.keys()}
+            return {name: (tuple(v.get_shape()), v.get_dtype()) for name, v in views.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file}: missing, truncated or not safetensors ({error}); download it again."
+        ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise UserError(f"key {key!r} stands there twice")
+    return found
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file; a key that stands twice in an object is an error.
+
+    Raises:
+        UserError: No such file, or it is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(file.read_text("utf-8"), object_pairs_hook=_object)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error}).") from error

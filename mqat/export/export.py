@@ -2,14 +2,18 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
+
 from mqat.checkpoints.manifest import checking_data
 from mqat.checkpoints.reader import CheckpointReader
+from mqat.errors import UserError
 from mqat.export.exporter import SHARD_BYTES, Exporter, ExportOptions
 from mqat.export.exporters import exporter
+from mqat.export.stream import TensorPlan
 from mqat.export.writer import AtomicDirectory
 from mqat.models.schemes import Scheme
 
@@ -109,6 +113,9 @@ def export_checkpoint(
         exporter.check(reader.model, schemes, options)
         contents = exporter.contents(reader, tokenizer, options)
         directory = AtomicDirectory(out, overwrite=overwrite, as_tar=options.archive == "tar")
+    with _together(raise_on_any_rank):
+        for name in list(contents.weights)[rank::world_size]:
+            _check_range(contents.weights[name](), options.dtype)
     warning = exporter.warning(schemes)
     if warning is not None and rank == 0:
         warnings.warn(warning, stacklevel=3)
@@ -133,6 +140,23 @@ def export_checkpoint(
         if rank == 0:
             directory.discard()
         raise
+
+
+def _check_range(plans: Sequence[TensorPlan], dtype: str) -> None:
+    """Refuses what float16 cannot hold before anything is written.
+
+    Raises:
+        UserError: Names the first tensor with an element beyond 65504.
+    """
+    if dtype != "float16":
+        return  # the others reach as far as what was trained
+    for plan in plans:
+        is_narrow = plan.dtype == torch.float16
+        if is_narrow and any(bool(chunk.isinf().any()) for chunk in plan.chunks()):
+            raise UserError(
+                f"{plan.name}: has elements beyond 65504, float16's largest number; use "
+                "export.dtype=bfloat16 (--dtype bfloat16) or float32."
+            )
 
 
 @contextmanager

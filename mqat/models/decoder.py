@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mqat.errors import UserError
@@ -11,7 +11,6 @@ from mqat.models.families.llama import LLAMA
 from mqat.models.families.mistral import MISTRAL
 from mqat.models.families.qwen2 import QWEN2
 from mqat.models.families.qwen3 import QWEN3
-from mqat.models.family import Family
 from mqat.models.structure import (
     EMBEDDING,
     FINAL_NORM,
@@ -44,6 +43,8 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     family: str = LLAMA.name
     biases: tuple[str, ...] = ()  # names of linears
+    # What a Hugging Face config.json says of them: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+    token_ids: dict[str, int | list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that no layout can make work, and biases that none has."""
@@ -51,10 +52,14 @@ class DecoderConfig:
             raise UserError(f"model.family={self.family!r}: must be one of {', '.join(FAMILIES)}.")
         object.__setattr__(self, "biases", tuple(self.biases))  # a list where it comes from JSON
         FAMILIES[self.family].switches_of(self.biases)
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for size in fields(self):
+            value = getattr(self, size.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise UserError(f"model.{field.name}={value}: must be at least 1.")
+                raise UserError(f"model.{size.name}={value}: must be at least 1.")
+        if self.head_dim % 2:
+            raise UserError(
+                f"head_dim={self.head_dim}: rotary positions turn pairs; it must be even."
+            )
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -123,7 +128,7 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
         """Inverse of `to_dict`; an unknown or missing key is a ValueError."""
-        known = {field.name for field in fields(cls)}
+        known = {known.name for known in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise UserError(f"model: unknown keys {unknown}; known keys are {sorted(known)}.")
@@ -159,55 +164,15 @@ class DecoderConfig:
             **family.hf_extra,
             "tie_word_embeddings": self.tie_word_embeddings,
             "use_cache": True,
+            **self.token_ids,
         }
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        """From a Hugging Face `config.json` object (transformers 4 and 5 spellings of RoPE).
+    def from_hf(cls, hf: Any) -> DecoderConfig:
+        """From a parsed Hugging Face `config.json`: `hf_config.decoder_config`."""
+        from mqat.models.hf_config import decoder_config
 
-        Raises:
-            ValueError: Not one of `FAMILIES`, or it uses a feature that is not built (another
-                activation, sliding windows, other rotary scalings).
-        """
-        if not isinstance(hf, Mapping):
-            raise UserError(f"config.json: expected a JSON object, found {type(hf).__name__}.")
-        family = FAMILIES.get(str(hf.get("model_type")))
-        if family is None:
-            raise UserError(
-                f"model_type={hf.get('model_type')!r}: supported are {', '.join(FAMILIES)}; convert "
-                "the checkpoint to LlamaForCausalLM if it is equivalent."
-            )
-        if hf.get("hidden_act", "silu") != "silu":
-            raise UserError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is supported.")
-        _check_window(family, hf)
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            raise UserError(f"rope_type={rope_type!r}: only 'default' and 'llama3' are supported.")
-        heads = int(hf["num_attention_heads"])
-        return cls(
-            vocab_size=int(hf["vocab_size"]),
-            hidden_size=int(hf["hidden_size"]),
-            intermediate_size=int(hf["intermediate_size"]),
-            num_layers=int(hf["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_query_groups=int(hf.get("num_key_value_heads") or heads),
-            head_dim=int(hf.get("head_dim") or int(hf["hidden_size"]) // heads),
-            rms_norm_eps=float(hf["rms_norm_eps"]),
-            rope_theta=float(theta),
-            rope_scaling=rope if rope_type == "llama3" else None,
-            max_position_embeddings=int(hf["max_position_embeddings"]),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            family=family.name,
-            biases=family.biases_of(hf),
-        )
-
-
-def _check_window(family: Family, hf: Mapping[str, Any]) -> None:
-    """Refuses a sliding window that a sequence could be longer than."""
-    window = None if family.window is None else family.window.size(hf)
-    check_window(window, int(hf["max_position_embeddings"]))
+        return decoder_config(hf)
 
 
 def check_window(window: int | None, longest: int) -> None:

@@ -27,17 +27,6 @@ class SlidingWindow:
     switch: str | None = None
     first_layer: tuple[str, int] | None = None
 
-    def size(self, hf: Mapping[str, Any]) -> int | None:
-        """Tokens that a windowed layer sees; None: no layer is windowed."""
-        if self.switch is not None and not hf.get(self.switch, False):
-            return None
-        if self.first_layer is not None:
-            key, default = self.first_layer
-            if int(hf.get(key, default)) >= int(hf["num_hidden_layers"]):
-                return None
-        size = hf.get("sliding_window", self.default)
-        return None if size is None else int(size)
-
 
 @dataclass(frozen=True)
 class Family:
@@ -55,6 +44,7 @@ class Family:
         norms: Of every layer.
         biased: Names of linears that always have a bias.
         bias_switches: Key of the Hugging Face `config.json` -> names of linears that it gives biases.
+        head_dim_is_stated: transformers has a default of its own for `head_dim`.
         window: How a sliding window is declared; None: there is none.
         hf_extra: Further keys of the Hugging Face `config.json`.
         trtllm_extra: Further keys of TensorRT-LLM's.
@@ -70,6 +60,7 @@ class Family:
     norms: tuple[Norm, ...] = DENSE_NORMS
     biased: tuple[str, ...] = ()
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    head_dim_is_stated: bool = False
     window: SlidingWindow | None = None
     hf_extra: Mapping[str, Any] = field(default_factory=dict)
     trtllm_extra: Mapping[str, Any] = field(default_factory=dict)

@@ -5,7 +5,7 @@ product: `block_scales` takes the two-level scales of NVFP4 apart again.
 
 | `scale_dtype`     | grid of the step                               | rounding of amax / max_value   |
 |-------------------|------------------------------------------------|--------------------------------|
-| `float32`         | float32                                        | nearest                        |
+| `float32`         | float32, 2**-126 and more                      | nearest                        |
 | `bfloat16`        | numbers that bfloat16 and float16 both hold    | up: nothing is clipped by it   |
 | `float8_e8m0fnu`  | powers of two, 2**-127 to 2**127 (MX formats)  | 2**(floor(log2 amax) - emax)   |
 | `float8_e4m3fn`   | E4M3 times one global float32 scale (NVFP4)    | nearest E4M3, 2**-9 to 448     |
@@ -28,7 +28,10 @@ SCALE_DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
 _E4M3_MAX, _E4M3_MIN = 448.0, 2.0**-9
-_EPS = 2.0**-24
+# Smallest step of each grid, so that an all-zero group stays exactly zero: the smallest normal float32,
+# and what float16 holds. Block scales of two levels, 2**-9 and more of the upper one, are normal too.
+_SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-24}
+_SMALLEST_GLOBAL = 2.0**-117
 
 
 def divide(x: Tensor, number: float) -> Tensor:
@@ -68,7 +71,7 @@ def compute_global_scale(amax: Tensor, fmt: QuantFormat) -> Tensor:
     Reference:
         TensorRT-LLM and ModelOpt: `weight_scale_2`, and `input_scale` of activations.
     """
-    return divide(amax, fmt.max_value * _E4M3_MAX).clamp_min(_EPS)
+    return divide(amax, fmt.max_value * _E4M3_MAX).clamp_min(_SMALLEST_GLOBAL)
 
 
 def compute_scale(
@@ -76,7 +79,6 @@ def compute_scale(
     fmt: QuantFormat,
     *,
     scale_dtype: torch.dtype = torch.float32,
-    eps: float = _EPS,
     global_scale: Tensor | None = None,
 ) -> Tensor:
     """Dequantization step for a calibrated maximum, symmetric around zero.
@@ -88,7 +90,6 @@ def compute_scale(
         scale_dtype: Grid of the scales, by the table above. bfloat16 steps are also numbers of
             float16, so that the copy a server keeps in either is the same number. (float16 ends at
             65504; export refuses larger scales.)
-        eps: Smallest step on the first two grids, so that an all-zero group stays exactly zero.
         global_scale: float32 (1,), for `float8_e4m3fn` only.
 
     Returns:
@@ -109,7 +110,7 @@ def compute_scale(
         assert global_scale is not None, "E4M3 block scales stand under a global scale"
         ratio = (amax / (fmt.max_value * global_scale)).clamp(_E4M3_MIN, _E4M3_MAX)
         return ratio.to(torch.float8_e4m3fn).float() * global_scale
-    return round_up(divide(amax, fmt.max_value), scale_dtype, eps)
+    return round_up(divide(amax, fmt.max_value), scale_dtype)
 
 
 def compute_affine(
@@ -117,7 +118,6 @@ def compute_affine(
     fmt: QuantFormat,
     *,
     scale_dtype: torch.dtype = torch.float32,
-    eps: float = _EPS,
 ) -> tuple[Tensor, Tensor]:
     """Step and integer zero point that map [-low, high] onto all codes: x ~= (q - zero) * scale.
 
@@ -126,7 +126,6 @@ def compute_affine(
             itself is always a code.
         fmt: Integer format.
         scale_dtype: float32 or bfloat16, as for `compute_scale`.
-        eps: Smallest step.
 
     Returns:
         `scale`, float32 (...), and `zero_point`, int32 (...), a code of `fmt`.
@@ -135,7 +134,7 @@ def compute_affine(
         Jacob et al. 2018, arXiv:1712.05877, section 2.1; torch.ao's and torchao's affine observers.
     """
     low, high = extent.unbind(0)
-    scale = round_up(divide(high + low, fmt.qmax - fmt.qmin), scale_dtype, eps)
+    scale = round_up(divide(high + low, fmt.qmax - fmt.qmin), scale_dtype)
     zero_point = (fmt.qmin + (low / scale).round()).clamp(fmt.qmin, fmt.qmax)
     return scale, zero_point.nan_to_num(0.0).to(torch.int32)  # where the scale is NaN, so is x
 
@@ -149,14 +148,14 @@ def block_scales(scale: Tensor, global_scale: Tensor) -> Tensor:
     return (scale / global_scale).to(torch.float8_e4m3fn)
 
 
-def round_up(scale: Tensor, scale_dtype: torch.dtype, eps: float = _EPS) -> Tensor:
-    """`scale` on the float32 or bfloat16 grid of the table above, at least `eps`."""
-    scale = scale.clamp_min(eps)
-    if scale_dtype == torch.float32:
-        return scale
-    if scale_dtype != torch.bfloat16:
+def round_up(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """`scale` on the float32 or bfloat16 grid of the table above, at least its smallest step."""
+    if scale_dtype not in _SMALLEST:
         known = ", ".join(SCALE_DTYPES)
         raise UserError(f"scale_dtype={scale_dtype}: only {known} are supported here.")
+    scale = scale.clamp_min(_SMALLEST[scale_dtype])
+    if scale_dtype == torch.float32:
+        return scale
     # Positive floats order like their bits; bfloat16 is the upper half of the word.
     bfloat16_grid = ((scale.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
     # Below 2**-17 float16 is the coarser of the two: its subnormals are multiples of 2**-24.

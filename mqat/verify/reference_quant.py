@@ -23,7 +23,7 @@ _RANGES = {
     "int8": (-127, 127), "int8_loader": (-128, 127), "int4": (-8, 7), "int4_even": (-8, 7),
     "uint4": (0, 15),
 }  # fmt: skip
-_TINY = 2.0**-24  # smallest step, so that zeros stay zeros
+_TINY = 2.0**-126  # smallest step, so that zeros stay zeros
 
 
 def fp4_codes(ratio: Tensor) -> Tensor:

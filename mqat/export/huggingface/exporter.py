@@ -4,7 +4,6 @@ Projections are apart (`q_proj`, `k_proj`, ...) and whole: servers fuse and cut 
 fused linear was trained on one grid, so its parts share their per-tensor scales.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from mqat.export.exporter import DirectoryContents, ExportOptions
 from mqat.export.forms import Form, Forms
 from mqat.export.operands import group_size, operands_text
 from mqat.export.reshard import InferenceRank
+from mqat.export.special_tokens import generation_texts, special_tokens
 from mqat.export.stream import TensorPlan
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
@@ -79,11 +79,9 @@ class HuggingFaceExporter:
         model = reader.model
         plans = self.tensors.plan(reader, InferenceRank(), options.torch_dtype)
         shards = shard(plans, options.max_shard_bytes)
-        special = special_tokens(tokenizer)
+        special = special_tokens(tokenizer, model)
         config = model.to_hf(options.dtype) | special | {"producer": producer()}
-        texts: dict[str, Any] = {"config.json": config}
-        if not (tokenizer / "generation_config.json").is_file():
-            texts["generation_config.json"] = {"_from_model_config": True} | special
+        texts: dict[str, Any] = {"config.json": config, **generation_texts(tokenizer, special)}
         if reader.layers:
             modules = NAMING.schemes(model, reader.layers, range(model.num_layers))
             config["quantization_config"], more = self.texts(modules, reader.kv_cache)
@@ -147,39 +145,3 @@ def shard(plans: Sequence[TensorPlan], max_bytes: int) -> dict[str, list[TensorP
         f"model-{number:05d}-of-{len(files):05d}.safetensors": file
         for number, file in enumerate(files, start=1)
     }
-
-
-def special_tokens(tokenizer: Path) -> dict[str, Any]:
-    """`bos_token_id`, `eos_token_id`, `pad_token_id`, as far as the tokenizer's files tell.
-
-    The generation settings of the imported model win, where the checkpoint has them: an instruct
-    model stops at several tokens, of which the tokenizer knows one.
-    """
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    settings = _json(tokenizer / "generation_config.json")
-    names = _json(tokenizer / "tokenizer_config.json")
-    added = _json(tokenizer / "tokenizer.json").get("added_tokens") or []
-    ids = {token["content"]: token["id"] for token in added}
-    found = {}
-    for key in keys:
-        name = names.get(key.removesuffix("_id"))
-        name = name.get("content") if isinstance(name, dict) else name
-        value = settings.get(key, ids.get(name))
-        if value is not None:
-            found[key] = value
-    return found
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """A JSON object, or nothing if there is no such file.
-
-    Raises:
-        UserError: The file is not JSON.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not JSON ({error}).") from error
-    return value if isinstance(value, dict) else {}

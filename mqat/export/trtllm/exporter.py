@@ -11,6 +11,7 @@ from mqat.export.exporter import DirectoryContents, ExportOptions
 from mqat.export.kv_cache import cache_algorithm
 from mqat.export.operands import group_size, operands_text
 from mqat.export.reshard import InferenceRank, count, linear_rows
+from mqat.export.special_tokens import generation_texts, special_tokens
 from mqat.export.stream import TensorPlan
 from mqat.export.trtllm import qnemo
 from mqat.export.trtllm.config import config_json, is_mixed, quant_cfg_json, stage_schemes
@@ -70,6 +71,8 @@ class TensorRtLlmExporter:
         mixed = quant_cfg_json(model, layers, pp=pp, kv_cache=cache)
         if mixed is not None:
             texts["quant_cfg.json"] = mixed
+        special = special_tokens(tokenizer, model)
+        texts |= generation_texts(tokenizer, special) if special else {}
         if options.archive is not None:
             texts |= qnemo.tokenizer_texts(tokenizer)
         return DirectoryContents(weights, texts)

@@ -105,7 +105,7 @@ def test_int8_channels_are_torchaos(torchao, dtype):
     x = numbers(dtype).float()
     block, form = (1, x.shape[1]), torchao.MappingType.SYMMETRIC_NO_CLIPPING_ERR
     scale = compute_scale(compute_amax(x, PerChannel()), INT8)
-    theirs, _ = torchao.choose_qparams_affine(x, form, block, torch.int8, -127, 127, eps=2.0**-24)
+    theirs, _ = torchao.choose_qparams_affine(x, form, block, torch.int8, -127, 127, eps=2.0**-126)
     torch.testing.assert_close(theirs.float().flatten(), scale, rtol=1e-6, atol=0)
     zero = torch.zeros_like(scale, dtype=torch.int32)
     codes = torchao.quantize_affine(x, block, scale, zero, torch.int8, -127, 127)
@@ -117,7 +117,7 @@ def test_uint4_groups_with_zero_points_are_torchaos(torchao):
     x, grain = numbers(torch.float32), PerGroup(64)
     scale, zero = compute_affine(compute_range(x, grain), UINT4)
     theirs, zeros = torchao.choose_qparams_affine(
-        x, torchao.MappingType.ASYMMETRIC, (1, 64), torch.uint8, 0, 15, eps=2.0**-24
+        x, torchao.MappingType.ASYMMETRIC, (1, 64), torch.uint8, 0, 15, eps=2.0**-126
     )
     torch.testing.assert_close(theirs.view_as(scale), scale, rtol=1e-6, atol=0)
     assert torch.equal(zeros.view_as(zero).int(), zero)
@@ -132,7 +132,7 @@ def test_tokens_of_8da4w_are_torchaos(torchao):
     quantizer.load_({})
     scale, zero = quantizer.qparams(x)
     theirs, zeros = torchao.choose_qparams_affine(
-        x, torchao.MappingType.ASYMMETRIC, (1, x.shape[1]), torch.int8, -128, 127, eps=2.0**-24
+        x, torchao.MappingType.ASYMMETRIC, (1, x.shape[1]), torch.int8, -128, 127, eps=2.0**-126
     )
     torch.testing.assert_close(theirs.flatten(), scale.flatten(), rtol=1e-6, atol=0)
     assert torch.equal(zeros.flatten().int(), zero.flatten())

@@ -16,7 +16,7 @@ from mqat.quant.algorithm import ALGORITHMS, named_scheme
 from mqat.quant.formats import INT4, INT8
 from mqat.quant.histogram import entropy_amax, mse_amax
 from mqat.quant.observers import ActivationObserver
-from mqat.quant.qparams import statistic_of
+from mqat.quant.qparams import rounded, statistic_of
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scales import compute_scale, divide
 from mqat.quant.scheme import TensorScheme
@@ -107,4 +107,16 @@ def test_dividing_by_a_filled_tensor_gives_the_correctly_rounded_quotient():
         exact = (x.double() / number).float()
         assert torch.equal(divide(x, number), exact)
         assert not torch.equal(x * (1 / torch.tensor(number)), exact)  # control: what CUDA makes
-    assert torch.equal(compute_scale(x, INT8), (x / 127).clamp_min(2.0**-24))
+    assert torch.equal(compute_scale(x, INT8), x / 127)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_pc_pt", "int8_pc_pt", "nvfp4"])
+@pytest.mark.parametrize("amax", [1e-4, 1e-8, 1e-20, 1e-30])
+def test_tensors_close_to_zero_keep_the_precision_of_their_format(name, amax):
+    """The largest element of each group comes back within half a step of its format's largest code."""
+    x = (torch.rand(8, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1) * amax
+    scheme = named_scheme(name).weight
+    error = (rounded(x, scheme) - x).abs().amax() / amax
+    assert 0 < error < {"int8": 1 / 250, "int8_pc_pt": 1 / 250}.get(name, 1 / 5)
+    usual = (rounded(x / amax, scheme) - x / amax).abs().amax()
+    assert error == pytest.approx(usual.item(), rel=0.3)

@@ -1,0 +1,217 @@
+"""Metadata of a GGUF file read as a decoder; what it says and mqat does not honour is refused.
+
+Sources: llama.cpp `src/llama-arch.cpp` (all keys), `src/llama-model.cpp` (which of them `llama`, `qwen2`
+and `qwen3` read, with which defaults), `gguf-py/gguf/constants.py`.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mqat.errors import UserError
+from mqat.models.decoder import FAMILIES, DecoderConfig, check_window
+from mqat.models.family import Family
+from mqat.models.hf_config import token_ids
+from mqat.models.structure import EMBEDDING, GGUF_LAYER, OUTPUT_LAYER
+
+# First words of keys that describe the file, its making or its tokenizer, which `data/` reads.
+_OUTSIDE = ("general", "tokenizer", "split", "quantize", "mradermacher", "GGUF")
+# Inside the architecture: read below.
+_UNDERSTOOD = {
+    "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base",
+    "rope.scaling.type", "vocab_size",
+}  # fmt: skip
+# Inside the architecture: changes what is computed with any other value.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,), "expert_count": (0,), "expert_used_count": (0,),
+    "rope.scale_linear": (1, 0), "rope.scaling.factor": (1, 0), "rope.scaling.attn_factor": (1,),
+    "tensor_data_layout": ("Meta AI original pth",),
+    # YaRN's only, which `rope.scaling.type` rules out
+    "rope.scaling.original_context_length": (), "rope.scaling.finetuned": (False, True),
+}  # fmt: skip
+_TOKENS = {
+    "bos_token_id": ("bos_token_id",), "pad_token_id": ("padding_token_id",),
+    "eos_token_id": ("eos_token_id", "eot_token_id", "eom_token_id"),  # llama.cpp stops at all of them
+}  # fmt: skip
+
+
+class Metadata:
+    """Keys and values of one file, with errors that name them."""
+
+    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
+        self.path = path
+        self._fields = fields
+        for key, field in fields.items():
+            if key != field.name:  # the gguf package renames what it has seen before
+                raise UserError(f"{path}: GGUF key {field.name!r} stands there twice.")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._fields
+
+    def keys(self) -> list[str]:
+        """All keys."""
+        return list(self._fields)
+
+    def value(self, key: str) -> Any:
+        """Of a key, or None.
+
+        Raises:
+            UserError: The bytes are no value of the type that they say.
+        """
+        if key not in self._fields:
+            return None
+        try:
+            return self._fields[key].contents()
+        except (ValueError, IndexError, TypeError) as error:
+            raise UserError(f"{self.path}: GGUF key {key!r} is unreadable ({error}).") from error
+
+    def count(self, key: str) -> int | None:
+        """Elements of an array, without reading them, which takes seconds for vocabularies."""
+        return len(self._fields[key].data) if key in self._fields else None
+
+    def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """An integer; `default`, if there is one, where the key is missing."""
+        value = self.value(key) if key in self._fields else default
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self._wrong(key, value, f"an integer of at least {least}, the same in all layers")
+        return value
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        value = self.value(key) if key in self._fields else default
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if math.isfinite(value) and value > 0:
+                return float(value)
+        raise self._wrong(key, value, "a positive number")
+
+    def _wrong(self, key: str, value: Any, rule: str) -> UserError:
+        found = repr(value)[:60] if key in self._fields else "missing"
+        return UserError(f"{self.path}: GGUF key {key!r} is {found}, must be {rule}.")
+
+
+def architecture(metadata: Metadata) -> Family:
+    """The family of a file that holds a whole model.
+
+    Raises:
+        UserError: It is an adapter or another part of a model, or of no family that is known.
+    """
+    kind = metadata.value("general.type")
+    if kind not in (None, "model"):
+        raise UserError(
+            f"{metadata.path}: general.type={kind!r}: this is not a whole model; merge an adapter into "
+            "its base model first (llama.cpp: llama-export-lora)."
+        )
+    name = metadata.value("general.architecture")
+    # Mistral's files say `llama`: the first family of an architecture stands for all.
+    family = next((f for f in FAMILIES.values() if f.gguf_architecture == name), None)
+    if family is None:
+        known = sorted({f.gguf_architecture for f in FAMILIES.values()})
+        raise UserError(f"{metadata.path}: architecture {name!r}; known are {known}.")
+    return family
+
+
+def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
+    """The model that metadata describe.
+
+    Args:
+        metadata: Of the (first) file.
+        shapes: Of all tensors; they alone say whether there are a head and biases, and, where
+            metadata do not, the size of the vocabulary.
+
+    Raises:
+        UserError: A key is missing, wrong, contradicts another, or is not honoured.
+    """
+    family = architecture(metadata)
+    prefix = f"{family.gguf_architecture}."
+    _check_keys(metadata, prefix)
+    context = metadata.whole(f"{prefix}context_length")
+    # Few converters write the key: a file without it is taken to have no window.
+    check_window(metadata.whole(f"{prefix}attention.sliding_window", context), context)
+    heads = metadata.whole(f"{prefix}attention.head_count")
+    hidden = metadata.whole(f"{prefix}embedding_length")
+    head_dim = metadata.whole(f"{prefix}attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if metadata.whole(prefix + key, head_dim) != head_dim:
+            raise UserError(
+                f"{metadata.path}: {prefix}{key}={metadata.value(prefix + key)}, but heads have "
+                f"{head_dim} channels (attention.key_length, or embedding_length / head_count): heads "
+                "of two sizes, or rotated in part, are not built."
+            )
+    first = GGUF_LAYER.format(i=0)
+    vocab = _vocabulary(metadata, prefix, shapes)
+    return DecoderConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=metadata.whole(f"{prefix}feed_forward_length"),
+        num_layers=metadata.whole(f"{prefix}block_count"),
+        num_attention_heads=heads,
+        num_query_groups=metadata.whole(f"{prefix}attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rms_norm_eps=metadata.positive(f"{prefix}attention.layer_norm_rms_epsilon"),
+        rope_theta=metadata.positive(f"{prefix}rope.freq_base", 10000.0),
+        max_position_embeddings=context,
+        tie_word_embeddings=f"{OUTPUT_LAYER.gguf}.weight" not in shapes,
+        family=family.name,
+        biases=tuple(
+            linear.name
+            for linear in family.linears
+            if any(f"{first}{part.gguf}.bias" in shapes for part in linear.parts)
+        ),
+        token_ids=_token_ids(metadata, vocab),
+    )
+
+
+def _check_keys(metadata: Metadata, prefix: str) -> None:
+    """Refuses what llama.cpp may read and no line of this module knows."""
+    for key in metadata.keys():
+        if key.startswith(prefix):
+            inside = key.removeprefix(prefix)
+            allowed = _NEUTRAL.get(inside, None)
+            if inside in _UNDERSTOOD or allowed == () or metadata.value(key) in (allowed or ()):
+                continue
+        elif key.split(".")[0] in _OUTSIDE and not key.startswith("general.tensor_extra."):
+            continue
+        value = repr(metadata.value(key))[:60]
+        raise UserError(
+            f"{metadata.path}: GGUF key {key!r} is {value}, which is not honoured; use the Hugging Face "
+            "directory of this model, if it is one that mqat reads."
+        )
+    kind = metadata.value(f"{prefix}rope.scaling.type")
+    if kind not in (None, "none", "linear"):  # linear, llama.cpp's default, by a factor of 1
+        raise UserError(
+            f"{metadata.path}: scaled rotary positions (rope scaling {kind!r}) are not read from GGUF; "
+            "use the Hugging Face directory of this model."
+        )
+
+
+def _vocabulary(metadata: Metadata, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Rows of the table: as many as tokens, which llama.cpp asks for."""
+    table, size_key = f"{EMBEDDING.gguf}.weight", f"{prefix}vocab_size"
+    counts = {
+        size_key: metadata.whole(size_key) if size_key in metadata else None,
+        "tokenizer.ggml.tokens": metadata.count("tokenizer.ggml.tokens"),
+        f"rows of {table}": shapes[table][0] if shapes.get(table) else None,
+    }
+    said = {name: count for name, count in counts.items() if count is not None}
+    if len(set(said.values())) != 1:
+        told = ", ".join(f"{count} {name}" for name, count in said.items()) or "nothing"
+        raise UserError(f"{metadata.path}: the vocabulary's size is contradictory: {told}.")
+    return next(iter(said.values()))
+
+
+def _token_ids(metadata: Metadata, vocab_size: int) -> dict[str, int | list[int]]:
+    found: dict[str, Any] = {}
+    for name, keys in _TOKENS.items():
+        given: list[Any] = []
+        for value in (metadata.value(f"tokenizer.ggml.{key}") for key in keys):
+            if value not in (None, -1, *given):
+                given.append(value)
+        if given:
+            found[name] = given if len(given) > 1 else given[0]
+    try:
+        return token_ids(found, vocab_size)
+    except UserError as error:
+        raise UserError(f"{metadata.path}: tokenizer.ggml: {error}") from error
