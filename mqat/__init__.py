@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mqat.checkpoints.dist_checkpoint import load_checkpoint as load_checkpoint
     from mqat.checkpoints.dist_checkpoint import save_checkpoint as save_checkpoint
     from mqat.config import load_config as load_config
+    from mqat.evaluation.verification import record_logits as record_logits
     from mqat.export.export import export_hf as export_hf
     from mqat.export.export import export_trtllm as export_trtllm
     from mqat.parallel.pack_weights import pack_weights_ as pack_weights_
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mqat.quant.algorithm import named_scheme as named_scheme
     from mqat.runtime.groups import finalize as finalize
     from mqat.runtime.groups import initialize as initialize
+    from mqat.specs.describe import describe_model as describe_model
     from mqat.specs.gpt import quantize_block_spec as quantize_block_spec
     from mqat.specs.gpt import quantize_layer_spec as quantize_layer_spec
     from mqat.specs.policy import Policy as Policy
@@ -33,6 +35,7 @@ _HOME = {
     "Policy": "mqat.specs.policy",
     "Recipe": "mqat.quant.algorithm",
     "calibrate": "mqat.calibration.calibrate",
+    "describe_model": "mqat.specs.describe",
     "export_hf": "mqat.export.export",
     "export_trtllm": "mqat.export.export",
     "finalize": "mqat.runtime.groups",
@@ -42,6 +45,7 @@ _HOME = {
     "pack_weights_": "mqat.parallel.pack_weights",
     "named_scheme": "mqat.quant.algorithm",
     "apply_weight_recipe_": "mqat.calibration.weight_recipe",
+    "record_logits": "mqat.evaluation.verification",
     "quantize_block_spec": "mqat.specs.gpt",
     "quantize_layer_spec": "mqat.specs.gpt",
     "quantized_step": "mqat.parallel.quantized_step",

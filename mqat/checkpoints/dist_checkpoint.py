@@ -27,6 +27,8 @@ from mqat.checkpoints.manifest import (
     describe_files,
     read_description,
 )
+from mqat.checkpoints.reader import CheckpointReader
+from mqat.checkpoints.recorded import RecordedLogits
 from mqat.data.tokenizer import save_tokenizer
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
@@ -38,6 +40,7 @@ from mqat.parallel.checkpoint import (
 )
 from mqat.parallel.quantized_module import all_quantizers
 from mqat.runtime.groups import decided_by_main, is_main, on_all_ranks, raise_on_any_rank
+from mqat.specs.describe import check_description, describe_model, unwrapped
 
 
 @dataclass
@@ -89,10 +92,6 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
         states[parameter]["step"] = step.clone()
 
 
-def _unwrapped(chunks: Sequence[Any]) -> list[Any]:
-    return [getattr(chunk, "module", chunk) for chunk in chunks]
-
-
 def _rng_state() -> ShardedObject:
     """RNG states of this (pipeline, tensor) position; only read back at the same layout."""
     state = {
@@ -135,7 +134,7 @@ def _sharded_state(
     metadata = _metadata()
     models = {
         f"model{index}": chunk.sharded_state_dict(metadata=metadata)
-        for index, chunk in enumerate(_unwrapped(chunks))
+        for index, chunk in enumerate(unwrapped(chunks))
     }
     state: dict[str, Any] = dict(models)
     if with_scales:
@@ -159,24 +158,35 @@ def save_checkpoint(
     path: Path,
     chunks: Sequence[Any],
     *,
-    model: DecoderConfig,
     layers: dict[str, Scheme],
     algorithm: str | None,
+    model: DecoderConfig | None = None,
     tokenizer: Any | None = None,
     training: TrainingState | None = None,
+    recorded: RecordedLogits | None = None,
 ) -> None:
     """Writes a checkpoint that loads at any TP, PP and DP; replaces an existing one at `path`.
 
     Args:
         path: Directory to create; all ranks see the same file system.
         chunks: This rank's model chunks, with or without the DDP wrapper.
-        model: Global sizes.
         layers: Resolved schemes; empty, or quantizers not yet calibrated: an unquantized checkpoint.
         algorithm: Name shown to people.
+        model: Its description, which is compared with the chunks; None: `describe_model`'s.
         tokenizer: Saved as Hugging Face files under `tokenizer/`.
         training: Also save optimizer, scheduler, RNG and data position.
+        recorded: `evaluation.verification.record_logits` of the chunks, by which `mqat verify` tells
+            whether it rebuilds the same model.
+
+    Raises:
+        UserError: On every rank: the chunks compute something that the description does not say, another
+            directory is in the way, or it cannot be written.
     """
     with on_all_ranks():
+        if model is None:
+            model = describe_model(chunks)
+        else:
+            check_description(chunks, model)
         if path.exists() and not (path / DESCRIPTION).is_file():
             raise UserError(
                 f"{path} exists and is not an mqat checkpoint, so it is not replaced; choose another "
@@ -213,6 +223,8 @@ def save_checkpoint(
         dist_checkpointing.save(state, str(temporary), content_metadata={"format": "mqat"})
     with _writing(path, temporary):
         if is_main():
+            if recorded is not None:
+                recorded.save(temporary)
             _finish(temporary, path, description, tokenizer)
 
 
@@ -289,11 +301,14 @@ def load_checkpoint(
         The checkpoint's description (`mqat.json`).
 
     Raises:
-        ValueError: On every rank: incomplete or damaged files, other schemes, or no training state.
+        ValueError: On every rank: incomplete or damaged files, tensors without a place in the model,
+            chunks that compute another model, other schemes, or no training state.
     """
     with on_all_ranks():
         description = read_description(path)
         check_files(path, description, crc="all" if is_main() else "none")
+        CheckpointReader(path, crc="none")  # refuses tensors without a place
+        check_description(chunks, DecoderConfig.from_dict(description["model"]))
         _check_schemes(path, description, layers)
         if training is not None and not description["has_training_state"]:
             raise UserError(
@@ -313,7 +328,7 @@ def load_checkpoint(
             loaded = dist_checkpointing.load(state, str(path))
         except (OSError, CheckpointingException, CheckpointException) as error:
             raise UserError(f"{path}: cannot be loaded: {_reasons(error)}") from error
-    for index, chunk in enumerate(_unwrapped(chunks)):
+    for index, chunk in enumerate(unwrapped(chunks)):
         chunk.load_state_dict(loaded[f"model{index}"], strict=False)
     if has_scales:
         with on_all_ranks():

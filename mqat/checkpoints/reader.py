@@ -53,6 +53,8 @@ _INDEX_CLASSES = {
         "WriteItemType",
     },
 }
+# Before the names of what is not the model's: the optimizer's state.
+_TRAINING = "optimizer."
 
 
 def _enum_member(owner: Any, name: str) -> Any:
@@ -139,7 +141,9 @@ class CheckpointReader:
         self._tensors, self._records = _read_index(path / ".metadata")
         self._files: dict[Path, MappedFile] = {}
         self._chunks: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self._check_shapes(self.model.checkpoint_shapes() | _scale_shapes(self.model, schemes))
+        expected = self.model.checkpoint_shapes() | _scale_shapes(self.model, schemes)
+        self._check_shapes(expected)
+        self._check_strays(expected)
 
     def _check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         for key, shape in expected.items():
@@ -151,6 +155,18 @@ class CheckpointReader:
                     f"{self.path}: tensor {key!r} has shape {found}, but the model described in "
                     f"{DESCRIPTION} needs {shape}; use another checkpoint."
                 )
+
+    def _check_strays(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuses tensors that a model built from the description would be without."""
+        named = {key for key in self._tensors if not key.startswith(_TRAINING)}
+        strays = sorted(named - expected.keys())
+        if strays:
+            more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+            raise UserError(
+                f"{self.path}: {', '.join(strays[:3])}{more} have no place in the model described in "
+                f"{DESCRIPTION}, which would compute something else without them. Save it again with "
+                "the description that mqat.describe_model gives."
+            )
 
     def keys(self) -> list[str]:
         """Names of all tensors, sorted."""

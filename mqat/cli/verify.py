@@ -61,12 +61,11 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 def _verified(directory: Path, args: argparse.Namespace) -> Report:
-
     from mqat.checkpoints.reader import CheckpointReader
     from mqat.data.sample import NUM_TOKENS, sample_tokens
     from mqat.verify.verify import verify_export
 
-    tokens = expected = None
+    tokens = None
     config = _json_object(directory / "config.json")
     if args.text is not None:
         tokens = _token_window(args.text, directory, args.tokens)
@@ -76,26 +75,29 @@ def _verified(directory: Path, args: argparse.Namespace) -> Report:
             vocab_size=config.get("vocab_size", 2),
             longest=config.get("max_position_embeddings", NUM_TOKENS),
         )
-    if args.reference is not None and tokens is not None:
-        from mqat.checkpoints.load_model import load_model
-        from mqat.evaluation.forward import served_logits
-        from mqat.runtime import groups
+    if args.reference is None or tokens is None:
+        return verify_export(directory, reference=args.reference, tokens=tokens)
+    dtype = config.get("torch_dtype", config.get("dtype", "float32"))
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise UserError(f"{directory / 'config.json'}: dtype={dtype!r} is not one mqat writes.")
+    trained = CheckpointReader(args.reference).model.vocab_size
+    if trained != config.get("vocab_size"):
+        raise UserError(
+            f"{args.reference}: has vocab_size={trained}, {directory} has "
+            f"{config.get('vocab_size')}: this is not the checkpoint that was exported there."
+        )
+    from mqat.checkpoints.load_model import load_model
+    from mqat.runtime import groups
 
-        dtype = config.get("torch_dtype", config.get("dtype", "float32"))
-        if dtype not in ("bfloat16", "float16", "float32"):
-            raise UserError(f"{directory / 'config.json'}: dtype={dtype!r} is not one mqat writes.")
-        trained = CheckpointReader(args.reference).model.vocab_size
-        if trained != config.get("vocab_size"):
-            raise UserError(
-                f"{args.reference}: has vocab_size={trained}, {directory} has "
-                f"{config.get('vocab_size')}: this is not the checkpoint that was exported there."
-            )
-        model = load_model(args.reference)
-        expected = served_logits(model.chunks, tokens, dtype).cpu()
-        groups.finalize()
-    return verify_export(
-        directory, reference=args.reference, tokens=tokens, reference_logits=expected
+    model = load_model(args.reference)
+    # Megatron can be imported only after the groups' device is prepared.
+    from mqat.evaluation.verification import verify_with_model
+
+    report = verify_with_model(
+        directory, args.reference, model.chunks, tokens, dtype, is_rebuilt=True
     )
+    groups.finalize()
+    return report
 
 
 def run(args: argparse.Namespace) -> None:

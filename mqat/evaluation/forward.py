@@ -17,6 +17,7 @@ from mqat.parallel.learned_scales import scale_rule
 from mqat.parallel.quantized_module import QuantizedModule, set_token_mask
 from mqat.parallel.quantized_step import quantized_step
 from mqat.runtime.groups import device
+from mqat.specs.describe import unwrapped
 
 Microbatch = dict[str, Tensor | None]
 
@@ -159,6 +160,12 @@ def run_layers(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> 
             run_microbatches(_forward_hidden, chunks, microbatches, forward_only=True)
 
 
+def true_vocab_size(chunks: Sequence[Any]) -> int:
+    """Without padding, where the model knows it."""
+    model = unwrapped(chunks)[-1]
+    return int(getattr(model, "true_vocab_size", model.vocab_size))
+
+
 @torch.no_grad()
 def logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
     """Next-token logits of sequences [b, s]: float32 [b, s, V], without vocabulary padding.
@@ -174,7 +181,7 @@ def logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
         "position_ids": torch.arange(padded.shape[1]).expand_as(padded),
         "attention_mask": None,
     }
-    vocab = getattr(chunks[-1], "module", chunks[-1]).true_vocab_size
+    vocab = true_vocab_size(chunks)
     # An interleaved pipeline needs one microbatch per stage; the copies' results are not used.
     copies = 1 if len(chunks) == 1 else parallel_state.get_pipeline_model_parallel_world_size()
     with quantized_step(chunks, for_backward=False):
@@ -189,23 +196,33 @@ def logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
     return full
 
 
-@torch.no_grad()
-def served_logits(chunks: Sequence[Any], tokens: Tensor, dtype: str) -> Tensor:
-    """`logits` with unquantized tensors rounded to the dtype they are served in.
+@contextmanager
+def served_weights(chunks: Sequence[Any], dtype: str) -> Iterator[None]:
+    """Inside, unquantized tensors are rounded to the dtype they are served in.
 
-    Norms, embedding, head and unquantized linears are exported in `dtype`; rounding them here first
-    leaves only the quantized arithmetic to compare. The weights are restored afterwards.
+    Norms, embedding, head and unquantized linears are exported in `dtype`; rounding them first leaves
+    only the quantized arithmetic to compare. The weights are restored afterwards.
     """
     served = getattr(torch, dtype)
     kept: list[tuple[Tensor, Tensor]] = []
-    for chunk in chunks:
-        module = getattr(chunk, "module", chunk)
-        for name, parameter in module.named_parameters():
-            owner = module.get_submodule(name.rpartition(".")[0])
-            if getattr(owner, "weight_quantizer", None) is None and scale_rule(parameter) is None:
-                kept.append((parameter, parameter.detach().clone()))
-                parameter.copy_(parameter.to(served))
-    result = logits(chunks, tokens)
-    for parameter, value in kept:
-        parameter.copy_(value)
-    return result
+    try:
+        with torch.no_grad():
+            for chunk in chunks:
+                module = getattr(chunk, "module", chunk)
+                for name, parameter in module.named_parameters():
+                    owner = module.get_submodule(name.rpartition(".")[0])
+                    is_plain = getattr(owner, "weight_quantizer", None) is None
+                    if is_plain and scale_rule(parameter) is None:
+                        kept.append((parameter, parameter.detach().clone()))
+                        parameter.copy_(parameter.to(served))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
+
+
+def served_logits(chunks: Sequence[Any], tokens: Tensor, dtype: str) -> Tensor:
+    """`logits` with `served_weights`."""
+    with served_weights(chunks, dtype):
+        return logits(chunks, tokens)

@@ -153,8 +153,10 @@ ALGORITHMS = (*_NAMED, "null")
 def named_algorithm(name: str, *, group_size: int | None = None) -> Algorithm | None:
     """A named algorithm; `null` is None.
 
-    INT4, UINT4 and static FP8 scales lie on the bfloat16 grid, because servers keep them in the
-    model's dtype; ExecuTorch keeps those of `8da4w` in float32.
+    INT4 and UINT4 scales lie on the bfloat16 grid, because servers keep them in the model's dtype;
+    ExecuTorch keeps those of `8da4w` in float32. Static FP8 scales do because TensorRT-LLM's graph casts
+    them to the model's dtype: they are amax / 448 rounded up, by 1/128 at most. A rule with
+    `scale: float32` has amax / 448 itself, which the Hugging Face forms hold.
 
     Args:
         name: One of `ALGORITHMS`.

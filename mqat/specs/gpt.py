@@ -22,6 +22,8 @@ from mqat.models.structure import (
     CORE_ATTENTION,
     DENSE_LINEARS,
     DENSE_NORMS,
+    KEY_NORM,
+    QUERY_NORM,
     Linear,
     Norm,
     in_layer,
@@ -30,6 +32,7 @@ from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from mqat.quant.scheme import LinearScheme
+from mqat.specs.describe import check_config
 
 _REPLACEMENTS = {"column": QuantColumnParallelLinear, "row": QuantRowParallelLinear}
 
@@ -54,11 +57,17 @@ def with_slots(spec: ModuleSpec, slots: Mapping[str, Any]) -> ModuleSpec:
 
 
 def _check_norms(spec: ModuleSpec, norms: Sequence[Norm]) -> None:
-    """Refuses specs that keep norms inside linears, which are replaced together with them.
+    """Refuses specs that have other norms, or keep them inside linears, which are replaced with them.
 
     Raises:
-        UserError: Names the slot without a norm.
+        UserError: Names the slot without a norm, or with one too many.
     """
+    for norm in (QUERY_NORM, KEY_NORM):
+        if norm not in norms and spec_slot(spec, norm.name) not in (None, IdentityOp):
+            raise UserError(
+                f"layer spec: the slot {norm.name} holds a norm of query or key heads, which the model "
+                "is not described with: choose a family that has them (qwen3), or a spec without."
+            )
     for norm in norms:
         slot = spec_slot(spec, norm.name)
         module = slot.module if isinstance(slot, ModuleSpec) else slot
@@ -98,7 +107,7 @@ def quantize_layer_spec(
         norms: Those of a layer.
 
     Raises:
-        UserError: The spec keeps a norm inside a linear.
+        UserError: The spec keeps a norm inside a linear, or has one that is not among `norms`.
     """
     _check_norms(spec, norms)
     slots: dict[str, ModuleSpec] = {}
@@ -144,8 +153,9 @@ def quantize_block_spec(
         vp_stage: Virtual chunk under interleaved pipeline parallelism.
 
     Raises:
-        UserError: As `quantize_layer_spec`.
+        UserError: As `quantize_layer_spec` and `describe.check_config`.
     """
+    check_config(transformer_config, model)
     offset = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
     count = get_num_layers_to_build(transformer_config, vp_stage, pp_rank)
     names = [*(linear.name for linear in model.linears), CORE_ATTENTION.name]

@@ -21,14 +21,8 @@ from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear
 from mqat.quant.scheme import LinearScheme
 from mqat.specs.backend import gpt_layer_spec
+from mqat.specs.describe import MEGATRON_ROPE
 from mqat.specs.gpt import quantize_block_spec
-
-# What Megatron's RotaryEmbedding._apply_scaling hard-codes besides the factor.
-_MEGATRON_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 class DecoderModel(GPTModel):  # type: ignore[misc]
@@ -118,7 +112,7 @@ def transformer_config(
     Raises:
         ValueError: RoPE scaling that Megatron's rotary embedding cannot express.
     """
-    for key, value in _MEGATRON_ROPE.items():
+    for key, value in MEGATRON_ROPE.items():
         given = (model.rope_scaling or {}).get(key, value)
         if given != value:
             raise UserError(

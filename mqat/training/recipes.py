@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mqat.config import RunConfig
 from mqat.errors import UserError
-from mqat.evaluation.forward import served_logits
+from mqat.evaluation.verification import verify_with_model
 from mqat.export.export import export_checkpoint
 from mqat.export.exporters import exporter
 from mqat.plan.run import RunPlan, export_options, make_plan
@@ -21,7 +21,6 @@ from mqat.runtime.groups import is_main, on_all_ranks, raise_on_any_rank
 from mqat.training.loop import Phase
 from mqat.training.schedule import QuantizerSchedule
 from mqat.training.session import Session, open_session
-from mqat.verify.verify import verify_export
 
 # Perplexities of a few thousand held-out tokens move by about this much with the seed.
 SMALLEST_GAP = 0.005
@@ -106,12 +105,11 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
     session.summary["export"] = {"path": str(out), "verified": False}
     if export.verify:
         tokens = session.validation.sample_tokens(rows=2, length=64)
-        expected = served_logits(session.chunks, tokens, export.dtype)
+        report = verify_with_model(
+            out, checkpoint, session.chunks, tokens, export.dtype, is_rebuilt=False
+        )
         with on_all_ranks():
             if is_main():
-                report = verify_export(
-                    out, reference=checkpoint, tokens=tokens, reference_logits=expected.cpu()
-                )
                 session.summary["export"] |= report.to_dict() | {"verified": report.ok}
                 session.log.say(f"  export: {report.headline()}")
                 if not report.ok:

@@ -28,6 +28,7 @@ from mqat.errors import UserError
 from mqat.evaluation.forward import evaluate, run_layers
 from mqat.evaluation.generation import generate_greedy
 from mqat.evaluation.quality import quality_report
+from mqat.evaluation.verification import record_logits
 from mqat.parallel.learned_scales import learn_scales_
 from mqat.parallel.quantized_module import all_quantizers
 from mqat.plan.run import RunPlan, describe
@@ -101,6 +102,7 @@ class Session:
             algorithm=self.plan.config.quantization.algorithm,
             tokenizer=self.tokenizer,
             training=training,
+            recorded=record_logits(self.chunks),
         )
 
     def reset_quantizers(self) -> None:

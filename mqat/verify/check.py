@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mqat.verify.export import Export, Rank
-from mqat.verify.storage import StoredLinear, TensorSpec
+from mqat.verify.storage import Module, StoredLinear, TensorSpec
 
 # (bits, floating-point) -> what the largest code must reach. A calibrated weight reaches its largest
 # code somewhere; one that stays below half of it has a scale that is too large by a factor (FP8 codes:
@@ -53,13 +53,17 @@ def value_problems(export: Export) -> Iterator[str]:
                 if tensors[number][real:].any():
                     yield f"{rank.found[name]}: {name} has padding rows that are not zero"
         for layer in range(export.model.layers_per_stage):
-            firsts = []
+            firsts, reaches = [], []
             for module in export.modules(layer):
                 linears = [rank.linear(module) for rank in ranks]
-                yield from _linear_problems(ranks, linears)
+                problems = list(_linear_problems(ranks, linears))
+                yield from problems
+                if not problems and "codes" in module.suffixes:
+                    reaches.append((module, max(_reach(linear) for linear in linears)))
                 kept = linears[0].tensors.items()
                 firsts.append(StoredLinear(module, {t: v for t, v in kept if t in _SHARED}))
             yield from _fused_problems(export, firsts)
+            yield from _reach_problems(export, reaches)
 
 
 def _tensor_problems(
@@ -94,7 +98,7 @@ def _linear_problems(ranks: Sequence[Rank], linears: Sequence[StoredLinear]) -> 
     yield from _copied_head_problems(ranks, linears)
     if "codes" not in module.suffixes:
         return
-    name, reach = module.full("codes"), 0.0
+    name = module.full("codes")
     least, most = (-127, 127) if storage.bits == 8 else (-8, 7)
     least -= storage.bits == 8 and bool(storage.packing)  # weight-only grids may reach -128
     for rank, linear in zip(ranks, linears, strict=True):
@@ -103,9 +107,35 @@ def _linear_problems(ranks: Sequence[Rank], linears: Sequence[StoredLinear]) -> 
         if not storage.is_float and len(outside):
             code = int(outside[0])
             yield f"{rank.found[name]}: {name} holds the code {code}, outside {least}..{most}"
-        reach = max(reach, float(values.abs().max()))
-    if 0 < reach < _LEAST_REACH[storage.bits, storage.is_float]:  # zero: there is none to reach
-        yield f"{name} uses codes up to {reach:g} only on all ranks; its scale is too large"
+
+
+def _reach(linear: StoredLinear) -> float:
+    """The largest code."""
+    return float(linear.code_values().abs().max())
+
+
+def _owners(export: Export) -> dict[str, str]:
+    """Role of a linear -> the linear of checkpoints that it is a part of: servers fuse these."""
+    return {r: name for name, fused in export.model.facts.fused.items() for r in fused["parts"]}
+
+
+def _reach_problems(export: Export, reaches: Sequence[tuple[Module, float]]) -> Iterator[str]:
+    """Linears of a layer whose codes stay far below the largest one.
+
+    Parts that were fused in training share one scale per tensor, which the largest of them alone has to
+    reach; with a scale for each row or group every part reaches its own.
+    """
+    owners, groups = _owners(export), dict[str, list[tuple[Module, float]]]()
+    for module, reach in reaches:
+        shares = module.storage.granularity == "tensor"
+        key = owners[module.parts[0].role] if shares else module.name
+        groups.setdefault(key, []).append((module, reach))
+    for group in groups.values():
+        storage, reach = group[0][0].storage, max(reach for _, reach in group)
+        if 0 < reach < _LEAST_REACH[storage.bits, storage.is_float]:  # zero: there is none to reach
+            names = ", ".join(module.full("codes") for module, _ in group)
+            word = "uses" if len(group) == 1 else "together use"
+            yield f"{names} {word} codes up to {reach:g} only on all ranks; the scale is too large"
 
 
 def _copied_head_problems(ranks: Sequence[Rank], linears: Sequence[StoredLinear]) -> Iterator[str]:
@@ -126,7 +156,7 @@ def _copied_head_problems(ranks: Sequence[Rank], linears: Sequence[StoredLinear]
 
 def _fused_problems(export: Export, linears: Sequence[StoredLinear]) -> Iterator[str]:
     """Single numbers that differ between linears which servers fuse: one linear in checkpoints."""
-    owners = {r: name for name, fused in export.model.facts.fused.items() for r in fused["parts"]}
+    owners = _owners(export)
     for a, b in combinations(linears, 2):
         if owners[a.module.parts[0].role] != owners[b.module.parts[0].role]:
             continue

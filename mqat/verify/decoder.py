@@ -14,9 +14,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from mqat.verify.agreement import add_noise
 from mqat.verify.export import Export, Rank
 from mqat.verify.reference_quant import quantize_input
 from mqat.verify.storage import Module
+
+# On purpose (docs/export.md): W8A16 rounds weights again, and ranks take the steps of a token from their
+# own channels. Both are within the noise of 8 bits, relative.
+SERVED_OTHERWISE = 0.1
 
 
 def rotate(x: Tensor, base: float, scaling: Mapping[str, float] | None) -> Tensor:
@@ -42,6 +47,7 @@ class Decoder:
     def __init__(self, export: Export) -> None:
         self.export = export
         self.model = export.model
+        self._noise, self._generator = 0.0, torch.Generator()
         self.max_positions = self.model.value("max_position_embeddings")
 
     def _inner(self, rank: Rank, layer: int, roles: tuple[str, ...], x: Tensor) -> list[Tensor]:
@@ -50,13 +56,16 @@ class Decoder:
         for module in self.export.modules(layer):
             if module.parts[0].role not in roles:
                 continue
-            found |= module.by_part(_product(rank, module, x) + _bias(rank, module), dim=-1)
+            product = _product(rank, module, self._noisy(x))
+            found |= module.by_part(product + _bias(rank, module), dim=-1)
         return [found[role] for role in roles]
 
     def _sum(self, ranks: Sequence[Rank], layer: int, role: str, inner: Sequence[Tensor]) -> Tensor:
         """A row-parallel linear of every rank's features; its bias is added once."""
         module = next(m for m in self.export.modules(layer) if m.parts[0].role == role)
-        products = [_product(rank, module, x) for rank, x in zip(ranks, inner, strict=True)]
+        products = [
+            _product(rank, module, self._noisy(x)) for rank, x in zip(ranks, inner, strict=True)
+        ]
         return torch.stack(products).sum(0) + _bias(ranks[0], module)
 
     def _norm(self, rank: Rank, layer: int, role: str, x: Tensor) -> Tensor:
@@ -90,31 +99,76 @@ class Decoder:
         gate, up = self._inner(rank, layer, ("gate", "up"), x)
         return F.silu(gate) * up
 
+    def modules(self, number: int) -> list[Module]:
+        """The linears of a layer, by its global number."""
+        return self.export.modules(number % self.model.layers_per_stage)
+
+    def serves_otherwise(self, number: int) -> bool:
+        """Whether a layer computes something else than was trained, by at most `SERVED_OTHERWISE`."""
+        is_cut = self.model.tp > 1
+        return any(
+            m.storage.is_reloaded
+            or (m.is_row_parallel and is_cut and (m.storage.input or "").startswith("token"))
+            for m in self.modules(number)
+        )
+
+    def _noisy(self, x: Tensor) -> Tensor:
+        return add_noise(x, self._noise, self._generator)
+
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Next-token logits, float32 [b, s, V], for tokens int64 [b, s]."""
+    def layer(self, number: int, x: Tensor) -> Tensor:
+        """One layer, by its global number, of hidden states float32 [b, s, hidden]."""
+        stage, layer = divmod(number, self.model.layers_per_stage)
+        ranks = self.export.stages[stage]
+        normed = self._norm(ranks[0], layer, "attention_norm", x)
+        inner = [self._attention(rank, layer, normed) for rank in ranks]
+        x = x + self._sum(ranks, layer, "output", inner)
+        normed = self._norm(ranks[0], layer, "mlp_norm", x)
+        inner = [self._mlp(rank, layer, normed) for rank in ranks]
+        return x + self._sum(ranks, layer, "down", inner)
+
+    @torch.no_grad()
+    def linears(self, number: int, role: str, x: Tensor) -> dict[str, Tensor]:
+        """The module of a linear alone, of whole inputs float32 [t, I]: output features [O, t] by role.
+
+        Steps of a token come from all its channels, as in training.
+        """
+        ranks = self.export.stages[number // self.model.layers_per_stage]
+        module = next(m for m in self.modules(number) if role in [part.role for part in m.parts])
+        if not module.is_row_parallel:
+            outputs = [_product(rank, module, x) + _bias(rank, module) for rank in ranks]
+            return module.join([output.t() for output in outputs])
+        if is_of_token := (module.storage.input or "").startswith("token"):
+            x = quantize_input(x, module.storage.input)
+        pieces = zip(ranks, x.chunk(len(ranks), dim=-1), strict=True)
+        products = [_product(rank, module, piece, not is_of_token) for rank, piece in pieces]
+        return {role: (torch.stack(products).sum(0) + _bias(ranks[0], module)).t()}
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, noise: float = 0.0) -> Tensor:
+        """Next-token logits, float32 [b, s, V], for tokens int64 [b, s].
+
+        With `noise`, of that relative size on the input of every linear: its answer to rounding.
+        """
         model, stages = self.model, self.export.stages
+        self._noise, self._generator = noise, torch.Generator().manual_seed(0)
         x = self.export.table("embedding", 0)[tokens].float()
-        for ranks in stages:
-            for layer in range(model.layers_per_stage):
-                normed = self._norm(ranks[0], layer, "attention_norm", x)
-                inner = [self._attention(rank, layer, normed) for rank in ranks]
-                x = x + self._sum(ranks, layer, "output", inner)
-                normed = self._norm(ranks[0], layer, "mlp_norm", x)
-                inner = [self._mlp(rank, layer, normed) for rank in ranks]
-                x = x + self._sum(ranks, layer, "down", inner)
+        for number in range(model.layers_per_stage * model.pp):
+            x = self.layer(number, x)
+        self._noise = 0.0
         x = self._rms_norm(stages[-1][0], model.names["final_norm"], x)
         role, stage = ("embedding", 0) if model.is_tied else ("lm_head", -1)
         return x @ self.export.table(role, stage).float().t()
 
 
-def _product(rank: Rank, module: Module, x: Tensor) -> Tensor:
+def _product(rank: Rank, module: Module, x: Tensor, quantizes: bool = True) -> Tensor:
     """One rank's product, without the sum over ranks and without a bias."""
     linear = rank.linear(module)
     if "smoothing" in linear.tensors:
         x = x * linear.tensors["smoothing"].float()
     # A rank takes the step of a token from its own channels.
-    x = quantize_input(x, module.storage.input, linear.input_step())
+    kind = module.storage.input if quantizes else None
+    x = quantize_input(x, kind, linear.input_step())
     return x @ linear.weight().t()
 
 

@@ -72,7 +72,7 @@ def count_levels(values: torch.Tensor, quantizer) -> int:
     """Distinct values over a whole weight, in units of each element's own scale."""
     shape = tuple(values.shape)
     spread = quantizer.scheme.granularity.expand
-    ratio = values / spread(quantizer.steps(values)[0], shape)
+    ratio = values / spread(quantizer.qparams(values)[0], shape)
     if quantizer.zero_point is not None:
         ratio = ratio + spread(quantizer.zero_point, shape)
     return int((ratio * 4096).round().unique().numel())  # E4M3's smallest step is 1/512

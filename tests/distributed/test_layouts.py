@@ -109,6 +109,8 @@ def test_biases_train_alike_under_sequence_parallelism_and_matter(layouts):
 @pytest.mark.parametrize("algorithm", ["w4a8", "fp8"])
 def test_other_algorithms_equal_one_process_under_sequence_parallelism(layouts, algorithm):
     expected, found = layouts[algorithm][1], layouts[f"{algorithm}-tp2-sp"][1]
+    # What moves with the layout is numbers on borders between codes, not the model (docs/export.md).
+    assert found["unquantized"] == pytest.approx(expected["unquantized"], rel=1e-6)
     assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
     assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
     int8 = layouts["tp1"][1]

@@ -5,7 +5,7 @@ Facts of the format (TensorRT-LLM 0.17 to 1.2): `models/modeling_utils.py` and
 dequantizing. SmoothQuant and AWQ are folded into weights and norms.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -53,6 +53,9 @@ _NVFP4 = {
     "activation_scaling_factor": build.input_global_scale,
 }
 _PER_CHANNEL = {"weight": build.codes, "per_channel_scale": build.frozen_scale}
+# Its graph casts these steps to the dtype of the model before it multiplies, where no plugin does: only
+# numbers of bfloat16 stay what was trained.
+_FP8 = replace(operands.FP8_TENSOR, scale_dtypes=(operands.BF16,))
 
 FORMS = Forms(
     "TensorRT-LLM",
@@ -61,13 +64,13 @@ FORMS = Forms(
             "W8A8_SQ_PER_CHANNEL", operands.INT8_CHANNELS, operands.INT8_TENSOR,
             _SCALED_CODES | _INPUT | {"prequant_scaling_factor": build.ones},
         ),
-        TrtllmForm("FP8", operands.FP8_TENSOR, operands.FP8_TENSOR, _SCALED_CODES | _INPUT),
+        TrtllmForm("FP8", _FP8, _FP8, _SCALED_CODES | _INPUT),
         TrtllmForm(
             "FP8_PER_CHANNEL_PER_TOKEN", operands.FP8_CHANNELS, operands.FP8_TOKENS, _PER_CHANNEL
         ),
         TrtllmForm("W4A16_AWQ", operands.INT4_GROUPS, None, _INT4, group_sizes=(64, 128)),
         TrtllmForm(
-            "W4A8_AWQ", operands.INT4_GROUPS, operands.FP8_TENSOR,
+            "W4A8_AWQ", operands.INT4_GROUPS, _FP8,
             _INT4 | {"weights_scaling_factor_2": build.fp8_range_scale} | _INPUT, group_sizes=(128,),
         ),
         TrtllmForm("NVFP4", operands.NVFP4, operands.NVFP4_INPUT, _NVFP4),

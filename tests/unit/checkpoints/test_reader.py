@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mqat.checkpoints.reader import CheckpointReader
+from mqat.errors import UserError
+from mqat.export.export import export_trtllm
 from tests.unit.export.checkpoints import (
     TINY,
     UNTIED,
@@ -51,6 +53,32 @@ def test_shapes_schemes_and_sizes_come_from_the_description(chunked):
     assert reader.layers == all_layers("int8")
     assert reader.shape(FC1) == (4, 1024, 256)
     assert reader.has(FC1) and not reader.has("output_layer.weight")
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        "decoder.layers.self_attention.q_layernorm.weight",
+        "decoder.layers.self_attention.linear_qkv.bias",
+        "decoder.layers.mlp.linear_fc1.layer_norm_bias",
+        "quantizers.decoder.layers.0.mlp.linear_fc1.output_scale",
+        "output_layer.weight",
+    ],
+)
+def test_a_tensor_without_a_place_is_refused_by_readers_and_exporters(stray, tmp_path):
+    """A model with norms, biases or a head that its description does not mention would lose them."""
+    tensors = tensors_of(TINY, all_layers("int8"))
+    optimizer = {"optimizer.state.exp_avg": torch.ones(4)}  # control: it is not the model's
+    CheckpointReader(
+        write_checkpoint(tmp_path / "a", TINY, all_layers("int8"), tensors=tensors | optimizer)
+    )
+    with_stray = tensors | optimizer | {stray: torch.ones(4, 64)}
+    path = write_checkpoint(tmp_path / "b", TINY, all_layers("int8"), tensors=with_stray)
+    with pytest.raises(UserError, match=f"{stray} have no place in the model described"):
+        CheckpointReader(path)
+    with pytest.raises(UserError, match=f"{stray} have no place in the model described"):
+        export_trtllm(path, tmp_path / "out", tensor_parallel=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_index_that_calls_a_function_is_refused_and_not_run(damaged, tmp_path):

@@ -151,3 +151,16 @@ def test_mxfp8_scales_and_codes_are_torchaos(torchao, dtype):
     assert torch.equal(scales.float().view_as(ours), ours)
     found = quantize(x, ours, FP8_E4M3, PerGroup(32))
     assert torch.equal(codes.view(torch.uint8).view_as(found), found.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_steps_are_modelopts_rounded_up_to_bfloat16(modelopt, dtype):
+    """From modelopt's own amax; TensorRT-LLM's graph casts steps to the model's dtype."""
+    x = numbers(dtype)
+    _, theirs = modelopt.FP8QTensor.quantize(x.float())
+    theirs = theirs.float().reshape(1)
+    scheme = named_scheme("fp8").weight
+    amax = compute_amax(x.float(), PerTensor())
+    ours = compute_scale(amax, FP8_E4M3, scale_dtype=scheme.scale_dtype)
+    assert torch.equal(compute_scale(amax, FP8_E4M3), theirs)
+    assert ours == ours.bfloat16() and theirs <= ours <= theirs * (1 + 2.0**-7)

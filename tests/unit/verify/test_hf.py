@@ -307,3 +307,25 @@ def test_the_export_of_another_checkpoint_is_a_problem_not_a_crash(tiny, tmp_pat
         assert not verify_hf(tmp_path / "out", reference=tiny(algorithm)).ok
     other = write_checkpoint(tmp_path / "other", replace(TINY, num_layers=2), {})
     assert not verify_hf(tmp_path / "out", reference=other).ok
+
+
+@pytest.mark.parametrize("style", ["compressed-tensors", "modelopt"])
+def test_fused_parts_with_one_scale_are_judged_together(style, tmp_path):
+    """A value weight an eighth of the query's uses codes up to 56: one scale per tensor has no other."""
+    layers = all_layers("fp8", UNTIED)
+    state = tensors_of(UNTIED, layers)
+    qkv = state["decoder.layers.self_attention.linear_qkv.weight"].view(4, 2, 4, 64, 256)
+    qkv[:, :, 3] /= 8  # by query group: two query heads, key, value
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", UNTIED, layers, tensors=state)
+    out = tmp_path / "out"
+    export_hf(checkpoint, out, style=style)
+    assert verify_hf(out, reference=checkpoint).problems == []
+    for part in "qk":  # control: what none of them reaches is too large a scale for all
+
+        def shrink(tensors, name=f"{LAYER}self_attn.{part}_proj.weight"):
+            tensors[name] = (tensors[name].float() / 8).to(torch.float8_e4m3fn)
+
+        assert verify_hf(out).ok
+        rewrite(out, shrink)
+    (problem,) = verify_hf(out).problems
+    assert "q_proj.weight" in problem and "v_proj.weight together use codes up to" in problem

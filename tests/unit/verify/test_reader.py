@@ -19,6 +19,7 @@ from transformers import (
 from mqat.export.export import export_trtllm
 from mqat.models.schemes import kv_cache_schemes
 from mqat.quant.quantizer import Quantizer
+from mqat.verify.agreement import agreement
 from mqat.verify.storage import reload_w8a16
 from mqat.verify.verify import Report, compare_logits, open_export, verify_trtllm
 from tests.unit.export.checkpoints import (
@@ -289,12 +290,13 @@ def test_w8a16_weights_are_quantized_again_as_the_loader_does(exported):
 
 def test_compare_logits_measures_what_it_says():
     reference = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
-    report = Report()
-    compare_logits(report, reference.flip(-1), reference)
+    report = Report(noise=1e-5)
+    compare_logits(report, reference.flip(-1), reference, reference.flip(-1))
     p = torch.softmax(reference, -1)
     q = p.flip(-1)
     assert report.mean_kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
     assert report.top1_agreement == 0 and report.max_abs_difference == 2
+    assert report.noise_kl == 0 and report.noise_top1_agreement == 1
     assert not report.ok and "FAILED" in report.headline()
     assert report.to_dict()["ok"] is False
 
@@ -321,13 +323,22 @@ def test_reference_logits_of_another_vocabulary_are_an_error(exported):
         verify_trtllm(exported("null"), tokens=TOKENS, reference_logits=torch.zeros(2, 40, 304))
 
 
-@pytest.mark.parametrize(("positions", "same", "is_ok"), [(32, 28, True), (1024, 896, False)])
-def test_a_share_of_few_positions_may_be_lower_by_chance(positions, same, is_ok):
-    """87.5% of 32 are within two standard errors of 90%; of 1024 they are not."""
-    reference = torch.zeros(1, positions, 4)
-    reference[..., 0] = 0.01
-    served = reference.clone()
-    served[:, same:, 1] = 0.02
-    report = Report()
-    compare_logits(report, served, reference)
+@pytest.mark.parametrize(("noisy", "is_ok"), [(0.0, False), (0.1, False), (1.0, True)])
+def test_logits_may_differ_as_far_as_the_model_from_itself_under_noise(noisy, is_ok):
+    """The same difference is a chaotic model's own rounding, and a calm one's damage."""
+    generator = torch.Generator().manual_seed(0)
+    served, one, other = (torch.randn(1, 256, 50, generator=generator) for _ in range(3))
+    report = Report(noise=1e-5)
+    compare_logits(report, served, served + 0.5 * one, served + noisy * 0.5 * other)
     assert report.ok == is_ok
+    assert is_ok or "with noise of the size of rounding" in report.problems[0]
+
+
+@pytest.mark.parametrize("algorithm", ["null", "int8", "fp8", "nvfp4"])
+def test_noise_of_rounding_is_seen_and_small(algorithm, exported):
+    """Else every export would pass, or none."""
+    decoder = open_export(exported(algorithm))
+    plain = decoder.logits(TOKENS)
+    assert torch.equal(decoder.logits(TOKENS), plain)
+    kl = [agreement(plain, decoder.logits(TOKENS, noise=size)).kl for size in (1e-5, 1e-2)]
+    assert 0 < abs(kl[0]) < 0.1 and kl[1] > 4 * kl[0]  # KL 1e-11 to 0.07, with codes of 4 bits

@@ -1,0 +1,159 @@
+"""An export is judged beside the model it came from; a rebuilt model beside what training recorded."""
+
+import pytest
+import torch
+
+from mqat.export.export import export_hf, export_trtllm
+from mqat.specs.policy import Policy
+from tests.unit.model_fixtures import MODEL
+
+TOKENS = torch.randint(0, 301, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def saved(chunks, algorithm, path, *, records=True):
+    from mqat.checkpoints.dist_checkpoint import save_checkpoint
+    from mqat.evaluation.verification import record_logits
+
+    layers = Policy(algorithm, group_size=64).schemes(MODEL)
+    recorded = record_logits(chunks) if records else None
+    save_checkpoint(
+        path, chunks, model=MODEL, layers=layers, algorithm=algorithm, recorded=recorded
+    )
+    return path
+
+
+def rebuilt(path):
+    """As `mqat verify` does, in process groups that exist."""
+    from mqat.checkpoints.dist_checkpoint import checkpoint_layers, load_checkpoint
+    from mqat.checkpoints.manifest import read_description
+    from mqat.config import ModelConfig
+    from mqat.specs.model import build_model
+
+    layers = checkpoint_layers(read_description(path))
+    chunks = build_model(MODEL, ModelConfig(), layers, torch.float32)
+    load_checkpoint(path, chunks, layers=layers)
+    return [chunk.eval() for chunk in chunks]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("algorithm", ["null", "int8", "fp8", "int8_pc_pt"])
+def test_a_faithful_export_is_near_in_every_linear_layer_and_logit(
+    algorithm, dtype, calibrated, tmp_path
+):
+    from mqat.evaluation.verification import verify_with_model
+
+    chunks = calibrated(algorithm, dtype)
+    checkpoint = saved(chunks, algorithm, tmp_path / "c")
+    out = tmp_path / "out"
+    if algorithm == "int8_pc_pt":
+        export_hf(checkpoint, out)
+    else:
+        export_trtllm(checkpoint, out, tensor_parallel=2)
+    report = verify_with_model(out, checkpoint, chunks, TOKENS, "bfloat16", is_rebuilt=False)
+    assert report.problems == []
+    print(report.headline())
+    is_exact = dtype == torch.float32
+    assert report.worst_linear < (1e-5 if is_exact else 1e-2)
+    assert report.worst_layer < (1e-2 if is_exact else 0.25)
+    for part in ("on the trainer's inputs linears within", "against itself"):
+        assert part in report.headline()
+
+
+def test_what_ranks_round_otherwise_is_allowed_where_it_is_described(calibrated, tmp_path):
+    from mqat.evaluation.verification import verify_with_model
+
+    chunks = calibrated("fp8_pc_pt")
+    checkpoint = saved(chunks, "fp8_pc_pt", tmp_path / "c")
+    export_trtllm(checkpoint, tmp_path / "out", tensor_parallel=2)
+    report = verify_with_model(
+        tmp_path / "out", checkpoint, chunks, TOKENS, "bfloat16", is_rebuilt=False
+    )
+    assert report.problems == [] and report.worst_linear < 1e-5 and report.worst_layer > 1e-4
+
+
+def _wrong_rotation(patch):
+    from mqat.verify import decoder
+
+    rotate = decoder.rotate
+    patch.setattr(decoder, "rotate", lambda x, base, scaling: rotate(x, 2 * base, scaling))
+
+
+def _wrong_activation(patch):
+    patch.setattr(torch.nn.functional, "silu", torch.nn.functional.gelu)
+
+
+def _wrong_mask(patch):
+    attention = torch.nn.functional.scaled_dot_product_attention
+    patch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v)
+    )
+
+
+@pytest.mark.parametrize("wrong", [_wrong_rotation, _wrong_activation, _wrong_mask])
+def test_right_tensors_that_a_layer_computes_wrongly_with_are_found(
+    wrong, calibrated, tmp_path, monkeypatch
+):
+    """What no comparison of tensors, and of linears one by one, can see."""
+    from mqat.evaluation.verification import verify_with_model
+    from mqat.verify.decoder import Decoder
+
+    chunks = calibrated("int8")
+    checkpoint = saved(chunks, "int8", tmp_path / "c")
+    export_trtllm(checkpoint, tmp_path / "out", tensor_parallel=1)
+    right = Decoder.layer
+
+    def layer(self, number, x):
+        with pytest.MonkeyPatch.context() as patch:
+            wrong(patch)
+            return right(self, number, x)
+
+    monkeypatch.setattr(Decoder, "layer", layer)
+    report = verify_with_model(
+        tmp_path / "out", checkpoint, chunks, TOKENS, "bfloat16", is_rebuilt=False
+    )
+    assert any("own input it adds something else" in p for p in report.problems), report
+    assert report.worst_linear < 1e-5  # the linears are right
+
+
+def test_recorded_logits_tell_whether_the_rebuilt_model_is_the_trained_one(calibrated, tmp_path):
+    from mqat.evaluation.verification import verify_with_model
+
+    checkpoint = saved(calibrated("int8"), "int8", tmp_path / "c")
+    export_trtllm(checkpoint, tmp_path / "out", tensor_parallel=1)
+    chunks = rebuilt(checkpoint)
+
+    def verified():
+        return verify_with_model(
+            tmp_path / "out", checkpoint, chunks, TOKENS, "bfloat16", is_rebuilt=True
+        )
+
+    report = verified()
+    assert report.problems == [] and "logits that training recorded: KL" in report.headline()
+    # A model that computes something else than its description says, in a way no check of it sees.
+    chunks[0].rotary_pos_emb.inv_freq *= 1.5
+    chunks[0].rotary_pos_emb.forward.cache_clear()
+    (first, *_) = verified().problems
+    assert "rebuilt from mqat.json it computes other logits than training recorded" in first
+
+
+def test_a_checkpoint_without_recorded_logits_is_said_and_accepted(calibrated, tmp_path):
+    from mqat.evaluation.verification import verify_with_model
+
+    chunks = calibrated("int8")
+    checkpoint = saved(chunks, "int8", tmp_path / "c", records=False)
+    export_trtllm(checkpoint, tmp_path / "out", tensor_parallel=1)
+    report = verify_with_model(
+        tmp_path / "out", checkpoint, chunks, TOKENS, "bfloat16", is_rebuilt=True
+    )
+    assert report.ok and "no logits were recorded" in report.headline()
+
+
+def test_nothing_is_recorded_while_a_schedule_has_quantizers_off(calibrated):
+    from mqat.evaluation.verification import record_logits
+    from tests.unit.model_fixtures import switch_off
+
+    chunks = calibrated("int8")
+    found = record_logits(chunks)
+    assert found.logits.shape == (1, 16, 301) and found.tokens.shape == (1, 64)
+    switch_off(chunks)
+    assert record_logits(chunks) is None
