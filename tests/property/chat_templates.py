@@ -24,7 +24,9 @@ def without_thoughts(answer: str, is_last: bool) -> str:
 
 
 def thoughts_in_last(answer: str, is_last: bool) -> str:
-    return answer if is_last else answer.rsplit("</think>", 1)[-1].lstrip("\n")
+    if not is_last and "</think>" not in answer:
+        return answer
+    return (answer if is_last else without_thoughts(answer, is_last)).lstrip("\n")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from mqat.data.chat import tokenize_conversation
 from tests.property.chat_templates import SPECIAL, TEMPLATES, as_it_is, trimmed
 
 PIECES = [
-    "Hello", "user", "assistant", "system", "là 日本", "🙂", "don't", "1871", "...", "{{ x }}", "<think>",
-    "</think>", " ", "\n", "\n\n", "\t", "<|im_end|>", "</s>", "[INST]", "Assistant:", "\U000f0000", "<b>",
-    '"', "\\",
+    "Hello", "user", "assistant", "system", "là 日本", "🙂", "don't", "1871", "...", "{{ x }}",
+    "<think>", "</think>", " ", "\n", "\n\n", "\t", "<|im_end|>", "</s>", "[INST]", "Assistant:",
+    "\U000f0000", "<b>", '"', "\\",
 ]  # fmt: skip
 TEXT = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=5).map("".join)
 WORDS = TEXT.filter(lambda text: text.strip() and not {"\U0010fffe", "\U0010ffff"} & set(text))

@@ -87,7 +87,8 @@ def test_a_template_that_rewrites_answers_is_refused(tokenizer: Any) -> None:
 
 THINKING = (
     "{% for m in messages %}<|{{ m.role }}|>{% set c = m.content %}"
-    "{% if '</think>' in c and not loop.last %}{% set c = c.split('</think>')[-1]|trim %}{% endif %}{{ c }}{{ eos_token }}{% endfor %}"
+    "{% if '</think>' in c and not loop.last %}{% set c = c.split('</think>')[-1]|trim %}"
+    "{% endif %}{{ c }}{{ eos_token }}{% endfor %}"
 )
 
 
