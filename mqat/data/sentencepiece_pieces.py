@@ -71,7 +71,8 @@ def _normalizer(pieces: Pieces) -> Any:
     if pieces.charsmap:
         steps.append(normalizers.Precompiled(pieces.charsmap))
     if pieces.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        # Blanks only: line ends and tabs at both ends stay.
+        steps += [normalizers.Replace(Regex(p), r) for p, r in (("^ +| +$", ""), (" {2,}", " "))]
     if pieces.add_dummy_prefix:
         steps.append(normalizers.Prepend(BLANK))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", BLANK)])
