@@ -72,7 +72,7 @@ def _normalizer(pieces: Pieces) -> Any:
         steps.append(normalizers.Precompiled(pieces.charsmap))
     if pieces.remove_extra_whitespaces:
         # Blanks only: line ends and tabs at both ends stay.
-        steps += [normalizers.Replace(Regex(p), r) for p, r in (("^ +| +$", ""), (" {2,}", " "))]
+        steps += [normalizers.Replace(Regex(p), r) for p, r in ((r"\A +| +\z", ""), (" {2,}", " "))]
     if pieces.add_dummy_prefix:
         steps.append(normalizers.Prepend(BLANK))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", BLANK)])
