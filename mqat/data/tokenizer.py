@@ -37,7 +37,9 @@ _NAMES = (
 )
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
 _STOPS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_OPTIONS = ("model_max_length", "padding_side", "clean_up_tokenization_spaces")
+_OPTIONS: dict[str, type | tuple[type, ...]] = {
+    "model_max_length": (int, float), "padding_side": str, "clean_up_tokenization_spaces": bool
+}  # fmt: skip
 _KEPT = "mqat_source_files"  # attribute: files as they were read, and the state that they gave
 _END = "<|endoftext|>"
 # Conversations of models that bring no template of their own.
@@ -232,6 +234,9 @@ def _load(path: Path) -> Any:
         backend = _from_json(files) if _JSON in files else _from_sentencepiece(path, files)
         settings = _object(files.get(_CONFIG), _CONFIG)
         options = {key: settings[key] for key in _OPTIONS if settings.get(key) is not None}
+        for key, value in options.items():
+            if not isinstance(value, _OPTIONS[key]):
+                raise UserError(f"{_CONFIG}: {key}={value!r} is of a wrong type")
         tokenizer = _wrap(backend, _named_tokens(files), _chat_template(files), **options)
     setattr(tokenizer, _KEPT, (files, _state(tokenizer)))
     return tokenizer
