@@ -136,7 +136,7 @@ def _from_sharegpt(value: Any) -> Any:
         return value
     message = said(value)
     _refuse_unknown(message, ("from", "value", *_MARKS), "a message with 'from'")
-    speaker = message.pop("from")
+    speaker = message.pop("from", None)
     if not isinstance(speaker, str) or speaker not in _SHAREGPT:
         raise UserError(f"unknown speaker {speaker!r}; known are {sorted(_SHAREGPT)}")
     return {"role": _SHAREGPT[speaker], "content": message.pop("value", None), **message}
