@@ -282,8 +282,8 @@ class _Conversation:
     def _check_complete(self) -> None:
         for leaf in self.words.leaves:
             missing = [code for code in leaf.codes if code not in self.places]
-            is_context = leaf.index >= 0 and self.messages[leaf.index]["role"] == "assistant"
-            if not missing or (is_context and not self.learnt[leaf.index]):
+            is_answer = leaf.index >= 0 and self.messages[leaf.index]["role"] == "assistant"
+            if not missing or (is_answer and not self.learnt[leaf.index]):
                 continue
             if leaf.kind == "tool":
                 raise UserError(f"the chat template does not show the tool {leaf.text!r}")
@@ -421,10 +421,7 @@ class _Conversation:
         try:
             alone, places, _ = self.words.find(self._render(self.marked[: index + 1]))
             behind = stop - self._last(index, self.places) + self._last(index, places)
-        except (
-            UserError,
-            ValueError,
-        ):  # the template refuses this beginning, or shows no word of it
+        except ValueError:  # the template refuses this beginning, or shows no word of it
             return rest
         same = zip(rest, alone[behind:], strict=False)
         return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], same))

@@ -132,11 +132,11 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_keys(keys: list[str]) -> None:
-    for key in keys:
+def _check_keys(fields: dict[str, Any]) -> None:
+    for key, value in fields.items():
         name = key.removeprefix("tokenizer.ggml.")
         is_known = name in _UNDERSTOOD or name in _HARMLESS or name.startswith("fim_")
-        if key.startswith("tokenizer.") and not is_known and "chat_template" not in key:
+        if not is_known and "chat_template" not in key and value is not False:
             raise UserError(
                 f"GGUF key {key!r} is not honoured, so tokens could be others than the model's; use "
                 "the Hugging Face directory of this model"
@@ -222,7 +222,7 @@ def read_gguf_tokenizer(path: Path) -> tuple[Any, dict[str, Any], list[int]]:
         KeyError: A key without which there is no tokenizer.
     """
     fields = {k: v for k, v in _read_metadata(path).items() if k.startswith("tokenizer.")}
-    _check_keys(list(fields))
+    _check_keys(fields)
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
     kind, pre = values["model"], values.get("pre", "")
     if len(set(values["tokens"])) != len(values["tokens"]):

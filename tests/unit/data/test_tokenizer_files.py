@@ -213,7 +213,7 @@ KINDS = [1] * (len(BYTES) + 1) + [3, 3, 4]
 
 
 def test_gguf_brings_begin_token_stops_and_templates(tmp_path: Path) -> None:
-    named = {"chat_template": "D", "chat_template__rag": "R"}
+    named = {"chat_template": "D", "chat_template__rag": "R", "ggml__add_sep_token": False}
     file = gguf(tmp_path / "a.gguf", NAMES, KINDS, ggml__pre="llama-bpe", **BYTE_LEVEL, **named)
     tokenizer = load_tokenizer(file)
     assert tokenizer.convert_ids_to_tokens(tokenizer("a<e>  <t>")["input_ids"]) == [
@@ -268,6 +268,7 @@ def test_every_rule_loses_no_character(tmp_path: Path, pre: str) -> None:
         ({"ggml__pre": "unheard-of"}, r"ggml\.pre='unheard-of'.*known are \['chatglm-bpe'"),
         ({}, r"ggml\.pre=''"),
         ({"ggml__pre": "qwen2", "ggml__new_rule": True}, r"'tokenizer\.ggml\.new_rule' is not hon"),
+        ({"ggml__pre": "qwen2", "ggml__add_sep_token": True}, r"add_sep_token' is not honoured"),
         ({"ggml__pre": "qwen2", "ggml__model": "rwkv"}, r"ggml\.model='rwkv' is not read"),
         ({"ggml__pre": "qwen2", "ggml__bos_token_id": 5000}, r"no usable tokenizer"),
     ],
