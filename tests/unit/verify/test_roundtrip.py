@@ -17,7 +17,6 @@ from tests.unit.export.checkpoints import (
     TINY,
     UNTIED,
     all_layers,
-    describe,
     tensors_of,
     write_checkpoint,
 )
@@ -229,12 +228,12 @@ def test_the_export_of_another_checkpoint_is_a_problem_not_a_crash(exported, tin
     assert not verify_trtllm(exported("null"), reference=other).ok
 
 
-def test_a_layer_quantized_in_only_one_of_the_two_is_named(exported, tiny, tmp_path):
-    checkpoint = shutil.copytree(tiny("int8"), tmp_path / "checkpoint")
-    layers = all_layers("int8")
-    del layers["decoder.layers.1.mlp.linear_fc2"]
-    described = {name: scheme.to_dict() for name, scheme in layers.items()}
-    describe(checkpoint, quantization={"algorithm": "int8", "layers": described})
+def test_a_layer_quantized_in_only_one_of_the_two_is_named(exported, tmp_path):
+    name, layers = "decoder.layers.1.mlp.linear_fc2", all_layers("int8")
+    state = tensors_of(TINY, layers)
+    kept = {key: t for key, t in state.items() if not key.startswith(f"quantizers.{name}.")}
+    del layers[name]
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", TINY, layers, tensors=kept)
     problems = verify_trtllm(exported("int8"), reference=checkpoint).problems
     assert problems == [f"stage 0: {PROJ}: quantized in only one of checkpoint and export"]
 
