@@ -210,12 +210,12 @@ def surround(backend: Any, before: str | None, after: str | None) -> None:
         backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pairs)
 
 
-def read_gguf_tokenizer(path: Path) -> tuple[Any, dict[str, Any], list[int]]:
+def read_gguf_tokenizer(path: Path) -> tuple[Any, dict[str, Any]]:
     """The tokenizer of a GGUF file.
 
     Returns:
         A `tokenizers.Tokenizer`; the names of its special tokens and `chat_template`, as transformers
-        calls them; the ids that end a generation.
+        calls them.
 
     Raises:
         UserError: A rule of splitting or a key that is not known; damaged metadata.
@@ -242,7 +242,4 @@ def read_gguf_tokenizer(path: Path) -> tuple[Any, dict[str, Any], list[int]]:
     ends = values.get("add_eos_token", False)
     surround(backend, names["bos_token"] if begins else None, names["eos_token"] if ends else None)
     names["chat_template"] = _chat_template(fields)
-    stops = [
-        values[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in values
-    ]
-    return backend, names, list(dict.fromkeys(stops))
+    return backend, names

@@ -18,12 +18,12 @@ from mqat.data.gguf_tokenizer import read_gguf_tokenizer, surround
 from mqat.data.sentencepiece_pieces import read_sentencepiece
 from mqat.errors import UserError
 
-GENERATION_CONFIG = "generation_config.json"
+_GENERATION_CONFIG = "generation_config.json"
 _JSON, _MODEL, _CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 # What belongs to a tokenizer, whichever class wrote it (`vocab_files_names` of transformers' classes).
 _FILES = (
     _JSON, _MODEL, _CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "vocab.txt", "tekken.json", "chat_template.json", "chat_template.jinja", GENERATION_CONFIG,
+    "vocab.txt", "tekken.json", "chat_template.json", "chat_template.jinja", _GENERATION_CONFIG,
 )  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
 _NAMES = (
@@ -36,7 +36,6 @@ _NAMES = (
     "mask_token",
 )
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
-_STOPS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OPTIONS: dict[str, type | tuple[type, ...]] = {
     "model_max_length": (int, float), "padding_side": str, "clean_up_tokenization_spaces": bool
 }  # fmt: skip
@@ -90,14 +89,7 @@ def _read_files(path: Path) -> dict[str, bytes]:
         *_FILES,
         *(f"{_TEMPLATES}/{f.name}" for f in sorted((path / _TEMPLATES).glob("*.jinja"))),
     ]
-    files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
-    if GENERATION_CONFIG not in files and (path / "config.json").is_file():
-        # transformers takes them from config.json where there is no other file.
-        config = _object((path / "config.json").read_bytes(), "config.json")
-        stops = {key: config[key] for key in _STOPS if config.get(key) is not None}
-        if stops:
-            files[GENERATION_CONFIG] = json.dumps(stops).encode()
-    return files
+    return {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
 
 
 def _content(name: str, token: Any) -> str:
@@ -222,11 +214,9 @@ def _load(path: Path) -> Any:
     if not path.exists():  # otherwise transformers takes the path for a name on the model hub
         raise FileNotFoundError("no such file or directory")
     if gguf is not None:
-        backend, names, stops = read_gguf_tokenizer(gguf)
+        backend, names = read_gguf_tokenizer(gguf)
         tokenizer = _wrap(backend, names, names.pop("chat_template"))
         files = _written_anew(tokenizer)
-        if len(stops) > 1:
-            files[GENERATION_CONFIG] = json.dumps({"eos_token_id": stops}).encode()
     else:
         files = _read_files(path)
         if _JSON not in files and _MODEL not in files:
@@ -322,11 +312,11 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     kept_files: tuple[dict[str, bytes], str] = getattr(tokenizer, _KEPT, ({}, ""))
     files, state = kept_files
     if state != _state(tokenizer):
-        settings = Path(tokenizer.name_or_path or "") / GENERATION_CONFIG
-        kept = files.get(GENERATION_CONFIG) or (
+        settings = Path(tokenizer.name_or_path or "") / _GENERATION_CONFIG
+        kept = files.get(_GENERATION_CONFIG) or (
             settings.read_bytes() if settings.is_file() else None
         )
-        files = _written_anew(tokenizer) | ({GENERATION_CONFIG: kept} if kept else {})
+        files = _written_anew(tokenizer) | ({_GENERATION_CONFIG: kept} if kept else {})
     for name, content in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content)

@@ -81,13 +81,6 @@ def test_files_travel_byte_for_byte(source: Path, tmp_path: Path) -> None:
     )
 
 
-def test_stops_of_config_json_come_along(source: Path, tmp_path: Path) -> None:
-    write_json(source / "config.json", {"eos_token_id": [0, 7], "hidden_size": 8})
-    save_tokenizer(load_tokenizer(source), tmp_path / "copy")
-    settings = json.loads((tmp_path / "copy/generation_config.json").read_text())
-    assert settings == {"eos_token_id": [0, 7]}
-
-
 def test_named_templates_are_read_as_transformers_reads_them(source: Path) -> None:
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     write_json(source / "tokenizer_config.json", SETTINGS | {"chat_template": named})
@@ -212,7 +205,7 @@ BYTE_LEVEL = {
 KINDS = [1] * (len(BYTES) + 1) + [3, 3, 4]
 
 
-def test_gguf_brings_begin_token_stops_and_templates(tmp_path: Path) -> None:
+def test_gguf_brings_begin_token_and_templates(tmp_path: Path) -> None:
     named = {"chat_template": "D", "chat_template__rag": "R", "ggml__add_sep_token": False}
     file = gguf(tmp_path / "a.gguf", NAMES, KINDS, ggml__pre="llama-bpe", **BYTE_LEVEL, **named)
     tokenizer = load_tokenizer(file)
@@ -221,8 +214,6 @@ def test_gguf_brings_begin_token_stops_and_templates(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert tokenizer.chat_template == {"rag": "R", "default": "D"}
     save_tokenizer(tokenizer, tmp_path / "saved")
-    stops = json.loads((tmp_path / "saved/generation_config.json").read_text())
-    assert stops == {"eos_token_id": [len(BYTES) + 2, len(BYTES) + 3]}
     settings = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert load_tokenizer(tmp_path / "saved")("a  1")["input_ids"] == tokenizer("a  1")["input_ids"]
