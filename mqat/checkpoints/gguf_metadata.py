@@ -29,9 +29,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,), "expert_count": (0,), "expert_used_count": (0,),
     "rope.scale_linear": (1, 0), "rope.scaling.factor": (1, 0), "rope.scaling.attn_factor": (1,),
     "tensor_data_layout": ("Meta AI original pth",),
-    # YaRN's only, which `rope.scaling.type` rules out
-    "rope.scaling.original_context_length": (), "rope.scaling.finetuned": (False, True),
 }  # fmt: skip
+# YaRN's only, which `rope.scaling.type` rules out.
+_HARMLESS = {"rope.scaling.original_context_length", "rope.scaling.finetuned"}
 _TOKENS = {
     "bos_token_id": ("bos_token_id",), "pad_token_id": ("padding_token_id",),
     "eos_token_id": ("eos_token_id", "eot_token_id", "eom_token_id"),  # llama.cpp stops at all of them
@@ -169,8 +169,7 @@ def _check_keys(metadata: Metadata, prefix: str) -> None:
     for key in metadata.keys():
         if key.startswith(prefix):
             inside = key.removeprefix(prefix)
-            allowed = _NEUTRAL.get(inside, None)
-            if inside in _UNDERSTOOD or allowed == () or metadata.value(key) in (allowed or ()):
+            if inside in _UNDERSTOOD | _HARMLESS or metadata.value(key) in _NEUTRAL.get(inside, ()):
                 continue
         elif key.split(".")[0] in _OUTSIDE and not key.startswith("general.tensor_extra."):
             continue

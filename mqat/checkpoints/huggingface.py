@@ -1,6 +1,5 @@
 """Reads slices of a Hugging Face directory: `config.json`, and the safetensors transformers reads."""
 
-import json
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mqat.checkpoints.stored_tensors import check_tensors, finite
+from mqat.data.strict_json import parse_json
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig, hf_shapes
 from mqat.models.structure import EMBEDDING, HF_LAYER, OUTPUT_LAYER
@@ -88,13 +88,14 @@ class HuggingFaceCheckpoint:
     def _weight_map(self) -> dict[str, str]:
         index = read_json(self.path / _INDEX)
         found = index.get("weight_map") if isinstance(index, dict) else None
-        files = list(found.values()) if isinstance(found, dict) else []
-        if not files or not all(isinstance(f, str) and f and Path(f).name == f for f in files):
+        files: dict[str, Any] = found if isinstance(found, dict) else {}
+        is_named = [isinstance(f, str) and f and Path(f).name == f for f in files.values()]
+        if not files or not all(is_named):
             raise UserError(
                 f"{self.path / _INDEX}: no weight_map from tensors to files of this directory; "
                 "download it again."
             )
-        return {name: str(file) for name, file in dict(found or {}).items()}
+        return files
 
     def _check_index(self) -> None:
         """Refuses an index that names other tensors, or other files for them, than there are."""
@@ -134,10 +135,6 @@ class HuggingFaceCheckpoint:
                     f"from {_TABLE!r}; set it to false if the head is meant, or remove the head."
                 )
 
-    def has(self, name: str) -> bool:
-        """Whether a tensor of this name exists."""
-        return name in self._files
-
     def read(self, name: str, rows: slice, cols: slice | None = None) -> torch.Tensor:
         """Rows, and for matrices columns, of one tensor, in its stored dtype.
 
@@ -174,14 +171,6 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         ) from error
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise UserError(f"key {key!r} stands there twice")
-    return found
-
-
 def read_json(file: Path) -> Any:
     """A JSON file; a key that stands twice in an object is an error.
 
@@ -189,6 +178,6 @@ def read_json(file: Path) -> Any:
         UserError: No such file, or it is not JSON in UTF-8.
     """
     try:
-        return json.loads(file.read_text("utf-8"), object_pairs_hook=_object)
+        return parse_json(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable as JSON ({error}).") from error

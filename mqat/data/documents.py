@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mqat.data.messages import HARMLESS, Message, read_row, said
+from mqat.data.strict_json import parse_json
 from mqat.errors import UserError
 
 T = TypeVar("T")
@@ -104,14 +105,6 @@ def _text_of(path: Path) -> str:
         ) from error
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise UserError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
-    return found
-
-
 def _refuse_constant(name: str) -> None:
     raise UserError(f"not JSON: {name} is no number")
 
@@ -119,9 +112,7 @@ def _refuse_constant(name: str) -> None:
 def _parse_json(line: bytes) -> Any:
     try:
         text = line.decode("utf-8")
-        value = json.loads(
-            text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
-        )
+        value = parse_json(text, parse_constant=_refuse_constant)
         # Escaped lone surrogates are valid JSON but not text: no tokenizer can encode them.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:

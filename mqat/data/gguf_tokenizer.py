@@ -11,7 +11,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from mqat.data.sentencepiece_pieces import CONTROL, UNKNOWN, USER_DEFINED, Pieces, fast_tokenizer
+from mqat.data.sentencepiece_pieces import (
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    Pieces,
+    fast_tokenizer,
+    surround,
+)
 from mqat.errors import UserError
 
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -38,6 +45,7 @@ _DEEPSEEK3 = (
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_TAIL}",
 )
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")
+_LLAMA3_NAMES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "lfm2")
 # Patterns applied one after the other; None: GPT-2's own pattern, which the ByteLevel step brings.
 _RULES: dict[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "exaone4"), (None,)),
@@ -45,9 +53,7 @@ _RULES: dict[str, tuple[str | None, ...]] = {
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
         (r"\p{N}", None),
     ),
-    **dict.fromkeys(
-        ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "lfm2"), (_LLAMA3,)
-    ),
+    **dict.fromkeys(_LLAMA3_NAMES, (_LLAMA3,)),
     **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), (_LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), (_QWEN2,)),
     "tekken": (_cased("", r"\p{N}"),),
@@ -56,9 +62,7 @@ _RULES: dict[str, tuple[str | None, ...]] = {
     "deepseek-coder": _DEEPSEEK_CODER,
 }
 # These look a whole word up before they merge, and begin a text with the begin token by themselves.
-_WHOLE_WORDS = frozenset(
-    ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "lfm2", "tekken")
-)
+_WHOLE_WORDS = frozenset((*_LLAMA3_NAMES, "tekken"))
 _NORMALIZED = frozenset(("qwen2",))  # to NFC, by the model's tokenizer.json
 _NAMES = {
     "bos_token": "bos_token_id",
@@ -68,6 +72,7 @@ _NAMES = {
     "sep_token": "seperator_token_id",
     "mask_token": "mask_token_id",
 }
+_NEEDED = {"gpt2": "merges", "llama": "scores"}  # kind of vocabulary -> what it is merged by
 _UNDERSTOOD = frozenset(_NAMES.values()) | {
     "model", "pre", "tokens", "token_type", "scores", "merges", "eot_token_id", "eom_token_id",
     "add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces",
@@ -126,6 +131,8 @@ def _read_metadata(path: Path) -> dict[str, Any]:
             reader.position = 24
             for _ in range(count):
                 key = reader.value(_STRING)
+                if key in found:
+                    raise ValueError(f"key {key!r} stands there twice")
                 found[key] = reader.value(reader.numbers("I", 1)[0])
     except (OSError, ValueError, KeyError, struct.error, MemoryError, RecursionError) as error:
         raise UserError(f"not a complete GGUF file of version 2 or 3 ({error})") from error
@@ -163,6 +170,7 @@ def _byte_level(values: dict[str, Any], pre: str) -> Any:
     if pre in _NORMALIZED:
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
+    _add_special(backend, values)
     return backend
 
 
@@ -199,47 +207,36 @@ def _chat_template(fields: dict[str, Any]) -> str | dict[str, str] | None:
     return named | ({} if default is None else {"default": default})
 
 
-def surround(backend: Any, before: str | None, after: str | None) -> None:
-    """Every encoded text begins with the token `before` and ends with `after`."""
-    from tokenizers import processors
-
-    tokens = [token for token in (before, after) if token is not None]
-    if tokens:
-        single = [part for part in (before, "$A", after) if part is not None]
-        pairs = [(token, backend.token_to_id(token)) for token in tokens]
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pairs)
-
-
-def read_gguf_tokenizer(path: Path) -> tuple[Any, dict[str, Any]]:
+def read_gguf_tokenizer(path: Path) -> tuple[Any, dict[str, str], str | dict[str, str] | None]:
     """The tokenizer of a GGUF file.
 
     Returns:
-        A `tokenizers.Tokenizer`; the names of its special tokens and `chat_template`, as transformers
-        calls them.
+        A `tokenizers.Tokenizer`; its special tokens by transformers' names; the chat template or, by
+        name, templates.
 
     Raises:
-        UserError: A rule of splitting or a key that is not known; damaged metadata.
-        KeyError: A key without which there is no tokenizer.
+        UserError: A rule of splitting or a key that is not known; damaged metadata; a key is missing
+            without which there is no tokenizer.
     """
     fields = {k: v for k, v in _read_metadata(path).items() if k.startswith("tokenizer.")}
     _check_keys(fields)
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
-    kind, pre = values["model"], values.get("pre", "")
-    if len(set(values["tokens"])) != len(values["tokens"]):
+    kind, pre = values.get("model"), values.get("pre", "")
+    if kind not in _NEEDED:
+        raise UserError(f"tokenizer.ggml.model={kind!r} is not read; known are {list(_NEEDED)}")
+    for key in ("tokens", "token_type", _NEEDED[kind]):
+        if not isinstance(values.get(key), list):
+            raise UserError(f"GGUF key 'tokenizer.ggml.{key}' is missing or no array")
+    tokens = values["tokens"]
+    if len(set(tokens)) != len(tokens):
         raise UserError("two ids of one token; the GGUF vocabulary is damaged")
-    if not len(values["tokens"]) == len(values["token_type"]):
+    if len(tokens) != len(values["token_type"]):
         raise UserError("tokens and token types differ in number; the GGUF vocabulary is damaged")
-    if kind == "gpt2":
-        backend = _byte_level(values, pre)
-        _add_special(backend, values)
-    elif kind == "llama":
-        backend = _pieces(values)
-    else:
-        raise UserError(f"tokenizer.ggml.model={kind!r} is not read; known are 'gpt2' and 'llama'")
-    names = {name: values["tokens"][values[key]] for name, key in _NAMES.items() if key in values}
+    backend = _byte_level(values, pre) if kind == "gpt2" else _pieces(values)
+    ids = {name: values[key] for name, key in _NAMES.items() if values.get(key, -1) != -1}
+    names = {name: tokens[index] for name, index in ids.items()}
     # Without the key, llama.cpp begins SentencePiece texts and those of `_WHOLE_WORDS` by itself.
     begins = values.get("add_bos_token", kind == "llama" or pre in _WHOLE_WORDS)
     ends = values.get("add_eos_token", False)
     surround(backend, names["bos_token"] if begins else None, names["eos_token"] if ends else None)
-    names["chat_template"] = _chat_template(fields)
-    return backend, names
+    return backend, names, _chat_template(fields)

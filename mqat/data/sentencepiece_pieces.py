@@ -168,3 +168,14 @@ def read_sentencepiece(path: Path) -> Any:
                 "model's tokenizer.json beside it."
             )
     return backend
+
+
+def surround(backend: Any, before: str | None, after: str | None) -> None:
+    """Every encoded text begins with the token `before` and ends with `after`."""
+    from tokenizers import processors
+
+    tokens = [token for token in (before, after) if token is not None]
+    if tokens:
+        single = [part for part in (before, "$A", after) if part is not None]
+        pairs = [(token, backend.token_to_id(token)) for token in tokens]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pairs)

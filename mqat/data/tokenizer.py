@@ -14,15 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mqat.data.gguf_tokenizer import read_gguf_tokenizer, surround
-from mqat.data.sentencepiece_pieces import read_sentencepiece
+from mqat.data.gguf_tokenizer import read_gguf_tokenizer
+from mqat.data.sentencepiece_pieces import read_sentencepiece, surround
+from mqat.data.strict_json import parse_json
 from mqat.errors import UserError
 
 _GENERATION_CONFIG = "generation_config.json"
 _JSON, _MODEL, _CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+_MAP = "special_tokens_map.json"
 # What belongs to a tokenizer, whichever class wrote it (`vocab_files_names` of transformers' classes).
 _FILES = (
-    _JSON, _MODEL, _CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    _JSON, _MODEL, _CONFIG, _MAP, "added_tokens.json", "vocab.json", "merges.txt",
     "vocab.txt", "tekken.json", "chat_template.json", "chat_template.jinja", _GENERATION_CONFIG,
 )  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
@@ -39,6 +41,8 @@ _EXTRA = ("additional_special_tokens", "extra_special_tokens")
 _OPTIONS: dict[str, type | tuple[type, ...]] = {
     "model_max_length": (int, float), "padding_side": str, "clean_up_tokenization_spaces": bool
 }  # fmt: skip
+# The defaults of transformers' Llama and Gemma classes, which read such files.
+_SENTENCEPIECE_NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 _KEPT = "mqat_source_files"  # attribute: files as they were read, and the state that they gave
 _END = "<|endoftext|>"
 # Conversations of models that bring no template of their own.
@@ -54,15 +58,14 @@ def _one_line(path: Path) -> Iterator[None]:
     """Whatever a damaged tokenizer raises, panics of the Rust library included, as one UserError."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
+    except UserError as error:
+        raise UserError(f"{path}: no usable tokenizer: {str(error).rstrip('.')}.") from error
     except BaseException as error:  # pyo3's PanicException is no Exception
-        if isinstance(error, MemoryError):
-            raise
-        reason = " ".join(str(error).split())
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(
-            f"{path}: no usable tokenizer ({kind}{reason}). Put tokenizer.json (or tokenizer.model) "
+            f"{path}: no usable tokenizer ({reason}). Put tokenizer.json (or tokenizer.model) "
             "and tokenizer_config.json as they came with the model beside it."
         ) from error
 
@@ -77,7 +80,7 @@ def _gguf_file(path: Path) -> Path | None:
 
 
 def _object(text: bytes | None, name: str) -> dict[str, Any]:
-    value = json.loads(text) if text is not None else {}
+    value = parse_json(text) if text is not None else {}
     if not isinstance(value, dict):
         raise UserError(f"{name} is not a JSON object")
     return value
@@ -102,8 +105,11 @@ def _content(name: str, token: Any) -> str:
 
 def _named_tokens(files: dict[str, bytes]) -> dict[str, Any]:
     """`bos_token`, ..., and the list `additional_special_tokens`, as transformers' classes take them."""
-    settings = _object(files.get("special_tokens_map.json"), "special_tokens_map.json")
-    settings |= _object(files.get(_CONFIG), _CONFIG)
+    settings = _object(files.get(_CONFIG), _CONFIG)
+    if (
+        "added_tokens_decoder" not in settings
+    ):  # older files, of which transformers lets the map win
+        settings |= _object(files.get(_MAP), _MAP)
     named: dict[str, Any] = {
         name: _content(name, settings[name]) for name in _NAMES if settings.get(name) is not None
     }
@@ -163,7 +169,7 @@ def _added_by_files(files: dict[str, bytes], backend: Any) -> None:
             )
 
 
-def _from_sentencepiece(path: Path, files: dict[str, bytes]) -> Any:
+def _from_sentencepiece(path: Path, files: dict[str, bytes], names: dict[str, Any]) -> Any:
     backend = read_sentencepiece(path / _MODEL)
     settings = _object(files.get(_CONFIG), _CONFIG)
     if settings.get("legacy") is False:
@@ -172,8 +178,6 @@ def _from_sentencepiece(path: Path, files: dict[str, bytes]) -> Any:
             "gives; put tokenizer.json here"
         )
     _added_by_files(files, backend)
-    names = {"bos_token": "<s>", "eos_token": "</s>"} | _named_tokens(files)
-    # The defaults of transformers' Llama and Gemma classes, which read such files.
     begins, ends = settings.get("add_bos_token", True), settings.get("add_eos_token", False)
     surround(backend, names["bos_token"] if begins else None, names["eos_token"] if ends else None)
     return backend
@@ -214,20 +218,24 @@ def _load(path: Path) -> Any:
     if not path.exists():  # otherwise transformers takes the path for a name on the model hub
         raise FileNotFoundError("no such file or directory")
     if gguf is not None:
-        backend, names = read_gguf_tokenizer(gguf)
-        tokenizer = _wrap(backend, names, names.pop("chat_template"))
+        tokenizer = _wrap(*read_gguf_tokenizer(gguf))
         files = _written_anew(tokenizer)
     else:
         files = _read_files(path)
         if _JSON not in files and _MODEL not in files:
             return _load_by_class(path, files)
-        backend = _from_json(files) if _JSON in files else _from_sentencepiece(path, files)
+        names = _named_tokens(files)
+        if _JSON in files:
+            backend = _from_json(files)
+        else:
+            names = _SENTENCEPIECE_NAMES | names
+            backend = _from_sentencepiece(path, files, names)
         settings = _object(files.get(_CONFIG), _CONFIG)
         options = {key: settings[key] for key in _OPTIONS if settings.get(key) is not None}
         for key, value in options.items():
             if not isinstance(value, _OPTIONS[key]):
                 raise UserError(f"{_CONFIG}: {key}={value!r} is of a wrong type")
-        tokenizer = _wrap(backend, _named_tokens(files), _chat_template(files), **options)
+        tokenizer = _wrap(backend, names, _chat_template(files), **options)
     setattr(tokenizer, _KEPT, (files, _state(tokenizer)))
     return tokenizer
 
@@ -312,10 +320,10 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     kept_files: tuple[dict[str, bytes], str] = getattr(tokenizer, _KEPT, ({}, ""))
     files, state = kept_files
     if state != _state(tokenizer):
-        settings = Path(tokenizer.name_or_path or "") / _GENERATION_CONFIG
-        kept = files.get(_GENERATION_CONFIG) or (
-            settings.read_bytes() if settings.is_file() else None
-        )
+        kept = files.get(_GENERATION_CONFIG)
+        if kept is None and tokenizer.name_or_path:  # of transformers' own loading
+            settings = Path(tokenizer.name_or_path) / _GENERATION_CONFIG
+            kept = settings.read_bytes() if settings.is_file() else None
         files = _written_anew(tokenizer) | ({_GENERATION_CONFIG: kept} if kept else {})
     for name, content in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
