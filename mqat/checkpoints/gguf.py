@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mqat.checkpoints.gguf_metadata import Metadata, architecture, decoder_config
-from mqat.checkpoints.stored_tensors import check_tensors, finite
+from mqat.checkpoints.gguf_metadata import Metadata, decoder_config
+from mqat.checkpoints.stored_tensors import check_layer_count, check_tensors, finite
 from mqat.errors import UserError
-from mqat.models.decoder import DecoderConfig, hf_shapes
+from mqat.models.decoder import FAMILIES, DecoderConfig, hf_shapes
 from mqat.models.structure import (
     EMBEDDING,
     FINAL_NORM,
@@ -41,7 +41,7 @@ def gguf_names(model: DecoderConfig) -> dict[str, str]:
     return {f"{a}.{kind}": f"{b}.{kind}" for a, b in top.items() for kind in kinds}
 
 
-def split_name(path: Path, number: int) -> Path:
+def split_file(path: Path, number: int) -> Path:
     """The file of that number (from 1) of a split model; of any other, the path itself."""
     match = _SPLIT.match(path.name)
     return path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") if match else path
@@ -59,70 +59,61 @@ class GgufCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = self.tokenizer_source = split_name(path, 1)
+        self.path = self.tokenizer_source = split_file(path, 1)
         reader = _open(self.path)
         metadata = Metadata(self.path, reader.fields)
-        self._tensors: dict[str, Any] = {}
+        self._tensors: dict[str, tuple[Path, Any]] = {}
         for file, part in ((self.path, reader), *_siblings(metadata)):
             for tensor in part.tensors:
                 if tensor.name in self._tensors:
                     raise UserError(f"{file}: tensor {tensor.name!r} is in an earlier file, too.")
-                self._tensors[tensor.name] = tensor
+                self._tensors[tensor.name] = file, tensor
         total = metadata.value("split.tensors.count")
         if total not in (None, len(self._tensors)):
             raise UserError(
                 f"{self.path}: split.tensors.count={total}, but its files hold {len(self._tensors)}."
             )
-        self._is_interleaved = architecture(metadata).is_interleaved_in_gguf
-        shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
+        shapes = {name: _shape(tensor) for name, (_, tensor) in self._tensors.items()}
         if "rope_freqs.weight" in shapes:
             raise UserError(
                 f"{self.path}: scaled rotary positions (rope_freqs.weight) are not read from GGUF; use "
                 "the Hugging Face directory of this model."
             )
         self.config = decoder_config(metadata, shapes)
+        self._is_interleaved = FAMILIES[self.config.family].is_interleaved_in_gguf
 
-        def expected() -> dict[str, tuple[int, ...]]:
-            self._names = gguf_names(self.config)
-            return {self._names[name]: shape for name, shape in hf_shapes(self.config).items()}
-
-        check_tensors(
-            self.path, shapes, self.config, expected, layer=GGUF_LAYER, said_by="its metadata"
-        )
+        told = (self.path, shapes, self.config, "its metadata")
+        check_layer_count(*told, layer=GGUF_LAYER)
+        self._names = gguf_names(self.config)
+        check_tensors(*told, {self._names[n]: shape for n, shape in hf_shapes(self.config).items()})
         self._check_types()
 
     def _check_types(self) -> None:
         """Refuses tensors of types that the gguf package cannot dequantize."""
         from gguf.quants import dequantize
 
-        for tensor in {t.tensor_type: t for t in self._tensors.values()}.values():
+        for file, tensor in {t.tensor_type: (f, t) for f, t in self._tensors.values()}.values():
             try:
                 dequantize(tensor.data[:1], tensor.tensor_type)
             except (NotImplementedError, KeyError, ValueError) as error:
                 raise UserError(
-                    f"{self.path}: tensor {tensor.name!r} is {tensor.tensor_type.name}, which the gguf "
+                    f"{file}: tensor {tensor.name!r} is {tensor.tensor_type.name}, which the gguf "
                     "package does not dequantize; use a file of another type, such as Q8_0 or BF16."
                 ) from error
-
-    def has(self, name: str) -> bool:
-        """Whether a tensor of this Hugging Face name exists."""
-        return self._names.get(name) in self._tensors
 
     def read(self, name: str, rows: slice, cols: slice | None = None) -> torch.Tensor:
         """Rows, and for matrices columns, of one tensor by its Hugging Face name, as float32."""
         from gguf.quants import dequantize
 
-        if not self.has(name):
-            raise UserError(f"{self.path}: tensor {self._names.get(name, name)!r} is missing.")
-        tensor = self._tensors[self._names[name]]
+        file, tensor = self._tensors[self._names[name]]
         if cols is None:
             vector = dequantize(tensor.data, tensor.tensor_type)
             found = torch.from_numpy(np.array(vector[self._rows(name, len(vector))[rows]]))
-            return finite(self.path, tensor.name, found)
+            return finite(file, tensor.name, found)
         index = self._rows(name, int(tensor.shape[1]))
         # Quantization blocks lie along the columns, so only the wanted rows are dequantized.
         block = dequantize(tensor.data[index[rows]], tensor.tensor_type)
-        return finite(self.path, tensor.name, torch.from_numpy(np.array(block[:, cols])))
+        return finite(file, tensor.name, torch.from_numpy(np.array(block[:, cols])))
 
     def _rows(self, name: str, count: int) -> np.ndarray[Any, Any]:
         """Row of the file for each row of the tensor."""
@@ -166,7 +157,7 @@ def _siblings(metadata: Metadata) -> list[tuple[Path, Any]]:
         )
     found = []
     for number in range(2, count + 1):
-        file = split_name(path, number)
+        file = split_file(path, number)
         part = Metadata(file, (reader := _open(file)).fields)
         if part.value("split.no") != number - 1 or part.value("split.count") != count:
             raise UserError(

@@ -4,15 +4,14 @@ Sources: llama.cpp `src/llama-arch.cpp` (all keys), `src/llama-model.cpp` (which
 and `qwen3` read, with which defaults), `gguf-py/gguf/constants.py`.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mqat.checkpoints.hf_config import is_positive, is_whole, token_ids
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES, DecoderConfig, check_window
 from mqat.models.family import Family
-from mqat.models.hf_config import token_ids
 from mqat.models.structure import EMBEDDING, GGUF_LAYER, OUTPUT_LAYER
 
 # First words of keys that describe the file, its making or its tokenizer, which `data/` reads.
@@ -75,17 +74,16 @@ class Metadata:
     def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         """An integer; `default`, if there is one, where the key is missing."""
         value = self.value(key) if key in self._fields else default
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not is_whole(value, least):
             raise self._wrong(key, value, f"an integer of at least {least}, the same in all layers")
-        return value
+        return int(value)
 
     def positive(self, key: str, default: float | None = None) -> float:
         """A finite number above zero."""
         value = self.value(key) if key in self._fields else default
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if math.isfinite(value) and value > 0:
-                return float(value)
-        raise self._wrong(key, value, "a positive number")
+        if not is_positive(value):
+            raise self._wrong(key, value, "a positive number")
+        return float(value)
 
     def _wrong(self, key: str, value: Any, rule: str) -> UserError:
         found = repr(value)[:60] if key in self._fields else "missing"

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mqat.checkpoints.stored_tensors import check_tensors, finite
+from mqat.checkpoints.hf_config import decoder_config
+from mqat.checkpoints.stored_tensors import check_layer_count, check_tensors, finite
 from mqat.data.strict_json import parse_json
 from mqat.errors import UserError
-from mqat.models.decoder import DecoderConfig, hf_shapes
+from mqat.models.decoder import hf_shapes
 from mqat.models.structure import EMBEDDING, HF_LAYER, OUTPUT_LAYER
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,7 +37,7 @@ class HuggingFaceCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tokenizer_source = path
-        self.config = DecoderConfig.from_hf(read_json(path / "config.json"))
+        self.config = decoder_config(read_json(path / "config.json"))
         self._files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, str] = {}
@@ -54,12 +55,10 @@ class HuggingFaceCheckpoint:
             name: s for name, s in shapes.items() if not name.endswith(".rotary_emb.inv_freq")
         }
         has_copy = self.config.tie_word_embeddings and _HEAD in shapes
-
-        def expected() -> dict[str, tuple[int, ...]]:
-            wanted = hf_shapes(self.config)
-            return wanted | {_HEAD: wanted[_TABLE]} if has_copy else wanted
-
-        check_tensors(path, shapes, self.config, expected, layer=HF_LAYER, said_by="config.json")
+        told = (path, shapes, self.config, "config.json")
+        check_layer_count(*told, layer=HF_LAYER)
+        wanted = hf_shapes(self.config)
+        check_tensors(*told, wanted | ({_HEAD: wanted[_TABLE]} if has_copy else {}))
         self._check_dtypes({name: dtypes[name] for name in shapes})
         if has_copy:
             self._check_tied()

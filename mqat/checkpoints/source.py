@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mqat.checkpoints.gguf import GgufCheckpoint, split_name
+from mqat.checkpoints.gguf import GgufCheckpoint, split_file
 from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
 from mqat.errors import UserError
 
@@ -29,7 +29,7 @@ def open_pretrained(path: Path) -> PretrainedSource:
         )
     if (path / "config.json").is_file():
         return HuggingFaceCheckpoint(path)
-    models = sorted({split_name(file, 1) for file in path.glob("*.gguf")})
+    models = sorted({split_file(file, 1) for file in path.glob("*.gguf")})
     if len(models) == 1:
         return GgufCheckpoint(models[0])
     inside = sorted(p.parent for p in path.glob("*/config.json"))

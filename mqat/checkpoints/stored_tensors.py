@@ -1,7 +1,7 @@
 """The one check that every reader of foreign weights goes through: what is stored is the whole model."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -11,27 +11,20 @@ from mqat.models.decoder import DecoderConfig
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check_tensors(
-    where: object,
-    stored: Shapes,
-    model: DecoderConfig,
-    expected: Callable[[], Shapes],
-    *,
-    layer: str,
-    said_by: str,
+def check_layer_count(
+    where: object, stored: Shapes, model: DecoderConfig, said_by: str, *, layer: str
 ) -> None:
-    """Compares every tensor's full shape with what the description of the model implies.
+    """Refuses another number of layers, before shapes are listed for as many as a description says.
 
     Args:
         where: File or directory, for messages.
         stored: Name -> shape, in the order of dimensions of torch.
         model: The description.
-        expected: Name -> shape, of the model; as many as it has layers, so it is called last.
-        layer: Prefix of a layer's tensors, with its number as `{i}`.
         said_by: What describes the model, for messages.
+        layer: Prefix of a layer's tensors, with its number as `{i}`.
 
     Raises:
-        UserError: Names a tensor that is missing, has no place, or has another shape.
+        UserError: Names both numbers.
     """
     pattern = re.compile(re.escape(layer).replace(r"\{i\}", r"(\d+)"))
     found = {int(match[1]) for match in map(pattern.match, stored) if match}
@@ -40,7 +33,16 @@ def check_tensors(
             f"{where}: has tensors of {len(found)} layers, {said_by} says {model.num_layers}; "
             "they belong to different models."
         )
-    wanted = expected()
+
+
+def check_tensors(
+    where: object, stored: Shapes, model: DecoderConfig, said_by: str, wanted: Shapes
+) -> None:
+    """Compares every tensor's full shape with `wanted`, what the description of the model implies.
+
+    Raises:
+        UserError: Names a tensor that is missing, has no place, or has another shape.
+    """
     for name, shape in wanted.items():
         if name not in stored:
             raise UserError(

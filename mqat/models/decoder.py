@@ -167,13 +167,6 @@ class DecoderConfig:
             **self.token_ids,
         }
 
-    @classmethod
-    def from_hf(cls, hf: Any) -> DecoderConfig:
-        """From a parsed Hugging Face `config.json`: `hf_config.decoder_config`."""
-        from mqat.models.hf_config import decoder_config
-
-        return decoder_config(hf)
-
 
 def check_window(window: int | None, longest: int) -> None:
     """Raises ValueError for a sliding window of fewer tokens than a sequence may have."""

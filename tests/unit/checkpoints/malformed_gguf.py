@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mqat.checkpoints.gguf import gguf_names
+from mqat.checkpoints.hf_config import decoder_config
 from mqat.models.decoder import DecoderConfig
 from tests.unit.checkpoints.malformed_sources import (
     EXPECTED,
@@ -39,7 +40,7 @@ def gguf_case(seed: int) -> tuple[str, Case]:
     family = draw.choice(list(ARCHITECTURES))
     arch = ARCHITECTURES[family]
     case = good(family)
-    config = DecoderConfig.from_hf(case.config)
+    config = decoder_config(case.config)
     case.tensors = gguf_tensors(config, case.tensors)
     case.config = gguf_keys(arch, config)
     for _ in range(draw.choice([1, 1, 2])):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from mqat.checkpoints.hf_config import decoder_config
 from mqat.checkpoints.pretrained import load_pretrained_
 from mqat.checkpoints.source import open_pretrained
 from mqat.config import ModelConfig
@@ -103,7 +104,7 @@ def weights(model: DecoderConfig) -> dict[str, torch.Tensor]:
 def good(family: str) -> Case:
     """A directory as it should be."""
     config = {"model_type": family, **SIZES, **FAMILIES[family]}
-    return Case("unchanged", config, weights(DecoderConfig.from_hf(config)))
+    return Case("unchanged", config, weights(decoder_config(config)))
 
 
 def retype(tensor: torch.Tensor, draw: random.Random) -> torch.Tensor:

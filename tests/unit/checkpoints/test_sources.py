@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mqat.checkpoints.hf_config import decoder_config
 from mqat.checkpoints.source import open_pretrained
 from mqat.models.decoder import DecoderConfig
 from tests.unit.checkpoints.malformed_gguf import gguf_keys, gguf_tensors, write_gguf
@@ -18,7 +19,7 @@ FACTORS = {key: value for key, value in LLAMA3.items() if key != "rope_type"}
 
 
 def llama(**told):
-    return DecoderConfig.from_hf({"model_type": "llama", **SIZES, **told})
+    return decoder_config({"model_type": "llama", **SIZES, **told})
 
 
 def refused(path, *, match):
@@ -168,7 +169,7 @@ def test_what_is_no_whole_model_is_named(tmp_path):
 
 def gguf(path, change=lambda case: None):
     case = good("llama")
-    config = DecoderConfig.from_hf(case.config)
+    config = decoder_config(case.config)
     case.tensors, case.config = gguf_tensors(config, case.tensors), gguf_keys("llama", config)
     change(case)
     return write_gguf(case, "llama", path) / "model.gguf", case

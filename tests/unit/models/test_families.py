@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mqat.checkpoints.hf_config import decoder_config
 from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.models.decoder import FAMILIES, DecoderConfig, hf_shapes
@@ -38,10 +39,10 @@ QKV, PROJ, FC1, FC2 = LINEARS
 )
 def test_a_config_says_which_linears_have_biases(told, biases):
     """Windows as long as the longest sequence, or of layers that do not exist, change nothing."""
-    model = DecoderConfig.from_hf(SIZES | told)
+    model = decoder_config(SIZES | told)
     assert model.biases == biases and model.family == told["model_type"]
     assert DecoderConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
-    assert DecoderConfig.from_hf(model.to_hf("bfloat16")) == model
+    assert decoder_config(model.to_hf("bfloat16")) == model
     with_bias = {key for key in model.checkpoint_shapes() if key.endswith(".bias")}
     assert with_bias == {f"decoder.layers.{linear}.bias" for linear in biases}
 
@@ -59,11 +60,11 @@ def test_a_config_says_which_linears_have_biases(told, biases):
 )  # fmt: skip
 def test_what_would_be_computed_wrongly_is_refused(told, message):
     with pytest.raises(ValueError, match=message):
-        DecoderConfig.from_hf(SIZES | told)
+        decoder_config(SIZES | told)
 
 
 def test_biases_that_no_config_could_express_are_refused():
-    model = DecoderConfig.from_hf(SIZES | {"model_type": "llama"})
+    model = decoder_config(SIZES | {"model_type": "llama"})
     with pytest.raises(ValueError, match="a llama model has them on"):
         replace(model, biases=(QKV,))
     with pytest.raises(ValueError, match="a qwen2 model has them on"):
@@ -84,7 +85,7 @@ def tensors_of(model):
 def test_tensors_that_would_be_dropped_are_refused(tmp_path):
     """A model whose config.json forgets its biases would load, run, and be wrong."""
     told = SIZES | {"model_type": "llama"}
-    biased = DecoderConfig.from_hf(told | {"attention_bias": True})
+    biased = decoder_config(told | {"attention_bias": True})
     save_file(tensors_of(biased), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(told))
     with pytest.raises(ValueError, match=r"k_proj.bias' and 7 more tensors have no place"):
@@ -144,7 +145,7 @@ def test_gguf_files_with_biases_are_read(told, tmp_path):
     pytest.importorskip("gguf", reason="pip install 'mqat[demo]' to read GGUF files")
     from mqat.checkpoints.gguf import GgufCheckpoint
 
-    model = DecoderConfig.from_hf(SIZES | told)
+    model = decoder_config(SIZES | told)
     tensors = tensors_of(model)
     write_gguf(tmp_path / "model.gguf", model, tensors)
     source = GgufCheckpoint(tmp_path / "model.gguf")
@@ -164,7 +165,7 @@ def test_windows_of_gguf_files_that_sequences_outgrow_are_refused(window, is_rea
     pytest.importorskip("gguf", reason="pip install 'mqat[demo]' to read GGUF files")
     from mqat.checkpoints.gguf import GgufCheckpoint
 
-    model = DecoderConfig.from_hf(SIZES | {"model_type": "llama"})
+    model = decoder_config(SIZES | {"model_type": "llama"})
     write_gguf(tmp_path / "model.gguf", model, tensors_of(model), window)
     if is_read:
         assert GgufCheckpoint(tmp_path / "model.gguf").config.num_layers == model.num_layers

@@ -119,7 +119,7 @@ def token_ids(given: Mapping[str, Any], vocab_size: int) -> dict[str, int | list
         if value is None or value == -1:
             continue
         several = value if isinstance(value, list) and key.startswith("eos") else [value]
-        if not several or not all(_is_whole(v) and 0 <= v < vocab_size for v in several):
+        if not several or not all(is_whole(v, 0) and v < vocab_size for v in several):
             raise UserError(f"{key}={value!r}: not a token of a vocabulary of {vocab_size}.")
         found[key] = value
     return found
@@ -213,8 +213,15 @@ def _scaling(key: str, rope: Any) -> dict[str, Any] | None:
     return {"rope_type": "llama3"} | {word: rope[word] for word in _FACTORS}
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_whole(value: Any, least: int) -> bool:
+    """Whether it is an integer of at least that."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a finite number above zero."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0
 
 
 def _whole(
@@ -229,21 +236,20 @@ def _whole(
     value = hf.get(key)
     if value is None and default is not None and (key in hf or may_be_absent):
         value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_whole(value, least):
         found = repr(value) if key in hf else "missing"
         raise UserError(f"config.json: {key} is {found}, must be an integer of at least {least}.")
-    return value
+    return int(value)
 
 
 def _positive(
     given: Mapping[str, Any], key: str, prefix: str = "", *, kinds: Any = int | float
 ) -> float:
     value = given.get(key)
-    if isinstance(value, kinds) and not isinstance(value, bool):
-        if math.isfinite(value) and value > 0:
-            return float(value)
-    found = repr(value) if key in given else "missing"
-    raise UserError(f"config.json: {prefix}{key} is {found}, must be a positive number.")
+    if not isinstance(value, kinds) or not is_positive(value):
+        found = repr(value) if key in given else "missing"
+        raise UserError(f"config.json: {prefix}{key} is {found}, must be a positive number.")
+    return float(value)
 
 
 def _flag(hf: Mapping[str, Any], key: str) -> bool:
