@@ -76,7 +76,7 @@ class Metadata:
         value = self.value(key) if key in self._fields else default
         if not is_whole(value, least):
             raise self._wrong(key, value, f"an integer of at least {least}, the same in all layers")
-        return int(value)
+        return value
 
     def positive(self, key: str, default: float | None = None) -> float:
         """A finite number above zero."""

@@ -6,7 +6,7 @@ Sources: transformers 5.24 and 4.57, `configuration_utils.py`, `modeling_rope_ut
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES, DecoderConfig, check_window
@@ -213,12 +213,12 @@ def _scaling(key: str, rope: Any) -> dict[str, Any] | None:
     return {"rope_type": "llama3"} | {word: rope[word] for word in _FACTORS}
 
 
-def is_whole(value: Any, least: int) -> bool:
+def is_whole(value: Any, least: int) -> TypeGuard[int]:
     """Whether it is an integer of at least that."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def is_positive(value: Any) -> bool:
+def is_positive(value: Any) -> TypeGuard[float]:
     """Whether it is a finite number above zero."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and math.isfinite(value) and value > 0
@@ -239,7 +239,7 @@ def _whole(
     if not is_whole(value, least):
         found = repr(value) if key in hf else "missing"
         raise UserError(f"config.json: {key} is {found}, must be an integer of at least {least}.")
-    return int(value)
+    return value
 
 
 def _positive(

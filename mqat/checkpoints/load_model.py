@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from mqat.checkpoints.dist_checkpoint import checkpoint_layers, load_checkpoint
-from mqat.checkpoints.manifest import DESCRIPTION, read_description
-from mqat.checkpoints.source import open_pretrained
+from mqat.checkpoints.manifest import DESCRIPTION
+from mqat.checkpoints.reader import CheckpointReader
+from mqat.checkpoints.source import PretrainedSource, open_pretrained
 from mqat.config import ModelConfig
 from mqat.data.tokenizer import check_fits, load_tokenizer
 from mqat.errors import UserError
@@ -44,25 +45,23 @@ def load_model(
         tensor_parallel: Of this session.
         pipeline_parallel: Of this session.
         precision: `32` or `bf16`.
-        lowered: Store and multiply low-precision weights (`parallel.lowering`).
+        lowered: Store and multiply low-precision weights (`parallel.pack_weights`).
         compiled: Have `torch.compile` translate the layers when they first run, if lowered.
 
     Raises:
         ValueError: Nothing readable there, or sizes that do not fit; on every rank.
     """
-    is_checkpoint = (path / DESCRIPTION).exists()
-    if is_checkpoint:
-        description = read_description(path)
-        config, layers = (
-            DecoderConfig.from_dict(description["model"]),
-            checkpoint_layers(description),
-        )
-        source = None
+    source: PretrainedSource | CheckpointReader
+    if (path / DESCRIPTION).exists():
+        source = CheckpointReader(path, crc="none")
+        config, layers = source.model, checkpoint_layers(source.description)
         tokenizer = load_tokenizer(path / "tokenizer")
     else:
         source = open_pretrained(path)
         config, layers = source.config, {}
         tokenizer = load_tokenizer(source.tokenizer_source)
+    if lowered and not layers:
+        raise UserError(f"{path}: is not quantized, so there is nothing to lower.")
     check_fits(tokenizer, config.vocab_size)
     check_parallel_sizes(config, tp=tensor_parallel, pp=pipeline_parallel)
     check_group_sizes(config, layers, tp=tensor_parallel, purpose="tensor_parallel")
@@ -77,14 +76,12 @@ def load_model(
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     chunks = build_model(config, settings, layers, dtype)
-    if source is None:
+    if isinstance(source, CheckpointReader):
         load_checkpoint(path, chunks, layers=layers)
     else:
         with groups.on_all_ranks():
             load_pretrained_(chunks, source)
     if lowered:
-        if not layers:
-            raise UserError(f"{path}: is not quantized, so there is nothing to lower.")
         from mqat.parallel.pack_weights import compile_layers_, pack_weights_
 
         pack_weights_(chunks)

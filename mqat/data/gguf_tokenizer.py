@@ -234,9 +234,15 @@ def read_gguf_tokenizer(path: Path) -> tuple[Any, dict[str, str], str | dict[str
         raise UserError("tokens and token types differ in number; the GGUF vocabulary is damaged")
     backend = _byte_level(values, pre) if kind == "gpt2" else _pieces(values)
     ids = {name: values[key] for name, key in _NAMES.items() if values.get(key, -1) != -1}
+    for name, index in ids.items():
+        if not 0 <= index < len(tokens):
+            raise UserError(f"{name} is {index}, no token of {len(tokens)} in the GGUF vocabulary")
     names = {name: tokens[index] for name, index in ids.items()}
     # Without the key, llama.cpp begins SentencePiece texts and those of `_WHOLE_WORDS` by itself.
     begins = values.get("add_bos_token", kind == "llama" or pre in _WHOLE_WORDS)
     ends = values.get("add_eos_token", False)
+    for name, is_added in (("bos_token", begins), ("eos_token", ends)):
+        if is_added and name not in names:
+            raise UserError(f"texts are to have a {name}, and GGUF key {_NAMES[name]!r} names none")
     surround(backend, names["bos_token"] if begins else None, names["eos_token"] if ends else None)
     return backend, names, _chat_template(fields)
