@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mqat.calibration.calibrate import calibrate as calibrate
     from mqat.calibration.weight_recipe import apply_weight_recipe_ as apply_weight_recipe_
+    from mqat.checkpoints.describe import describe_model as describe_model
     from mqat.checkpoints.dist_checkpoint import load_checkpoint as load_checkpoint
     from mqat.checkpoints.dist_checkpoint import save_checkpoint as save_checkpoint
     from mqat.config import load_config as load_config
@@ -24,18 +25,16 @@ if TYPE_CHECKING:
     from mqat.quant.algorithm import named_scheme as named_scheme
     from mqat.runtime.groups import finalize as finalize
     from mqat.runtime.groups import initialize as initialize
-    from mqat.specs.describe import describe_model as describe_model
     from mqat.specs.gpt import quantize_block_spec as quantize_block_spec
     from mqat.specs.gpt import quantize_layer_spec as quantize_layer_spec
     from mqat.specs.policy import Policy as Policy
     from mqat.verify.verify import verify_export as verify_export
-    from mqat.verify.verify import verify_trtllm as verify_trtllm
 
 _HOME = {
     "Policy": "mqat.specs.policy",
     "Recipe": "mqat.quant.algorithm",
     "calibrate": "mqat.calibration.calibrate",
-    "describe_model": "mqat.specs.describe",
+    "describe_model": "mqat.checkpoints.describe",
     "export_hf": "mqat.export.export",
     "export_trtllm": "mqat.export.export",
     "finalize": "mqat.runtime.groups",
@@ -51,7 +50,6 @@ _HOME = {
     "quantized_step": "mqat.parallel.quantized_step",
     "save_checkpoint": "mqat.checkpoints.dist_checkpoint",
     "verify_export": "mqat.verify.verify",
-    "verify_trtllm": "mqat.verify.verify",
 }
 __all__ = sorted(_HOME)
 

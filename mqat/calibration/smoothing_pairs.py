@@ -26,6 +26,7 @@ from mqat.models.decoder import DecoderConfig
 from mqat.models.structure import Linear
 from mqat.parallel.layout import local_pieces
 from mqat.parallel.linear import QuantizedLinear, QuantRowParallelLinear
+from mqat.parallel.quantized_module import unwrapped
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def find_smoothing_pairs(
         UserError: Something else reads the tensor before, or its norm is of an unknown kind; names it.
     """
     pairs: dict[str, SmoothingPair] = {}
-    for chunk in chunks:
-        for layer in getattr(chunk, "module", chunk).decoder.layers:
+    for chunk in unwrapped(chunks):
+        for layer in chunk.decoder.layers:
             for linear in model.linears:
                 module = layer.get_submodule(linear.name)
                 if module.quantized_name not in names:

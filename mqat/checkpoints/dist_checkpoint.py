@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mqat.checkpoints.describe import check_description, describe_model
 from mqat.checkpoints.manifest import (
     DESCRIPTION,
     FORMAT_VERSION,
@@ -38,9 +39,8 @@ from mqat.parallel.checkpoint import (
     load_quantizer_state_,
     quantizer_sharded_state,
 )
-from mqat.parallel.quantized_module import all_quantizers
-from mqat.runtime.groups import decided_by_main, is_main, on_all_ranks, raise_on_any_rank
-from mqat.specs.describe import check_description, describe_model, unwrapped
+from mqat.parallel.quantized_module import all_quantizers, unwrapped
+from mqat.runtime.groups import any_rank, decided_by_main, is_main, on_all_ranks, raise_on_any_rank
 
 
 @dataclass
@@ -149,11 +149,6 @@ def _sharded_state(
     return state
 
 
-def all_frozen(chunks: Sequence[Any]) -> bool:
-    """Whether every quantizer of this rank has its final scale."""
-    return all(quantizer.is_frozen for quantizer in all_quantizers(chunks))
-
-
 def save_checkpoint(
     path: Path,
     chunks: Sequence[Any],
@@ -192,7 +187,14 @@ def save_checkpoint(
                 f"{path} exists and is not an mqat checkpoint, so it is not replaced; choose another "
                 "path."
             )
-    quantized = bool(layers) and all_frozen(chunks)
+        if recorded is not None and recorded.logits.shape[-1] != model.vocab_size:
+            raise UserError(
+                f"recorded logits are of {recorded.logits.shape[-1]} tokens, the model of "
+                f"{model.vocab_size}; give record_logits the model that is saved, too."
+            )
+    # A stage may be without quantizers.
+    are_frozen = all(quantizer.is_frozen for quantizer in all_quantizers(chunks))
+    quantized = bool(layers) and not any_rank(not are_frozen)
     temporary = path.with_name(f".{path.name}.tmp")
     description = {
         "format_version": FORMAT_VERSION,

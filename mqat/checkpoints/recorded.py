@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mqat.errors import UserError
 
-FILE = "recorded_logits.safetensors"
+RECORDED = "recorded_logits.safetensors"
 _NUM_TOKENS, _EVERY = 64, 4
 
 
@@ -37,10 +37,12 @@ class RecordedLogits:
         """Writes the file."""
         tensors = {"tokens": self.tokens, "positions": self.positions, "logits": self.logits}
         about = {"dtype": str(self.dtype).removeprefix("torch.")}
-        save_file({n: t.contiguous() for n, t in tensors.items()}, directory / FILE, metadata=about)
+        save_file(
+            {n: t.contiguous() for n, t in tensors.items()}, directory / RECORDED, metadata=about
+        )
 
 
-def batch(vocab_size: int, longest: int) -> tuple[Tensor, Tensor]:
+def fixed_batch(vocab_size: int, longest: int) -> tuple[Tensor, Tensor]:
     """Tokens and positions of the table above, for a model with sequences up to `longest`."""
     length = min(_NUM_TOKENS, longest)
     tokens = torch.arange(length) * 7919 % vocab_size
@@ -53,7 +55,7 @@ def read_recorded(checkpoint: Path) -> RecordedLogits | None:
     Raises:
         UserError: The file is damaged.
     """
-    file = checkpoint / FILE
+    file = checkpoint / RECORDED
     if not file.exists():
         return None
     try:

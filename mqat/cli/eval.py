@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the perplexity of `args.text`."""
+    from mqat.checkpoints.archive import unpacked
     from mqat.evaluation.perplexity import checkpoint_perplexity, export_perplexity
-    from mqat.verify.verify import is_export, unpacked
+    from mqat.verify.verify import is_export
 
     is_archive = args.model.suffix == ".qnemo"
     with unpacked(args.model) if is_archive else nullcontext(args.model) as model:

@@ -16,8 +16,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mqat.checkpoints.archive import unpacked
     from mqat.evaluation.inspect import COLUMNS, rows
-    from mqat.verify.verify import unpacked
 
     table = Table(*COLUMNS, title=str(args.path))
     with unpacked(args.path) as path:

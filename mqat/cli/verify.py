@@ -102,7 +102,7 @@ def _verified(directory: Path, args: argparse.Namespace) -> Report:
 
 def run(args: argparse.Namespace) -> None:
     """Verifies `args.directory`; the exit status is 1 if it must not be served."""
-    from mqat.verify.verify import unpacked
+    from mqat.checkpoints.archive import unpacked
 
     with unpacked(args.directory) as directory:
         report = _verified(directory, args)

@@ -1,1 +1,1 @@
-"""Looking at a model: perplexity, generation, quality by linear."""
+"""Looking at a model: perplexity, generation, quality by linear, exports against the model."""

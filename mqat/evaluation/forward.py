@@ -14,10 +14,9 @@ from torch import Tensor
 
 from mqat.models.structure import OUTPUT_LAYER
 from mqat.parallel.learned_scales import scale_rule
-from mqat.parallel.quantized_module import QuantizedModule, set_token_mask
+from mqat.parallel.quantized_module import QuantizedModule, set_token_mask, unwrapped
 from mqat.parallel.quantized_step import quantized_step
 from mqat.runtime.groups import device
-from mqat.specs.describe import unwrapped
 
 Microbatch = dict[str, Tensor | None]
 
@@ -138,9 +137,10 @@ def evaluate(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> tu
 @contextmanager
 def _without_logits(chunks: Sequence[Any]) -> Iterator[None]:
     """The last stage ends with the decoder, unless its output layer is watched too."""
-    models = [getattr(chunk, "module", chunk) for chunk in chunks]
     models = [
-        m for m in models if not isinstance(getattr(m, OUTPUT_LAYER.name, None), QuantizedModule)
+        model
+        for model in unwrapped(chunks)
+        if not isinstance(getattr(model, OUTPUT_LAYER.name, None), QuantizedModule)
     ]
     ends = [model.post_process for model in models]
     try:
@@ -161,16 +161,17 @@ def run_layers(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> 
 
 
 def true_vocab_size(chunks: Sequence[Any]) -> int:
-    """Without padding, where the model knows it."""
+    """Without padding, where the model knows it: Megatron's own GPTModel does not."""
     model = unwrapped(chunks)[-1]
     return int(getattr(model, "true_vocab_size", model.vocab_size))
 
 
 @torch.no_grad()
-def logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
+def logits(chunks: Sequence[Any], tokens: Tensor, vocab_size: int | None = None) -> Tensor:
     """Next-token logits of sequences [b, s]: float32 [b, s, V], without vocabulary padding.
 
-    `tokens` are the same on every rank, and so are the logits.
+    `tokens` are the same on every rank, and so are the logits. V is `vocab_size`, by default
+    `true_vocab_size`.
     """
     sequence = tokens.shape[1]
     # Sequence parallelism cuts the sequence evenly; causal attention ignores what is added.
@@ -181,10 +182,10 @@ def logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
         "position_ids": torch.arange(padded.shape[1]).expand_as(padded),
         "attention_mask": None,
     }
-    vocab = true_vocab_size(chunks)
+    vocab = vocab_size or true_vocab_size(chunks)
     # An interleaved pipeline needs one microbatch per stage; the copies' results are not used.
     copies = 1 if len(chunks) == 1 else parallel_state.get_pipeline_model_parallel_world_size()
-    with quantized_step(chunks, for_backward=False):
+    with _eval_mode(chunks), quantized_step(chunks, for_backward=False):
         results = run_microbatches(_forward_logits, chunks, [batch] * copies, forward_only=True)
     full = torch.empty(*tokens.shape, vocab, device=device())
     if results:
@@ -207,12 +208,11 @@ def served_weights(chunks: Sequence[Any], dtype: str) -> Iterator[None]:
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
-            for chunk in chunks:
-                module = getattr(chunk, "module", chunk)
-                for name, parameter in module.named_parameters():
-                    owner = module.get_submodule(name.rpartition(".")[0])
-                    is_plain = getattr(owner, "weight_quantizer", None) is None
-                    if is_plain and scale_rule(parameter) is None:
+            for model in unwrapped(chunks):
+                for name, parameter in model.named_parameters():
+                    owner, _, kind = name.rpartition(".")
+                    quantizer = getattr(model.get_submodule(owner), f"{kind}_quantizer", None)
+                    if quantizer is None and scale_rule(parameter) is None:
                         kept.append((parameter, parameter.detach().clone()))
                         parameter.copy_(parameter.to(served))
         yield

@@ -107,7 +107,7 @@ def checkpoint_quality(
 
 
 def export_perplexity(directory: Path, text: Path, *, seq_length: int) -> Perplexity:
-    """The same for an exported directory, computed by the independent reader.
+    """Perplexity of an exported directory, computed by the independent reader.
 
     Raises:
         ValueError: The directory's config cannot be used; names the first problem.

@@ -34,6 +34,7 @@ from mqat.parallel.linear import QuantizedLinear
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.quant.quantizer import Quantizer
+from mqat.runtime.groups import gathered
 
 VERSION = 1
 OUTLIER_RATIO = 10.0
@@ -121,11 +122,9 @@ def quality_report(
     all_reduce_fused_(totals, dist.ReduceOp.SUM, group)
     all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
     own = {name: _entry(name, w, ends[name]) for name, w in watched.items()}
-    stages: list[dict[str, Any] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(stages, own)
     found: dict[str, Any] = {}
-    for stage in stages:
-        found |= stage or {}
+    for stage in gathered(own):
+        found |= stage
     return _checked(found)
 
 

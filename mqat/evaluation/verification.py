@@ -1,46 +1,44 @@
 """An export verified with the training model at hand; that model with what training recorded."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from mqat.checkpoints.archive import unpacked
 from mqat.checkpoints.reader import CheckpointReader
-from mqat.checkpoints.recorded import RecordedLogits, batch, read_recorded
-from mqat.evaluation.forward import (
-    logits,
-    served_logits,
-    served_weights,
-    true_vocab_size,
-)
+from mqat.checkpoints.recorded import RecordedLogits, fixed_batch, read_recorded
+from mqat.evaluation.forward import logits, served_logits, served_weights, true_vocab_size
 from mqat.evaluation.watch_layers import noisy_linears, watched_layers
-from mqat.parallel.quantized_module import all_quantizers
-from mqat.runtime.groups import decided_by_main, is_main, on_all_ranks
-from mqat.specs.describe import unwrapped
+from mqat.models.decoder import DecoderConfig
+from mqat.parallel.quantized_module import all_quantizers, unwrapped
+from mqat.runtime.groups import decided_by_main, gathered, is_main, on_all_ranks, raise_on_any_rank
 from mqat.verify.agreement import NOISE, agreement
 from mqat.verify.layers import LayerComparison
 from mqat.verify.verify import Report, open_export, run_export, verify_export
 
-_LAYER_TOKENS = (
-    64  # of the first sequence: more show nothing new, and each layer's are held at once
-)
+# Of the first sequence: more show nothing new, and each layer's are held at once.
+_LAYER_TOKENS = 64
 
 
-def record_logits(chunks: Sequence[Any]) -> RecordedLogits | None:
+def record_logits(
+    chunks: Sequence[Any], model: DecoderConfig | None = None
+) -> RecordedLogits | None:
     """Of the fixed batch, for `save_checkpoint`; None while a schedule has quantizers off or coarser.
 
     Args:
         chunks: This rank's, at any layout; all ranks call.
+        model: The description with which they are saved, if there is one.
     """
     if not _computes_as_saved(chunks):
         return None
-    tokens, positions = batch(true_vocab_size(chunks), unwrapped(chunks)[0].max_sequence_length)
-    found = logits(chunks, tokens)[:, positions].cpu()
+    vocab = model.vocab_size if model else true_vocab_size(chunks)
+    tokens, positions = fixed_batch(vocab, unwrapped(chunks)[0].max_sequence_length)
+    found = logits(chunks, tokens, vocab)[:, positions].cpu()
     return RecordedLogits(tokens, positions, found, _dtype(chunks))
 
 
@@ -74,7 +72,7 @@ def verify_with_model(
             recorded there.
 
     Returns:
-        What the first rank found; of others what they know.
+        What the first rank found; on other ranks without the checks of files.
 
     Raises:
         UserError: On every rank, as `verify_export`.
@@ -87,42 +85,59 @@ def verify_with_model(
         return report
     if is_rebuilt:
         _compare_with_recorded(report, checkpoint, chunks)
-    with unpacked(export) as directory:
+    with ExitStack() as opened:
+        comparison = None
         with on_all_ranks():
-            comparison = LayerComparison(
-                open_export(directory), CheckpointReader(checkpoint, crc="none"), _dtype(chunks)
-            )
+            if _is_judge():
+                directory = opened.enter_context(unpacked(export))
+                reader = CheckpointReader(checkpoint, crc="none")
+                comparison = LayerComparison(open_export(directory), reader, _dtype(chunks))
         _compare_layers(report, comparison, chunks, tokens, dtype)
+        if not decided_by_main(lambda: report.ok):
+            return report
         expected = served_logits(chunks, tokens, dtype)
         with on_all_ranks():
-            if is_main() and report.ok:
+            if is_main():
+                assert comparison is not None
                 run_export(report, comparison.decoder, tokens, expected.cpu(), _dtype(chunks))
     return report
 
 
-def _compare_layers(
-    report: Report, comparison: LayerComparison, chunks: Sequence[Any], tokens: Tensor, dtype: str
-) -> None:
-    """Each stage's first rank judges its layers; the report of the first rank gets all of it."""
-    is_judge = (
-        parallel_state.get_tensor_model_parallel_rank()
-        == 0
-        == parallel_state.get_data_parallel_rank()
+def _is_judge() -> bool:
+    """Whether this is the first rank of its stage, which compares the layers of that."""
+    tp, dp = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
     )
+    return tp == dp == 0
+
+
+def _compare_layers(
+    report: Report,
+    comparison: LayerComparison | None,
+    chunks: Sequence[Any],
+    tokens: Tensor,
+    dtype: str,
+) -> None:
+    """Judges compare their layers; the report of every rank gets what all of them found."""
+    faults: list[Exception] = []
 
     def watch(*seen: Any) -> None:
-        if is_judge:
-            comparison(*seen)
+        try:
+            if comparison is not None and not faults:
+                comparison(*seen)
+        except Exception as error:  # raised below: here other ranks wait for this one
+            faults.append(error)
 
     with served_weights(chunks, dtype), watched_layers(chunks, watch):
         logits(chunks, tokens[:1, :_LAYER_TOKENS])
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(
-        found, (comparison.problems, comparison.worst_linear, comparison.worst_layer)
-    )
-    problems, linear, layer = zip(*found, strict=True)
-    report.problems += [problem for of_rank in problems for problem in of_rank]
-    report.worst_linear, report.worst_layer = max(linear), max(layer)
+    raise_on_any_rank(faults[0] if faults else None)
+    for found in gathered(None if comparison is None else comparison.found()):
+        if found is not None:
+            problems, linear, layer = found
+            report.problems += problems
+            report.worst_linear = max(report.worst_linear or 0.0, linear)
+            report.worst_layer = max(report.worst_layer or 0.0, layer)
 
 
 def _compare_with_recorded(report: Report, checkpoint: Path, chunks: Sequence[Any]) -> None:
@@ -135,10 +150,7 @@ def _compare_with_recorded(report: Report, checkpoint: Path, chunks: Sequence[An
     rebuilt = logits(chunks, recorded.tokens)[:, at].cpu()
     with noisy_linears(chunks, size):
         noisy = logits(chunks, recorded.tokens)[:, at].cpu().to(recorded.dtype)
-    kept = recorded.logits[
-        ..., : rebuilt.shape[-1]
-    ]  # a user's own GPTModel does not know its padding
-    found, noise = agreement(kept, rebuilt), agreement(rebuilt, noisy)
+    found, noise = agreement(recorded.logits, rebuilt), agreement(rebuilt, noisy)
     report.recorded = f"logits that training recorded: {found} (with noise of {size:.0e}: {noise})"
     if not noise.allows(found):
         report.problems.append(

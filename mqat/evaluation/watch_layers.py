@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from mqat.parallel.linear import QuantizedLinear
-from mqat.specs.describe import unwrapped
+from mqat.parallel.quantized_module import unwrapped
 from mqat.verify.agreement import add_noise
 
 # Global number, input and output [b, s, hidden], name in the layer of a linear -> its input and output.
@@ -80,7 +80,7 @@ def _watch_layer(layer: Any, watch: Watcher, done: set[int]) -> list[Any]:
 
 @contextmanager
 def noisy_linears(chunks: Sequence[Any], size: float) -> Iterator[None]:
-    """Inside, every linear's input has relative noise of that size (other noise on every rank)."""
+    """Inside, every linear's input has relative noise of that size, other noise on every TP rank."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     generator = torch.Generator().manual_seed(rank)
 

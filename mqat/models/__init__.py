@@ -1,1 +1,1 @@
-"""Model families as data, and readers of foreign checkpoints."""
+"""Model families as data."""

@@ -75,20 +75,26 @@ class Family:
         ]
         return (*self.biased, *switched)
 
+    def may_have(self, biases: tuple[str, ...]) -> bool:
+        """Whether the family can have biases on these linears, and only on them."""
+        return set(self.biases_of(self._switches(biases))) == set(biases)
+
+    def _switches(self, biases: tuple[str, ...]) -> dict[str, bool]:
+        return {
+            key: all(linear in biases for linear in linears)
+            for key, linears in self.bias_switches.items()
+        }
+
     def switches_of(self, biases: tuple[str, ...]) -> dict[str, bool]:
         """The inverse: value of each switch.
 
         Raises:
             ValueError: The family cannot have biases there, and only there.
         """
-        switches = {
-            key: all(linear in biases for linear in linears)
-            for key, linears in self.bias_switches.items()
-        }
-        if set(self.biases_of(switches)) != set(biases):
+        if not self.may_have(biases):
             possible = [self.biased, *self.bias_switches.values()]
             raise UserError(
                 f"biases on {list(biases)}: a {self.name} model has them on "
                 f"{' and '.join(str(list(p)) for p in possible if p) or 'no linear'}, nowhere else."
             )
-        return switches
+        return self._switches(biases)

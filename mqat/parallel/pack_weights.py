@@ -16,6 +16,7 @@ import torch
 from mqat.errors import UserError
 from mqat.kernels.packed_weight import pack_weight
 from mqat.parallel.linear import quantized_linears
+from mqat.parallel.quantized_module import unwrapped
 
 
 def pack_weights_(model: Any, *, double_quantization: bool = False) -> tuple[int, int]:
@@ -70,11 +71,9 @@ def compile_layers_(model: Any) -> None:
     Args:
         model: Chunk or list of chunks of this rank, lowered or not; for inference only.
     """
-    chunks = model if isinstance(model, (list, tuple)) else [model]
     # Megatron's linears and ours are called with four weights, and again for every sequence length.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for chunk in chunks:
+    for chunk in unwrapped(model):
         chunk.requires_grad_(False)
-        inner: Any = getattr(chunk, "module", chunk)
-        for layer in inner.decoder.layers:
+        for layer in chunk.decoder.layers:
             layer.compile(dynamic=False)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mqat.errors import UserError
 from mqat.quant.quantizer import Quantizer
 
 
@@ -83,3 +84,15 @@ def all_quantizers(model: Any) -> list[Quantizer]:
     """Every quantizer of this rank."""
     modules = quantized_modules(model).values()
     return [quantizer for module in modules for quantizer in module.quantizers.values()]
+
+
+def unwrapped(model: Any) -> list[Any]:
+    """GPTModels of this rank, out of a list of chunks, DDP and Float16Module."""
+    chunks = []
+    for chunk in model if isinstance(model, list | tuple | nn.ModuleList) else [model]:
+        while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
+            chunk = chunk.module
+        if not hasattr(chunk, "decoder"):
+            raise UserError(f"model: {type(chunk).__name__} is not a Megatron GPTModel.")
+        chunks.append(chunk)
+    return chunks

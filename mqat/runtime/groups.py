@@ -179,11 +179,7 @@ def raise_on_any_rank(error: BaseException | None) -> None:
             and the traceback of the lowest rank that has one.
     """
     own = None if error is None else _failure(error)
-    found: list[_Failure | None] = [own]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, own)
-    failures = {rank: failure for rank, failure in enumerate(found) if failure is not None}
+    failures = {rank: found for rank, found in enumerate(gathered(own)) if found is not None}
     if not failures:
         return
     faults = {rank: f for rank, f in failures.items() if not f.is_user_error}
@@ -222,13 +218,18 @@ def decided_by_main(choose: Callable[[], T]) -> T:
     return found
 
 
+def gathered(value: T) -> list[T]:
+    """What every rank has, in the order of ranks, on every rank (a collective)."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on any rank; every rank gets the same answer (a collective)."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return flag
-    flags = [flag] * dist.get_world_size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+    return any(gathered(flag))
 
 
 def _is_first_to_fail() -> bool:

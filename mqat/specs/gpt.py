@@ -32,7 +32,7 @@ from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from mqat.quant.scheme import LinearScheme
-from mqat.specs.describe import check_config
+from mqat.specs.config_check import check_config
 
 _REPLACEMENTS = {"column": QuantColumnParallelLinear, "row": QuantRowParallelLinear}
 
@@ -153,7 +153,7 @@ def quantize_block_spec(
         vp_stage: Virtual chunk under interleaved pipeline parallelism.
 
     Raises:
-        UserError: As `quantize_layer_spec` and `describe.check_config`.
+        UserError: As `quantize_layer_spec` and `config_check.check_config`.
     """
     check_config(transformer_config, model)
     offset = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)

@@ -21,7 +21,7 @@ from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear
 from mqat.quant.scheme import LinearScheme
 from mqat.specs.backend import gpt_layer_spec
-from mqat.specs.describe import MEGATRON_ROPE
+from mqat.specs.config_check import MEGATRON_ROPE
 from mqat.specs.gpt import quantize_block_spec
 
 

@@ -102,7 +102,7 @@ class Session:
             algorithm=self.plan.config.quantization.algorithm,
             tokenizer=self.tokenizer,
             training=training,
-            recorded=record_logits(self.chunks),
+            recorded=record_logits(self.chunks, self.plan.model),
         )
 
     def reset_quantizers(self) -> None:

@@ -26,7 +26,7 @@ class Agreement:
     Attributes:
         kl: From the first next-token distribution to the second, in nats, mean over positions.
         top1: Share of positions with the same most likely token.
-        positions: Number of them.
+        positions: How many were compared.
     """
 
     kl: float
@@ -38,12 +38,12 @@ class Agreement:
 
     @property
     def largest_kl(self) -> float:
-        """Of another pair that differs by no more than this one, which differs by noise."""
+        """Largest KL that such noise explains: `_FACTOR` times `kl`, at least `_SMALLEST_KL`."""
         return max(_FACTOR * self.kl, _SMALLEST_KL)
 
     @property
     def least_top1(self) -> float:
-        """Likewise: three standard errors of the difference of two shares of so many positions below."""
+        """Smallest share that it explains: three standard errors of a difference of two below `top1`."""
         share, n = 1 - self.top1, self.positions
         return self.top1 - 3 * math.sqrt(2 * max(share * (1 - share), 1 / n) / n)
 

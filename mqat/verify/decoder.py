@@ -141,7 +141,9 @@ class Decoder:
         if is_of_token := (module.storage.input or "").startswith("token"):
             x = quantize_input(x, module.storage.input)
         pieces = zip(ranks, x.chunk(len(ranks), dim=-1), strict=True)
-        products = [_product(rank, module, piece, not is_of_token) for rank, piece in pieces]
+        products = [
+            _product(rank, module, piece, quantizes=not is_of_token) for rank, piece in pieces
+        ]
         return {role: (torch.stack(products).sum(0) + _bias(ranks[0], module)).t()}
 
     @torch.no_grad()
@@ -161,7 +163,7 @@ class Decoder:
         return x @ self.export.table(role, stage).float().t()
 
 
-def _product(rank: Rank, module: Module, x: Tensor, quantizes: bool = True) -> Tensor:
+def _product(rank: Rank, module: Module, x: Tensor, *, quantizes: bool = True) -> Tensor:
     """One rank's product, without the sum over ranks and without a bias."""
     linear = rank.linear(module)
     if "smoothing" in linear.tensors:

@@ -40,7 +40,10 @@ class Rank:
         for file in self.files:
             try:
                 self._handles[file] = handle = safe_open(directory / file, framework="pt")
-                self.found |= dict.fromkeys(handle.keys(), file)
+                names = dict.fromkeys(handle.keys(), file)
+                twice = sorted(names.keys() & self.found.keys())
+                problems += [f"{name}: is in {self.found[name]} and in {file}" for name in twice]
+                self.found |= names
             except (OSError, SafetensorError) as error:
                 problems.append(f"{file}: truncated or not safetensors ({error})")
         return problems

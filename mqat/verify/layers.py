@@ -34,7 +34,7 @@ class LayerComparison:
         decoder: Of the export.
         checkpoint: It was made from.
         dtype: In which the trainer computes.
-        problems: What differs beyond the table above.
+        problems: What differs beyond the limits above.
         worst_linear: Largest median error of a linear.
         worst_layer: Largest median error of a layer.
     """
@@ -64,13 +64,17 @@ class LayerComparison:
         error, added = (self.decoder.layer(number, x) - y).norm(dim=-1), (y - x).norm(dim=-1)
         rounding = _SUM[self.dtype] * y.norm(dim=-1)
         found = _median((error - rounding).clamp_min(0) / added.clamp_min(1e-30))
-        self.worst_layer = max(self.worst_layer, _median(error / added.clamp_min(1e-30)))
+        self.worst_layer = max(self.worst_layer, found)
         limit = _LAYER[self.dtype] + SERVED_OTHERWISE * self.decoder.serves_otherwise(number)
         if not found <= limit:
             self.problems.append(
                 f"layer {number}: on the trainer's own input it adds something else, by {found:.2e} of "
                 f"what it adds (median over tokens, at most {limit:g})"
             )
+
+    def found(self) -> tuple[list[str], float, float]:
+        """Problems, and the largest errors, so far."""
+        return self.problems, self.worst_linear, self.worst_layer
 
     def _compare_linear(self, number: int, name: str, x: Tensor, y: Tensor) -> None:
         facts = self.decoder.model.facts
@@ -79,9 +83,10 @@ class LayerComparison:
         for role in trained:
             if role not in served:
                 served |= self.decoder.linears(number, role, x)
-        reloads = any(m.storage.is_reloaded for m in self.decoder.modules(number))
-        limit = SERVED_OTHERWISE if reloads else _LINEAR[self.dtype]
+        modules = self.decoder.modules(number)
+        reloaded = {p.role for m in modules if m.storage.is_reloaded for p in m.parts}
         for role, wanted in trained.items():
+            limit = SERVED_OTHERWISE if role in reloaded else _LINEAR[self.dtype]
             error = (served[role] - wanted).norm(dim=0) / wanted.norm(dim=0).clamp_min(1e-30)
             found = _median(error)
             self.worst_linear = max(self.worst_linear, found)

@@ -11,7 +11,7 @@ from mqat.checkpoints.reader import CheckpointReader
 from mqat.data.packaged import python_docs_documents
 from mqat.data.tokenizer import train_small_tokenizer
 from mqat.export.export import export_trtllm
-from mqat.verify.verify import verify_trtllm
+from mqat.verify.verify import verify_export
 from tests.distributed.launch import torchrun
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -180,7 +180,7 @@ def test_exports_do_not_depend_on_the_training_layout(layouts, tmp_path, tp, pp)
         out = tmp_path / name
         export_trtllm(layouts[name][0] / "ptq", out, tensor_parallel=tp, pipeline_parallel=pp)
         outputs.append({f.name: f.read_bytes() for f in out.iterdir()})
-        report = verify_trtllm(
+        report = verify_export(
             out, reference=layouts[name][0] / "ptq", tokens=torch.arange(16)[None]
         )
         assert report.ok, report.problems
@@ -195,10 +195,10 @@ def test_a_flipped_byte_in_an_export_is_found(layouts, tmp_path):
     data = bytearray(file.read_bytes())
     data[-5000] ^= 1
     file.write_bytes(bytes(data))
-    report = verify_trtllm(out, reference=layouts["tp1"][0] / "ptq")
+    report = verify_export(out, reference=layouts["tp1"][0] / "ptq")
     assert not report.ok
     (out / "rank1.safetensors").unlink()
-    assert "missing" in verify_trtllm(out).problems[0]
+    assert "missing" in verify_export(out).problems[0]
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(layouts, tmp_path):

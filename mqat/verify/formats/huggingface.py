@@ -77,7 +77,7 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
 
 
 def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[list[Rank]]:
-    """One stage of one rank: all files; problems with those that are missing or too many."""
+    """One stage of one rank, if no file is missing; problems with those that are, or too many."""
     found = {file.name for file in directory.glob("*.safetensors")}
     rank = Rank(_WHOLE, [_WHOLE])
     if (directory / _INDEX).exists():
@@ -88,7 +88,7 @@ def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[lis
         rank = Rank(_INDEX, sorted(set(index.values())), index)
     problems += [f"{name}: missing" for name in rank.files if name not in found]
     problems += [f"{name}: stale, not part of this model" for name in found - set(rank.files)]
-    return [[rank]]
+    return [[rank]] if found.issuperset(rank.files) else []
 
 
 def _read_modelopt(

@@ -80,7 +80,7 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
 
 
 def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[list[Rank]]:
-    """The rank files of each stage; problems with those that are missing or too many."""
+    """The rank files of each stage, if none is missing; problems with those that are, or too many."""
     model = export.model
     wanted = [f"rank{rank}.safetensors" for rank in range(model.tp * model.pp)]
     found = {file.name for file in directory.glob("*.safetensors")}
@@ -89,6 +89,8 @@ def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[lis
     is_mixed = model.raw["quantization"]["quant_algo"] == "MIXED_PRECISION"
     if (directory / _MIXED).exists() and not is_mixed:
         problems.append(f"{_MIXED}: stale, quant_algo is not MIXED_PRECISION")
+    if not found.issuperset(wanted):
+        return []
     ranks = [Rank(name, [name]) for name in wanted]
     return [ranks[stage * model.tp :][: model.tp] for stage in range(model.pp)]
 

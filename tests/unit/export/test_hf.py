@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from mqat.export.export import export_hf
 from mqat.quant.algorithm import named_scheme
-from mqat.verify.verify import verify_hf
+from mqat.verify.verify import verify_export
 from tests.unit.export.checkpoints import (
     BIASED,
     QWEN2,
@@ -122,7 +122,7 @@ def test_other_families_compute_the_same_in_transformers(model, algorithm, tmp_p
         found = served(TOKENS).logits
     expected = transformers_logits(model, layers, TOKENS)
     assert torch.equal(found, expected)
-    report = verify_hf(
+    report = verify_export(
         tmp_path / "out", reference=checkpoint, tokens=TOKENS, reference_logits=expected
     )
     assert report.problems == [] and report.mean_kl < 1e-3  # FP8 codes flip

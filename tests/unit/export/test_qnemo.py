@@ -7,8 +7,9 @@ import tarfile
 
 import pytest
 
+from mqat.checkpoints.archive import unpacked
 from mqat.export.export import export_trtllm
-from mqat.verify.verify import unpacked, verify_export
+from mqat.verify.verify import verify_export
 from tests.unit.export.checkpoints import describe
 from tests.unit.export.test_export import contents
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mqat.verify.storage import int4_codes
-from mqat.verify.verify import verify_trtllm
+from mqat.verify.verify import verify_export
 from tests.unit.verify.exports import rewrite
 
 QKV = "transformer.layers.1.attention.qkv"
@@ -14,7 +14,7 @@ PROJ = "transformer.layers.1.mlp.proj"
 
 
 def found(directory, *parts):
-    problems = verify_trtllm(directory).problems
+    problems = verify_export(directory).problems
     assert any(all(part in problem for part in parts) for problem in problems), problems
 
 
@@ -133,7 +133,7 @@ def test_scales_of_copied_heads_that_differ(algorithm, broken):
 
 
 def test_query_heads_of_neighbouring_ranks_may_differ(exported):
-    assert verify_trtllm(exported("int8", tp=4)).ok  # control for the two tests above
+    assert verify_export(exported("int8", tp=4)).ok  # control for the two tests above
 
 
 @pytest.mark.parametrize("algorithm", ["int8", "fp8"])
@@ -145,7 +145,7 @@ def test_codes_that_stay_far_below_the_largest(algorithm, broken):
         tensors[f"{PROJ}.weight"] = (codes.float() / 8).to(codes.dtype)
 
     rewrite(directory, 0, shrink)
-    assert verify_trtllm(directory).ok  # an outlier may sit on the other rank
+    assert verify_export(directory).ok  # an outlier may sit on the other rank
     rewrite(directory, 1, shrink)
     found(directory, f"{PROJ}.weight uses codes up to")
 
@@ -153,7 +153,7 @@ def test_codes_that_stay_far_below_the_largest(algorithm, broken):
 def test_an_all_zero_weight_is_not_a_problem(broken):
     directory = broken("int8")
     rewrite(directory, 0, lambda tensors: tensors[f"{PROJ}.weight"].zero_())
-    assert verify_trtllm(directory).ok
+    assert verify_export(directory).ok
 
 
 def test_int4_codes_by_hand():

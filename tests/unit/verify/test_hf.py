@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mqat.export.export import export_hf
-from mqat.verify.verify import verify_hf
+from mqat.verify.verify import verify_export
 from tests.unit.export.checkpoints import TINY, UNTIED, all_layers, tensors_of, write_checkpoint
 from tests.unit.export.test_hf import mixture
 from tests.unit.verify.test_reader import TOKENS, replace, transformers_logits
@@ -57,7 +57,9 @@ def rewrite(directory, change):
 def test_a_clean_directory_passes_and_computes_the_trained_logits(case):
     layers, checkpoint, directory = case
     expected = transformers_logits(UNTIED, layers, TOKENS)
-    report = verify_hf(directory, reference=checkpoint, tokens=TOKENS, reference_logits=expected)
+    report = verify_export(
+        directory, reference=checkpoint, tokens=TOKENS, reference_logits=expected
+    )
     assert report.problems == [] and report.compared_with_checkpoint
     assert report.max_abs_difference < 1e-4 and report.num_files > 1
     if layers:  # control: the unquantized model computes something else
@@ -78,11 +80,11 @@ def test_one_flipped_bit_in_any_kind_of_tensor_is_named(case, copy):
             bits[bits.numel() // 2 & ~7] ^= 1
 
         rewrite(copy, flip)
-        problems = verify_hf(copy, reference=checkpoint).problems
+        problems = verify_export(copy, reference=checkpoint).problems
         assert any(name in problem for problem in problems), (name, problems)
         for file, data in originals.items():
             file.write_bytes(data)
-    assert verify_hf(copy, reference=checkpoint).ok  # control: it was the bit
+    assert verify_export(copy, reference=checkpoint).ok  # control: it was the bit
 
 
 def weight_of(tensors, module):
@@ -201,7 +203,7 @@ def test_every_corruption_is_named(case, copy):
         rewrite(copy, lambda tensors, c=corruption, named=named: named.append(c(tensors)))
         if named[0] is not None:
             applied.append(label)
-            problems = verify_hf(copy, reference=checkpoint).problems
+            problems = verify_export(copy, reference=checkpoint).problems
             assert any(named[0] in problem for problem in problems), (label, named, problems)
         for file, data in originals.items():
             file.write_bytes(data)
@@ -215,7 +217,7 @@ def test_files_and_index_that_do_not_fit(case, copy):
     saved = index.read_text()
 
     def problems():
-        return verify_hf(copy, reference=checkpoint).problems
+        return verify_export(copy, reference=checkpoint).problems
 
     (copy / "model.safetensors").write_bytes(b"old")
     assert "model.safetensors: stale, not part of this model" in problems()
@@ -237,7 +239,7 @@ def test_files_and_index_that_do_not_fit(case, copy):
     index.write_text("{")
     assert any(p.startswith("model.safetensors.index.json: unusable") for p in problems())
     index.write_text(saved)
-    assert verify_hf(copy, reference=checkpoint).ok
+    assert verify_export(copy, reference=checkpoint).ok
 
 
 @pytest.mark.parametrize(
@@ -282,7 +284,7 @@ def test_a_wrong_config_is_named(path, value, message, tiny, tmp_path):
         target = target[parent]
     target[key] = value
     file.write_text(json.dumps(config))
-    problems = verify_hf(tmp_path / "out", reference=tiny("int4")).problems
+    problems = verify_export(tmp_path / "out", reference=tiny("int4")).problems
     assert any(message in problem for problem in problems), problems
 
 
@@ -297,16 +299,16 @@ def test_scales_recomputed_from_the_trained_weights_are_found(tmp_path, tiny):
         state[f"quantizers.{name}.weight_scale"] = compute_scale(amax, scheme.weight.format)
     other = write_checkpoint(tmp_path / "c", TINY, all_layers("int8"), tensors=state)
     export_hf(other, tmp_path / "out")
-    problems = verify_hf(tmp_path / "out", reference=tiny("int8")).problems
+    problems = verify_export(tmp_path / "out", reference=tiny("int8")).problems
     assert any("q_proj.weight_scale is not the frozen scale" in p for p in problems)
 
 
 def test_the_export_of_another_checkpoint_is_a_problem_not_a_crash(tiny, tmp_path):
     export_hf(tiny("int8"), tmp_path / "out")
     for algorithm in ("null", "int4", "fp8"):
-        assert not verify_hf(tmp_path / "out", reference=tiny(algorithm)).ok
+        assert not verify_export(tmp_path / "out", reference=tiny(algorithm)).ok
     other = write_checkpoint(tmp_path / "other", replace(TINY, num_layers=2), {})
-    assert not verify_hf(tmp_path / "out", reference=other).ok
+    assert not verify_export(tmp_path / "out", reference=other).ok
 
 
 @pytest.mark.parametrize("style", ["compressed-tensors", "modelopt"])
@@ -319,13 +321,13 @@ def test_fused_parts_with_one_scale_are_judged_together(style, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", UNTIED, layers, tensors=state)
     out = tmp_path / "out"
     export_hf(checkpoint, out, style=style)
-    assert verify_hf(out, reference=checkpoint).problems == []
+    assert verify_export(out, reference=checkpoint).problems == []
     for part in "qk":  # control: what none of them reaches is too large a scale for all
 
         def shrink(tensors, name=f"{LAYER}self_attn.{part}_proj.weight"):
             tensors[name] = (tensors[name].float() / 8).to(torch.float8_e4m3fn)
 
-        assert verify_hf(out).ok
+        assert verify_export(out).ok
         rewrite(out, shrink)
-    (problem,) = verify_hf(out).problems
+    (problem,) = verify_export(out).problems
     assert "q_proj.weight" in problem and "v_proj.weight together use codes up to" in problem

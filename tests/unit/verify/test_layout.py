@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mqat.verify.formats.trtllm import read_config
-from mqat.verify.verify import verify_trtllm
+from mqat.verify.verify import verify_export
 
 
 def edited(directory, path, value):
@@ -82,13 +82,13 @@ def test_a_wrong_config_is_named(broken, path, value, message):
     directory = broken("int4", tp=2, pp=2)
     edited(directory, path, value)
     assert any(message in problem for problem in problems(directory)), problems(directory)
-    assert not verify_trtllm(directory).ok
+    assert not verify_export(directory).ok
 
 
 def test_biases_that_a_config_announces_must_be_there(broken):
     directory = broken("int4", tp=2)
     edited(directory, "attn_bias", True)
-    missing = verify_trtllm(directory).problems
+    missing = verify_export(directory).problems
     assert "rank1.safetensors: transformer.layers.3.attention.dense.bias is missing" in missing
     assert len(missing) == 2 * 2 * 4
 
@@ -104,11 +104,11 @@ def test_a_config_that_is_not_an_object_is_one_problem(broken, content):
 def test_a_missing_config_or_directory_is_a_problem(broken, tmp_path):
     directory = broken("null")
     (directory / "config.json").unlink()
-    assert "config.json: unreadable" in verify_trtllm(directory).problems[0]
-    assert "no such directory" in verify_trtllm(tmp_path / "nowhere").problems[0]
+    assert "config.json: unreadable" in verify_export(directory).problems[0]
+    assert "no such directory" in verify_export(tmp_path / "nowhere").problems[0]
 
 
 def test_no_exclusion_list_means_the_loaders_own(broken):
     directory = broken("int8")
     edited(directory, "quantization.exclude_modules", None)
-    assert verify_trtllm(directory).ok
+    assert verify_export(directory).ok

@@ -8,7 +8,7 @@ import torch
 
 from mqat.export.export import export_trtllm
 from mqat.quant.algorithm import named_scheme
-from mqat.verify.verify import verify_trtllm
+from mqat.verify.verify import verify_export
 from tests.unit.export.checkpoints import TINY, all_layers, write_checkpoint
 from tests.unit.verify.exports import rewrite
 from tests.unit.verify.test_reader import TOKENS, relative, served_logits, transformers_logits
@@ -47,7 +47,7 @@ def test_every_layout_equals_the_checkpoint_and_computes_the_trained_logits(
 ):
     out = tmp_path / "out"
     export_trtllm(checkpoint, out, tensor_parallel=tp, pipeline_parallel=pp, dtype="float32")
-    assert verify_trtllm(out, reference=checkpoint).problems == []
+    assert verify_export(out, reference=checkpoint).problems == []
     expected = transformers_logits(TINY, mixture(), TOKENS)
     assert relative(served_logits(out, TOKENS), expected) < 1e-2
     for algorithm in ("null", "int8", "int4"):  # control: other models differ
@@ -83,14 +83,14 @@ def edited(directory, change):
 def test_a_wrong_quant_cfg_is_named(change, message, checkpoint, exported, tmp_path):
     directory = shutil.copytree(exported, tmp_path / "copy")
     edited(directory, change)
-    problems = verify_trtllm(directory, reference=checkpoint).problems
+    problems = verify_export(directory, reference=checkpoint).problems
     assert any(message in problem for problem in problems), problems
 
 
 def test_a_missing_quant_cfg_is_named(exported, tmp_path):
     directory = shutil.copytree(exported, tmp_path / "copy")
     (directory / "quant_cfg.json").unlink()
-    assert "quant_cfg.json: unreadable" in verify_trtllm(directory).problems[0]
+    assert "quant_cfg.json: unreadable" in verify_export(directory).problems[0]
 
 
 @pytest.mark.parametrize("name", [f"{FC}.weight", f"{PROJ}.weights_scaling_factor",
@@ -102,5 +102,5 @@ def test_a_flipped_bit_is_named(name, checkpoint, exported, tmp_path):
         tensors[name].view(-1).view(torch.uint8)[100] ^= 1
 
     rewrite(directory, 0, flip)
-    problems = verify_trtllm(directory, reference=checkpoint).problems
+    problems = verify_export(directory, reference=checkpoint).problems
     assert any(name in problem for problem in problems), problems

@@ -21,7 +21,7 @@ from mqat.models.schemes import kv_cache_schemes
 from mqat.quant.quantizer import Quantizer
 from mqat.verify.agreement import agreement
 from mqat.verify.storage import reload_w8a16
-from mqat.verify.verify import Report, compare_logits, open_export, verify_trtllm
+from mqat.verify.verify import Report, compare_logits, open_export, verify_export
 from tests.unit.export.checkpoints import (
     BIASED,
     QWEN2,
@@ -248,7 +248,7 @@ def test_other_families_and_biases(model, algorithm, tp, pp, tmp_path):
     # More sums than without biases, and so more INT8 codes that flip.
     limit = 2 * TOLERANCE[algorithm]
     assert relative(served_logits(out, TOKENS), expected) < limit
-    assert verify_trtllm(out, reference=checkpoint).problems == []
+    assert verify_export(out, reference=checkpoint).problems == []
     if model.biases:  # control: they matter
         rewrite(out, 0, lambda tensors: [t.zero_() for n, t in tensors.items() if "bias" in n])
         assert relative(served_logits(out, TOKENS), expected) > 3 * limit
@@ -271,10 +271,10 @@ def test_gross_damage_shows_in_the_logits_alone(algorithm, broken):
             tensors[name], tensors[other] = tensors[other], tensors[name]
 
     reference = served_logits(directory, TOKENS)
-    report = verify_trtllm(directory, tokens=TOKENS, reference_logits=reference)
+    report = verify_export(directory, tokens=TOKENS, reference_logits=reference)
     assert report.ok and report.mean_kl == 0 and report.top1_agreement == 1
     rewrite(directory, 0, swap_gate_and_up)
-    report = verify_trtllm(directory, tokens=TOKENS, reference_logits=reference)
+    report = verify_export(directory, tokens=TOKENS, reference_logits=reference)
     assert any("logits differ from the training model's" in p for p in report.problems)
 
 
@@ -308,19 +308,19 @@ def test_logits_that_are_not_numbers_are_a_problem(broken):
         tensors["lm_head.weight"].fill_(3e38)
 
     rewrite(directory, 0, overflow)
-    report = verify_trtllm(directory, tokens=TOKENS)
+    report = verify_export(directory, tokens=TOKENS)
     assert report.problems == ["logits hold NaN or infinity"]
 
 
 @pytest.mark.parametrize("token", [-1, TINY.vocab_size])
 def test_tokens_outside_the_vocabulary_are_an_error(token, exported):
     with pytest.raises(ValueError, match="vocab_size=301; tokenize the text with"):
-        verify_trtllm(exported("null"), tokens=torch.tensor([[token]]))
+        verify_export(exported("null"), tokens=torch.tensor([[token]]))
 
 
 def test_reference_logits_of_another_vocabulary_are_an_error(exported):
     with pytest.raises(ValueError, match=r"reference logits have shape \(2, 40, 304\)"):
-        verify_trtllm(exported("null"), tokens=TOKENS, reference_logits=torch.zeros(2, 40, 304))
+        verify_export(exported("null"), tokens=TOKENS, reference_logits=torch.zeros(2, 40, 304))
 
 
 @pytest.mark.parametrize(("noisy", "is_ok"), [(0.0, False), (0.1, False), (1.0, True)])

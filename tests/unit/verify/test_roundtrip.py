@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mqat.export.export import export_trtllm
 from mqat.quant.algorithm import named_scheme
 from mqat.quant.functional import compute_amax, compute_scale
-from mqat.verify.verify import verify_trtllm
+from mqat.verify.verify import verify_export
 from tests.unit.export.checkpoints import (
     EXPORTABLE,
     TINY,
@@ -29,7 +29,7 @@ LAYER = "transformer.layers.1."
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("algorithm", EXPORTABLE)
 def test_every_export_equals_its_checkpoint(algorithm, tp, pp, tiny, exported):
-    report = verify_trtllm(exported(algorithm, tp, pp), reference=tiny(algorithm))
+    report = verify_export(exported(algorithm, tp, pp), reference=tiny(algorithm))
     assert report.problems == []
     assert report.compared_with_checkpoint and report.num_files == tp * pp
 
@@ -38,7 +38,7 @@ def test_every_export_equals_its_checkpoint(algorithm, tp, pp, tiny, exported):
 @pytest.mark.parametrize("algorithm", EXPORTABLE)
 def test_in_every_dtype(algorithm, dtype, tiny, exported):
     directory = exported(algorithm, dtype=dtype)
-    assert verify_trtllm(directory, reference=tiny(algorithm)).problems == []
+    assert verify_export(directory, reference=tiny(algorithm)).problems == []
 
 
 @pytest.mark.filterwarnings("ignore:W8A16 checkpoints hold unquantized weights")
@@ -54,7 +54,7 @@ def test_bfloat16_checkpoints_untied_heads_and_unquantized_layers(algorithm, tmp
             checkpoint, out, tensor_parallel=2, pipeline_parallel=2, dtype=dtype,
             allow_requantization=True,
         )  # fmt: skip
-        assert verify_trtllm(out, reference=checkpoint).problems == []
+        assert verify_export(out, reference=checkpoint).problems == []
 
 
 def flip(tensor):
@@ -72,10 +72,10 @@ def test_one_flipped_bit_in_any_tensor_is_found_and_named(algorithm, tiny, expor
     original = (directory / "rank0.safetensors").read_bytes()
     for name in kinds:
         rewrite(directory, 0, lambda tensors, name=name: flip(tensors[name]))
-        problems = verify_trtllm(directory, reference=tiny(algorithm)).problems
+        problems = verify_export(directory, reference=tiny(algorithm)).problems
         assert any(name in problem for problem in problems), (name, problems)
         (directory / "rank0.safetensors").write_bytes(original)
-    assert verify_trtllm(directory, reference=tiny(algorithm)).ok  # control: it was the bit
+    assert verify_export(directory, reference=tiny(algorithm)).ok  # control: it was the bit
 
 
 def swap(first, second):
@@ -173,7 +173,7 @@ FACTOR, STEP = "weights_scaling_factor", "activation_scaling_factor"
 def test_swapped_shifted_and_mis_scaled_tensors_are_named(algorithm, change, named, broken, tiny):
     directory = broken(algorithm)
     rewrite(directory, 0, change)
-    report = verify_trtllm(directory, reference=tiny(algorithm))
+    report = verify_export(directory, reference=tiny(algorithm))
     assert any(named in problem for problem in report.problems), report.problems
 
 
@@ -183,7 +183,7 @@ def test_swapped_rank_files_are_found(broken, tiny):
     first.rename(directory / "x")
     second.rename(first)
     (directory / "x").rename(second)
-    assert not verify_trtllm(directory, reference=tiny("int8")).ok
+    assert not verify_export(directory, reference=tiny("int8")).ok
 
 
 def test_swapped_stages_are_found(broken, tiny):
@@ -198,7 +198,7 @@ def test_swapped_stages_are_found(broken, tiny):
 
     rewrite(directory, 0, layers_from(files[1]))
     rewrite(directory, 1, layers_from(files[0]))
-    problems = verify_trtllm(directory, reference=tiny("fp8")).problems
+    problems = verify_export(directory, reference=tiny("fp8")).problems
     assert any(p.startswith("stage 0: transformer.layers.0.attention.qkv") for p in problems)
 
 
@@ -216,16 +216,16 @@ def test_a_config_of_another_model_is_named(key, value, broken, tiny):
     directory = broken("null")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {key: value}))
-    (problem,) = verify_trtllm(directory, reference=tiny("null")).problems
+    (problem,) = verify_export(directory, reference=tiny("null")).problems
     assert f"{key}=" in problem and "but the checkpoint has" in problem
 
 
 def test_the_export_of_another_checkpoint_is_a_problem_not_a_crash(exported, tiny, tmp_path):
     for algorithm in ("null", "int4", "fp8"):
-        assert not verify_trtllm(exported("int8"), reference=tiny(algorithm)).ok
+        assert not verify_export(exported("int8"), reference=tiny(algorithm)).ok
     shorter = replace(TINY, num_layers=2)
     other = write_checkpoint(tmp_path / "other", shorter, {})
-    assert not verify_trtllm(exported("null"), reference=other).ok
+    assert not verify_export(exported("null"), reference=other).ok
 
 
 def test_a_layer_quantized_in_only_one_of_the_two_is_named(exported, tmp_path):
@@ -234,7 +234,7 @@ def test_a_layer_quantized_in_only_one_of_the_two_is_named(exported, tmp_path):
     kept = {key: t for key, t in state.items() if not key.startswith(f"quantizers.{name}.")}
     del layers[name]
     checkpoint = write_checkpoint(tmp_path / "checkpoint", TINY, layers, tensors=kept)
-    problems = verify_trtllm(exported("int8"), reference=checkpoint).problems
+    problems = verify_export(exported("int8"), reference=checkpoint).problems
     assert problems == [f"stage 0: {PROJ}: quantized in only one of checkpoint and export"]
 
 
@@ -249,5 +249,5 @@ def test_scales_recomputed_from_the_trained_weights_are_found(tmp_path, tiny):
         state[f"quantizers.{name}.weight_scale"] = compute_scale(amax, scheme.format)
     recomputed = write_checkpoint(tmp_path / "recomputed", TINY, all_layers("int8"), tensors=state)
     export_trtllm(recomputed, tmp_path / "out", tensor_parallel=1)
-    problems = verify_trtllm(tmp_path / "out", reference=tiny("int8")).problems
+    problems = verify_export(tmp_path / "out", reference=tiny("int8")).problems
     assert any("qkv.weights_scaling_factor is not the frozen scale" in p for p in problems)

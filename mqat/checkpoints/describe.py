@@ -1,17 +1,13 @@
 """What a built Megatron model computes, as a description; where it differs from a given one is refused.
 
-Exports and `mqat verify` rebuild a model from its description, so that whatever it does not say would be
-lost without a sign. Every field of Megatron's configuration is therefore described, harmless, or at the
-value of a plain decoder; norms, activation and rotary frequencies are compared by what they compute; and
-every tensor of the state dict has a place.
+As `specs.config_check`, of which this takes the configuration's part. Norms, activation and rotary
+frequencies are compared by what they compute, and every tensor of the state dict has a place.
 
-Sources: Megatron-Core 0.16 `transformer/transformer_config.py`, `model_parallel_config.py`,
-`models/gpt/gpt_model.py`, `transformer/{attention,mlp}.py`.
+Sources: Megatron-Core 0.16 `models/gpt/gpt_model.py`, `transformer/{attention,mlp}.py`.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from torch import Tensor, nn
+from torch import Tensor
 
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES, DecoderConfig
@@ -31,57 +27,20 @@ from mqat.models.structure import (
     OUTPUT_LAYER,
     QUERY_NORM,
     Norm,
+    is_in_layer,
     is_table_key,
 )
 from mqat.parallel.layout import shard_count
+from mqat.parallel.quantized_module import unwrapped
+from mqat.specs.config_check import (
+    MEGATRON_ROPE,
+    SIZES,
+    config_differences,
+    is_silu,
+    is_softmax_scale,
+    refuse,
+)
 
-# What Megatron's RotaryEmbedding._apply_scaling hard-codes besides the factor.
-MEGATRON_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-# Fields whose value is not that of a plain decoder with RMSNorm and SwiGLU by default.
-_PLAIN = {"normalization": "RMSNorm", "gated_linear_unit": True}
-# Fields that change no result but its rounding, its random numbers or its speed; or that only count when
-# a switch is on which is not in this list (`num_moe_experts`, `fp8`, `fp4`, `mtp_num_layers`, ...).
-_HARMLESS_PREFIXES = (
-    "tensor_model_parallel", "pipeline_", "virtual_pipeline", "context_parallel", "expert_", "tp_",
-    "moe_", "fp8_", "fp4_", "first_last_layers_", "num_layers_at_", "num_layers_in_", "mamba_", "dsa_",
-    "linear_", "mtp_loss", "recompute_", "cuda_graph", "cpu_offloading", "_cpu_offloading", "init_",
-    "embedding_init", "output_layer_init", "inference_", "cross_entropy", "batch_", "overlap_",
-    "cp_comm", "account_for_", "microbatch_group", "wgrad_", "autocast_", "qk_clip", "kitchen_",
-)  # fmt: skip
-_HARMLESS = {
-    "sequence_parallel", "hierarchical_context_parallel_sizes", "max_seqlen_per_dp_cp_rank",
-    "perform_initialization", "use_cpu_initialization", "fp16", "bf16", "params_dtype", "timers",
-    "finalize_model_grads_func", "grad_scale_func", "no_sync_func", "grad_sync_func", "param_sync_func",
-    "deterministic_mode", "enable_autocast", "num_microbatches_with_partial_activation_checkpoints",
-    "gradient_accumulation_fusion", "async_tensor_model_parallel_allreduce", "use_te_rng_tracker",
-    "delay_wgrad_compute", "variable_seq_lengths", "use_ring_exchange_p2p",
-    "deallocate_pipeline_outputs",
-    "defer_embedding_wgrad_compute", "barrier_with_L1_time", "attention_backend", "hidden_dropout",
-    "attention_dropout", "fp32_residual_connection", "activation_func_fp8_input_store",
-    "log_max_attention_logit", "test_mode", "calculate_per_token_loss", "attention_softmax_in_fp32",
-    "apply_query_key_layer_scaling", "disable_bf16_reduced_precision_matmul", "bias_activation_fusion",
-    "masked_softmax_fusion", "persist_layer_norm", "memory_efficient_layer_norm", "bias_dropout_fusion",
-    "apply_rope_fusion", "fused_single_qkv_rope", "distribute_saved_activations",
-    "window_attn_skip_freq", "enable_cuda_graph", "external_cuda_graph",
-    "clone_scatter_output_in_embedding",
-    "disable_parameter_transpose_cache", "config_logger_dir", "flash_decode", "use_te_activation_func",
-    "symmetric_ar_type", "use_mamba_mem_eff_path", "mlp_chunks_for_prefill", "transformer_impl",
-    "fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size",
-    "add_bias_linear", "add_qkv_bias",  # the biases themselves are compared
-    "max_position_embeddings",  # a longest sequence, under rotary embeddings
-}  # fmt: skip
-
-
-# Of a description -> of Megatron's configuration.
-_SIZES = {
-    "hidden_size": "hidden_size", "intermediate_size": "ffn_hidden_size", "num_layers": "num_layers",
-    "num_attention_heads": "num_attention_heads", "num_query_groups": "num_query_groups",
-    "head_dim": "kv_channels", "rms_norm_eps": "layernorm_epsilon",
-}  # fmt: skip
 _HEAD_NORMS = (QUERY_NORM, KEY_NORM)
 
 
@@ -106,36 +65,21 @@ def describe_model(model: Any) -> DecoderConfig:
         "rope_scaling": _rope_scaling(chunk, base),
         "max_position_embeddings": int(chunk.max_sequence_length),
         "tie_word_embeddings": bool(chunk.share_embeddings_and_output_weights),
-    } | {name: getattr(config, field) for name, field in _SIZES.items()}
+    } | {name: getattr(config, field) for name, field in SIZES.items()}
     for family in FAMILIES.values():
         names = [linear.name for linear in family.linears]
         biases = tuple(
             n for n in names if any(_at(layer, f"{n}.bias") is not None for layer in layers)
         )
-        if has_norms != (QUERY_NORM in family.norms):
+        if has_norms != (QUERY_NORM in family.norms) or not family.may_have(biases):
             continue
-        try:
-            described = DecoderConfig(**sizes, family=family.name, biases=biases)
-        except UserError:
-            continue
+        described = DecoderConfig(**sizes, family=family.name, biases=biases)
         check_description(model, described)
         return described
     raise UserError(
         f"model: no family has biases on {list(biases)} and {'' if has_norms else 'no '}norms of query "
         f"and key heads; known are {', '.join(FAMILIES)}."
     )
-
-
-def unwrapped(model: Any) -> list[Any]:
-    """GPTModels of this rank, out of a list of chunks, DDP and Float16Module."""
-    chunks = []
-    for chunk in model if isinstance(model, list | tuple | nn.ModuleList) else [model]:
-        while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
-            chunk = chunk.module
-        if not hasattr(chunk, "decoder"):
-            raise UserError(f"model: {type(chunk).__name__} is not a Megatron GPTModel.")
-        chunks.append(chunk)
-    return chunks
 
 
 def check_description(model: Any, described: DecoderConfig) -> None:
@@ -149,61 +93,9 @@ def check_description(model: Any, described: DecoderConfig) -> None:
         UserError: Names the field, argument, module or tensor with both values.
     """
     for chunk in unwrapped(model):
-        _refuse(
+        refuse(
             [*config_differences(chunk.config, described), *_chunk_differences(chunk, described)]
         )
-
-
-def check_config(config: Any, described: DecoderConfig) -> None:
-    """The same for Megatron's configuration alone, before a model is built; UserError."""
-    _refuse(list(config_differences(config, described)))
-
-
-def _refuse(found: Sequence[str]) -> None:
-    if found:
-        raise UserError(
-            f"model: {'; '.join(found[:5])}. Checkpoint, export and mqat verify know the model by its "
-            "description and would compute something else: derive it with mqat.describe_model, or build "
-            "the model as described."
-        )
-
-
-def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
-    """Fields of a `TransformerConfig` that the description does not account for."""
-    wanted = {field: getattr(described, name) for name, field in _SIZES.items()} | _PLAIN
-    wanted["qk_layernorm"] = QUERY_NORM in described.norms
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if name == "activation_func":
-            if not _is_silu(value):
-                yield f"activation_func={getattr(value, '__name__', value)}, must be silu (SwiGLU)"
-        elif name == "softmax_scale":
-            if not _is_softmax_scale(value, described):
-                yield f"softmax_scale={value}, must be None or 1/sqrt({described.head_dim})"
-        elif name in wanted:
-            if value != wanted[name]:
-                yield f"{name}={value}, but it is described with {wanted[name]}"
-        elif name == "rotary_base":
-            if value != described.rope_theta:
-                yield f"rotary_base={value}, but it is described with {described.rope_theta}"
-        elif name not in _HARMLESS and not name.startswith(_HARMLESS_PREFIXES):
-            plain = field.default
-            if field.default_factory is not MISSING:
-                plain = field.default_factory()
-            if value != plain:
-                yield f"{name}={value}, must be {plain}"
-
-
-def _is_softmax_scale(value: float | None, described: DecoderConfig) -> bool:
-    return value is None or math.isclose(value, described.head_dim**-0.5, rel_tol=1e-6)
-
-
-def _is_silu(function: Any) -> bool:
-    x = torch.linspace(-4, 4, 16)
-    try:
-        return torch.allclose(function(x), F.silu(x), atol=1e-5)
-    except (TypeError, ValueError, RuntimeError):
-        return False
 
 
 def _chunk_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
@@ -252,7 +144,8 @@ def _rope_scaling(chunk: Any, base: float) -> dict[str, Any] | None:
     slowest = float(chunk.rotary_pos_emb.inv_freq[-1])
     plain = base ** -(1 - 2 / chunk.config.kv_channels)
     turns = MEGATRON_ROPE["original_max_position_embeddings"] * plain / (2 * math.pi)
-    smooth = min(max((turns - 1) / 3, 0.0), 1.0)
+    low, high = MEGATRON_ROPE["low_freq_factor"], MEGATRON_ROPE["high_freq_factor"]
+    smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
     factor = 8.0 if smooth == 1 else (1 - smooth) / (slowest / plain - smooth)
     return {"rope_type": "llama3", "factor": round(factor, 4)} | MEGATRON_ROPE
 
@@ -284,7 +177,7 @@ def _at(owner: Any, name: str) -> Any:
 
 def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
     where = f"layer {layer.layer_number - 1}"
-    for norm in {*described.norms, *_HEAD_NORMS}:
+    for norm in dict.fromkeys((*described.norms, *_HEAD_NORMS)):
         if norm not in described.norms and _at(layer, norm.name) is not None:
             yield f"{where}: {norm.name} (q/k norm), which a {described.family} does not have"
         elif norm in described.norms:
@@ -294,7 +187,7 @@ def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
         yield f"{where}: attn_mask_type={attention.attn_mask_type}, must be causal"
     core = _at(layer, CORE_ATTENTION.name)
     scale = getattr(getattr(core, "attention", core), "softmax_scale", None)
-    if not _is_softmax_scale(scale, described) and not layer.config.apply_query_key_layer_scaling:
+    if not is_softmax_scale(scale, described) and not layer.config.apply_query_key_layer_scaling:
         yield f"{where}: softmax_scale={scale}, must be 1/sqrt({described.head_dim})"
     if layer.config.use_te_activation_func and activation is not None:
         device = next(layer.parameters()).device
@@ -302,7 +195,7 @@ def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
         gate, up = x.float().chunk(2)
         if not torch.allclose(activation(x).float(), F.silu(gate) * up, rtol=0.05, atol=0.05):
             yield f"{where}: mlp.activation_func does not compute SwiGLU"
-    elif not _is_silu(activation):
+    elif not is_silu(activation):
         yield f"{where}: mlp.activation_func={getattr(activation, '__name__', activation)}, must be silu"
 
 
@@ -337,7 +230,7 @@ def _state_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
         elif shape != place and not (is_padded and shape[0] >= place[0]):
             yield f"tensor {key} is {shape}, described as {place}"
         found.add(key)
-    expected = {key for key in places if ".layers." in key and len(chunk.decoder.layers)}
+    expected = {key for key in places if is_in_layer(key) and len(chunk.decoder.layers)}
     expected |= {EMBEDDING.key} if chunk.pre_process else set()
     if chunk.post_process:
         expected |= {FINAL_NORM.key} | ({OUTPUT_LAYER.key} & places.keys())

@@ -71,7 +71,7 @@ def own_model(config=None, qk_layernorm=False, **arguments):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_description_of_a_built_model_is_the_one_it_was_built_from(name, world):
-    from mqat.specs.describe import describe_model
+    from mqat.checkpoints.describe import describe_model
 
     found = describe_model([built(MODELS[name])])
     assert found == MODELS[name]
@@ -143,7 +143,7 @@ def test_a_model_that_its_description_does_not_say_is_not_saved(name, world, tmp
     "name", ["GeGLU", "LayerNorm beside RMSNorm", "half rotated", "not causal"]
 )
 def test_what_no_description_says_is_not_described(name, world):
-    from mqat.specs.describe import describe_model
+    from mqat.checkpoints.describe import describe_model
 
     arguments, change, message = OWN[name]
     model = own_model(**arguments)
@@ -155,7 +155,7 @@ def test_what_no_description_says_is_not_described(name, world):
 
 def test_every_field_of_megatrons_configuration_is_described_harmless_or_plain(world):
     """Each field in turn at another value: what is not on the list of harmless ones is refused."""
-    from mqat.specs.describe import config_differences
+    from mqat.specs.config_check import config_differences
 
     config = built().config
     assert list(config_differences(config, MODEL)) == []

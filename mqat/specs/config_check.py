@@ -1,0 +1,127 @@
+"""Where Megatron's configuration asks for something else than a model's description says.
+
+Exports and `mqat verify` rebuild a model from its description, so that whatever it does not say would be
+lost without a sign. Every field of the configuration is therefore described, harmless, or at the value
+of a plain decoder. `checkpoints.describe` does the same for a model that is built.
+
+Sources: Megatron-Core 0.16 `transformer/transformer_config.py`, `model_parallel_config.py`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from mqat.errors import UserError
+from mqat.models.decoder import DecoderConfig
+from mqat.models.structure import QUERY_NORM
+
+# What Megatron's RotaryEmbedding._apply_scaling hard-codes besides the factor.
+MEGATRON_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# Fields whose value is not that of a plain decoder with RMSNorm and SwiGLU by default.
+_PLAIN = {"normalization": "RMSNorm", "gated_linear_unit": True}
+# Fields that change no result but its rounding, its random numbers or its speed; or that only count when
+# a switch is on which is not in this list (`num_moe_experts`, `fp8`, `fp4`, `mtp_num_layers`, ...).
+_HARMLESS_PREFIXES = (
+    "tensor_model_parallel", "pipeline_", "virtual_pipeline", "context_parallel", "expert_", "tp_",
+    "moe_", "fp8_", "fp4_", "first_last_layers_", "num_layers_at_", "num_layers_in_", "mamba_", "dsa_",
+    "linear_", "mtp_loss", "recompute_", "cuda_graph", "cpu_offloading", "_cpu_offloading", "init_",
+    "embedding_init", "output_layer_init", "inference_", "cross_entropy", "batch_", "overlap_",
+    "cp_comm", "account_for_", "microbatch_group", "wgrad_", "autocast_", "qk_clip", "kitchen_",
+)  # fmt: skip
+_HARMLESS = {
+    "sequence_parallel", "hierarchical_context_parallel_sizes", "max_seqlen_per_dp_cp_rank",
+    "perform_initialization", "use_cpu_initialization", "fp16", "bf16", "params_dtype", "timers",
+    "finalize_model_grads_func", "grad_scale_func", "no_sync_func", "grad_sync_func", "param_sync_func",
+    "deterministic_mode", "enable_autocast", "num_microbatches_with_partial_activation_checkpoints",
+    "gradient_accumulation_fusion", "async_tensor_model_parallel_allreduce", "use_te_rng_tracker",
+    "delay_wgrad_compute", "variable_seq_lengths", "use_ring_exchange_p2p",
+    "deallocate_pipeline_outputs",
+    "defer_embedding_wgrad_compute", "barrier_with_L1_time", "attention_backend", "hidden_dropout",
+    "attention_dropout", "fp32_residual_connection", "activation_func_fp8_input_store",
+    "log_max_attention_logit", "test_mode", "calculate_per_token_loss", "attention_softmax_in_fp32",
+    "apply_query_key_layer_scaling", "disable_bf16_reduced_precision_matmul", "bias_activation_fusion",
+    "masked_softmax_fusion", "persist_layer_norm", "memory_efficient_layer_norm", "bias_dropout_fusion",
+    "apply_rope_fusion", "fused_single_qkv_rope", "distribute_saved_activations",
+    "window_attn_skip_freq", "enable_cuda_graph", "external_cuda_graph",
+    "clone_scatter_output_in_embedding",
+    "disable_parameter_transpose_cache", "config_logger_dir", "flash_decode", "use_te_activation_func",
+    "symmetric_ar_type", "use_mamba_mem_eff_path", "mlp_chunks_for_prefill", "transformer_impl",
+    "fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size",
+    "add_bias_linear", "add_qkv_bias",  # the biases themselves are compared
+    "max_position_embeddings",  # a longest sequence, under rotary embeddings
+}  # fmt: skip
+
+
+# Of a description -> of Megatron's configuration.
+SIZES = {
+    "hidden_size": "hidden_size", "intermediate_size": "ffn_hidden_size", "num_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads", "num_query_groups": "num_query_groups",
+    "head_dim": "kv_channels", "rms_norm_eps": "layernorm_epsilon",
+}  # fmt: skip
+
+
+def check_config(config: Any, described: DecoderConfig) -> None:
+    """Refuses a configuration that computes something else than the description says.
+
+    Raises:
+        UserError: Names the fields with both values.
+    """
+    refuse(list(config_differences(config, described)))
+
+
+def refuse(found: Sequence[str]) -> None:
+    """Raises a UserError that lists differences, if there are any."""
+    if found:
+        raise UserError(
+            f"model: {'; '.join(found[:5])}. Checkpoint, export and mqat verify know the model by its "
+            "description and would compute something else: derive it with mqat.describe_model, or build "
+            "the model as described."
+        )
+
+
+def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
+    """Fields of a `TransformerConfig` that the description does not account for."""
+    wanted = {field: getattr(described, name) for name, field in SIZES.items()} | _PLAIN
+    wanted["qk_layernorm"] = QUERY_NORM in described.norms
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name == "activation_func":
+            if not is_silu(value):
+                yield f"activation_func={getattr(value, '__name__', value)}, must be silu (SwiGLU)"
+        elif name == "softmax_scale":
+            if not is_softmax_scale(value, described):
+                yield f"softmax_scale={value}, must be None or 1/sqrt({described.head_dim})"
+        elif name in wanted:
+            if value != wanted[name]:
+                yield f"{name}={value}, but it is described with {wanted[name]}"
+        elif name == "rotary_base":
+            if value != described.rope_theta:
+                yield f"rotary_base={value}, but it is described with {described.rope_theta}"
+        elif name not in _HARMLESS and not name.startswith(_HARMLESS_PREFIXES):
+            plain = field.default
+            if field.default_factory is not MISSING:
+                plain = field.default_factory()
+            if value != plain:
+                yield f"{name}={value}, must be {plain}"
+
+
+def is_softmax_scale(value: float | None, described: DecoderConfig) -> bool:
+    """Whether scores are scaled by 1 / sqrt(head_dim); None: by default."""
+    return value is None or math.isclose(value, described.head_dim**-0.5, rel_tol=1e-6)
+
+
+def is_silu(function: Any) -> bool:
+    """Whether it computes SiLU, whatever its name."""
+    x = torch.linspace(-4, 4, 16)
+    try:
+        return torch.allclose(function(x), F.silu(x), atol=1e-5)
+    except (TypeError, ValueError, RuntimeError):
+        return False
