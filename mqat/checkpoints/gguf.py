@@ -105,7 +105,10 @@ class GgufCheckpoint:
         """Rows, and for matrices columns, of one tensor by its Hugging Face name, as float32."""
         from gguf.quants import dequantize
 
-        file, tensor = self._tensors[self._names[name]]
+        own = self._names.get(name, name)
+        if own not in self._tensors:
+            raise UserError(f"{self.path}: tensor {own!r} is missing.")
+        file, tensor = self._tensors[own]
         if cols is None:
             vector = dequantize(tensor.data, tensor.tensor_type)
             found = torch.from_numpy(np.array(vector[self._rows(name, len(vector))[rows]]))

@@ -77,7 +77,10 @@ def calibrated(world: None) -> Callable[..., list[Any]]:
     """
 
     def make(
-        algorithm: str, dtype: torch.dtype = torch.float32, recompute: str | None = None
+        algorithm: str,
+        dtype: torch.dtype = torch.float32,
+        recompute: str | None = None,
+        model: DecoderConfig = MODEL,
     ) -> list[Any]:
         from megatron.core import parallel_state
 
@@ -89,10 +92,10 @@ def calibrated(world: None) -> Callable[..., list[Any]]:
         from mqat.specs.model import build_model
         from mqat.training.optimizer import wrap_for_training
 
-        layers = Policy(algorithm, group_size=64).schemes(MODEL)
+        layers = Policy(algorithm, group_size=64).schemes(model)
         settings = ModelConfig(activations_checkpoint_granularity=recompute)
-        chunks = build_model(MODEL, settings, layers, dtype)
-        load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
+        chunks = build_model(model, settings, layers, dtype)
+        load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
         chunks = wrap_for_training(chunks)
         if layers:
             group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)

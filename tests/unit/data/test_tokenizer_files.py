@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 
 from mqat.data.chat import chat_template
@@ -79,6 +80,34 @@ def test_files_travel_byte_for_byte(source: Path, tmp_path: Path) -> None:
     assert (
         files_of(tmp_path / "changed")["generation_config.json"] == before["generation_config.json"]
     )
+
+
+@pytest.mark.parametrize("added", [{}, {"added_tokens_decoder": {}}])
+def test_the_map_of_special_tokens_wins_where_transformers_lets_it(
+    source: Path, added: dict[str, Any]
+) -> None:
+    write_json(source / "special_tokens_map.json", {"eos_token": "e"})
+    write_json(source / "tokenizer_config.json", SETTINGS | added)
+    assert load_tokenizer(source).eos_token == ("<|end|>" if added else "e")
+    same = transformers.PreTrainedTokenizerFast.from_pretrained(source)
+    assert same.eos_token == ("<|end|>" if added else "e")
+
+
+def test_a_key_that_stands_twice_is_refused(source: Path) -> None:
+    (source / "tokenizer_config.json").write_text('{"eos_token": "<|end|>", "eos_token": "the"}')
+    with pytest.raises(ValueError, match="the key 'eos_token' is there twice"):
+        load_tokenizer(source)
+
+
+def test_generation_settings_of_the_working_directory_stay_there(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": 5})
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer(source)
+    tokenizer.chat_template = "changed, so that files are written anew"
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert "generation_config.json" not in files_of(tmp_path / "saved")
 
 
 def test_named_templates_are_read_as_transformers_reads_them(source: Path) -> None:
@@ -186,7 +215,7 @@ def gguf(path: Path, tokens: list[str], kinds: list[int], **fields: Any) -> Path
         elif isinstance(value, str):
             writer.add_string(name, value)
         else:
-            (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(name, value)
+            (writer.add_bool if isinstance(value, bool) else writer.add_int32)(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -261,7 +290,8 @@ def test_every_rule_loses_no_character(tmp_path: Path, pre: str) -> None:
         ({"ggml__pre": "qwen2", "ggml__new_rule": True}, r"'tokenizer\.ggml\.new_rule' is not hon"),
         ({"ggml__pre": "qwen2", "ggml__add_sep_token": True}, r"add_sep_token' is not honoured"),
         ({"ggml__pre": "qwen2", "ggml__model": "rwkv"}, r"ggml\.model='rwkv' is not read"),
-        ({"ggml__pre": "qwen2", "ggml__bos_token_id": 5000}, r"no usable tokenizer"),
+        ({"ggml__pre": "qwen2", "ggml__bos_token_id": 5000}, r"bos_token is 5000, no token of 260"),
+        ({"ggml__pre": "qwen2", "ggml__merges": "Ġ Ġ"}, r"merges' is missing or no array"),
     ],
 )
 def test_gguf_metadata_that_are_not_honoured_are_refused_by_name(
@@ -270,6 +300,12 @@ def test_gguf_metadata_that_are_not_honoured_are_refused_by_name(
     file = gguf(tmp_path / "a.gguf", NAMES, KINDS, **(BYTE_LEVEL | fields))
     with pytest.raises(ValueError, match=message):
         load_tokenizer(file)
+
+
+def test_minus_one_is_no_token_of_a_gguf_file(tmp_path: Path) -> None:
+    absent = {"ggml__pre": "qwen2", "ggml__padding_token_id": -1}
+    tokenizer = load_tokenizer(gguf(tmp_path / "a.gguf", NAMES, KINDS, **(BYTE_LEVEL | absent)))
+    assert tokenizer.pad_token is None and tokenizer.eos_token == "<e>"
 
 
 def test_gguf_pieces_are_tokenized_as_sentencepiece_does(tmp_path: Path) -> None:

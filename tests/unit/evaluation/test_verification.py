@@ -1,23 +1,26 @@
 """An export is judged beside the model it came from; a rebuilt model beside what training recorded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mqat.export.export import export_hf, export_trtllm
+from mqat.parallel.quantized_module import unwrapped
 from mqat.specs.policy import Policy
 from tests.unit.model_fixtures import MODEL
 
 TOKENS = torch.randint(0, 301, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
-def saved(chunks, algorithm, path, *, records=True):
+def saved(chunks, algorithm, path, *, records=True, model=MODEL):
     from mqat.checkpoints.dist_checkpoint import save_checkpoint
     from mqat.evaluation.verification import record_logits
 
-    layers = Policy(algorithm, group_size=64).schemes(MODEL)
-    recorded = record_logits(chunks) if records else None
+    layers = Policy(algorithm, group_size=64).schemes(model)
+    recorded = record_logits(chunks, model) if records else None
     save_checkpoint(
-        path, chunks, model=MODEL, layers=layers, algorithm=algorithm, recorded=recorded
+        path, chunks, model=model, layers=layers, algorithm=algorithm, recorded=recorded
     )
     return path
 
@@ -146,6 +149,69 @@ def test_a_checkpoint_without_recorded_logits_is_said_and_accepted(calibrated, t
         tmp_path / "out", checkpoint, chunks, TOKENS, "bfloat16", is_rebuilt=True
     )
     assert report.ok and "no logits were recorded" in report.headline()
+
+
+def test_dropout_of_a_training_loop_does_not_reach_what_is_recorded(calibrated):
+    from mqat.evaluation.verification import record_logits
+
+    chunks = calibrated("int8")
+    layers = [layer for chunk in unwrapped(chunks) for layer in chunk.decoder.layers]
+    for layer in layers:
+        layer.hidden_dropout = 0.5
+    chunks[0].train()
+    first, second = record_logits(chunks), record_logits(chunks)
+    assert torch.equal(first.logits, second.logits)
+    assert chunks[0].training and layers[0].hidden_dropout == 0.5
+
+
+def test_logits_of_another_vocabulary_are_not_saved_beside_a_model(calibrated, tmp_path):
+    from mqat.checkpoints.dist_checkpoint import save_checkpoint
+    from mqat.evaluation.verification import record_logits
+
+    chunks = calibrated("null")
+    assert unwrapped(chunks)[0].vocab_size > 301  # padded
+    recorded = record_logits(chunks, MODEL)
+    assert recorded.logits.shape[-1] == 301 and recorded.tokens.max() < 301
+    other = record_logits(chunks, replace(MODEL, vocab_size=300))
+    with pytest.raises(ValueError, match=r"logits are of 300 tokens, the model of 301"):
+        save_checkpoint(
+            tmp_path / "c", chunks, model=MODEL, layers={}, algorithm=None, recorded=other
+        )
+
+
+def test_a_fault_of_the_judge_is_raised_and_not_lost_in_a_hook(calibrated, tmp_path, monkeypatch):
+    from mqat.evaluation.verification import verify_with_model
+    from mqat.verify.layers import LayerComparison
+
+    chunks = calibrated("int8")
+    checkpoint = saved(chunks, "int8", tmp_path / "c")
+    export_trtllm(checkpoint, tmp_path / "out", tensor_parallel=1)
+
+    def fails(self, *args):
+        raise ZeroDivisionError("of the judge")
+
+    monkeypatch.setattr(LayerComparison, "__call__", fails)
+    with pytest.raises(ZeroDivisionError, match="of the judge"):
+        verify_with_model(
+            tmp_path / "out", checkpoint, chunks, TOKENS, "bfloat16", is_rebuilt=False
+        )
+
+
+@pytest.mark.parametrize("algorithm", ["null", "int8"])
+def test_biases_are_compared_as_they_are_served(algorithm, calibrated, tmp_path):
+    from mqat.evaluation.verification import verify_with_model
+
+    model = replace(MODEL, family="qwen2", biases=("self_attention.linear_qkv",))
+    chunks = calibrated(algorithm, model=model)
+    for name, parameter in unwrapped(chunks)[0].named_parameters():
+        if name.endswith("bias"):
+            parameter.data.uniform_(0.5, 3.0)  # far above the products, and no bfloat16 numbers
+    checkpoint = saved(chunks, algorithm, tmp_path / "c", model=model)
+    export_trtllm(checkpoint, tmp_path / "out", tensor_parallel=1)
+    report = verify_with_model(
+        tmp_path / "out", checkpoint, chunks, TOKENS, "bfloat16", is_rebuilt=False
+    )
+    assert report.problems == [] and report.worst_linear < 1e-5
 
 
 def test_nothing_is_recorded_while_a_schedule_has_quantizers_off(calibrated):
