@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
+from mqat.data.chat_words import CLOSE, OPEN, Leaf, Span, Words, searched, with_marks
 from mqat.data.messages import REASONING, Message, read_message
 from mqat.errors import UserError
 
@@ -24,12 +24,6 @@ _WITHOUT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}"
     "{% endfor %}"
 )
-# Planes 15 and 16 are for private use; the last two characters stand around what a template marks.
-_PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
-_OPEN, _CLOSE = "\U0010fffe", "\U0010ffff"
-# trim_blocks, which transformers sets, removes the line end.
-_MARKING = f"{{% macro mqat_answer() %}}{_OPEN}{{{{ caller() }}}}{_CLOSE}{{% endmacro %}}\n"
-Span = tuple[int, int]
 
 
 def chat_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str | None:
@@ -51,174 +45,8 @@ def chat_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str | None:
     return template["default"]
 
 
-@lru_cache(maxsize=64)
-def _with_marks(template: str) -> str | None:
-    """The template whose `{% generation %}` blocks write `_OPEN` and `_CLOSE`; None: it has none.
-
-    Raises:
-        UserError: Not a Jinja template.
-    """
-    from jinja2 import Environment, TemplateError
-
-    names = {"generation": "call mqat_answer()", "endgeneration": "endcall"}
-    written, starts_block, has_marks = [_MARKING], False, False
-    try:
-        for _, kind, text in Environment(trim_blocks=True, lstrip_blocks=True).lex(template):
-            if starts_block and kind == "name" and text in names:
-                has_marks, text = True, names[text]
-            if kind != "whitespace":
-                starts_block = kind == "block_begin"
-            written.append(text)
-    except TemplateError as error:
-        raise UserError(f"the tokenizer's chat template is no template: {error}") from error
-    return "".join(written) if has_marks else None
-
-
-@lru_cache(maxsize=64)
-def _searched(template: str) -> re.Pattern[str]:
-    """Matches what a template may look for inside messages (`'</think>' in content`), or else a word."""
-    from jinja2 import Environment, nodes
-
-    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-        _with_marks(template) or template
-    )
-    looked_for = [test.expr for test in tree.find_all(nodes.Compare)]
-    looked_for += [argument for call in tree.find_all(nodes.Call) for argument in call.args]
-    constants = {node.value for node in looked_for if isinstance(node, nodes.Const)}
-    constants |= {
-        node.value for node in tree.find_all(nodes.Const) if re.search(r"[^\w\s]", str(node.value))
-    }
-    texts = [text for text in constants if isinstance(text, str) and text.strip()]
-    literals = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
-    return re.compile(rf"(?:{literals})|((?:(?!{literals})\w)+)" if literals else r"(\w+)")
-
-
 def _solid(text: str) -> str:
     return "".join(text.split())
-
-
-@dataclass
-class _Leaf:
-    """One text of a message, its words as private characters, and what stands before and after them."""
-
-    index: int
-    kind: str
-    text: str
-    codes: list[str] = field(default_factory=list)
-    head: str = ""
-    tail: str = ""
-
-
-class _Words:
-    """Replaces the words of messages by private characters and finds them again."""
-
-    def __init__(self, pattern: re.Pattern[str], taken: str) -> None:
-        used = set(_PRIVATE.findall(taken))
-        self._free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)
-        self._pattern = pattern
-        self.originals: dict[str, str] = {}
-        self.leaves: list[_Leaf] = []
-
-    def unused(self) -> str:
-        """A private character that stands for nothing yet."""
-        code = next(self._free, None)
-        if code is None:
-            raise UserError("a conversation of more than 131,000 words is too long; split it")
-        return code
-
-    def _code(self, leaf: _Leaf, word: str) -> str:
-        code = self.unused()
-        self.originals[code] = word
-        leaf.codes.append(code)
-        return code
-
-    def text(self, text: str, index: int, kind: str) -> str:
-        leaf = _Leaf(index, kind, text)
-        spans: list[Span] = []
-
-        def replace(match: re.Match[str]) -> str:
-            if match[1] is None:
-                return match[0]
-            spans.append(match.span())
-            return self._code(leaf, match[0])
-
-        marked = self._pattern.sub(replace, text)
-        if not spans and text.strip():
-            core = text.strip()
-            start = text.index(core)
-            spans.append((start, start + len(core)))
-            marked = text[:start] + self._code(leaf, core) + text[start + len(core) :]
-        if spans:
-            leaf.head, leaf.tail = text[: spans[0][0]], text[spans[-1][1] :]
-            self.leaves.append(leaf)
-        return marked
-
-    def value(self, value: Any, index: int, kind: str) -> Any:
-        """Every text inside a JSON value but the kind and the id of a call."""
-        if isinstance(value, str):
-            return self.text(value, index, kind)
-        if isinstance(value, list):
-            return [self.value(entry, index, kind) for entry in value]
-        if isinstance(value, dict):
-            return {
-                key: entry
-                if key in ("type", "id") and kind == "call"
-                else self.value(entry, index, kind)
-                for key, entry in value.items()
-            }
-        return value
-
-    def message(self, message: Message, index: int) -> Message:
-        marked = dict(message)
-        for key, value in message.items():
-            if key == "tool_calls":
-                marked[key] = self.value(value, index, "call")
-            elif (
-                key == "content"
-                or key in REASONING
-                or (key == "name" and message["role"] != "tool")
-            ):
-                marked[key] = self.text(value, index, key)
-        return marked
-
-    def tools(self, tools: Sequence[Any]) -> list[Any]:
-        """Only names: what else a template shows of a definition differs between models."""
-        marked = []
-        for tool in tools:
-            if isinstance(tool.get("function"), dict):
-                name = self.text(tool["function"]["name"], -1, "tool")
-                marked.append(tool | {"function": tool["function"] | {"name": name}})
-            else:
-                marked.append(tool | {"name": self.text(tool["name"], -1, "tool")})
-        return marked
-
-    def find(self, marked: str) -> tuple[str, dict[str, list[Span]], list[Span]]:
-        """The text without replacements, where each of them stands, and the template's own marks."""
-        pieces: list[str] = []
-        places: dict[str, list[Span]] = {}
-        marks: list[Span] = []
-        opened: list[int] = []
-        position = last = 0
-        for match in _PRIVATE.finditer(marked):
-            code = match[0]
-            if code not in self.originals and code not in (_OPEN, _CLOSE):
-                continue
-            pieces.append(marked[last : match.start()])
-            position += match.start() - last
-            last = match.end()
-            if code == _OPEN:
-                opened.append(position)
-            elif code == _CLOSE:
-                start = opened.pop() if opened else position
-                if not opened and position > start:
-                    marks.append((start, position))
-            else:
-                word = self.originals[code]
-                places.setdefault(code, []).append((position, position + len(word)))
-                pieces.append(word)
-                position += len(word)
-        pieces.append(marked[last:])
-        return "".join(pieces), places, marks
 
 
 class _Conversation:
@@ -231,12 +59,12 @@ class _Conversation:
         self.template = chat_template(tokenizer, tools) or _WITHOUT_TEMPLATE
         self.whole = self._render(self.messages)
         said = json.dumps([self.messages, list(tools)], ensure_ascii=False)
-        if _OPEN in said + self.whole or _CLOSE in said + self.whole:
+        if OPEN in said + self.whole or CLOSE in said + self.whole:
             raise UserError("U+10FFFE and U+10FFFF are no characters of a text")
-        self.words = _Words(_searched(self.template), said + self.whole)
+        self.words = Words(searched(self.template), said + self.whole)
         self.marked = [self.words.message(m, i) for i, m in enumerate(self.messages)]
         marked_tools = self.words.tools(tools)
-        source = _with_marks(self.template)
+        source = with_marks(self.template)
         text = self._render(self.marked, template=source, tools=marked_tools)
         found, self.places, self.marks = self.words.find(text)
         self.has_marks = source is not None
@@ -345,7 +173,7 @@ class _Conversation:
                 )
         return self._with_end(index, start, stop, calls=calls)
 
-    def _extend_left(self, leaf: _Leaf, start: int) -> int:
+    def _extend_left(self, leaf: Leaf, start: int) -> int:
         """`start`, moved before the signs and blanks that an answer begins with."""
         head = leaf.head
         reach = self.whole[max(0, start - 2 * len(head) - 64) : start]
@@ -354,7 +182,7 @@ class _Conversation:
             start -= len(reach) - found.start()
         return start - self._shown_blanks(leaf, left=True)
 
-    def _extend_right(self, leaf: _Leaf, stop: int) -> int:
+    def _extend_right(self, leaf: Leaf, stop: int) -> int:
         """`stop`, moved behind the signs and blanks that an answer ends with."""
         tail = leaf.tail
         reach = self.whole[stop : stop + 2 * len(tail) + 64]
@@ -363,7 +191,7 @@ class _Conversation:
             stop += found.end()
         return stop + self._shown_blanks(leaf, left=False)
 
-    def _shown_blanks(self, leaf: _Leaf, *, left: bool) -> int:
+    def _shown_blanks(self, leaf: Leaf, *, left: bool) -> int:
         """How many blanks at that end of a content the template writes: the text is shorter without."""
         bare = leaf.text.lstrip() if left else leaf.text.rstrip()
         if bare == leaf.text or leaf.kind != "content":
@@ -400,8 +228,7 @@ class _Conversation:
         """The answer's range, and that of the token that ends the turn, if the template writes one."""
         closing = self._closing(index, stop)
         if calls:
-            ends = [m for m in re.finditer(r"\S+", closing)]
-            return [(start, stop + (ends[-1].end() if ends else 0))]
+            return [(start, stop + len(closing.rstrip()))]
         chunk = re.match(r"\s*(\S+)", closing)
         if chunk is None:
             return [(start, stop)]
@@ -420,16 +247,19 @@ class _Conversation:
             return rest
         try:
             alone, places, _ = self.words.find(self._render(self.marked[: index + 1]))
-            behind = stop - self._last(index, self.places) + self._last(index, places)
-        except ValueError:  # the template refuses this beginning, or shows no word of it
+        except UserError:  # the template refuses this beginning
             return rest
+        last = self._last(index, places)
+        if last is None:  # or shows no word of it
+            return rest
+        behind = stop + last - (self._last(index, self.places) or 0)
         same = zip(rest, alone[behind:], strict=False)
         return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], same))
 
-    def _last(self, index: int, places: dict[str, list[Span]]) -> int:
-        """Where the last word of an answer ends."""
+    def _last(self, index: int, places: dict[str, list[Span]]) -> int | None:
+        """Where the last word of an answer ends; None: it has none in the text."""
         codes = (c for leaf in self.words.leaves if leaf.index == index for c in leaf.codes)
-        return max(places[code][0][1] for code in codes if code in places)
+        return max((places[code][0][1] for code in codes if code in places), default=None)
 
 
 @lru_cache(maxsize=4)
