@@ -109,17 +109,30 @@ def column_scale(served: ServedLinear) -> TensorPlan:
 def model_scale(served: ServedLinear) -> TensorPlan:
     """Weight scale in the model's dtype, in which servers keep it; it must lose nothing."""
 
-    def exact() -> Tensor:
-        scale = served.scale()
-        rounded = scale.to(served.dtype)
-        if not torch.equal(rounded.float(), scale):
-            raise UserError(
-                f"{served.name}: weight scales do not fit export.dtype={served.dtype} exactly "
-                f"(smallest {scale.min():.3g}); use bfloat16 or float32."
-            )
-        return rounded
+    return _small(served.dtype, served.scale_shape, lambda: _exact(served, served.scale()))
 
-    return _small(served.dtype, served.scale_shape, exact)
+
+def cast_scale(served: ServedLinear) -> TensorPlan:
+    """Weight scale, float32 (1,), which an engine casts to the model's dtype; it must lose nothing."""
+    scale = served.scale
+    return _small(torch.float32, served.scale_shape, lambda: _exact(served, scale()).float())
+
+
+def cast_input_scale(served: ServedLinear) -> TensorPlan:
+    """The same of the input."""
+    whole = served.whole
+    return _small(torch.float32, (1,), lambda: _exact(served, whole("input", "scale")).float())
+
+
+def _exact(served: ServedLinear, scale: Tensor) -> Tensor:
+    """`scale` in the model's dtype; a UserError where that rounds it."""
+    rounded = scale.to(served.dtype)
+    if not torch.equal(rounded.float(), scale):
+        raise UserError(
+            f"{served.name}: scales do not fit export.dtype={served.dtype} exactly (smallest "
+            f"{scale.min():.3g}); use bfloat16 or float32."
+        )
+    return rounded
 
 
 def e4m3_scale(served: ServedLinear) -> TensorPlan:

@@ -6,7 +6,8 @@ product: `block_scales` takes the two-level scales of NVFP4 apart again.
 | `scale_dtype`     | grid of the step                               | rounding of amax / max_value   |
 |-------------------|------------------------------------------------|--------------------------------|
 | `float32`         | float32, 2**-126 and more                      | nearest                        |
-| `bfloat16`        | numbers that bfloat16 and float16 both hold    | up: nothing is clipped by it   |
+| `bfloat16`        | numbers that bfloat16 and float16 both hold;   | up: nothing is clipped by it   |
+|                   | below 2**-21 bfloat16's, 2**-126 and more      |                                |
 | `float8_e8m0fnu`  | powers of two, 2**-127 to 2**127 (MX formats)  | 2**(floor(log2 amax) - emax)   |
 | `float8_e4m3fn`   | E4M3 times one global float32 scale (NVFP4)    | nearest E4M3, 2**-9 to 448     |
 
@@ -28,10 +29,12 @@ SCALE_DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
 _E4M3_MAX, _E4M3_MIN = 448.0, 2.0**-9
-# Smallest step of each grid, so that an all-zero group stays exactly zero: the smallest normal float32,
-# and what float16 holds. Block scales of two levels, 2**-9 and more of the upper one, are normal too.
-_SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-24}
+_SMALLEST = 2.0**-126  # normal; block scales of two levels, 2**-9 and more of the upper one, are too
 _SMALLEST_GLOBAL = 2.0**-117
+# The step of an all-zero group: any would do, and float16 holds the second.
+_OF_ZEROS = {torch.float32: _SMALLEST, torch.bfloat16: 2.0**-24}
+# From here on float16's subnormals, multiples of 2**-24, are at most 1/8 coarser than bfloat16's numbers.
+_LEAST_COMMON = 2.0**-21
 
 
 def divide(x: Tensor, number: float) -> Tensor:
@@ -88,8 +91,9 @@ def compute_scale(
             part of the group; no rank can check that.
         fmt: Target format; only `fmt.max_value` is used.
         scale_dtype: Grid of the scales, by the table above. bfloat16 steps are also numbers of
-            float16, so that the copy a server keeps in either is the same number. (float16 ends at
-            65504; export refuses larger scales.)
+            float16, so that the copy a server keeps in either is the same number, but for groups so
+            near zero that float16 could not hold their steps. (Exports in float16 refuse those, and
+            steps beyond 65504.)
         global_scale: float32 (1,), for `float8_e4m3fn` only.
 
     Returns:
@@ -150,17 +154,18 @@ def block_scales(scale: Tensor, global_scale: Tensor) -> Tensor:
 
 def round_up(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """`scale` on the float32 or bfloat16 grid of the table above, at least its smallest step."""
-    if scale_dtype not in _SMALLEST:
+    if scale_dtype not in _OF_ZEROS:
         known = ", ".join(SCALE_DTYPES)
         raise UserError(f"scale_dtype={scale_dtype}: only {known} are supported here.")
-    scale = scale.clamp_min(_SMALLEST[scale_dtype])
+    scale = torch.where(scale <= 0, _OF_ZEROS[scale_dtype], scale.clamp_min(_SMALLEST))
     if scale_dtype == torch.float32:
         return scale
     # Positive floats order like their bits; bfloat16 is the upper half of the word.
     bfloat16_grid = ((scale.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
-    # Below 2**-17 float16 is the coarser of the two: its subnormals are multiples of 2**-24.
+    # Below 2**-17 float16 is the coarser of the two.
     float16_grid = (scale * 2.0**24).ceil() * 2.0**-24
-    return torch.where(bfloat16_grid < 2.0**-17, float16_grid, bfloat16_grid)
+    is_coarser = (scale >= _LEAST_COMMON) & (bfloat16_grid < 2.0**-17)
+    return torch.where(is_coarser, float16_grid, bfloat16_grid)
 
 
 def _power_of_two(amax: Tensor, max_exponent: int) -> Tensor:

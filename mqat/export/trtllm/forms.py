@@ -64,7 +64,14 @@ FORMS = Forms(
             "W8A8_SQ_PER_CHANNEL", operands.INT8_CHANNELS, operands.INT8_TENSOR,
             _SCALED_CODES | _INPUT | {"prequant_scaling_factor": build.ones},
         ),
-        TrtllmForm("FP8", _FP8, _FP8, _SCALED_CODES | _INPUT),
+        TrtllmForm(
+            "FP8", _FP8, _FP8,
+            {
+                "weight": build.codes,
+                "weights_scaling_factor": build.cast_scale,
+                "activation_scaling_factor": build.cast_input_scale,
+            },
+        ),
         TrtllmForm(
             "FP8_PER_CHANNEL_PER_TOKEN", operands.FP8_CHANNELS, operands.FP8_TOKENS, _PER_CHANNEL
         ),

@@ -293,13 +293,17 @@ def test_scales_are_the_frozen_ones_although_the_weights_moved_on(tiny, tmp_path
     assert not torch.equal(weight.abs().amax(dim=1) / 127, frozen)  # control: recomputing differs
 
 
-def test_float16_that_cannot_hold_a_scale_is_refused(tmp_path):
-    layers = all_layers("int4")
+@pytest.mark.parametrize("algorithm", ["int4", "fp8"])
+@pytest.mark.parametrize("operand", ["weight", "input"])
+def test_float16_that_cannot_hold_a_scale_is_refused(algorithm, operand, tmp_path):
+    layers = all_layers(algorithm)
     tensors = tensors_of(TINY, layers)
-    name = "quantizers.decoder.layers.0.mlp.linear_fc2.weight_scale"
-    tensors[name][0, 0] = 1.5390625 * 2.0**-22  # a bfloat16 number below float16's normal range
+    name = f"quantizers.decoder.layers.0.mlp.linear_fc2.{operand}_scale"
+    if name not in tensors:
+        return  # INT4 alone has no scales of inputs
+    tensors[name].flatten()[0] = 1.5390625 * 2.0**-22  # of bfloat16, below float16's normal numbers
     checkpoint = write_checkpoint(tmp_path / "checkpoint", TINY, layers, tensors=tensors)
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.linear_fc2: weight scales do not fit"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.linear_fc2: scales do not fit"):
         export(checkpoint, tmp_path / "x" / "out", dtype="float16")
     assert not (tmp_path / "x").exists()  # nothing was begun
     export(checkpoint, tmp_path / "x" / "out", dtype="bfloat16")

@@ -250,7 +250,7 @@ def test_bfloat16_scales_round_up_by_hand():
 
 
 def test_bfloat16_scales_are_exact_in_bfloat16_and_float16_and_clip_nothing():
-    amax = torch.logspace(-9, 4, 5000)
+    amax = torch.logspace(-5, 4, 5000)
     exact = compute_scale(amax, INT4)
     scale = compute_scale(amax, INT4, scale_dtype=torch.bfloat16)
     assert torch.equal(scale.bfloat16().float(), scale)
@@ -259,6 +259,11 @@ def test_bfloat16_scales_are_exact_in_bfloat16_and_float16_and_clip_nothing():
     above = scale - exact
     assert (above <= torch.maximum(exact / 128, torch.tensor(2.0**-24))).all()  # one grid step
     assert not torch.equal(exact.bfloat16().float(), exact)  # control: rounding did something
+    near_zero = torch.logspace(-30, -6, 5000)  # which float16 could not hold
+    exact = compute_scale(near_zero, INT4)
+    scale = compute_scale(near_zero, INT4, scale_dtype=torch.bfloat16)
+    assert torch.equal(scale.bfloat16().float(), scale)
+    assert ((scale >= exact) & (scale <= exact * (1 + 1 / 8))).all()
 
 
 def test_scales_of_other_dtypes_are_refused():

@@ -110,7 +110,7 @@ def test_dividing_by_a_filled_tensor_gives_the_correctly_rounded_quotient():
     assert torch.equal(compute_scale(x, INT8), x / 127)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8_pc_pt", "int8_pc_pt", "nvfp4"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8_pc_pt", "int8_pc_pt", "nvfp4"])
 @pytest.mark.parametrize("amax", [1e-4, 1e-8, 1e-20, 1e-30])
 def test_tensors_close_to_zero_keep_the_precision_of_their_format(name, amax):
     """The largest element of each group comes back within half a step of its format's largest code."""
