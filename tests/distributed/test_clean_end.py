@@ -28,7 +28,7 @@ def test_no_thread_of_gloo_outlives_a_script_that_keeps_its_model():
 @pytest.mark.parametrize(
     ("ending", "status", "said"),
     [
-        ("exit", 3, ""),
+        pytest.param("exit", 3, "", marks=pytest.mark.slow),
         ("user", 2, "error: group_size=7 does not fit"),
         ("fault", 1, "KeyError: 'a missing key'"),
     ],

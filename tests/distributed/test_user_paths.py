@@ -155,7 +155,7 @@ def test_bad_input_is_one_line_and_a_status(processes, arguments, message, tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"the file is empty"),
+        pytest.param(b"", r"the file is empty", marks=pytest.mark.slow),
         (b"caf\xe9 au lait", r"text.txt:1: not UTF-8"),
     ],
 )
@@ -222,7 +222,9 @@ def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):
     assert losses["killed"] == losses["whole"]  # each step once, in order
 
 
-@pytest.mark.parametrize("schedule", ["constant", "CosineAnnealing"])
+@pytest.mark.parametrize(
+    "schedule", [pytest.param("constant", marks=pytest.mark.slow), "CosineAnnealing"]
+)
 def test_a_finished_run_goes_on_for_more_steps(tmp_path, schedule):
     def train(run: str, steps: int, *arguments: str) -> list[dict]:
         done = torchrun(

@@ -59,8 +59,8 @@ def layers_of(algorithm: str, cache: str | None) -> dict[str, object]:
 
 
 # The others take as long together as all other tests of this folder.
-FAST = ("null-trtllm", "int8-trtllm-int8", "int4-compressed-tensors-fp8", "w4a8_awq-modelopt",
-        "nvfp4-compressed-tensors", "mixed-trtllm")  # fmt: skip
+FAST = ("null-trtllm", "int8-trtllm-int8", "int4-compressed-tensors-fp8", "fp8-modelopt",
+        "mixed-trtllm")  # fmt: skip
 _CASES = [
     *((name, target, None) for name in FORMATS for target in ("trtllm", "compressed-tensors", "modelopt")
       if (name, {"trtllm": "TensorRT-LLM TP 1 x PP 1", "modelopt": "ModelOpt style"}.get(target, target))
