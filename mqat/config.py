@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES
-from mqat.quant.algorithm import ROUNDINGS, SQ_GRIDS, WEIGHT_CALIBRATORS, Recipe
+from mqat.quant.algorithm import Recipe
 
 
 @dataclass
@@ -155,19 +155,19 @@ class QuantizationConfig:
     pact_a_lr: float = 0.01  # of clip values, in units of the input
     pact_a_decay: float = 5e-5  # decoupled weight decay of clip values
     decoder_type: str | None = None
-    # Recipe of the weights (docs/quality.md); what is left as it is here is the algorithm's own.
-    smoothquant: bool = False  # first move activation outliers into weights (same function)
-    sq_alpha: float | None = 0.8  # SmoothQuant's strength; null: searched for every linear
-    sq_grid: str = "power_of_two"  # exact to fold; or float: finer, folding rounds
-    weight_calibrator: str = "max"  # or mse, awq (by output error), sawb, four_over_six (nvfp4)
-    rounding: str = "nearest"  # or gptq: error-compensated, before any training
+    # Recipe of the weights (docs/quality.md); auto: the algorithm's own.
+    smoothquant: Any = "auto"  # true: first move activation outliers into weights (same function)
+    sq_alpha: Any = "auto"  # SmoothQuant's strength, 0.8; null: searched for every linear
+    sq_grid: str = "auto"  # power_of_two: exact to fold; or float: finer, folding rounds
+    weight_calibrator: str = "auto"  # max, mse, awq (output error), sawb, four_over_six (nvfp4)
+    rounding: str = "auto"  # nearest; or gptq: error-compensated, before any training
     compare_with_finetuned: bool = True  # also train the unquantized model for as many steps
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The keys of `Recipe` that differ from their defaults."""
-        keys = {f.name: getattr(self, f.name, f.default) for f in fields(Recipe)}
-        return {key: value for key, value in keys.items() if value != getattr(Recipe, key)}
+        """The keys of `Recipe` that are chosen here; one that equals a default is a choice, too."""
+        keys = {f.name: getattr(self, f.name, "auto") for f in fields(Recipe)}
+        return {key: value for key, value in keys.items() if value != "auto"}
 
     @property
     def weight_rule(self) -> Any:
@@ -238,9 +238,6 @@ _CHOICES = {
     "model.packaged": (None, "smollm2"),
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
     "quantization.calibrator": ("max", "percentile", "mse", "entropy"),
-    "quantization.weight_calibrator": WEIGHT_CALIBRATORS,
-    "quantization.sq_grid": SQ_GRIDS,
-    "quantization.rounding": ROUNDINGS,
     "quantization.kv_cache": (None, "int8", "fp8"),
     "quantization.kv_cache_scales": ("shared", "separate"),
     "quantization.weight_scales": ("frozen", "lsq"),
@@ -359,11 +356,7 @@ def _check_values(config: RunConfig) -> None:
             f"config: quantization.percentile={quantization.percentile} must be in (0, 100]; "
             "99.99 keeps all but one value in 10,000."
         )
-    if quantization.sq_alpha is not None and not 0 <= quantization.sq_alpha <= 1:
-        raise UserError(
-            f"config: quantization.sq_alpha={quantization.sq_alpha} must be in [0, 1], or null to "
-            "search for the best of every linear."
-        )
+    Recipe().with_keys(quantization.recipe, "quantization")
 
 
 def _check_optimizer(config: RunConfig) -> None:

@@ -21,6 +21,11 @@ def test_every_shipped_config_loads(path):
         ("trainer.max_steps=many", "trainer.max_steps"),
         ("quantization.percentile=0", "quantization.percentile=0"),
         ("export.dtype=fp8", "export.dtype='fp8' is not one of"),
+        ("quantization.sq_alpha=1.5", r"quantization.sq_alpha=1.5 must be in \[0, 1\]"),
+        (
+            "quantization.rounding=gtpq",
+            "quantization.rounding='gtpq' is unknown; did you mean 'gptq'",
+        ),
         ("quantization.equalize=true", "quantization.equalize is now quantization.smoothquant"),
         ("quantization.equalize_grid=float", "equalize_grid is now quantization.sq_grid"),
         ("quantization.equalize_alpha=1", "equalize_alpha is now quantization.sq_alpha"),

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.quant.scheme import LinearScheme, TensorScheme
 from mqat.specs.policy import Policy, Rule, tensor_scheme
 
+TINY = Path(__file__).parents[3] / "conf" / "qat_tiny.yaml"
 LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
 
 MODEL = DecoderConfig(
@@ -259,3 +261,14 @@ def test_a_configuration_s_recipe_keys_become_the_recipes_of_its_linears(tmp_pat
     )
     awq = plan(tmp_path, YAML.split("  rules:")[0].replace("int8", "int4_awq")).recipes
     assert set(awq.values()) == {named_algorithm("int4_awq").recipe}
+
+
+def test_a_recipe_key_that_equals_the_default_is_still_a_choice():
+    def of(*keys):
+        overrides = [f"quantization.{key}" for key in keys]
+        return make_plan(load_config(TINY, [*overrides, "export.format=null"]), 8).recipes.values()
+
+    keys = ("weight_calibrator=max", "smoothquant=false", "sq_alpha=0.8", "sq_grid=power_of_two")
+    assert set(of("algorithm=int4_awq", "group_size=32", *keys)) == {Recipe()}
+    assert set(of("algorithm=int8_sq", "smoothquant=false")) == {Recipe()}
+    assert set(of("algorithm=int8_sq")) == {Recipe(smoothquant=True)}  # control: nothing chosen
