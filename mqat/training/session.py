@@ -77,13 +77,11 @@ class Session:
         if is_main():
             write_json(self.plan.run_dir / "summary.json", self.summary)
 
-    # -- model -----------------------------------------------------------------------------------
-
     def restore_source(self) -> None:
-        """(Re)loads the weights the run starts from; scales too, if the checkpoint has them."""
+        """(Re)loads the weights the run starts from; scales are the run's own, found by `calibrate`."""
         source = self.plan.source
         if isinstance(source, Path):
-            load_checkpoint(source, self.chunks, layers=self.plan.layers)
+            load_checkpoint(source, self.chunks, layers={})
             return
         with on_all_ranks():
             load_pretrained_([chunk.module for chunk in self.chunks], source)
@@ -110,8 +108,6 @@ class Session:
         for quantizer in all_quantizers(self.chunks):
             quantizer.reset()
 
-    # -- measuring -------------------------------------------------------------------------------
-
     def validation_loss(self) -> float:
         """Loss per token on the held-out data."""
         loss, tokens = evaluate(self.chunks, self.validation.epoch())
@@ -137,8 +133,6 @@ class Session:
         self.log.say(
             f"  {name:>16}: validation loss {loss:.4f}, perplexity {self.summary['ppl'][name]:.2f}"
         )
-
-    # -- quantization ----------------------------------------------------------------------------
 
     def _calibration_pass(self) -> Callable[[], None]:
         settings = self.plan.config.quantization
@@ -181,8 +175,6 @@ class Session:
             if is_main():
                 name = self.plan.config.quantization.algorithm or "quantized"
                 write_report(report, self.plan.run_dir / "quality", f"{name}: quality by linear")
-
-    # -- training --------------------------------------------------------------------------------
 
     def train_phase(self, phase: Phase, *, lr: float | None = None) -> None:
         """Trains the present weights, or resumes this phase from its latest checkpoint."""
