@@ -178,14 +178,16 @@ def _quantize(session: Session) -> None:
 
 
 def run_sft(config: RunConfig) -> Path:
-    """Unquantized fine-tuning; returns the checkpoint."""
+    """Unquantized fine-tuning, export, verification; returns the checkpoint."""
     session = _start(config, quantizes=False)
     with session.log:
+        _pretrain(session)
         session.measure("bf16")
         session.train_phase(_phase(session.plan, "sft", config.trainer.max_steps, quantized=False))
         session.measure("bf16_finetuned")
         path = session.plan.run_dir / "checkpoint"
         session.save(path)
+        _export_and_verify(session, path)
         _report(session)
     groups.finalize()
     return path
