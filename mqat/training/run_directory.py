@@ -14,7 +14,7 @@ import yaml
 from mqat.checkpoints.manifest import DESCRIPTION
 from mqat.config import RESUME_CHANGES, RunConfig, config_to_yaml
 from mqat.errors import UserError
-from mqat.training.log import write_json, write_text
+from mqat.files import write_json, write_whole
 
 # What may change when a run goes on: where and how it runs, not what it computes.
 _MAY_CHANGE = (
@@ -62,7 +62,7 @@ def open_run_directory(directory: Path, config: RunConfig) -> tuple[dict[str, An
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     if "trainer.max_steps" in changes:
         _reopen(directory, summary, took_steps=changes["trainer.max_steps"][0] > 0)
-    write_text(file, text)
+    write_whole(file, text)
     said = [f"resumed with {key}={now}, it was {was}" for key, (was, now) in changes.items()]
     if "trainer.max_steps" in changes and config.model.optim.sched.name != "constant":
         said.append("the learning rate goes on as if the run had had so many steps from its start")

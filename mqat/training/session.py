@@ -29,6 +29,7 @@ from mqat.evaluation.forward import evaluate, run_layers
 from mqat.evaluation.generation import generate_greedy
 from mqat.evaluation.quality import quality_report
 from mqat.evaluation.verification import record_logits
+from mqat.files import write_json
 from mqat.parallel.learned_scales import learn_scales_
 from mqat.parallel.quantized_module import all_quantizers
 from mqat.plan.run import RunPlan, describe
@@ -36,7 +37,7 @@ from mqat.quant.algorithm import Recipe
 from mqat.report.page import write_report
 from mqat.runtime.groups import any_rank, decided_by_main, is_main, on_all_ranks
 from mqat.specs.model import build_model
-from mqat.training.log import RunLog, write_json
+from mqat.training.log import RunLog
 from mqat.training.loop import Phase, train_phase
 from mqat.training.optimizer import build_optimizer, wrap_for_training
 from mqat.training.run_directory import open_run_directory
