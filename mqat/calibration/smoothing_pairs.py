@@ -83,7 +83,7 @@ def find_smoothing_pairs(
     """The pairs of linears of these global names, in model order; other ranks' are passed over.
 
     Raises:
-        UserError: Something else reads the tensor before, or its norm is of an unknown kind; names it.
+        UserError: The norm before is of an unknown kind; names it.
     """
     pairs: dict[str, SmoothingPair] = {}
     for chunk in chunks:
@@ -92,20 +92,9 @@ def find_smoothing_pairs(
                 module = layer.get_submodule(linear.name)
                 if module.quantized_name not in names:
                     continue
-                _check_single_reader(module.quantized_name, linear, model)
                 find = _behind_norm if linear.fed_by is None else _behind_linear
                 pairs[module.quantized_name] = find(layer, module, linear, model)
     return pairs
-
-
-def _check_single_reader(name: str, linear: Linear, model: DecoderConfig) -> None:
-    for other in model.linears:
-        shares = (other.norm, other.fed_by) == (linear.norm, linear.fed_by)
-        if shares and other.name != linear.name:
-            raise UserError(
-                f"{name}: its input also feeds {other.name}, so it cannot be rescaled for one of them "
-                "alone; switch smoothquant off for it by a rule (recipe: {smoothquant: false})."
-            )
 
 
 def _behind_norm(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mqat.calibration.check_recipes import check_recipes
 from mqat.checkpoints.manifest import DESCRIPTION, read_description
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.checkpoints.source import PretrainedSource, open_pretrained
@@ -256,6 +257,8 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     layers |= policy.cache_schemes(model)
     linears = linear_schemes(layers)
     _check_training(quantization, linears)
+    recipes = {name: algorithm.recipe for name, algorithm in algorithms.items()}
+    check_recipes(recipes, {name: scheme.weight for name, scheme in linears.items()}, model)
     check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
     if config.export.format is not None:
         target = exporter(config.export.format, config.export.style)
@@ -265,7 +268,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         model=model,
         source=source,
         layers=layers,
-        recipes={name: algorithm.recipe for name, algorithm in algorithms.items()},
+        recipes=recipes,
         dtype=resolve_dtype(config.trainer.precision),
         data_parallel=data_parallel,
     )

@@ -23,7 +23,7 @@ ALLOWED = {
     "checkpoints": _CHECKPOINTS,
     "export": _MODEL | {"checkpoints.manifest", "checkpoints.reader"},
     "verify": _BOTTOM | {"quant.scheme", "checkpoints.archive", "checkpoints.reader"},
-    "plan": _CHECKPOINTS | {"checkpoints", "export", "report"},
+    "plan": _CHECKPOINTS | {"calibration.check_recipes", "checkpoints", "export", "report"},
     "evaluation": _CHECKPOINTS | {"checkpoints", "calibration", "verify", "report"},
     "training": _CHECKPOINTS
     | {"calibration", "checkpoints", "export", "verify", "evaluation", "plan", "report"},

@@ -10,6 +10,7 @@ from torch import nn
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.models.decoder import DecoderConfig
 from mqat.models.structure import DENSE_LINEARS, DENSE_NORMS, FC1, QKV, in_layer
+from mqat.quant.algorithm import Recipe
 from mqat.specs.policy import Policy
 from tests.unit.model_fixtures import MODEL, microbatches
 
@@ -94,11 +95,14 @@ class ParallelBlocks(DecoderConfig):
         return tuple(replace(x, norm=QKV.norm) if x == FC1 else x for x in DENSE_LINEARS)
 
 
-def test_linears_that_read_the_same_tensor_are_not_rescaled_apart(chunks):
-    from mqat.calibration.smoothing_pairs import find_smoothing_pairs
+def test_linears_that_read_the_same_tensor_are_not_rescaled_apart():
+    from mqat.calibration.check_recipes import check_recipes
 
-    model = ParallelBlocks(**MODEL.to_dict())
+    model, recipes = (
+        ParallelBlocks(**MODEL.to_dict()),
+        dict.fromkeys(NAMES, Recipe(smoothquant=True)),
+    )
     with pytest.raises(ValueError, match=f"{QKV.name}: its input also feeds {FC1.name}"):
-        find_smoothing_pairs(chunks, NAMES, model)
+        check_recipes(recipes, dict.fromkeys(sorted(NAMES, reverse=True)), model)
     others = {name for name in NAMES if not name.endswith((QKV.name, FC1.name))}
-    assert len(find_smoothing_pairs(chunks, others, model)) == 4
+    check_recipes(recipes, dict.fromkeys(others), model)

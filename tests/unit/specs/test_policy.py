@@ -272,3 +272,21 @@ def test_a_recipe_key_that_equals_the_default_is_still_a_choice():
     assert set(of("algorithm=int4_awq", "group_size=32", *keys)) == {Recipe()}
     assert set(of("algorithm=int8_sq", "smoothquant=false")) == {Recipe()}
     assert set(of("algorithm=int8_sq")) == {Recipe(smoothquant=True)}  # control: nothing chosen
+
+
+BLOCKS = "rules=[{pattern: '*', weight: {format: fp8_e4m3, granularity: 'block:16'}}]"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["algorithm=fp8", "weight_calibrator=sawb"], "sawb has no coefficients for fp8_e4m3"),
+        (["algorithm=int8", "weight_calibrator=four_over_six"], "two block scales of NVFP4"),
+        ([BLOCKS, "rounding=gptq"], r"weights in squares \(block:16\)"),
+    ],
+)
+def test_a_recipe_that_a_weight_cannot_go_through_is_refused_before_the_run(keys, message):
+    overrides = ["export.format=null", *(f"quantization.{key}" for key in keys)]
+    with pytest.raises(ValueError, match=r"decoder\.layers\.0\..*" + message):
+        make_plan(load_config(TINY, overrides), 8)
+    make_plan(load_config(TINY, overrides[:-1]), 8)  # control: without the recipe
