@@ -23,7 +23,7 @@ from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
 from mqat.plan.bit_schedule import check_bits
-from mqat.quant.algorithm import Recipe
+from mqat.quant.algorithm import Recipe, takes_group_size
 from mqat.quant.learned import check_learnable
 from mqat.quant.scheme import LinearScheme
 from mqat.report.page import check_plots
@@ -160,6 +160,17 @@ def _rule(config: RuleConfig) -> Rule:
     return Rule(config.pattern, config.algorithm, operands, config.recipe)
 
 
+def _check_group_size(settings: QuantizationConfig) -> None:
+    names = [settings.algorithm or "null", *(rule.algorithm or "null" for rule in settings.rules)]
+    is_ignored = settings.group_size is not None and not any(map(takes_group_size, names))
+    if is_ignored and (settings.rules or names != ["null"]):
+        raise UserError(
+            f"config: quantization.group_size={settings.group_size} has no effect: the weights of "
+            f"{', '.join(dict.fromkeys(names))} are not groups of integers of a free size. Leave it out, "
+            "choose an algorithm such as int4, or give a rule granularity 'group:<size>'."
+        )
+
+
 def _check_training(settings: QuantizationConfig, layers: Mapping[str, LinearScheme]) -> None:
     """Refuses schemes whose scales or bits cannot change during training as configured."""
     rules = {"weight": settings.weight_rule, "input": settings.input_rule}
@@ -243,6 +254,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
             "(hold out whole documents), or set model.data.packaged."
         )
     quantization = config.quantization
+    _check_group_size(quantization)
     policy = Policy(
         quantization.algorithm or "null",
         quantization.group_size,

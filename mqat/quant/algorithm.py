@@ -150,6 +150,16 @@ _NAMED: dict[str, tuple[TensorScheme, TensorScheme | None, Recipe]] = {
 ALGORITHMS = (*_NAMED, "null")
 
 
+def takes_group_size(name: str) -> bool:
+    """Whether the weights of a named algorithm are groups of integers: other formats fix their blocks."""
+    weight = _NAMED[name][0] if name in _NAMED else None
+    return (
+        weight is not None
+        and isinstance(weight.granularity, PerGroup)
+        and not weight.format.is_float
+    )
+
+
 def named_algorithm(name: str, *, group_size: int | None = None) -> Algorithm | None:
     """A named algorithm; `null` is None.
 
@@ -160,8 +170,7 @@ def named_algorithm(name: str, *, group_size: int | None = None) -> Algorithm | 
 
     Args:
         name: One of `ALGORITHMS`.
-        group_size: Elements per group of integers; None: 128, for `8da4w` 256. The other formats fix
-            their blocks.
+        group_size: Elements per group where `takes_group_size`; None: 128, for `8da4w` 256.
 
     Raises:
         UserError: Unknown name; suggests the nearest.
@@ -173,8 +182,7 @@ def named_algorithm(name: str, *, group_size: int | None = None) -> Algorithm | 
             f"quantization algorithm {name!r} is unknown; {nearest_hint(name, ALGORITHMS)}"
         )
     weight, operand, recipe = _NAMED[name]
-    has_groups = isinstance(weight.granularity, PerGroup) and not weight.format.is_float
-    if has_groups and group_size is not None:
+    if group_size is not None and takes_group_size(name):
         weight = replace(weight, granularity=PerGroup(group_size))
     return Algorithm(LinearScheme(name, weight, operand), recipe)
 

@@ -65,6 +65,11 @@ def test_a_bad_config_file_is_one_clear_error(content, message, tmp_path):
             8,
             "group_size=128 does not divide in_features_per_partition",
         ),
+        (
+            ["quantization.algorithm=nf4", "quantization.group_size=32"],
+            8,
+            "group_size=32 has no effect: the weights of nf4 are not groups of integers",
+        ),
         (["export.decoder_type=qwen"], 8, "decoder_type=qwen, but the model is llama; leave it out"),
         (["quantization.rules=[{pattern: 'nothing*', algorithm: null}]"], 8, "matches no linear"),
         (["quantization.disabled=['*.output']"], 8, "matches nothing that is quantized"),
