@@ -112,7 +112,7 @@ def export_checkpoint(
         schemes: dict[str, Scheme] = {**reader.layers, **reader.tables, **reader.kv_cache}
         exporter.check(reader.model, schemes, options)
         contents = exporter.contents(reader, tokenizer, options)
-        directory = AtomicDirectory(out, overwrite=overwrite, as_tar=options.archive == "tar")
+        directory = AtomicDirectory(out, overwrite=overwrite, as_tar=contents.as_tar)
     with _together(raise_on_any_rank):
         for name in list(contents.weights)[rank::world_size]:
             _check_range(contents.weights[name](), options.dtype)

@@ -56,10 +56,12 @@ class DirectoryContents:
     Attributes:
         weights: File name -> its tensors, planned when they are about to be written.
         texts: File name -> JSON object, or text.
+        as_tar: All of it is to become one file (`tar.py`).
     """
 
     weights: Mapping[str, Callable[[], list[TensorPlan]]]
     texts: Mapping[str, Any] = field(default_factory=dict)
+    as_tar: bool = False
 
 
 class Exporter(Protocol):

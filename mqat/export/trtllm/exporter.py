@@ -75,7 +75,7 @@ class TensorRtLlmExporter:
         texts |= generation_texts(tokenizer, special) if special else {}
         if options.archive is not None:
             texts |= qnemo.tokenizer_texts(tokenizer)
-        return DirectoryContents(weights, texts)
+        return DirectoryContents(weights, texts, as_tar=options.archive == "tar")
 
 
 def _check_layout(model: DecoderConfig, tp: int, pp: int) -> None:
