@@ -184,8 +184,8 @@ class QuantizationConfig:
 class ExportConfig:
     """The directory for serving; nothing is exported while `format` is null."""
 
-    format: str | None = "trtllm"  # or "hf"
-    style: str = "compressed-tensors"  # of quantized tensors in "hf"; or "modelopt"
+    format: str | None = "trtllm"  # or "hf" (`export/exporters.py`)
+    style: str | None = None  # of quantized tensors in "hf": compressed-tensors (null) or modelopt
     decoder_type: str | None = None
     inference_tensor_parallel: int = 1
     inference_pipeline_parallel: int = 1
@@ -243,10 +243,7 @@ _CHOICES = {
     "quantization.weight_scales": ("frozen", "lsq"),
     "quantization.input_scales": ("frozen", "lsq", "pact"),
     "quantization.decoder_type": _DECODERS,
-    "export.format": (None, "trtllm", "hf"),
-    "export.style": ("compressed-tensors", "modelopt"),
     "export.decoder_type": _DECODERS,
-    "export.dtype": ("bfloat16", "float16", "float32"),
 }
 
 # A schedule that is constant may take more `trainer.max_steps` without being told so.

@@ -11,7 +11,7 @@ import torch
 from mqat.checkpoints.manifest import checking_data
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
-from mqat.export.exporter import SHARD_BYTES, Exporter, ExportOptions
+from mqat.export.exporter import Exporter, ExportOptions
 from mqat.export.exporters import exporter
 from mqat.export.stream import TensorPlan
 from mqat.export.writer import AtomicDirectory
@@ -58,9 +58,9 @@ def export_hf(
     checkpoint: Path,
     out: Path,
     *,
-    style: str = "compressed-tensors",
+    style: str | None = None,
     dtype: str = "bfloat16",
-    max_shard_bytes: int = SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     overwrite: bool = False,
     rank: int = 0,
     world_size: int = 1,
@@ -69,8 +69,8 @@ def export_hf(
     """Writes a Hugging Face directory: for transformers, vLLM, SGLang, TensorRT-LLM's PyTorch backend.
 
     An unquantized checkpoint becomes an ordinary model directory, with the tensors of the one that
-    was imported. `style`, of quantized tensors: `compressed-tensors` or `modelopt`; other arguments and
-    errors are those of `ExportOptions` and `export_checkpoint`.
+    was imported. `style`, of quantized tensors: `compressed-tensors` (None) or `modelopt`; other
+    arguments and errors are those of `ExportOptions` and `export_checkpoint`.
     """
     options = ExportOptions(dtype=dtype, max_shard_bytes=max_shard_bytes)
     how = (overwrite, rank, world_size, raise_on_any_rank)

@@ -14,7 +14,6 @@ from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme
 
 DTYPES = ("bfloat16", "float16", "float32")
-SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,8 @@ class ExportOptions:
         dtype: Of unquantized tensors: `bfloat16`, `float16` or `float32`.
         allow_requantization: Export forms that the loader rounds a second time.
         archive: None, or a `.qnemo` for NeMo: `directory`, or `tar` for its older releases.
-        max_shard_bytes: Most bytes of tensors in a file; a larger tensor gets a file of its own.
+        max_shard_bytes: Most bytes of tensors in a file; a larger tensor gets a file of its own. None:
+            the exporter's own.
     """
 
     tensor_parallel: int = 1
@@ -35,7 +35,7 @@ class ExportOptions:
     dtype: str = "bfloat16"
     allow_requantization: bool = False
     archive: str | None = None
-    max_shard_bytes: int = SHARD_BYTES
+    max_shard_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError for a dtype that no server has."""

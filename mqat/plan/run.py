@@ -166,8 +166,8 @@ def _check_group_size(settings: QuantizationConfig) -> None:
     if is_ignored and (settings.rules or names != ["null"]):
         raise UserError(
             f"config: quantization.group_size={settings.group_size} has no effect: the weights of "
-            f"{', '.join(dict.fromkeys(names))} are not groups of integers of a free size. Leave it out, "
-            "choose an algorithm such as int4, or give a rule granularity 'group:<size>'."
+            f"{', '.join(dict.fromkeys(names))} are not groups of integers of a free size. "
+            "Leave it out, choose an algorithm such as int4, or give a rule granularity 'group:<size>'."
         )
 
 

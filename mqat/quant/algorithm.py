@@ -151,7 +151,7 @@ ALGORITHMS = (*_NAMED, "null")
 
 
 def takes_group_size(name: str) -> bool:
-    """Whether the weights of a named algorithm are groups of integers: other formats fix their blocks."""
+    """Whether weights of a named algorithm are groups of integers: other formats fix their blocks."""
     weight = _NAMED[name][0] if name in _NAMED else None
     return (
         weight is not None

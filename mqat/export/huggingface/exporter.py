@@ -27,6 +27,7 @@ from mqat.models.structure import HF_LAYER, OUTPUT_LAYER, split_name
 from mqat.quant.kv_cache import KvCacheScheme
 from mqat.quant.scheme import LinearScheme
 
+SHARD_BYTES = 5_000_000_000
 NAMING = Naming(
     HF_LAYER,
     attrgetter("hf"),
@@ -78,7 +79,7 @@ class HuggingFaceExporter:
         """As `Exporter.contents`."""
         model = reader.model
         plans = self.tensors.plan(reader, InferenceRank(), options.torch_dtype)
-        shards = shard(plans, options.max_shard_bytes)
+        shards = shard(plans, options.max_shard_bytes or SHARD_BYTES)
         special = special_tokens(tokenizer, model)
         config = model.to_hf(options.dtype) | special | {"producer": producer()}
         texts: dict[str, Any] = {"config.json": config, **generation_texts(tokenizer, special)}
@@ -106,7 +107,7 @@ def unquantized_modules(modules: Modules) -> list[str]:
 
 def _check_options(options: ExportOptions) -> None:
     """Refuses what a Hugging Face directory cannot honour."""
-    if options.max_shard_bytes < 1:
+    if options.max_shard_bytes is not None and options.max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes={options.max_shard_bytes}: must be at least 1.")
     layout = options.tensor_parallel, options.pipeline_parallel
     if layout != (1, 1) or options.archive is not None:
@@ -114,6 +115,11 @@ def _check_options(options: ExportOptions) -> None:
             "export.format=hf: servers split the weights themselves, and a .qnemo holds a TensorRT-LLM "
             "directory; leave out export.inference_tensor_parallel (--inference-tp), "
             "export.inference_pipeline_parallel (--inference-pp) and --qnemo."
+        )
+    if options.allow_requantization:
+        raise UserError(
+            "export.format=hf: no loader rounds these weights a second time; leave out "
+            "export.allow_requantization (--allow-requantization)."
         )
 
 

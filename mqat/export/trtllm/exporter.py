@@ -39,6 +39,10 @@ class TensorRtLlmExporter:
     ) -> None:
         """As `Exporter.check`."""
         layers, tp = linear_schemes(schemes), options.tensor_parallel
+        if options.max_shard_bytes is not None:
+            raise UserError(
+                "export.format=trtllm: every inference rank has one file; leave out --max-shard-gb."
+            )
         _check_layout(model, tp, options.pipeline_parallel)
         TENSORS.check(model, schemes)
         _check_requantized(layers, options.allow_requantization)
