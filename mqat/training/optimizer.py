@@ -87,6 +87,15 @@ def step_with_gradients(optimizer: Any, norm: float) -> None:
     optimizer.step_with_ready_grads()
 
 
+class _Schedule(OptimizerParamScheduler):
+    """Megatron's, but each parameter group warms up to its own rate from below it."""
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        # The first step of a warm-up already moves: Megatron counts from zero.
+        self.init_lr = param_group.get("max_lr", self.max_lr) / (self.lr_warmup_steps + 1)
+        return float(super().get_lr(param_group))
+
+
 def build_optimizer(
     chunks: Sequence[Any],
     settings: OptimizerConfig,
@@ -127,10 +136,9 @@ def build_optimizer(
         config_overrides=_overrides(chunks, scales, lr=peak, min_lr=settings.sched.min_lr),
     )
     cosine = settings.sched.name == "CosineAnnealing"
-    scheduler = OptimizerParamScheduler(
+    scheduler = _Schedule(
         optimizer,
-        # The first step of a warm-up already moves: Megatron counts from zero.
-        init_lr=peak / (settings.sched.warmup_steps + 1),
+        init_lr=0.0,  # `_Schedule` has one for each group
         max_lr=peak,
         min_lr=settings.sched.min_lr,
         lr_warmup_steps=settings.sched.warmup_steps,

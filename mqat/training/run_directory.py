@@ -26,7 +26,7 @@ _MAY_CHANGE = (
     "model.virtual_pipeline_model_parallel_size",
     "model.sequence_parallel",
     "model.micro_batch_size",
-    "model.activations_checkpoint_granularity",
+    "model.activations_checkpoint_",
     "export.",
     "exp_manager.",
 )
@@ -135,15 +135,17 @@ def _changes(
     named = current["exp_manager.resume_changes"]
     constant = current["model.optim.sched.name"] == "constant"
     changes = {}
-    for key, value in _flat(before):
-        if key not in current or current[key] == value or key.startswith(_MAY_CHANGE):
+    earlier = dict(_flat(before))
+    for key in earlier | current:
+        value, present = earlier.get(key), current.get(key)  # absent: its section is null
+        if value == present or key.startswith(_MAY_CHANGE):
             continue
         may = key in RESUME_CHANGES and (key != "trainer.max_steps" or current[key] > value)
         if not may or not (key in named or (key == "trainer.max_steps" and constant)):
             hint = f", go on with exp_manager.resume_changes=[{key}]" if may else ""
             raise UserError(
-                f"{file}: the run to resume had {key}={value}, this one has {current[key]}. Restore "
+                f"{file}: the run to resume had {key}={value}, this one has {present}. Restore "
                 f"the setting{hint}, or start a new run in another exp_manager.exp_dir."
             )
-        changes[key] = (value, current[key])
+        changes[key] = (value, present)
     return changes
