@@ -58,20 +58,24 @@ class SmoothingPair:
         return heads.amax(dim=1, keepdim=True).expand_as(heads).reshape(-1)
 
     def fold_(self, scale: Tensor) -> None:
-        """Multiplies the weight's columns by `scale` [I] and divides what is before by it."""
+        """Multiplies the weight's columns by `scale` [I] and divides what is before by it.
+
+        By `scale` in the weight's dtype, on both sides.
+        """
         tp_group = self.linear.tp_group
         local = scale
         if isinstance(self.linear, QuantRowParallelLinear):
             local = scale.chunk(tp_group.size())[tp_group.rank()]
         weight = self.linear.weight.detach()
-        weight.mul_(local.to(weight.dtype))
+        local = local.to(weight.dtype)
+        weight.mul_(local)
         if self.heads_per_group > 1:
             local = local.view(-1, self.heads_per_group, self.head_dim)[:, 0].reshape(-1)
         for tensor, offset in ((self.before, self.offset), (self.before_bias, 0.0)):
             if tensor is None:
                 continue
             rows = slice(None) if self.rows is None else self.rows
-            factors = local.to(tensor.dtype).float().view(-1, *[1] * (tensor.dim() - 1))
+            factors = local.float().view(-1, *[1] * (tensor.dim() - 1))
             values = tensor[rows].float()
             divided = (values + offset) / factors - offset if offset else values / factors
             tensor[rows] = divided.to(tensor.dtype)

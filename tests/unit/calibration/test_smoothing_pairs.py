@@ -76,6 +76,19 @@ def test_folding_keeps_the_function_behind_every_kind_of_norm(chunks, kind):
     assert evaluate(chunks, [microbatches()])[0] != pytest.approx(before, rel=1e-4)
 
 
+def test_a_factor_is_rounded_once_where_norm_and_weight_differ_in_dtype(chunks):
+    from mqat.calibration.smoothing_pairs import find_smoothing_pairs
+
+    pair = find_smoothing_pairs(chunks, NAMES, MODEL)[in_layer(0, QKV.name)]
+    weight = pair.linear.weight
+    weight.data = torch.ones_like(weight, dtype=torch.bfloat16)
+    pair.before.fill_(1.0)
+    scale = torch.full((MODEL.hidden_size,), 1.3)  # not a number of bfloat16
+    pair.fold_(scale)
+    assert torch.equal(pair.before, 1 / weight[0].float())
+    assert not torch.equal(pair.before, 1 / scale)  # control
+
+
 def test_a_norm_that_does_not_know_it_is_zero_centred_is_refused_by_name(chunks):
     from mqat.calibration.smoothing_pairs import find_smoothing_pairs
 
