@@ -191,17 +191,17 @@ def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
         x.mul_(scale)
     if mask is None:
         return
-    # Bits times one or zero give the same as the number times it, and are vectorized on CPUs, where a
-    # product of different dtypes is not.
-    bits = x.view(torch.int16) if x.is_contiguous() and x.element_size() == 2 else x
-    keep = unpack_mask(mask, tuple(x.shape))
-    bits.mul_(keep.to(bits.dtype) if x.is_contiguous() else keep)
+    # Bits times one or zero: NaN and infinity become zero, too, and CPUs vectorize it, but no product of
+    # different dtypes.
+    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    bits.mul_(unpack_mask(mask, tuple(x.shape)).to(bits.dtype))
 
 
 def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
     """`total += x * scale` where the bit is 1, in float32; `total` is float32 and shaped like `x`."""
-    added = x.float() if scale is None else x.float() * scale
-    total.add_(added if mask is None else added * unpack_mask(mask, tuple(x.shape)))
+    added = x.to(torch.float32, copy=True)
+    apply_mask_(added, mask, scale)
+    total.add_(added)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
