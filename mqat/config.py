@@ -4,19 +4,21 @@ Precedence: `key=value` on the command line over the YAML file over the defaults
 is an error that suggests the nearest one.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mqat.errors import UserError
+from mqat.errors import UserError, nearest_hint
 from mqat.models.decoder import FAMILIES
 from mqat.quant.algorithm import Recipe
+from mqat.quant.kv_cache import KV_CACHES, KV_SCALES
+from mqat.quant.observers import METHODS
 
 
 @dataclass
@@ -237,9 +239,9 @@ _CHOICES = {
     "model.data.packaged": (None, "wikipedia", "python_docs"),
     "model.packaged": (None, "smollm2"),
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
-    "quantization.calibrator": ("max", "percentile", "mse", "entropy"),
-    "quantization.kv_cache": (None, "int8", "fp8"),
-    "quantization.kv_cache_scales": ("shared", "separate"),
+    "quantization.calibrator": METHODS,
+    "quantization.kv_cache": (None, *KV_CACHES),
+    "quantization.kv_cache_scales": KV_SCALES,
     "quantization.weight_scales": ("frozen", "lsq"),
     "quantization.input_scales": ("frozen", "lsq", "pact"),
     "quantization.decoder_type": _DECODERS,
@@ -306,9 +308,7 @@ def _check_keys(given: Any, schema: Any, path: str) -> None:
         if full in _RENAMED:
             raise UserError(f"config: {full} is now {_RENAMED[full]}.")
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {path}{near[0]!s}?" if near else f"known keys: {sorted(known)}."
-            raise UserError(f"config: unknown key {full!r}; {hint}")
+            raise UserError(f"config: unknown key {full!r}; {nearest_hint(key, known)}")
         nested: Any = ArchitectureConfig if full == "model.architecture" else None
         if isinstance(schema, RuleConfig) and key in ("weight", "input", "output"):
             nested = OperandConfig
@@ -381,7 +381,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Defaults, then a YAML file, then `section.key=value` overrides.
 
     Raises:
-        ValueError: Unreadable file, unknown key, wrong type or value; the message names the key.
+        UserError: Unreadable file, unknown key, wrong type or value; the message names the key.
     """
     layers: list[Any] = []
     if path is not None:
@@ -391,7 +391,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             raise UserError(f"config file {path}: {error.strerror or error}.") from error
         except UnicodeDecodeError as error:
             raise UserError(f"config file {path}: {error}.") from error
-        except Exception as error:  # the YAML library's own error types
+        except yaml.YAMLError as error:
             raise UserError(f"config file {path}: not valid YAML: {error}") from error
     for override in overrides:
         if "=" not in override:

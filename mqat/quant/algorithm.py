@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mqat.errors import UserError
+from mqat.errors import UserError, nearest_hint
 from mqat.quant.formats import (
     FP4_E2M1,
     FP8_E4M3,
@@ -21,7 +21,7 @@ from mqat.quant.formats import (
     UINT4,
 )
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from mqat.quant.scheme import LinearScheme, TensorScheme, nearest_hint
+from mqat.quant.scheme import LinearScheme, TensorScheme
 
 # Values of recipe keys; `calibration/clipping_methods.py` lists what the weight calibrators do.
 SQ_GRIDS = ("power_of_two", "float")
@@ -38,7 +38,8 @@ _CHOICES = {
 class Recipe:
     """What is done to the weight and the input of one linear before its scales are frozen.
 
-    Configurations have the same keys under `quantization`, and in the `recipe` of a rule.
+    Configurations have the same keys in the `recipe` of a rule and, but for `search_steps`, under
+    `quantization`.
 
     Attributes:
         smoothquant: Rescale the input, where the tensor before can take up the factor

@@ -17,7 +17,7 @@ def test_every_shipped_config_loads(path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer.max_step=3", "did you mean trainer.max_steps"),
+        ("trainer.max_step=3", "unknown key 'trainer.max_step'; did you mean 'max_steps'"),
         ("trainer.max_steps=many", "trainer.max_steps"),
         ("quantization.percentile=0", "quantization.percentile=0"),
         ("quantization.sq_alpha=1.5", r"quantization.sq_alpha=1.5 must be in \[0, 1\]"),
@@ -28,7 +28,7 @@ def test_every_shipped_config_loads(path):
         ("quantization.equalize=true", "quantization.equalize is now quantization.smoothquant"),
         ("quantization.equalize_grid=float", "equalize_grid is now quantization.sq_grid"),
         ("quantization.equalize_alpha=1", "equalize_alpha is now quantization.sq_alpha"),
-        ("model.architecture.hiden_size=3", "did you mean model.architecture.hidden_size"),
+        ("model.architecture.hiden_size=3", "did you mean 'hidden_size'"),
     ],
 )
 def test_a_bad_key_or_value_is_one_clear_error(override, message):

@@ -76,11 +76,11 @@ def test_a_rule_in_yaml_composes_weight_input_and_output(tmp_path):
     [
         ("granularity: token", "granularities: token",
          r"unknown key 'quantization.rules\[1\].input.granularities'; did you mean .*granularity"),
-        ("weight:", "wieght:", r"'quantization.rules\[1\].wieght'; did you mean .*rules\[1\].weight"),
+        ("weight:", "wieght:", r"'quantization.rules\[1\].wieght'; did you mean 'weight'"),
         ("format: int4", "format: int44",
          r"quantization.rules\[1\].weight.format='int44' is unknown; did you mean 'int4'"),
         ("scale: bfloat16", "scale: bfloat61", r"weight.scale='bfloat61' is unknown; did you mean"),
-        ("group:32", "groups:32", r"rules\[1\].weight: granularity 'groups:32': did you mean 'group"),
+        ("group:32", "groups:32", r"weight: granularity 'groups:32': expected 'tensor'"),
         ("dynamic: true", "dynamic: maybe", r"input\.dynamic: Value 'maybe'"),
         ("dynamic: true", "dynamic: false", r"rules\[1\].input: granularity 'token' is known only"),
         ("granularity: tensor", "granularity: 'group:32'", r"rules\[1\].output: static scales have"),
@@ -126,8 +126,8 @@ def test_one_key_quantizes_the_cache_of_every_layer(tmp_path):
     ("keys", "export", "message"),
     [
         ("kv_cache: fp4", "null", "kv_cache='fp4' is not one of: null, int8, fp8"),
-        ("kv_cashe: fp8", "null", "did you mean quantization.kv_cache"),
-        ("enable_kv_cache: true", "null", "did you mean quantization.kv_cache"),
+        ("kv_cashe: fp8", "null", "did you mean 'kv_cache'"),
+        ("enable_kv_cache: true", "null", "did you mean 'kv_cache'"),
         ("kv_cache: int8", "hf", "kv_cache=int8 cannot be exported to compressed-tensors"),
         (
             "kv_cache: fp8, kv_cache_scales: separate",
