@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mqat.errors import UserError
-from mqat.parallel.linear import quantized_linears, weight_amax_spans_ranks
+from mqat.parallel.linear import quantized_linears, tp_axis
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
+from mqat.quant.qparams import statistic_of
 from mqat.runtime.groups import any_rank, on_all_ranks
 
 
@@ -53,7 +54,7 @@ def calibrate(
             the scales of others are those of their maxima.
 
     Raises:
-        ValueError: On every rank: NaN or infinite values, or a module that no token reached; names
+        UserError: On every rank: NaN or infinite values, or a module that no token reached; names
             it.
     """
     modules, linears = quantized_modules(model), quantized_linears(model)
@@ -76,13 +77,13 @@ def calibrate(
             }
     chosen = weight_qparams or {}
     amax = {
-        name: module.quantizers["weight"].statistic(module.weight)
+        name: statistic_of(module.weight, module.quantizers["weight"].scheme)
         for name, module in modules.items()
         if "weight" in module.quantizers and name not in chosen
     }
     whole = {name: local.amax().reshape(1) for name, local in amax.items()}  # of two-level scales
     observers = {name: q.observer for name, q in activations.items() if q.observer is not None}
-    spanning = [amax[name] for name in amax if weight_amax_spans_ranks(modules[name])]
+    spanning = [amax[name] for name in amax if tp_axis(modules[name], "weight", "scale") is None]
     maxima = [
         *spanning,
         *whole.values(),
