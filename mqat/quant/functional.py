@@ -14,8 +14,6 @@ from torch import Tensor
 
 from mqat.quant.formats import FP4_E2M1, QuantFormat
 from mqat.quant.granularity import Granularity, grouped_view
-from mqat.quant.scales import compute_amax as compute_amax
-from mqat.quant.scales import compute_scale as compute_scale
 
 Limit = Any  # a float, or a tensor that broadcasts
 
