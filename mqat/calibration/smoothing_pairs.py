@@ -130,8 +130,8 @@ def _behind_linear(
     name, part = linear.fed_by
     before: Any = layer.get_submodule(name)
     fused = model.linear(name)
-    group, start, rows = module.tp_group, 0, []
-    for piece in local_pieces(model, fused, group.rank(), group.size()):
+    tp_group, start, rows = module.tp_group, 0, []
+    for piece in local_pieces(model, fused, tp_group.rank(), tp_group.size()):
         count = piece.rows.stop - piece.rows.start
         if piece.part == part:
             rows.append(torch.arange(start, start + count))

@@ -66,7 +66,7 @@ def apply_weight_recipe_(
         by linear; absent where they are simply those of the weight's maxima.
 
     Raises:
-        ValueError: On every rank: NaN or infinite values, a linear that no token reached, a format
+        UserError: On every rank: NaN or infinite values, a linear that no token reached, a format
             that the clipping method does not know, or an input that cannot be rescaled.
     """
     recipes = {name: recipe for name, recipe in recipes.items() if is_in_layer(name)}

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mqat import __version__
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
 from mqat.export.stream import TensorPlan
@@ -14,6 +15,9 @@ from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+PRODUCER = {"name": "mqat", "version": __version__}  # of a directory, in its `config.json`
 
 
 @dataclass(frozen=True)

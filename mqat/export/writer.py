@@ -33,7 +33,7 @@ class AtomicDirectory:
         as_tar: The target is one file, an archive of the directory (`tar.py`).
 
     Raises:
-        ValueError: The target exists and must not be replaced.
+        UserError: The target exists and must not be replaced.
     """
 
     def __init__(self, target: Path, *, overwrite: bool, as_tar: bool = False) -> None:
@@ -120,7 +120,7 @@ class AtomicDirectory:
 
 @contextmanager
 def _clear_errors(path: Path) -> Iterator[None]:
-    """Turns a failure to write into a ValueError that names the file."""
+    """Turns a failure to write into a UserError that names the file."""
     try:
         yield
     except OSError as error:

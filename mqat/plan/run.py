@@ -1,7 +1,6 @@
 """Everything about a run that can be decided, and refused, before any process group exists."""
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from mqat.quant.algorithm import Recipe, takes_group_size
 from mqat.quant.learned import check_learnable
 from mqat.quant.scheme import LinearScheme
 from mqat.report.page import check_plots
-from mqat.runtime.groups import device
+from mqat.runtime import groups
 from mqat.specs.policy import Policy, Rule
 
 
@@ -67,7 +66,7 @@ def resolve_dtype(precision: str) -> torch.dtype:
     """
     if precision == "32":
         return torch.float32
-    native = has_bf16_units(device())
+    native = has_bf16_units(groups.device())
     return torch.bfloat16 if precision == "bf16" or native else torch.float32
 
 
@@ -223,10 +222,10 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         world_size: Number of processes; default: torchrun's `WORLD_SIZE`, or 1.
 
     Raises:
-        ValueError: Anything that would fail later: sizes that do not divide, groups that do not fit
+        UserError: Anything that would fail later: sizes that do not divide, groups that do not fit
             the training or the inference layout, an algorithm the export format lacks, missing files.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    world = groups.world_size() if world_size is None else world_size
     if config.exp_manager.quality_report:
         check_plots()
     settings = config.model
@@ -311,7 +310,7 @@ def memory_estimate(plan: RunPlan) -> dict[str, str]:
     linears = sum(math.prod(x.stacked_shape(model, model.num_layers)) for x in model.linears)
     table = model.vocab_size * model.hidden_size
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
-    tables = 1 if model.tie_word_embeddings and pp == 1 else (2 if pp == 1 else 1)
+    tables = 2 if pp == 1 and not model.tie_word_embeddings else 1
     parameters = (linears / pp + tables * table) / tp
     width = plan.dtype.itemsize
     state = 8 if width == 4 else 12

@@ -41,7 +41,7 @@ def hint(entry: dict[str, Any]) -> str:
 
 
 def check_plots() -> None:
-    """Raises ValueError if matplotlib is not installed; meant to run before anything else."""
+    """Raises UserError if matplotlib is not installed; meant to run before anything else."""
     if find_spec("matplotlib") is None:
         raise UserError("quality report: plots need matplotlib; pip install 'mqat[report]'.")
 
@@ -91,7 +91,7 @@ def write_report(report: dict[str, Any], directory: Path, title: str) -> None:
     """Writes `quality.json` and `quality.html` of `evaluation.quality`, each whole or not at all.
 
     Raises:
-        ValueError: matplotlib is not installed; nothing is written then.
+        UserError: matplotlib is not installed; nothing is written then.
     """
     check_plots()
     files = {

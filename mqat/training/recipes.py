@@ -148,8 +148,7 @@ def _report(session: Session) -> None:
     for key, title in titles.items():
         if key in ppl:
             table.add_row(title, f"{ppl[key]:.2f}")
-    if is_main():
-        session.log.console.print(table)
+    session.log.console.print(table)
     share = session.summary["gap_recovered"]
     if share is not None:
         session.log.say(f"share of the PTQ gap recovered by QAT: {share:.1%}")

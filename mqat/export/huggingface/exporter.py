@@ -11,11 +11,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from mqat import __version__
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
 from mqat.export.decoder_tensors import DecoderTensors, Naming
-from mqat.export.exporter import DirectoryContents, ExportOptions
+from mqat.export.exporter import PRODUCER, DirectoryContents, ExportOptions
 from mqat.export.forms import Form, Forms
 from mqat.export.operands import group_size, operands_text
 from mqat.export.reshard import InferenceRank
@@ -81,7 +80,7 @@ class HuggingFaceExporter:
         plans = self.tensors.plan(reader, InferenceRank(), options.torch_dtype)
         shards = shard(plans, options.max_shard_bytes or SHARD_BYTES)
         special = special_tokens(tokenizer, model)
-        config = model.to_hf(options.dtype) | special | {"producer": producer()}
+        config = model.to_hf(options.dtype) | special | {"producer": PRODUCER}
         texts: dict[str, Any] = {"config.json": config, **generation_texts(tokenizer, special)}
         if reader.layers:
             modules = NAMING.schemes(model, reader.layers, range(model.num_layers))
@@ -93,11 +92,6 @@ class HuggingFaceExporter:
                 "weight_map": {plan.name: name for name, ps in shards.items() for plan in ps},
             }
         return DirectoryContents({n: partial(list, ps) for n, ps in shards.items()}, texts)
-
-
-def producer() -> dict[str, str]:
-    """Who wrote a directory."""
-    return {"name": "mqat", "version": __version__}
 
 
 def unquantized_modules(modules: Modules) -> list[str]:

@@ -24,7 +24,7 @@ def tokenizer_texts(tokenizer: Path) -> dict[str, str]:
     """Extra files of a `.qnemo`, by name.
 
     Raises:
-        ValueError: The checkpoint has no tokenizer that NeMo could find.
+        UserError: The checkpoint has no tokenizer that NeMo could find.
     """
     if (tokenizer / SENTENCEPIECE).is_file():
         return {"tokenizer_config.yaml": _SENTENCEPIECE_YAML}
