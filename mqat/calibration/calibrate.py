@@ -4,7 +4,7 @@ The forward passes are layout-exact (`parallel/exact.py`) and every statistic me
 same sequences give bit-equal scales at any TP, PP, DP, with and without sequence parallelism.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,21 +98,26 @@ def calibrate(
     with on_all_ranks():
         for name, observer in observers.items():
             observer.check(name)
-        for name in modules:
-            if name in overflow and overflow[name].item():
-                raise UserError(
-                    f"{name}: output is NaN or infinite during calibration. Check the "
-                    "weights of this layer and the calibration text; the model may have diverged."
-                )
-            decisive = chosen[name]["scale"] if name in chosen else amax.get(name)
-            if decisive is not None and not bool(decisive.isfinite().all()):
-                raise UserError(
-                    f"{name}: weight holds NaN or infinite values; restore another checkpoint."
-                )
-
+        _check_finite(modules, overflow, amax | {n: q["scale"] for n, q in chosen.items()})
     for name in amax:
         modules[name].quantizers["weight"].freeze_(amax[name], whole[name])
     for name, qparams in chosen.items():
         modules[name].quantizers["weight"].load_(qparams)
     for name, quantizer in activations.items():
         quantizer.freeze_(observers[name].calibrated(quantizer.scheme, percentile))
+
+
+def _check_finite(
+    names: Iterable[str], overflow: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> None:
+    """Raises UserError for the first module whose output or weight (by its maxima) is not finite."""
+    for name in names:
+        if name in overflow and overflow[name].item():
+            raise UserError(
+                f"{name}: output is NaN or infinite during calibration. Check the "
+                "weights of this layer and the calibration text; the model may have diverged."
+            )
+        if name in weights and not bool(weights[name].isfinite().all()):
+            raise UserError(
+                f"{name}: weight holds NaN or infinite values; restore another checkpoint."
+            )

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mqat.quant.formats import FORMATS, QuantFormat
-from mqat.quant.functional import fake_quantize
+from mqat.quant.functional import fake_quantize, gradient_range
 from mqat.quant.granularity import (
     Granularity,
     PerChannel,
@@ -45,22 +45,11 @@ def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return words.view(torch.uint8)[: math.prod(shape)].view(shape).clamp_max_(1)
 
 
-def gradient_range(fmt: QuantFormat, ste_clip_range: float | None) -> tuple[float, float]:
-    """Range of x / scale that passes gradients (as in `functional.fake_quantize`).
-
-    Integers: values up to half a step beyond the last code count as not clipped.
-    """
-    slack = 0.0 if fmt.is_float else 0.5
-    return (
-        (fmt.qmin - slack, fmt.qmax + slack)
-        if ste_clip_range is None
-        else (-ste_clip_range, ste_clip_range)
-    )
-
-
 def _packed_gradient_mask(ratio: Tensor, fmt: QuantFormat, ste_clip_range: float | None) -> Tensor:
     # Compared as floats: comparisons that write bools are not vectorized on CPUs.
-    return pack_mask(ratio.clamp(*gradient_range(fmt, ste_clip_range)).eq_(ratio).bool())
+    return pack_mask(
+        ratio.clamp(*gradient_range(fmt, ste_clip_range, fmt.qmin, fmt.qmax)).eq_(ratio).bool()
+    )
 
 
 def _by_rows(

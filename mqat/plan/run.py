@@ -12,7 +12,7 @@ from mqat.calibration.check_recipes import check_recipes
 from mqat.checkpoints.manifest import DESCRIPTION, read_description
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.checkpoints.source import PretrainedSource, open_pretrained
-from mqat.config import ExportConfig, QuantizationConfig, RuleConfig, RunConfig
+from mqat.config import ExportConfig, ModelConfig, QuantizationConfig, RuleConfig, RunConfig
 from mqat.data.packaged import smollm2_gguf
 from mqat.errors import UserError
 from mqat.export.exporter import ExportOptions
@@ -153,6 +153,26 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
     return data_parallel
 
 
+def _check_data(settings: ModelConfig, model: DecoderConfig) -> None:
+    """Refuses sequences that the model or the layout cannot hold, and a run without text."""
+    data, tp = settings.data, settings.tensor_model_parallel_size
+    if settings.sequence_parallel and data.seq_length % tp:
+        raise UserError(
+            f"model.data.seq_length={data.seq_length} is not a multiple of "
+            f"tensor_model_parallel_size={tp}, which sequence parallelism needs."
+        )
+    if data.seq_length > model.max_position_embeddings:
+        raise UserError(
+            f"model.data.seq_length={data.seq_length} exceeds the model's "
+            f"max_position_embeddings={model.max_position_embeddings}."
+        )
+    if data.packaged is None and not (data.train and data.validation):
+        raise UserError(
+            "config: model.data.train and model.data.validation must each name at least one file "
+            "(hold out whole documents), or set model.data.packaged."
+        )
+
+
 def _rule(config: RuleConfig) -> Rule:
     given = {"weight": config.weight, "input": config.input, "output": config.output}
     operands = {kind: asdict(operand) for kind, operand in given.items() if operand is not None}
@@ -236,22 +256,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         model, tp=tp, pp=pp, virtual_pp=settings.virtual_pipeline_model_parallel_size or 1
     )
     data_parallel = _check_batches(config, world)
-    if settings.sequence_parallel and settings.data.seq_length % tp:
-        raise UserError(
-            f"model.data.seq_length={settings.data.seq_length} is not a multiple of "
-            f"tensor_model_parallel_size={tp}, which sequence parallelism needs."
-        )
-    if settings.data.seq_length > model.max_position_embeddings:
-        raise UserError(
-            f"model.data.seq_length={settings.data.seq_length} exceeds the model's "
-            f"max_position_embeddings={model.max_position_embeddings}."
-        )
-    data = settings.data
-    if data.packaged is None and not (data.train and data.validation):
-        raise UserError(
-            "config: model.data.train and model.data.validation must each name at least one file "
-            "(hold out whole documents), or set model.data.packaged."
-        )
+    _check_data(settings, model)
     quantization = config.quantization
     _check_group_size(quantization)
     policy = Policy(
