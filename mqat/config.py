@@ -4,19 +4,21 @@ Precedence: `key=value` on the command line over the YAML file over the defaults
 is an error that suggests the nearest one.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mqat.errors import UserError
+from mqat.errors import UserError, nearest_hint
 from mqat.models.decoder import FAMILIES
-from mqat.quant.algorithm import ROUNDINGS, SQ_GRIDS, WEIGHT_CALIBRATORS, Recipe
+from mqat.quant.algorithm import Recipe
+from mqat.quant.kv_cache import KV_CACHES, KV_SCALES
+from mqat.quant.observers import METHODS
 
 
 @dataclass
@@ -155,19 +157,19 @@ class QuantizationConfig:
     pact_a_lr: float = 0.01  # of clip values, in units of the input
     pact_a_decay: float = 5e-5  # decoupled weight decay of clip values
     decoder_type: str | None = None
-    # Recipe of the weights (docs/quality.md); what is left as it is here is the algorithm's own.
-    smoothquant: bool = False  # first move activation outliers into weights (same function)
-    sq_alpha: float | None = 0.8  # SmoothQuant's strength; null: searched for every linear
-    sq_grid: str = "power_of_two"  # exact to fold; or float: finer, folding rounds
-    weight_calibrator: str = "max"  # or mse, awq (by output error), sawb, four_over_six (nvfp4)
-    rounding: str = "nearest"  # or gptq: error-compensated, before any training
+    # Recipe of the weights (docs/quality.md); auto: the algorithm's own.
+    smoothquant: Any = "auto"  # true: first move activation outliers into weights (same function)
+    sq_alpha: Any = "auto"  # SmoothQuant's strength, 0.8; null: searched for every linear
+    sq_grid: str = "auto"  # power_of_two: exact to fold; or float: finer, folding rounds
+    weight_calibrator: str = "auto"  # max, mse, awq (output error), sawb, four_over_six (nvfp4)
+    rounding: str = "auto"  # nearest; or gptq: error-compensated, before any training
     compare_with_finetuned: bool = True  # also train the unquantized model for as many steps
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The keys of `Recipe` that differ from their defaults."""
-        keys = {f.name: getattr(self, f.name, f.default) for f in fields(Recipe)}
-        return {key: value for key, value in keys.items() if value != getattr(Recipe, key)}
+        """The keys of `Recipe` that are chosen here; one that equals a default is a choice, too."""
+        keys = {f.name: getattr(self, f.name, "auto") for f in fields(Recipe)}
+        return {key: value for key, value in keys.items() if value != "auto"}
 
     @property
     def weight_rule(self) -> Any:
@@ -184,8 +186,8 @@ class QuantizationConfig:
 class ExportConfig:
     """The directory for serving; nothing is exported while `format` is null."""
 
-    format: str | None = "trtllm"  # or "hf"
-    style: str = "compressed-tensors"  # of quantized tensors in "hf"; or "modelopt"
+    format: str | None = "trtllm"  # or "hf" (`export/exporters.py`)
+    style: str | None = None  # of quantized tensors in "hf": compressed-tensors (null) or modelopt
     decoder_type: str | None = None
     inference_tensor_parallel: int = 1
     inference_pipeline_parallel: int = 1
@@ -237,19 +239,13 @@ _CHOICES = {
     "model.data.packaged": (None, "wikipedia", "python_docs"),
     "model.packaged": (None, "smollm2"),
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
-    "quantization.calibrator": ("max", "percentile", "mse", "entropy"),
-    "quantization.weight_calibrator": WEIGHT_CALIBRATORS,
-    "quantization.sq_grid": SQ_GRIDS,
-    "quantization.rounding": ROUNDINGS,
-    "quantization.kv_cache": (None, "int8", "fp8"),
-    "quantization.kv_cache_scales": ("shared", "separate"),
+    "quantization.calibrator": METHODS,
+    "quantization.kv_cache": (None, *KV_CACHES),
+    "quantization.kv_cache_scales": KV_SCALES,
     "quantization.weight_scales": ("frozen", "lsq"),
     "quantization.input_scales": ("frozen", "lsq", "pact"),
     "quantization.decoder_type": _DECODERS,
-    "export.format": (None, "trtllm", "hf"),
-    "export.style": ("compressed-tensors", "modelopt"),
     "export.decoder_type": _DECODERS,
-    "export.dtype": ("bfloat16", "float16", "float32"),
 }
 
 # A schedule that is constant may take more `trainer.max_steps` without being told so.
@@ -312,9 +308,7 @@ def _check_keys(given: Any, schema: Any, path: str) -> None:
         if full in _RENAMED:
             raise UserError(f"config: {full} is now {_RENAMED[full]}.")
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {path}{near[0]!s}?" if near else f"known keys: {sorted(known)}."
-            raise UserError(f"config: unknown key {full!r}; {hint}")
+            raise UserError(f"config: unknown key {full!r}; {nearest_hint(key, known)}")
         nested: Any = ArchitectureConfig if full == "model.architecture" else None
         if isinstance(schema, RuleConfig) and key in ("weight", "input", "output"):
             nested = OperandConfig
@@ -359,11 +353,7 @@ def _check_values(config: RunConfig) -> None:
             f"config: quantization.percentile={quantization.percentile} must be in (0, 100]; "
             "99.99 keeps all but one value in 10,000."
         )
-    if quantization.sq_alpha is not None and not 0 <= quantization.sq_alpha <= 1:
-        raise UserError(
-            f"config: quantization.sq_alpha={quantization.sq_alpha} must be in [0, 1], or null to "
-            "search for the best of every linear."
-        )
+    Recipe().with_keys(quantization.recipe, "quantization")
 
 
 def _check_optimizer(config: RunConfig) -> None:
@@ -391,7 +381,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Defaults, then a YAML file, then `section.key=value` overrides.
 
     Raises:
-        ValueError: Unreadable file, unknown key, wrong type or value; the message names the key.
+        UserError: Unreadable file, unknown key, wrong type or value; the message names the key.
     """
     layers: list[Any] = []
     if path is not None:
@@ -401,7 +391,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             raise UserError(f"config file {path}: {error.strerror or error}.") from error
         except UnicodeDecodeError as error:
             raise UserError(f"config file {path}: {error}.") from error
-        except Exception as error:  # the YAML library's own error types
+        except yaml.YAMLError as error:
             raise UserError(f"config file {path}: not valid YAML: {error}") from error
     for override in overrides:
         if "=" not in override:

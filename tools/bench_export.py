@@ -39,7 +39,7 @@ from mqat.export.export import export_hf, export_trtllm
 from mqat.models.decoder import DecoderConfig
 from mqat.models.structure import DENSE_LINEARS
 from mqat.quant.algorithm import named_scheme
-from mqat.quant.functional import compute_amax, compute_scale
+from mqat.quant.scales import compute_amax, compute_scale
 from mqat.quant.scheme import LinearScheme
 
 LINEARS = tuple(linear.name for linear in DENSE_LINEARS)

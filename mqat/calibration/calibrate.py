@@ -4,7 +4,7 @@ The forward passes are layout-exact (`parallel/exact.py`) and every statistic me
 same sequences give bit-equal scales at any TP, PP, DP, with and without sequence parallelism.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mqat.errors import UserError
-from mqat.parallel.linear import quantized_linears, weight_amax_spans_ranks
+from mqat.parallel.linear import quantized_linears, tp_axis
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
+from mqat.quant.qparams import statistic_of
 from mqat.runtime.groups import any_rank, on_all_ranks
 
 
@@ -53,7 +54,7 @@ def calibrate(
             the scales of others are those of their maxima.
 
     Raises:
-        ValueError: On every rank: NaN or infinite values, or a module that no token reached; names
+        UserError: On every rank: NaN or infinite values, or a module that no token reached; names
             it.
     """
     modules, linears = quantized_modules(model), quantized_linears(model)
@@ -76,13 +77,13 @@ def calibrate(
             }
     chosen = weight_qparams or {}
     amax = {
-        name: module.quantizers["weight"].statistic(module.weight)
+        name: statistic_of(module.weight, module.quantizers["weight"].scheme)
         for name, module in modules.items()
         if "weight" in module.quantizers and name not in chosen
     }
     whole = {name: local.amax().reshape(1) for name, local in amax.items()}  # of two-level scales
     observers = {name: q.observer for name, q in activations.items() if q.observer is not None}
-    spanning = [amax[name] for name in amax if weight_amax_spans_ranks(modules[name])]
+    spanning = [amax[name] for name in amax if tp_axis(modules[name], "weight", "scale") is None]
     maxima = [
         *spanning,
         *whole.values(),
@@ -97,21 +98,26 @@ def calibrate(
     with on_all_ranks():
         for name, observer in observers.items():
             observer.check(name)
-        for name in modules:
-            if name in overflow and overflow[name].item():
-                raise UserError(
-                    f"{name}: output is NaN or infinite during calibration. Check the "
-                    "weights of this layer and the calibration text; the model may have diverged."
-                )
-            decisive = chosen[name]["scale"] if name in chosen else amax.get(name)
-            if decisive is not None and not bool(decisive.isfinite().all()):
-                raise UserError(
-                    f"{name}: weight holds NaN or infinite values; restore another checkpoint."
-                )
-
+        _check_finite(modules, overflow, amax | {n: q["scale"] for n, q in chosen.items()})
     for name in amax:
         modules[name].quantizers["weight"].freeze_(amax[name], whole[name])
     for name, qparams in chosen.items():
         modules[name].quantizers["weight"].load_(qparams)
     for name, quantizer in activations.items():
         quantizer.freeze_(observers[name].calibrated(quantizer.scheme, percentile))
+
+
+def _check_finite(
+    names: Iterable[str], overflow: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> None:
+    """Raises UserError for the first module whose output or weight (by its maxima) is not finite."""
+    for name in names:
+        if name in overflow and overflow[name].item():
+            raise UserError(
+                f"{name}: output is NaN or infinite during calibration. Check the "
+                "weights of this layer and the calibration text; the model may have diverged."
+            )
+        if name in weights and not bool(weights[name].isfinite().all()):
+            raise UserError(
+                f"{name}: weight holds NaN or infinite values; restore another checkpoint."
+            )

@@ -47,6 +47,8 @@ class ClippingMethod:
         measure: Shard -> what the choice is made by, float64 [K, rows, G]. Where the tensor has one
             scale, it is added up over all rows and groups of all shards, to [K, 1, 1].
         choose: (statistic, measured, scheme) -> the statistic that scales are made from.
+        check: (name of a linear, scheme of its weight) -> raises UserError for a scheme that the method
+            cannot choose for.
         needs_input_hessian: Whether shards have their `hessian`.
         headroom: How far above its maximum a group's choice may lie. The upper scale of two levels,
             made from the largest maximum times this, leaves room for it.
@@ -54,6 +56,7 @@ class ClippingMethod:
 
     measure: Callable[[WeightShard], Tensor]
     choose: Callable[[Tensor, Tensor, TensorScheme], Tensor]
+    check: Callable[[str, TensorScheme], None] = lambda name, scheme: None
     needs_input_hessian: bool = False
     headroom: float = 1.0
 

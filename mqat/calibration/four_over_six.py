@@ -20,20 +20,10 @@ FACTORS = (1.0, 6.0 / 4.0)
 
 
 def squared_errors(shard: WeightShard) -> Tensor:
-    """Of each of FACTORS and each block, float64 [2, rows, G].
-
-    Raises:
-        UserError: Another format than NVFP4's.
-    """
-    scheme = shard.scheme
-    if scheme.format != FP4_E2M1 or not scheme.has_global_scale:
-        raise UserError(
-            f"quantization.weight_calibrator=four_over_six chooses between two block scales of NVFP4 "
-            f"(fp4_e2m1 with e4m3 scales), not of {scheme.format.name} with {scheme.scale_name} scales. "
-            "Use algorithm nvfp4, or mse."
-        )
+    """Of each of FACTORS and each block, float64 [2, rows, G]."""
     errors = [
-        rounded(shard.weight, scheme, shard.statistic * factor, shard.global_amax) - shard.weight
+        rounded(shard.weight, shard.scheme, shard.statistic * factor, shard.global_amax)
+        - shard.weight
         for factor in FACTORS
     ]
     squares = [grouped(error, shard.group_width).double().square() for error in errors]
@@ -45,4 +35,14 @@ def better_factor(amax: Tensor, errors: Tensor, scheme: TensorScheme) -> Tensor:
     return amax * torch.tensor(FACTORS, device=amax.device)[errors.argmin(dim=0)]
 
 
-FOUR_OVER_SIX = ClippingMethod(squared_errors, better_factor, headroom=448.0 / 256.0)
+def check(name: str, scheme: TensorScheme) -> None:
+    """Raises UserError for another format than NVFP4's."""
+    if scheme.format != FP4_E2M1 or not scheme.has_global_scale:
+        raise UserError(
+            f"{name}: quantization.weight_calibrator=four_over_six chooses between two block scales of "
+            f"NVFP4 (fp4_e2m1 with e4m3 scales), not of {scheme.format.name} with "
+            f"{scheme.scale_name} scales. Use algorithm nvfp4, or mse."
+        )
+
+
+FOUR_OVER_SIX = ClippingMethod(squared_errors, better_factor, check, headroom=448.0 / 256.0)

@@ -1,4 +1,4 @@
-"""Error-compensated rounding: what rounding one column breaks, later columns make good.
+"""Error-compensated rounding: each column's rounding error is compensated in the columns after it.
 
 Frantar et al. 2022, GPTQ, arXiv:2210.17323, algorithm 1, with H = XᵀX and columns in the order of
 falling H_jj. Scales are fixed beforehand, so that groups may be visited in any order and serving
@@ -19,24 +19,26 @@ from mqat.quant.scheme import TensorScheme
 _COLUMNS = 128  # compensated one by one before the rest of the row is, in one GEMM
 
 
-def inverse_factor(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+def inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Upper Cholesky factor of H⁻¹ in visiting order, and that order.
+
+    A hundredth of the mean diagonal is added to H; tenfold more, up to ten times the mean, while it is
+    not numerically positive definite.
 
     Args:
         hessian: XᵀX, float64 [I, I].
-        damping: Share of the mean diagonal that is added to it; raised tenfold, up to 10, while
-            the matrix is not numerically positive definite.
 
     Returns:
         float32 [I, I] and int64 [I].
 
     Raises:
-        ValueError: The matrix cannot be factored at all.
+        UserError: The matrix cannot be factored at all.
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
     hessian = hessian[order][:, order].clone()
     mean = float(diagonal.mean())
+    damping = 0.01
     while damping <= 10:
         damped = hessian.clone()
         # A channel that was always zero gets the damping alone: its weight rounds to nearest.

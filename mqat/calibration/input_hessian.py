@@ -186,7 +186,7 @@ def collect_input_hessians(
 
 
 def check_input_hessians(input_hessians: Mapping[str, InputHessian]) -> None:
-    """Raises ValueError, naming the layer, for an input that was never seen or is not usable."""
+    """Raises UserError, naming the layer, for an input that was never seen or is not usable."""
     for name, input_hessian in input_hessians.items():
         if not int(input_hessian.tokens):
             raise UserError(

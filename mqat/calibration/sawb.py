@@ -24,22 +24,22 @@ def sums(shard: WeightShard) -> Tensor:
 
 
 def clipping_point(amax: Tensor, measured: Tensor, scheme: TensorScheme) -> Tensor:
-    """SAWB's clipping point in the scale's shape, float32, never above `amax`.
-
-    Raises:
-        UserError: No coefficients for the format.
-    """
-    fmt = scheme.format
-    if fmt.is_float or scheme.is_asymmetric or fmt.bits not in _COEFFICIENTS:
-        raise UserError(
-            f"quantization.weight_calibrator=sawb has no coefficients for {fmt.name}"
-            f"{' with zero points' * scheme.is_asymmetric}; it needs symmetric integers of "
-            f"{sorted(_COEFFICIENTS)} bits. Use mse or awq."
-        )
-    c1, c2 = _COEFFICIENTS[fmt.bits]
+    """SAWB's clipping point in the scale's shape, float32, never above `amax`."""
+    c1, c2 = _COEFFICIENTS[scheme.format.bits]
     square, magnitude = measured[:2] / measured[2]
     found = (c1 * square.sqrt() + c2 * magnitude).float().view_as(amax)
     return torch.where(found > 0, torch.minimum(found, amax), amax)
 
 
-SAWB = ClippingMethod(sums, clipping_point)
+def check(name: str, scheme: TensorScheme) -> None:
+    """Raises UserError for a format without coefficients."""
+    fmt = scheme.format
+    if fmt.is_float or scheme.is_asymmetric or fmt.bits not in _COEFFICIENTS:
+        raise UserError(
+            f"{name}: quantization.weight_calibrator=sawb has no coefficients for {fmt.name}"
+            f"{' with zero points' * scheme.is_asymmetric}; it needs symmetric integers of "
+            f"{sorted(_COEFFICIENTS)} bits. Use mse or awq."
+        )
+
+
+SAWB = ClippingMethod(sums, clipping_point, check)

@@ -59,20 +59,24 @@ class SmoothingPair:
         return heads.amax(dim=1, keepdim=True).expand_as(heads).reshape(-1)
 
     def fold_(self, scale: Tensor) -> None:
-        """Multiplies the weight's columns by `scale` [I] and divides what is before by it."""
+        """Multiplies the weight's columns by `scale` [I] and divides what is before by it.
+
+        By `scale` in the weight's dtype, on both sides.
+        """
         tp_group = self.linear.tp_group
         local = scale
         if isinstance(self.linear, QuantRowParallelLinear):
             local = scale.chunk(tp_group.size())[tp_group.rank()]
         weight = self.linear.weight.detach()
-        weight.mul_(local.to(weight.dtype))
+        local = local.to(weight.dtype)
+        weight.mul_(local)
         if self.heads_per_group > 1:
             local = local.view(-1, self.heads_per_group, self.head_dim)[:, 0].reshape(-1)
         for tensor, offset in ((self.before, self.offset), (self.before_bias, 0.0)):
             if tensor is None:
                 continue
             rows = slice(None) if self.rows is None else self.rows
-            factors = local.to(tensor.dtype).float().view(-1, *[1] * (tensor.dim() - 1))
+            factors = local.float().view(-1, *[1] * (tensor.dim() - 1))
             values = tensor[rows].float()
             divided = (values + offset) / factors - offset if offset else values / factors
             tensor[rows] = divided.to(tensor.dtype)
@@ -84,7 +88,7 @@ def find_smoothing_pairs(
     """The pairs of linears of these global names, in model order; other ranks' are passed over.
 
     Raises:
-        UserError: Something else reads the tensor before, or its norm is of an unknown kind; names it.
+        UserError: The norm before is of an unknown kind; names it.
     """
     pairs: dict[str, SmoothingPair] = {}
     for chunk in unwrapped(chunks):
@@ -93,20 +97,9 @@ def find_smoothing_pairs(
                 module = layer.get_submodule(linear.name)
                 if module.quantized_name not in names:
                     continue
-                _check_single_reader(module.quantized_name, linear, model)
                 find = _behind_norm if linear.fed_by is None else _behind_linear
                 pairs[module.quantized_name] = find(layer, module, linear, model)
     return pairs
-
-
-def _check_single_reader(name: str, linear: Linear, model: DecoderConfig) -> None:
-    for other in model.linears:
-        shares = (other.norm, other.fed_by) == (linear.norm, linear.fed_by)
-        if shares and other.name != linear.name:
-            raise UserError(
-                f"{name}: its input also feeds {other.name}, so it cannot be rescaled for one of them "
-                "alone; switch smoothquant off for it by a rule (recipe: {smoothquant: false})."
-            )
 
 
 def _behind_norm(
@@ -138,8 +131,8 @@ def _behind_linear(
     name, part = linear.fed_by
     before: Any = layer.get_submodule(name)
     fused = model.linear(name)
-    group, start, rows = module.tp_group, 0, []
-    for piece in local_pieces(model, fused, group.rank(), group.size()):
+    tp_group, start, rows = module.tp_group, 0, []
+    for piece in local_pieces(model, fused, tp_group.rank(), tp_group.size()):
         count = piece.rows.stop - piece.rows.start
         if piece.part == part:
             rows.append(torch.arange(start, start + count))

@@ -28,11 +28,10 @@ from mqat.calibration.tp_invariant_shards import (
     row_shard_numbers,
     row_shards,
 )
-from mqat.errors import UserError
 from mqat.parallel.linear import QuantizedLinear
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.quant.algorithm import Recipe
-from mqat.quant.granularity import PerBlock, PerGroup, PerTensor
+from mqat.quant.granularity import PerGroup, PerTensor
 from mqat.quant.qparams import frozen_qparams, statistic_of
 from mqat.quant.scheme import TensorScheme
 
@@ -157,11 +156,6 @@ class WeightCalibrator:
         }
         for name, linear in chosen.items():
             scheme = _weight_scheme(linear)
-            if isinstance(scheme.granularity, PerBlock):
-                raise UserError(
-                    f"{name}: weights in squares ({scheme.granularity}) span the shards that are "
-                    "worked on; keep weight_calibrator=max and rounding=nearest for them."
-                )
             self.statistics[name] = [statistic_of(s, scheme) for s in row_shards(linear)]
         shared = {
             name: torch.stack([s.amax().reshape(1) for s in self.statistics[name]]).amax(dim=0)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mqat.calibration.calibrate import exact_forward
+from mqat.calibration.check_recipes import check_recipes
 from mqat.calibration.clipping_methods import CLIPPING_METHODS
 from mqat.calibration.input_hessian import (
     InputHessian,
@@ -65,11 +66,16 @@ def apply_weight_recipe_(
         by linear; absent where they are simply those of the weight's maxima.
 
     Raises:
-        ValueError: On every rank: NaN or infinite values, a linear that no token reached, a format
+        UserError: On every rank: NaN or infinite values, a linear that no token reached, a format
             that the clipping method does not know, or an input that cannot be rescaled.
     """
     recipes = {name: recipe for name, recipe in recipes.items() if is_in_layer(name)}
     linears = {n: x for n, x in decoder_linears(chunks).items() if x.quantizers and n in recipes}
+    weights = {
+        n: x.quantizers["weight"].scheme for n, x in linears.items() if "weight" in x.quantizers
+    }
+    with on_all_ranks():
+        check_recipes(recipes, dict.fromkeys(linears) | weights, model)
     everything = quantized_modules(chunks)
     size = calib_layers_at_once or model.num_layers
     found: dict[str, dict[str, Tensor]] = {}

@@ -1,7 +1,7 @@
 """The `mqat` command: finds the file of a command and runs it.
 
 Every command checks its input first and exits with status 2 and one line on an error that a user can
-mend. `import` and `export` also run under torchrun, where ranks share the work.
+mend. `import`, `export` and `report` also run under torchrun, where ranks share the work.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mqat.cli.arguments import DEFAULT
+from mqat.cli.arguments import DEFAULT, add_layout
 from mqat.errors import UserError
 
 HELP = "Hugging Face directory or GGUF -> dist-checkpoint"
@@ -14,8 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--precision", choices=("bf16", "32"), default="32", help=DEFAULT)
-    parser.add_argument("--tensor-parallel", type=int, default=1, help=DEFAULT)
-    parser.add_argument("--pipeline-parallel", type=int, default=1, help=DEFAULT)
+    add_layout(parser)
 
 
 def run(args: argparse.Namespace) -> None:

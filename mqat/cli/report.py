@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mqat.cli.arguments import DEFAULT, positive
+from mqat.cli.arguments import DEFAULT, add_layout, positive
 
 HELP = "signal to noise, clipping and outliers of every linear"
 
@@ -16,8 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, help="directory for quality.json, quality.html"
     )
     parser.add_argument("--seq-length", type=positive, default=256, help=DEFAULT)
-    parser.add_argument("--tensor-parallel", type=int, default=1, help=DEFAULT)
-    parser.add_argument("--pipeline-parallel", type=int, default=1, help=DEFAULT)
+    add_layout(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mqat.cli.arguments import DEFAULT
+from mqat.cli.arguments import DEFAULT, positive
 from mqat.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, help="UTF-8 text to run through both (default: one of its own)"
     )
     parser.add_argument(
-        "--tokens", type=int, default=128, help=f"tokens of the text to use; {DEFAULT}"
+        "--tokens", type=positive, default=128, help=f"tokens of the text to use; {DEFAULT}"
     )
     parser.add_argument("--json", action="store_true")
 
@@ -63,6 +63,7 @@ def _json_object(file: Path) -> dict[str, Any]:
 def _verified(directory: Path, args: argparse.Namespace) -> Report:
     from mqat.checkpoints.reader import CheckpointReader
     from mqat.data.sample import NUM_TOKENS, sample_tokens
+    from mqat.export.exporter import DTYPES
     from mqat.verify.verify import verify_export
 
     tokens = None
@@ -78,7 +79,7 @@ def _verified(directory: Path, args: argparse.Namespace) -> Report:
     if args.reference is None or tokens is None:
         return verify_export(directory, reference=args.reference, tokens=tokens)
     dtype = config.get("torch_dtype", config.get("dtype", "float32"))
-    if dtype not in ("bfloat16", "float16", "float32"):
+    if dtype not in DTYPES:
         raise UserError(f"{directory / 'config.json'}: dtype={dtype!r} is not one mqat writes.")
     trained = CheckpointReader(args.reference).model.vocab_size
     if trained != config.get("vocab_size"):

@@ -10,6 +10,7 @@ the same on every layout, up to the order in which floats are added.
 | key in the JSON                     | meaning                                                         |
 |-------------------------------------|-----------------------------------------------------------------|
 | `version`                           | of this format: 1                                               |
+| `linears[].layer, module`           | number and name in the layer; of a table null and its name      |
 | `linears[].output_sqnr_db`          | null: exact                                                     |
 | `linears[].weight, input, output`   | null if not quantized; else `format`, `amax`, `clip_rate`,      |
 |                                     | `scale`, and `sqnr_db` of the operand (an output's: of all)     |
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from mqat.errors import UserError
 from mqat.evaluation.sqnr_hooks import CLIPPED, COUNT, NOISE, SIGNAL, SqnrHooks, operand_sums
+from mqat.models.structure import is_in_layer, split_name
 from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.linear import QuantizedLinear
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
@@ -139,8 +141,11 @@ def _entry(name: str, watched: SqnrHooks, ends: Mapping[str, Tensor]) -> dict[st
         else None
         for kind in kinds
     }
+    layer, inner = split_name(name) if is_in_layer(name) else (None, name)
     entry = {
         "name": name,
+        "layer": layer,
+        "module": inner,
         "tokens": float(watched.tokens),
         "is_finite": all(bool(values[: COUNT + 1].isfinite().all()) for values in sums.values()),
         "output_sqnr_db": _decibel(signal, noise),

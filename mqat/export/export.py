@@ -11,7 +11,7 @@ import torch
 from mqat.checkpoints.manifest import checking_data
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
-from mqat.export.exporter import SHARD_BYTES, Exporter, ExportOptions
+from mqat.export.exporter import Exporter, ExportOptions
 from mqat.export.exporters import exporter
 from mqat.export.stream import TensorPlan
 from mqat.export.writer import AtomicDirectory
@@ -58,9 +58,9 @@ def export_hf(
     checkpoint: Path,
     out: Path,
     *,
-    style: str = "compressed-tensors",
+    style: str | None = None,
     dtype: str = "bfloat16",
-    max_shard_bytes: int = SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     overwrite: bool = False,
     rank: int = 0,
     world_size: int = 1,
@@ -69,8 +69,8 @@ def export_hf(
     """Writes a Hugging Face directory: for transformers, vLLM, SGLang, TensorRT-LLM's PyTorch backend.
 
     An unquantized checkpoint becomes an ordinary model directory, with the tensors of the one that
-    was imported. `style`, of quantized tensors: `compressed-tensors` or `modelopt`; other arguments and
-    errors are those of `ExportOptions` and `export_checkpoint`.
+    was imported. `style`, of quantized tensors: `compressed-tensors` (None) or `modelopt`; other
+    arguments and errors are those of `ExportOptions` and `export_checkpoint`.
     """
     options = ExportOptions(dtype=dtype, max_shard_bytes=max_shard_bytes)
     how = (overwrite, rank, world_size, raise_on_any_rank)
@@ -112,7 +112,7 @@ def export_checkpoint(
         schemes: dict[str, Scheme] = {**reader.layers, **reader.tables, **reader.kv_cache}
         exporter.check(reader.model, schemes, options)
         contents = exporter.contents(reader, tokenizer, options)
-        directory = AtomicDirectory(out, overwrite=overwrite, as_tar=options.archive == "tar")
+        directory = AtomicDirectory(out, overwrite=overwrite, as_tar=contents.as_tar)
     with _together(raise_on_any_rank):
         for name in list(contents.weights)[rank::world_size]:
             _check_range(contents.weights[name](), options.dtype)
@@ -146,13 +146,15 @@ def _check_range(plans: Sequence[TensorPlan], dtype: str) -> None:
     """Refuses what float16 cannot hold before anything is written.
 
     Raises:
-        UserError: Names the first tensor with an element beyond 65504.
+        UserError: Names the first tensor with an element beyond 65504, or with steps that an engine
+            would round.
     """
     if dtype != "float16":
         return  # the others reach as far as what was trained
-    for plan in plans:
-        is_narrow = plan.dtype == torch.float16
-        if is_narrow and any(bool(chunk.isinf().any()) for chunk in plan.chunks()):
+    # Those of float32 are scales, some of which are refused by what builds them.
+    narrow = [plan for plan in plans if plan.dtype in (torch.float16, torch.float32)]
+    for plan in narrow:
+        if any(bool(chunk.isinf().any()) for chunk in plan.chunks()):
             raise UserError(
                 f"{plan.name}: has elements beyond 65504, float16's largest number; use "
                 "export.dtype=bfloat16 (--dtype bfloat16) or float32."

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mqat import __version__
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
 from mqat.export.stream import TensorPlan
@@ -14,7 +15,9 @@ from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme
 
 DTYPES = ("bfloat16", "float16", "float32")
-SHARD_BYTES = 5_000_000_000
+
+
+PRODUCER = {"name": "mqat", "version": __version__}  # of a directory, in its `config.json`
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class ExportOptions:
         dtype: Of unquantized tensors: `bfloat16`, `float16` or `float32`.
         allow_requantization: Export forms that the loader rounds a second time.
         archive: None, or a `.qnemo` for NeMo: `directory`, or `tar` for its older releases.
-        max_shard_bytes: Most bytes of tensors in a file; a larger tensor gets a file of its own.
+        max_shard_bytes: Most bytes of tensors in a file; a larger tensor gets a file of its own. None:
+            the exporter's own.
     """
 
     tensor_parallel: int = 1
@@ -35,7 +39,7 @@ class ExportOptions:
     dtype: str = "bfloat16"
     allow_requantization: bool = False
     archive: str | None = None
-    max_shard_bytes: int = SHARD_BYTES
+    max_shard_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError for a dtype that no server has."""
@@ -56,10 +60,12 @@ class DirectoryContents:
     Attributes:
         weights: File name -> its tensors, planned when they are about to be written.
         texts: File name -> JSON object, or text.
+        as_tar: All of it is to become one file (`tar.py`).
     """
 
     weights: Mapping[str, Callable[[], list[TensorPlan]]]
     texts: Mapping[str, Any] = field(default_factory=dict)
+    as_tar: bool = False
 
 
 class Exporter(Protocol):

@@ -10,7 +10,7 @@ EXPORTERS: tuple[Exporter, ...] = (TensorRtLlmExporter(), COMPRESSED_TENSORS, MO
 
 
 def exporter(format_: str, style: str | None = None) -> Exporter:
-    """The exporter of `export.format` and, where a format has several styles, `export.style`.
+    """The exporter of `export.format` and `export.style`; without a style, the format's first.
 
     Raises:
         UserError: An unknown word; lists the known ones.
@@ -19,8 +19,10 @@ def exporter(format_: str, style: str | None = None) -> Exporter:
     if not found:
         known = dict.fromkeys(e.format for e in EXPORTERS)
         raise UserError(f"export.format={format_!r}: must be one of {', '.join(known)}.")
-    if len(found) == 1:
+    if style is None:
         return next(iter(found.values()))
     if style not in found:
-        raise UserError(f"style={style!r}: must be one of {', '.join(map(str, found))}.")
+        styles = [s for s in found if s is not None]
+        allowed = f"must be one of {', '.join(styles)}" if styles else f"{format_} has none"
+        raise UserError(f"export.style={style!r}: {allowed}.")
     return found[style]

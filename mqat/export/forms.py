@@ -27,7 +27,7 @@ class Form:
     tensors: TensorBuilders
 
     def unmet(self, scheme: LinearScheme) -> list[str]:
-        """What the form asks and a scheme is not, in words; empty: it serves the scheme."""
+        """Requirements of the form that a scheme does not meet, in words; empty: it serves it."""
         found = self.weight.unmet("weight", scheme.weight)
         if self.input is not None:
             found += self.input.unmet("input", scheme.input)
@@ -83,7 +83,8 @@ class Forms(Generic[F_co]):
         """
         size = group_size(scheme)
         if size is not None and width % (size * ranks):
-            fitting = [size for size in (32, 64, 128, 256) if width % (size * ranks) == 0]
+            usual = (32, 64, 128, 256)
+            fitting = [candidate for candidate in usual if width % (candidate * ranks) == 0]
             raise UserError(
                 f"{name}: group_size={size} does not divide in_features={width} / "
                 f"export.inference_tensor_parallel={ranks}, and {self.server} has no shorter last "

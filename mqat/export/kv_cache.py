@@ -82,7 +82,7 @@ class CacheForm:
             yield reader.read(key).reshape(self.shape)
 
         for suffix, kind in self.names(CORE_ATTENTION).items():
-            key = quantizer_key(name, kind if kind == "kv" else scheme.scale_of(kind), "scale")
+            key = quantizer_key(name, scheme.scale_of(kind), "scale")
             yield TensorPlan(torch.float32, self.shape, partial(chunks, key), prefix + suffix)
 
 

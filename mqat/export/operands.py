@@ -9,8 +9,7 @@ from mqat.quant.formats import (
     FP8_E4M3,
     INT4,
     INT4_AMAX7_5,
-    INT8,
-    INT8_AMAX128,
+    INT8_FORMATS,
     INT8_MIN128,
     UINT4,
     QuantFormat,
@@ -41,7 +40,7 @@ class OperandPattern:
     is_asymmetric: bool = False
 
     def unmet(self, kind: str, operand: TensorScheme | None) -> list[str]:
-        """What the pattern asks and an operand is not, in words; empty: it matches."""
+        """Requirements of the pattern that an operand does not meet, in words; empty: it matches."""
         if operand is None:
             return [f"a quantized {kind}"]
         wanted = self.granularity
@@ -57,7 +56,7 @@ class OperandPattern:
         return [f"{kind} {text}" for text, is_met in found.items() if not is_met]
 
 
-INT8_CHANNELS = OperandPattern((INT8, INT8_MIN128, INT8_AMAX128), PerChannel)
+INT8_CHANNELS = OperandPattern(INT8_FORMATS, PerChannel)
 INT8_TENSOR = OperandPattern((INT8_MIN128,), PerTensor)  # kernels saturate inputs at -128
 INT8_TOKENS = OperandPattern((INT8_MIN128,), PerToken, (F32,), is_dynamic=True)
 INT8_SHIFTED_TOKENS = replace(INT8_TOKENS, is_asymmetric=True)

@@ -90,7 +90,7 @@ class ServedLinear:
         return torch.cat([self.reader.read(key, (span, *columns)) for span in rows])
 
     def zero_point(self, rows: Rows | None = None) -> Tensor | None:
-        """The frozen zero points, int32, shaped like `scale`; None where zero is zero."""
+        """The frozen zero points, int32, shaped like `scale`; None if symmetric."""
         if not self.weight_scheme.is_asymmetric:
             return None
         return self.scale(rows, tensor="zero_point")

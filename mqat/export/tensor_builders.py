@@ -108,7 +108,6 @@ def column_scale(served: ServedLinear) -> TensorPlan:
 
 def model_scale(served: ServedLinear) -> TensorPlan:
     """Weight scale in the model's dtype, in which servers keep it; it must lose nothing."""
-
     return _small(served.dtype, served.scale_shape, lambda: _exact(served, served.scale()))
 
 

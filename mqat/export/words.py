@@ -4,29 +4,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from mqat.errors import UserError
-
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Packs neighbouring columns: column `j` of a word in its bits `bits * j` and up, offset binary.
 
     int8 [O, I] of values that 4 or 8 bits hold in two's complement -> int32 [O, ceil(I * bits / 32)];
     the rest of the last word is zero.
-
-    Raises:
-        ValueError: Another dtype, width, or a code that does not fit.
     """
-    if codes.dtype != torch.int8 or codes.dim() != 2 or bits not in (4, 8):
-        raise UserError(
-            f"pack_words needs an int8 matrix and 4 or 8 bits, got {codes.dtype} "
-            f"{tuple(codes.shape)} and {bits} bits."
-        )
+    is_matrix = codes.dtype == torch.int8 and codes.dim() == 2
+    assert is_matrix and bits in (4, 8), f"{codes.dtype} {tuple(codes.shape)}, {bits} bits"
     half = 1 << (bits - 1)
     low, high = (int(end) for end in codes.aminmax()) if codes.numel() else (0, 0)
-    if low < -half or high >= half:
-        raise UserError(
-            f"pack_words: codes span {low}..{high}, but {bits} bits hold {-half}..{half - 1}."
-        )
+    assert -half <= low and high < half, f"codes span {low}..{high}, not {bits} bits"
     padding = -codes.shape[1] % (32 // bits)
     if padding:
         codes = F.pad(codes, (0, padding), value=-half)  # zeros, once half is added

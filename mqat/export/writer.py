@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mqat.errors import UserError
+from mqat.export import tar
 from mqat.export.stream import TensorPlan, write_safetensors
-from mqat.export.trtllm.qnemo import is_qnemo_tar, write_tar
 
 
-def _is_export(directory: Path) -> bool:
-    """Whether mqat wrote this directory: nothing else is ever replaced."""
+def _is_export(target: Path, *, as_tar: bool) -> bool:
+    """Whether mqat wrote this directory or archive: nothing else is ever replaced."""
     try:
-        config = json.loads((directory / "config.json").read_text("utf-8"))
-        return bool(config["producer"]["name"] == "mqat")
+        config = target / "config.json"
+        text = tar.read_text(target, config.name) if as_tar else config.read_text("utf-8")
+        return bool(json.loads(text or "")["producer"]["name"] == "mqat")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -29,10 +30,10 @@ class AtomicDirectory:
     Args:
         target: Directory that will exist after `commit`.
         overwrite: Replace an existing export; otherwise that is an error.
-        as_tar: The target is one file, a `.qnemo` archive of the directory.
+        as_tar: The target is one file, an archive of the directory (`tar.py`).
 
     Raises:
-        ValueError: The target exists and must not be replaced.
+        UserError: The target exists and must not be replaced.
     """
 
     def __init__(self, target: Path, *, overwrite: bool, as_tar: bool = False) -> None:
@@ -47,11 +48,7 @@ class AtomicDirectory:
                 "(--overwrite)."
             )
         is_empty = self.target.is_dir() and not any(self.target.iterdir())
-        if as_tar:
-            is_replaceable = is_qnemo_tar(self.target)
-        else:
-            is_replaceable = is_empty or _is_export(self.target)
-        if not is_replaceable:
+        if (as_tar or not is_empty) and not _is_export(self.target, as_tar=as_tar):
             raise UserError(
                 f"{target} exists and is not an export of mqat (its config.json does not name mqat as "
                 "producer), so it is not overwritten; choose another directory."
@@ -105,7 +102,7 @@ class AtomicDirectory:
 
     def _commit_tar(self) -> None:
         with _clear_errors(self._tar):
-            write_tar(self.temporary, self._tar)
+            tar.write_tar(self.temporary, self._tar)
             _flush(self._tar)
             self._tar.rename(self.target)
             _flush(self.target.parent)
@@ -123,7 +120,7 @@ class AtomicDirectory:
 
 @contextmanager
 def _clear_errors(path: Path) -> Iterator[None]:
-    """Turns a failure to write into a ValueError that names the file."""
+    """Turns a failure to write into a UserError that names the file."""
     try:
         yield
     except OSError as error:

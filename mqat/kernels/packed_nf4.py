@@ -75,7 +75,7 @@ def nf4_quantize(weight: Tensor, *, double: bool = True) -> Nf4Weight:
     `double`: these are quantized, too.
 
     Raises:
-        ValueError: The weight holds NaN or infinity, or nothing.
+        UserError: The weight holds NaN or infinity, or nothing.
     """
     if weight.numel() == 0 or not bool(weight.isfinite().all()):
         raise UserError(f"nf4_quantize: weight {tuple(weight.shape)} is empty or not finite.")

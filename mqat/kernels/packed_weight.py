@@ -26,13 +26,12 @@ from mqat.kernels.packed_int4 import pack_for_kernel
 from mqat.kernels.packed_int8 import Int8Codes, Int8Product
 from mqat.kernels.packed_nf4 import BLOCK, nf4_quantize
 from mqat.kernels.stored import CodeProduct, FloatProduct, Stored
-from mqat.quant.formats import FP8_E4M3, INT8, INT8_AMAX128, INT8_MIN128, NF4
+from mqat.quant.formats import FP8_E4M3, INT8_FORMATS, NF4
 from mqat.quant.functional import dequantize, fake_quantize, quantize
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.packing import pack_nibbles, unpack_nibbles
 from mqat.quant.scheme import LinearScheme, TensorScheme
 
-_INT8 = (INT8, INT8_MIN128, INT8_AMAX128)
 _CHUNK = 256  # rows decoded at a time: intermediate floats stay in the cache
 Steps = tuple[Tensor, Tensor | None]
 
@@ -147,11 +146,11 @@ def pack_weight(
     shape = (codes.shape[0], codes.shape[1])
     is_symmetric = zero_point is None and not (operand_of_x and operand_of_x.is_asymmetric)
     storage: CodeProduct | FloatProduct | None = None
-    if fmt in _INT8 and _is_by_row(granularity) and is_symmetric:
+    if fmt in INT8_FORMATS and _is_by_row(granularity) and is_symmetric:
         per_row = scale.expand(shape[0]).contiguous()
         if operand_of_x is None:
             storage = Int8Codes.of(codes, per_row)
-        elif operand_of_x.format in _INT8 and isinstance(
+        elif operand_of_x.format in INT8_FORMATS and isinstance(
             operand_of_x.granularity, PerTensor | PerToken
         ):
             storage = Int8Product.of(codes, per_row, operand_of_x.format)
@@ -205,7 +204,7 @@ def frozen_matmul(x: Tensor, w: PackedWeight) -> Tensor:
     `x` [..., I] is fake-quantized already where the scheme quantizes inputs.
 
     Raises:
-        ValueError: The storage only multiplies codes with codes.
+        UserError: The storage only multiplies codes with codes.
     """
     if isinstance(w.storage, CodeProduct):
         raise UserError(

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mqat.quant.formats import FORMATS, QuantFormat
-from mqat.quant.functional import fake_quantize
+from mqat.quant.functional import fake_quantize, gradient_range
 from mqat.quant.granularity import (
     Granularity,
     PerChannel,
@@ -45,22 +45,11 @@ def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return words.view(torch.uint8)[: math.prod(shape)].view(shape).clamp_max_(1)
 
 
-def gradient_range(fmt: QuantFormat, ste_clip_range: float | None) -> tuple[float, float]:
-    """Range of x / scale that passes gradients (as in `functional.fake_quantize`).
-
-    Integers: values up to half a step beyond the last code count as not clipped.
-    """
-    slack = 0.0 if fmt.is_float else 0.5
-    return (
-        (fmt.qmin - slack, fmt.qmax + slack)
-        if ste_clip_range is None
-        else (-ste_clip_range, ste_clip_range)
-    )
-
-
 def _packed_gradient_mask(ratio: Tensor, fmt: QuantFormat, ste_clip_range: float | None) -> Tensor:
     # Compared as floats: comparisons that write bools are not vectorized on CPUs.
-    return pack_mask(ratio.clamp(*gradient_range(fmt, ste_clip_range)).eq_(ratio).bool())
+    return pack_mask(
+        ratio.clamp(*gradient_range(fmt, ste_clip_range, fmt.qmin, fmt.qmax)).eq_(ratio).bool()
+    )
 
 
 def _by_rows(
@@ -191,17 +180,17 @@ def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
         x.mul_(scale)
     if mask is None:
         return
-    # Bits times one or zero give the same as the number times it, and are vectorized on CPUs, where a
-    # product of different dtypes is not.
-    bits = x.view(torch.int16) if x.is_contiguous() and x.element_size() == 2 else x
-    keep = unpack_mask(mask, tuple(x.shape))
-    bits.mul_(keep.to(bits.dtype) if x.is_contiguous() else keep)
+    # Bits times one or zero: NaN and infinity become zero, too, and CPUs vectorize it, but no product of
+    # different dtypes.
+    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    bits.mul_(unpack_mask(mask, tuple(x.shape)).to(bits.dtype))
 
 
 def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
     """`total += x * scale` where the bit is 1, in float32; `total` is float32 and shaped like `x`."""
-    added = x.float() if scale is None else x.float() * scale
-    total.add_(added if mask is None else added * unpack_mask(mask, tuple(x.shape)))
+    added = x.to(torch.float32, copy=True)
+    apply_mask_(added, mask, scale)
+    total.add_(added)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

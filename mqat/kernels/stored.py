@@ -14,7 +14,7 @@ def _num_bytes(value: object) -> int:
 
 
 class Stored:
-    """A dataclass of tensors, tuples of them, and others of this kind."""
+    """A weight's tensors, possibly nested in tuples or other `Stored`."""
 
     @property
     def num_bytes(self) -> int:

@@ -19,7 +19,6 @@ that.
 | either, per square           | (O/size, I/size)  | as the weight                             |
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -28,21 +27,8 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
 
 from mqat.models.structure import quantizer_key
-from mqat.parallel.linear import QuantRowParallelLinear
+from mqat.parallel.linear import tp_axis
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
-from mqat.quant.granularity import PerBlock, PerGroup, PerTensor
-
-
-def tp_axis(module: QuantizedModule, kind: str, part: str) -> int | None:
-    """Dimension of the tensor that is cut over TP; None when every rank holds the same one."""
-    if kind != "weight" or part == "global_scale":
-        return None
-    granularity = module.quantizers[kind].scheme.granularity
-    if isinstance(granularity, PerTensor):
-        return None
-    if not isinstance(module, QuantRowParallelLinear):
-        return 0
-    return 1 if isinstance(granularity, PerGroup | PerBlock) else None
 
 
 def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[str, Any]:
@@ -55,7 +41,8 @@ def quantizer_sharded_state(model: Any, *, dp_group: dist.ProcessGroup) -> dict[
     return {
         quantizer_key(name, kind, part): _entry(module, name, kind, part, tensor, dp_group)
         for name, module in quantized_modules(model).items()
-        for kind, part, tensor in _frozen_tensors(module)
+        for kind, quantizer in module.quantizers.items()
+        for part, tensor in quantizer.frozen_tensors.items()
     }
 
 
@@ -101,10 +88,3 @@ def load_quantizer_state_(model: Any, state: dict[str, Tensor]) -> None:
             quantizer.load_(
                 {part: state[quantizer_key(name, kind, part)] for part in quantizer.frozen_tensors}
             )
-
-
-def _frozen_tensors(module: QuantizedModule) -> Iterator[tuple[str, str, Tensor]]:
-    """Operand, part and tensor of everything that a module's quantizers have frozen."""
-    for kind, quantizer in module.quantizers.items():
-        for part, tensor in quantizer.frozen_tensors.items():
-            yield kind, part, tensor

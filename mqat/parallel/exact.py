@@ -16,8 +16,6 @@ The second is what Megatron then sums over ranks (or scatters by tokens): adding
     all-to-all       [S B, num_shards/tp, O]  ->  [S B / tp, num_shards, O]
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,7 +28,7 @@ def sharded_linear(x: Tensor, weight: Tensor, num_shards: int) -> Tensor:
     return torch.cat(outputs, dim=-1).view(*x.shape[:-1], weight.shape[0])
 
 
-def _share_of(rows: int, group: Any) -> list[int]:
+def _share_of(rows: int, group: dist.ProcessGroup) -> list[int]:
     """Tokens that each rank adds up, in order; equal where sequence parallelism cuts them."""
     size = group.size()
     return [(rank + 1) * rows // size - rank * rows // size for rank in range(size)]
@@ -45,7 +43,7 @@ def _added_in_order(partials: list[Tensor]) -> Tensor:
 
 
 def ordered_linear(
-    x: Tensor, weight: Tensor, shards_per_rank: int, group: Any
+    x: Tensor, weight: Tensor, shards_per_rank: int, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """`x @ weight.T` over the input features of all ranks, added in the same order on any layout.
 

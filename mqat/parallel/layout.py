@@ -52,7 +52,7 @@ def check_parallel_sizes(model: DecoderConfig, *, tp: int, pp: int, virtual_pp: 
     """Refuses layouts that would not cut the model evenly.
 
     Raises:
-        ValueError: Names the size that is not divisible, and the sizes that would work.
+        UserError: Names the size that is not divisible, and the sizes that would work.
     """
     valid = [n for n in range(1, shard_count(model) + 1) if shard_count(model) % n == 0]
     for size_name in ("num_attention_heads", "num_query_groups", "intermediate_size"):
@@ -81,7 +81,7 @@ def check_group_sizes(
     `tp`.
 
     Raises:
-        ValueError: Names the linear, its local width, and the group sizes that fit.
+        UserError: Names the linear, its local width, and the group sizes that fit.
     """
     for name, scheme in linear_schemes(layers).items():
         linear = model.linear(split_name(name)[1])

@@ -28,15 +28,14 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 
-from mqat.parallel.checkpoint import tp_axis
-from mqat.parallel.linear import QuantizedLinear, decoder_linears, weight_amax_spans_ranks
+from mqat.parallel.linear import QuantizedLinear, decoder_linears, tp_axis
 from mqat.quant.learned import Rule, lsq_grad_scale
 
 
 def scale_spans_ranks(linear: QuantizedLinear, kind: str) -> bool:
     """Whether elements that share a scale lie on several tensor-parallel ranks (table above)."""
     if kind == "weight":
-        return weight_amax_spans_ranks(linear)
+        return tp_axis(linear, kind, "scale") is None
     return isinstance(linear, RowParallelLinear) or bool(linear.config.sequence_parallel)
 
 
@@ -60,7 +59,7 @@ def learn_scales_(model: Any, *, weights: Rule | None = None, inputs: Rule | Non
         inputs: `lsq`, `pact`, or None: frozen.
 
     Raises:
-        ValueError: A scheme whose scales cannot be trained; names the operand.
+        UserError: A scheme whose scales cannot be trained; names the operand.
     """
     rules = {"weight": weights, "input": inputs}
     for linear in decoder_linears(model).values():

@@ -40,7 +40,7 @@ from mqat.parallel.quantized_gemm import (
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.parallel.step_weights import WeightCache
-from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerToken
+from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme
 
@@ -68,7 +68,7 @@ class QuantizedLinear(QuantizedModule):
         packed_weight: Present once the model has been lowered for inference.
 
     Raises:
-        ValueError: `gradient_accumulation_fusion` is on: it writes to `weight.main_grad`, which
+        UserError: `gradient_accumulation_fusion` is on: it writes to `weight.main_grad`, which
             a fake-quantized copy of the weight does not have. Or a row-parallel linear is to add its
             bias itself: an output is quantized without it.
     """
@@ -219,7 +219,7 @@ class QuantizedLinear(QuantizedModule):
         """The fast path behind Megatron's `_forward_impl`, whose arguments these are.
 
         Raises:
-            ValueError: The weight gradient is to be deferred, which would need the float input.
+            UserError: The weight gradient is to be deferred, which would need the float input.
         """
         if grad_output_buffer is not None:
             raise UserError(
@@ -296,15 +296,16 @@ def decoder_linears(model: Any) -> dict[str, QuantizedLinear]:
     return {n: x for n, x in quantized_linears(model).items() if is_in_layer(n)}
 
 
-def weight_amax_spans_ranks(module: QuantizedModule) -> bool:
-    """Whether a weight's amax must be the maximum over the tensor-parallel group (table in `reduce.py`).
+def tp_axis(module: QuantizedModule, kind: str, part: str) -> int | None:
+    """Dimension of a frozen tensor that is cut over TP; None when every rank holds the same one.
 
-    Per-tensor: always. Per output channel: only row-parallel, where a rank holds part of each row.
-    Groups and squares never cross ranks (`layout.check_group_sizes`).
+    A weight's maxima are then those of all ranks (tables in `checkpoint.py` and `reduce.py`).
     """
-    granularity = module.quantizers["weight"].scheme.granularity
-    if isinstance(granularity, PerGroup | PerBlock):
-        return False
-    if isinstance(granularity, PerChannel):
-        return isinstance(module, QuantRowParallelLinear)
-    return True
+    if kind != "weight" or part == "global_scale":
+        return None
+    granularity = module.quantizers[kind].scheme.granularity
+    if isinstance(granularity, PerTensor):
+        return None
+    if not isinstance(module, QuantRowParallelLinear):
+        return 0
+    return 1 if isinstance(granularity, PerGroup | PerBlock) else None

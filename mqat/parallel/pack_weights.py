@@ -1,4 +1,4 @@
-"""Turns a calibrated model into one that stores and multiplies low-precision weights. One way.
+"""Turns a calibrated model into one that stores and multiplies low-precision weights. Cannot be undone.
 
 For inference; or, where only weights are quantized, as the frozen backbone under adapters: gradients
 pass to the inputs of its linears (`packed_weight.frozen_matmul`) and over ranks as Megatron's do. Lower
@@ -34,7 +34,7 @@ def pack_weights_(model: Any, *, double_quantization: bool = False) -> tuple[int
         Bytes of those weights on this rank, before and after.
 
     Raises:
-        ValueError: A linear is not calibrated.
+        UserError: A linear is not calibrated.
     """
     before = after = 0
     linears = quantized_linears(model)
@@ -71,7 +71,8 @@ def compile_layers_(model: Any) -> None:
     Args:
         model: Chunk or list of chunks of this rank, lowered or not; for inference only.
     """
-    # Megatron's linears and ours are called with four weights, and again for every sequence length.
+    # Megatron's linears and ours are called with four weights, and again for every sequence length; past
+    # the limit, which has no spelling for one function, torch would run the rest uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for chunk in unwrapped(model):
         chunk.requires_grad_(False)

@@ -43,12 +43,10 @@ from mqat.kernels.operators import (
     fake_quantize_with_mask,
 )
 from mqat.kernels.stored import Stored
-from mqat.quant.formats import FP8_E4M3, INT8, INT8_AMAX128, INT8_MIN128, QuantFormat
+from mqat.quant.formats import FP8_E4M3, INT8_FORMATS, QuantFormat
 from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.scheme import LinearScheme, TensorScheme
-
-_INT8 = (INT8, INT8_MIN128, INT8_AMAX128)
 
 
 class GemmKind(Enum):
@@ -70,10 +68,10 @@ def _serves_weight(weight: TensorScheme) -> bool:
 
 
 def _serves_input(operand: TensorScheme) -> bool:
-    """Gradients end where codes do, or nowhere."""
+    """Whether the fast path takes this input: 8 bits, static per tensor or dynamic per token."""
     is_static = operand.granularity == PerTensor() and not operand.is_asymmetric
     is_per_token = operand.granularity == PerToken() and operand.is_dynamic
-    return operand.format in (*_INT8, FP8_E4M3) and (is_static or is_per_token)
+    return operand.format in (*INT8_FORMATS, FP8_E4M3) and (is_static or is_per_token)
 
 
 def gemm_kind(scheme: LinearScheme | None) -> GemmKind | None:
@@ -86,7 +84,7 @@ def gemm_kind(scheme: LinearScheme | None) -> GemmKind | None:
     if not _serves_input(operand):
         return None
     is_per_row = isinstance(weight.granularity, (PerChannel, PerTensor))
-    is_int8 = operand.format in _INT8 and weight.format in _INT8
+    is_int8 = operand.format in INT8_FORMATS and weight.format in INT8_FORMATS
     is_fp8 = operand.format == FP8_E4M3 and weight.format == FP8_E4M3
     if is_per_row and (is_int8 or is_fp8) and not operand.is_asymmetric:
         return GemmKind.CODES
@@ -148,7 +146,9 @@ class Gemm:
     keeps_graph: bool
 
 
-def _gather_tokens(local: Tensor, group: Any, *, async_op: bool = False) -> tuple[Tensor, Any]:
+def _gather_tokens(
+    local: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
+) -> tuple[Tensor, Any]:
     """All-gathers along the first dimension; one-byte codes travel as bytes. Returns the handle."""
     shape = (local.shape[0] * group.size(), *local.shape[1:])
     full = torch.empty(shape, dtype=local.dtype, device=local.device)
@@ -191,7 +191,9 @@ class _Operand:
             zero_point=self.zero_point,
         )
 
-    def gathered(self, group: Any, *, async_op: bool = False) -> tuple[_Operand, list[Any]]:
+    def gathered(
+        self, group: dist.ProcessGroup, *, async_op: bool = False
+    ) -> tuple[_Operand, list[Any]]:
         """Of all sequence-parallel ranks, and handles to wait for."""
         handles, parts = [], []
         for part in (self.x, self.scale, self.zero_point):
@@ -243,7 +245,10 @@ class _QuantizedGemm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """As Megatron overlaps it: communication of the input under the GEMM of the other."""
+        """Overlaps as Megatron does.
+
+        The input gather under the dX GEMM, the sum of dX under the dW GEMM.
+        """
         gemm: Gemm = ctx.gemm
         x, scale, zero_point, mask = ctx.saved_tensors
         group = gemm.tp_group

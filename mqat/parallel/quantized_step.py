@@ -22,7 +22,7 @@ def quantized_step(model: Any, *, for_backward: bool = True) -> Iterator[None]:
         for_backward: False for evaluation: no masks are kept.
 
     Raises:
-        ValueError: Scopes may not nest, because the outer one could outlive an optimizer step.
+        UserError: Scopes may not nest, because the outer one could outlive an optimizer step.
     """
     linears = quantized_linears(model).values()
     for linear in linears:

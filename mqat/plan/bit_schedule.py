@@ -20,7 +20,7 @@ def check_bits(stages: Sequence[Any], layers: Mapping[str, LinearScheme]) -> Non
     """Refuses a bit schedule, [first step, bits] each, that does not end in what is served.
 
     Raises:
-        ValueError: Stages out of order, or a weight that cannot follow them; names the linear.
+        UserError: Stages out of order, or a weight that cannot follow them; names the linear.
     """
     if not stages:
         return

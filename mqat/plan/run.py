@@ -1,7 +1,6 @@
 """Everything about a run that can be decided, and refused, before any process group exists."""
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any
 
 import torch
 
+from mqat.calibration.check_recipes import check_recipes
 from mqat.checkpoints.manifest import DESCRIPTION, read_description
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.checkpoints.source import PretrainedSource, open_pretrained
-from mqat.config import ExportConfig, QuantizationConfig, RuleConfig, RunConfig
+from mqat.config import ExportConfig, ModelConfig, QuantizationConfig, RuleConfig, RunConfig
 from mqat.data.packaged import smollm2_gguf
 from mqat.errors import UserError
 from mqat.export.exporter import ExportOptions
@@ -22,11 +22,11 @@ from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
 from mqat.plan.bit_schedule import check_bits
-from mqat.quant.algorithm import Recipe
+from mqat.quant.algorithm import Recipe, takes_group_size
 from mqat.quant.learned import check_learnable
 from mqat.quant.scheme import LinearScheme
 from mqat.report.page import check_plots
-from mqat.runtime.groups import device
+from mqat.runtime import groups
 from mqat.specs.policy import Policy, Rule
 
 
@@ -66,7 +66,7 @@ def resolve_dtype(precision: str) -> torch.dtype:
     """
     if precision == "32":
         return torch.float32
-    native = has_bf16_units(device())
+    native = has_bf16_units(groups.device())
     return torch.bfloat16 if precision == "bf16" or native else torch.float32
 
 
@@ -153,10 +153,41 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
     return data_parallel
 
 
+def _check_data(settings: ModelConfig, model: DecoderConfig) -> None:
+    """Refuses sequences that the model or the layout cannot hold, and a run without text."""
+    data, tp = settings.data, settings.tensor_model_parallel_size
+    if settings.sequence_parallel and data.seq_length % tp:
+        raise UserError(
+            f"model.data.seq_length={data.seq_length} is not a multiple of "
+            f"tensor_model_parallel_size={tp}, which sequence parallelism needs."
+        )
+    if data.seq_length > model.max_position_embeddings:
+        raise UserError(
+            f"model.data.seq_length={data.seq_length} exceeds the model's "
+            f"max_position_embeddings={model.max_position_embeddings}."
+        )
+    if data.packaged is None and not (data.train and data.validation):
+        raise UserError(
+            "config: model.data.train and model.data.validation must each name at least one file "
+            "(hold out whole documents), or set model.data.packaged."
+        )
+
+
 def _rule(config: RuleConfig) -> Rule:
     given = {"weight": config.weight, "input": config.input, "output": config.output}
     operands = {kind: asdict(operand) for kind, operand in given.items() if operand is not None}
     return Rule(config.pattern, config.algorithm, operands, config.recipe)
+
+
+def _check_group_size(settings: QuantizationConfig) -> None:
+    names = [settings.algorithm or "null", *(rule.algorithm or "null" for rule in settings.rules)]
+    is_ignored = settings.group_size is not None and not any(map(takes_group_size, names))
+    if is_ignored and (settings.rules or names != ["null"]):
+        raise UserError(
+            f"config: quantization.group_size={settings.group_size} has no effect: the weights of "
+            f"{', '.join(dict.fromkeys(names))} are not groups of integers of a free size. "
+            "Leave it out, choose an algorithm such as int4, or give a rule granularity 'group:<size>'."
+        )
 
 
 def _check_training(settings: QuantizationConfig, layers: Mapping[str, LinearScheme]) -> None:
@@ -211,10 +242,10 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         world_size: Number of processes; default: torchrun's `WORLD_SIZE`, or 1.
 
     Raises:
-        ValueError: Anything that would fail later: sizes that do not divide, groups that do not fit
+        UserError: Anything that would fail later: sizes that do not divide, groups that do not fit
             the training or the inference layout, an algorithm the export format lacks, missing files.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    world = groups.world_size() if world_size is None else world_size
     if config.exp_manager.quality_report:
         check_plots()
     settings = config.model
@@ -225,23 +256,9 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         model, tp=tp, pp=pp, virtual_pp=settings.virtual_pipeline_model_parallel_size or 1
     )
     data_parallel = _check_batches(config, world)
-    if settings.sequence_parallel and settings.data.seq_length % tp:
-        raise UserError(
-            f"model.data.seq_length={settings.data.seq_length} is not a multiple of "
-            f"tensor_model_parallel_size={tp}, which sequence parallelism needs."
-        )
-    if settings.data.seq_length > model.max_position_embeddings:
-        raise UserError(
-            f"model.data.seq_length={settings.data.seq_length} exceeds the model's "
-            f"max_position_embeddings={model.max_position_embeddings}."
-        )
-    data = settings.data
-    if data.packaged is None and not (data.train and data.validation):
-        raise UserError(
-            "config: model.data.train and model.data.validation must each name at least one file "
-            "(hold out whole documents), or set model.data.packaged."
-        )
+    _check_data(settings, model)
     quantization = config.quantization
+    _check_group_size(quantization)
     policy = Policy(
         quantization.algorithm or "null",
         quantization.group_size,
@@ -256,6 +273,8 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     layers |= policy.cache_schemes(model)
     linears = linear_schemes(layers)
     _check_training(quantization, linears)
+    recipes = {name: algorithm.recipe for name, algorithm in algorithms.items()}
+    check_recipes(recipes, {name: scheme.weight for name, scheme in linears.items()}, model)
     check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
     if config.export.format is not None:
         target = exporter(config.export.format, config.export.style)
@@ -265,7 +284,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         model=model,
         source=source,
         layers=layers,
-        recipes={name: algorithm.recipe for name, algorithm in algorithms.items()},
+        recipes=recipes,
         dtype=resolve_dtype(config.trainer.precision),
         data_parallel=data_parallel,
     )
@@ -296,7 +315,7 @@ def memory_estimate(plan: RunPlan) -> dict[str, str]:
     linears = sum(math.prod(x.stacked_shape(model, model.num_layers)) for x in model.linears)
     table = model.vocab_size * model.hidden_size
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
-    tables = 1 if model.tie_word_embeddings and pp == 1 else (2 if pp == 1 else 1)
+    tables = 2 if pp == 1 and not model.tie_word_embeddings else 1
     parameters = (linears / pp + tables * table) / tp
     width = plan.dtype.itemsize
     state = 8 if width == 4 else 12

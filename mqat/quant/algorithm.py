@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mqat.errors import UserError
+from mqat.errors import UserError, nearest_hint
 from mqat.quant.formats import (
     FP4_E2M1,
     FP8_E4M3,
@@ -21,7 +21,7 @@ from mqat.quant.formats import (
     UINT4,
 )
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from mqat.quant.scheme import LinearScheme, TensorScheme, nearest_hint
+from mqat.quant.scheme import LinearScheme, TensorScheme
 
 # Values of recipe keys; `calibration/clipping_methods.py` lists what the weight calibrators do.
 SQ_GRIDS = ("power_of_two", "float")
@@ -38,7 +38,8 @@ _CHOICES = {
 class Recipe:
     """What is done to the weight and the input of one linear before its scales are frozen.
 
-    Configurations have the same keys under `quantization`, and in the `recipe` of a rule.
+    Configurations have the same keys in the `recipe` of a rule and, but for `search_steps`, under
+    `quantization`.
 
     Attributes:
         smoothquant: Rescale the input, where the tensor before can take up the factor
@@ -150,6 +151,16 @@ _NAMED: dict[str, tuple[TensorScheme, TensorScheme | None, Recipe]] = {
 ALGORITHMS = (*_NAMED, "null")
 
 
+def takes_group_size(name: str) -> bool:
+    """Whether weights of a named algorithm are groups of integers: other formats fix their blocks."""
+    weight = _NAMED[name][0] if name in _NAMED else None
+    return (
+        weight is not None
+        and isinstance(weight.granularity, PerGroup)
+        and not weight.format.is_float
+    )
+
+
 def named_algorithm(name: str, *, group_size: int | None = None) -> Algorithm | None:
     """A named algorithm; `null` is None.
 
@@ -160,8 +171,7 @@ def named_algorithm(name: str, *, group_size: int | None = None) -> Algorithm | 
 
     Args:
         name: One of `ALGORITHMS`.
-        group_size: Elements per group of integers; None: 128, for `8da4w` 256. The other formats fix
-            their blocks.
+        group_size: Elements per group where `takes_group_size`; None: 128, for `8da4w` 256.
 
     Raises:
         UserError: Unknown name; suggests the nearest.
@@ -173,8 +183,7 @@ def named_algorithm(name: str, *, group_size: int | None = None) -> Algorithm | 
             f"quantization algorithm {name!r} is unknown; {nearest_hint(name, ALGORITHMS)}"
         )
     weight, operand, recipe = _NAMED[name]
-    has_groups = isinstance(weight.granularity, PerGroup) and not weight.format.is_float
-    if has_groups and group_size is not None:
+    if group_size is not None and takes_group_size(name):
         weight = replace(weight, granularity=PerGroup(group_size))
     return Algorithm(LinearScheme(name, weight, operand), recipe)
 

@@ -64,6 +64,7 @@ INT8 = QuantFormat("int8", 8, -127, 127, 127, torch.int8)
 INT8_MIN128 = QuantFormat("int8_full", 8, -128, 127, 127, torch.int8)
 # The grid on which TensorRT-LLM's loader puts weight-only INT8 (symmetric_quantize_last_axis).
 INT8_AMAX128 = QuantFormat("int8_loader", 8, -128, 127, 128, torch.int8)
+INT8_FORMATS = (INT8, INT8_MIN128, INT8_AMAX128)
 INT4 = _signed(4)
 # torchao's and Quark's symmetric INT4: 15 steps span -amax..amax, so +amax rounds half a step down.
 INT4_AMAX7_5 = QuantFormat("int4_even", 4, -8, 7, 7.5, torch.int8)

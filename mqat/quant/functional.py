@@ -14,8 +14,6 @@ from torch import Tensor
 
 from mqat.quant.formats import FP4_E2M1, QuantFormat
 from mqat.quant.granularity import Granularity, grouped_view
-from mqat.quant.scales import compute_amax as compute_amax
-from mqat.quant.scales import compute_scale as compute_scale
 
 Limit = Any  # a float, or a tensor that broadcasts
 
@@ -124,6 +122,32 @@ def quantize_dequantize_(
     return values if fmt.is_float else values.add_(0.0)
 
 
+def gradient_range(
+    fmt: QuantFormat, ste_clip_range: float | None, low: Limit, high: Limit
+) -> tuple[Limit, Limit]:
+    """Range of `x / scale` that passes gradients; `low` and `high` as for `round_values_`.
+
+    Integers: values up to half a step beyond the last code count as not clipped.
+    """
+    if ste_clip_range is not None:
+        return -ste_clip_range, ste_clip_range
+    slack = 0.0 if fmt.is_float else 0.5
+    return low - slack, high + slack
+
+
+def _divided(
+    x: Tensor,
+    scale: Tensor,
+    fmt: QuantFormat,
+    granularity: Granularity,
+    zero_point: Tensor | None,
+) -> tuple[Tensor, Tensor, Limit, Limit]:
+    """`x / scale` and the steps, both float32 in shapes that broadcast, and the limits of codes."""
+    values = x.detach().float()
+    groups, steps = grouped_view(values, scale, granularity)
+    return groups / steps, steps, *_limits(values, fmt, granularity, zero_point)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Straight-through estimator: identity gradient where x was not clipped, zero where it was."""
 
@@ -137,21 +161,12 @@ class _FakeQuantize(torch.autograd.Function):
         zero_point: Tensor | None,
         ste_clip_range: float | None,
     ) -> Tensor:
-        values = x.float()
-        groups, steps = grouped_view(values, scale, granularity)
-        ratio = groups / steps
-        low, high = _limits(values, fmt, granularity, zero_point)
+        ratio, steps, low, high = _divided(x, scale, fmt, granularity, zero_point)
         ctx.is_masked = ste_clip_range is None or math.isfinite(ste_clip_range)
         if ctx.is_masked:
-            # Integers: values up to half a step beyond the last code count as not clipped.
-            slack = 0.0 if fmt.is_float else 0.5
-            first, last = (
-                (low - slack, high + slack)
-                if ste_clip_range is None
-                else (-ste_clip_range, ste_clip_range)
-            )
             # Compared as floats: comparisons that write bools are not vectorized on CPUs.
-            inside = torch.clamp(ratio, first, last).eq_(ratio).bool()
+            passing = gradient_range(fmt, ste_clip_range, low, high)
+            inside = torch.clamp(ratio, *passing).eq_(ratio).bool()
             ctx.save_for_backward(inside.view(x.shape))
         return quantize_dequantize_(ratio, steps, fmt, low, high).view(x.shape).to(x.dtype)
 
@@ -184,10 +199,7 @@ def fake_quantize(
         Bengio et al. 2013, arXiv:1308.3432; the clipped form is Jacob et al. 2018, arXiv:1712.05877.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
-        values = x.detach().float()
-        groups, steps = grouped_view(values, scale, granularity)
-        low, high = _limits(values, fmt, granularity, zero_point)
-        ratio = groups / steps
+        ratio, steps, low, high = _divided(x, scale, fmt, granularity, zero_point)
         return quantize_dequantize_(ratio, steps, fmt, low, high).view(x.shape).to(x.dtype)
     result: Tensor = _FakeQuantize.apply(x, scale, fmt, granularity, zero_point, ste_clip_range)  # type: ignore[no-untyped-call]
     return result

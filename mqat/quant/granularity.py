@@ -1,6 +1,5 @@
 """Which elements of a tensor share one scale; `str` of a granularity is its name in checkpoints."""
 
-import difflib
 from dataclasses import dataclass
 
 import torch.nn.functional as F  # noqa: N812
@@ -67,7 +66,7 @@ class PerGroup:
     size: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a size below one."""
+        """Raises UserError for a size below one."""
         if self.size < 1:
             raise UserError(f"group_size={self.size} must be at least 1.")
 
@@ -95,7 +94,7 @@ class PerBlock:
     size: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a size below one."""
+        """Raises UserError for a size below one."""
         if self.size < 1:
             raise UserError(f"block size {self.size} must be at least 1.")
 
@@ -131,17 +130,15 @@ def granularity_from_str(text: str) -> Granularity:
     """Inverse of `str(granularity)`.
 
     Raises:
-        ValueError: Not one of `tensor`, `channel`, `token`, `group:<size>`, `block:<size>`.
+        UserError: Not one of `tensor`, `channel`, `token`, `group:<size>`, `block:<size>`.
     """
     if text in _PLAIN:
         return _PLAIN[text]
     kind, _, size = text.partition(":")
     if kind in _SIZED and size.isdigit():
         return _SIZED[kind](int(size))
-    near = difflib.get_close_matches(kind, [*_PLAIN, *_SIZED], n=1)
-    hint = f"did you mean '{near[0]}{':<size>' if near[0] in _SIZED else ''}'? " if near else ""
     raise UserError(
-        f"granularity {text!r}: {hint}Expected 'tensor', 'channel', 'token', 'group:<size>' or "
+        f"granularity {text!r}: expected 'tensor', 'channel', 'token', 'group:<size>' or "
         "'block:<size>'."
     )
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from mqat.quant.formats import QuantFormat
-from mqat.quant.functional import compute_scale, fake_quantize
+from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import PerChannel
+from mqat.quant.scales import compute_scale
 
 BINS = 1 << 15
 FIRST_NONFINITE_BIN = 0xFF << 7
 _CANDIDATES_PER_OCTAVE = 16
 _OCTAVES = 10
-_POINTS = (
-    4  # where the error inside a bin is sampled: bins near the largest code are half a step wide
-)
+# Where the error inside a bin is sampled: bins near the largest code are half a step wide.
+_POINTS = 4
 
 
 def bin_of(magnitude: Tensor) -> Tensor:

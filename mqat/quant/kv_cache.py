@@ -15,11 +15,11 @@ So one scale, from the larger of both maxima, is the default: it is served every
 from dataclasses import dataclass
 from typing import Any
 
-from mqat.errors import UserError
+from mqat.errors import UserError, nearest_hint
 from mqat.quant.formats import FP8_E4M3, INT8_MIN128
 from mqat.quant.granularity import PerTensor
 from mqat.quant.scales import SCALE_DTYPES
-from mqat.quant.scheme import TensorScheme, nearest_hint
+from mqat.quant.scheme import TensorScheme
 
 # INT8 codes saturate at -128, as the kernels' conversion does. FP8 scales lie on the bfloat16 grid,
 # because compressed-tensors keeps them in the model's dtype.
@@ -68,7 +68,7 @@ def kv_cache_scheme(name: str, scales: str = "shared") -> KvCacheScheme:
     `int8`: codes -128..127, step amax / 127; `fp8`: E4M3, step amax / 448.
 
     Raises:
-        ValueError: An unknown word; suggests the nearest.
+        UserError: An unknown word; suggests the nearest.
     """
     if name not in _TENSORS:
         raise UserError(

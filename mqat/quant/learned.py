@@ -5,11 +5,11 @@ LSQ (Esser et al. 2020, arXiv:1902.08153, eqs. 1-3) gives the step s the straigh
     d x_hat / d s =  round(x/s) - x/s    where x was not clipped
                      qmin or qmax        where it was
 
-(of stretched grids, values for codes) times `grad_scale = 1 / sqrt(N * qmax)`, N being the elements
-that share the scale, over all ranks. PACT
-(Choi et al. 2018, arXiv:1805.06085) trains the clip value alpha = s * qmax and counts clipped elements
-only: `d x_hat / d alpha` is 1 above, -1 below for signed inputs, else 0. As with frozen scales, a value
-up to half a step beyond the last code still rounds to it and is not clipped.
+(values replace codes where the grid is stretched) times `grad_scale = 1 / sqrt(N * max_value)`, N being
+the elements that share the scale, over all ranks, and `max_value` the format's: codes from zero to the
+clipping point. PACT (Choi et al. 2018, arXiv:1805.06085) trains the clip value alpha = s * max_value and
+counts clipped elements only: `d x_hat / d alpha` is 1 above, -1 below for signed inputs, else 0. As with
+frozen scales, a value up to half a step beyond the last code still rounds to it and is not clipped.
 """
 
 import math
@@ -41,7 +41,7 @@ def check_learnable(scheme: TensorScheme, name: str) -> None:
     """Refuses operands whose scale cannot be trained.
 
     Raises:
-        ValueError: Names the operand, what its scheme has, and what would work.
+        UserError: Names the operand, what its scheme has, and what would work.
     """
     reasons = {
         "dynamic scales, which follow every tensor": scheme.is_dynamic,
@@ -53,7 +53,7 @@ def check_learnable(scheme: TensorScheme, name: str) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise UserError(
-                f"{name}: a learned scale needs a static, symmetric integer format with float32 or "
+                f"{name}: a learned scale needs a static, symmetric uniform format with float32 or "
                 f"bfloat16 scales; this operand has {reason}. Leave its scales frozen, or change "
                 "its scheme by a rule."
             )
@@ -137,14 +137,8 @@ def fake_quantize_learned(
 
     `scale` is float32, positive, shape `granularity.scale_shape(x.shape)`; its gradient, `grad_scale`
     times the `rule`'s, counts this rank's elements only: a scale that spans ranks needs their sum.
-
-    Raises:
-        ValueError: A floating-point format: its step is not uniform, so neither formula applies.
     """
-    if not fmt.is_uniform:
-        raise UserError(
-            f"learned scales need an integer format, not {fmt.name!r}; keep its scales frozen."
-        )
+    assert fmt.is_uniform, f"{fmt.name} has no one step, so neither formula applies"
     result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
         x, scale, fmt, granularity, grad_scale, rule
     )

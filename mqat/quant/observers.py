@@ -52,7 +52,7 @@ class ActivationObserver(nn.Module):
         torch.maximum(self.statistics, update, out=self.statistics)
 
     def check(self, name: str) -> None:
-        """Raises ValueError, naming the layer, if it saw nothing or saw NaN or infinity."""
+        """Raises UserError, naming the layer, if it saw nothing or saw NaN or infinity."""
         seen, nonfinite = self.statistics[2:].tolist()
         if not seen:
             raise UserError(
@@ -69,7 +69,7 @@ class ActivationObserver(nn.Module):
         """The maximum, or a percentile of |x| in (0, 100] (`histogram.percentile_amax`); float32 (1,).
 
         Raises:
-            ValueError: `percentile` is out of range, or no histogram was kept.
+            UserError: `percentile` is out of range, or no histogram was kept.
         """
         maximum = self.statistics[:2].amax().reshape(1)
         if percentile is None:

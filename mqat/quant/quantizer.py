@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mqat.errors import UserError
 from mqat.quant.formats import QuantFormat
-from mqat.quant.functional import dequantize, fake_quantize, quantize
+from mqat.quant.functional import fake_quantize
 from mqat.quant.learned import Rule, check_learnable, fake_quantize_learned, served_scale
 from mqat.quant.observers import ActivationObserver
 from mqat.quant.qparams import compute_qparams, frozen_qparams, statistic_of
@@ -81,7 +81,7 @@ class Quantizer(nn.Module):
         """Makes the scale a parameter; call it before optimizer and DDP wrapper are built.
 
         Raises:
-            ValueError: The scheme's scale cannot be trained (`check_learnable`).
+            UserError: The scheme's scale cannot be trained (`check_learnable`).
         """
         check_learnable(self.scheme, self.name)
         parameter = nn.Parameter(self.scale)
@@ -112,14 +112,10 @@ class Quantizer(nn.Module):
         self.is_frozen = False
         self.observer = ActivationObserver(method).to(self.scale.device)
 
-    def statistic(self, x: Tensor) -> Tensor:
-        """What scales are made of: amax per group, or (2, ...) ranges; ranks merge it by MAX."""
-        return statistic_of(x, self.scheme)
-
     def freeze_(self, statistic: Tensor, global_amax: Tensor | None = None) -> None:
         """Fixes what is static, by `frozen_qparams`; observing ends.
 
-        From `statistic` (weights) or `ActivationObserver.calibrated`, merged over ranks.
+        From `qparams.statistic_of` (weights) or `ActivationObserver.calibrated`, merged over ranks.
         """
         self.load_(frozen_qparams(statistic, self.scheme, global_amax))
 
@@ -127,7 +123,7 @@ class Quantizer(nn.Module):
         """Fixes the frozen tensors themselves, as chosen for a weight or read from a checkpoint.
 
         Raises:
-            ValueError: Other shapes than this quantizer's, or a scale that is not positive and finite.
+            UserError: Other shapes than this quantizer's, or a scale that is not positive and finite.
         """
         for part in self._parts:
             self._check(part, tensors[part], tuple(getattr(self, part).shape))
@@ -176,7 +172,7 @@ class Quantizer(nn.Module):
             if self.rule is not None:
                 scale = served_scale(scale, self.scheme.scale_dtype)
             return scale, self.zero_point
-        statistic = self.statistic(x)
+        statistic = statistic_of(x, self.scheme)
         if self.reduce_amax is not None:
             self.reduce_amax(statistic)
         return compute_qparams(statistic, self.scheme, self.global_scale)
@@ -198,15 +194,3 @@ class Quantizer(nn.Module):
         return fake_quantize(
             x, scale, fmt, granularity, zero_point=zero_point, ste_clip_range=ste_clip_range
         )
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Codes of `x`."""
-        scale, zero_point = self.qparams(x)
-        return quantize(x, scale, self.format, self.scheme.granularity, zero_point=zero_point)
-
-    def dequantize(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values of `codes` on the static grid."""
-        assert not self.scheme.is_dynamic, "the scales of these codes were not kept"
-        scale, zero_point = self.qparams(codes)
-        fmt, granularity = self.format, self.scheme.granularity
-        return dequantize(codes, scale, granularity, dtype, zero_point=zero_point, fmt=fmt)

@@ -17,7 +17,6 @@ The last two may be smaller than `amax / max_value`; the largest elements then s
 import torch
 from torch import Tensor
 
-from mqat.errors import UserError
 from mqat.quant.formats import QuantFormat
 from mqat.quant.granularity import Granularity
 
@@ -29,9 +28,11 @@ SCALE_DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
 _E4M3_MAX, _E4M3_MIN = 448.0, 2.0**-9
-_SMALLEST = 2.0**-126  # normal; block scales of two levels, 2**-9 and more of the upper one, are too
+_SMALLEST = (
+    2.0**-126
+)  # normal; block scales of two levels, 2**-9 and more of the upper one, are too
 _SMALLEST_GLOBAL = 2.0**-117
-# The step of an all-zero group: any would do, and float16 holds the second.
+# From here on float16's subnormals, multiples of 2**-24, are at most 1/8 coarser than bfloat16.
 _OF_ZEROS = {torch.float32: _SMALLEST, torch.bfloat16: 2.0**-24}
 # From here on float16's subnormals, multiples of 2**-24, are at most 1/8 coarser than bfloat16's numbers.
 _LEAST_COMMON = 2.0**-21
@@ -41,7 +42,7 @@ def divide(x: Tensor, number: float) -> Tensor:
     """`x / number`, rounded once on every device.
 
     For a Python number, or a tensor without dimensions on the CPU, CUDA multiplies by the reciprocal:
-    of steps amax / 448 half would be other floats than on a CPU.
+    half of the results would differ from a CPU's.
     """
     return x / x.new_full((), number)
 
@@ -100,14 +101,10 @@ def compute_scale(
         Scale, float32, shaped like `amax`, in units of x per code; NaN where `amax` is not finite
         and the grid has no infinity.
 
-    Raises:
-        ValueError: `amax` is not float32, or `scale_dtype` is none of the table's.
-
     Reference:
         Krishnamoorthi 2018, arXiv:1806.08342, section 2.2; OCP Microscaling Formats 1.0, section 6.3.
     """
-    if amax.dtype != torch.float32:
-        raise UserError(f"amax must be float32, not {amax.dtype}.")
+    assert amax.dtype == torch.float32, f"amax is {amax.dtype}, not float32"
     if scale_dtype == torch.float8_e8m0fnu:
         return _power_of_two(amax, fmt.max_exponent)
     if scale_dtype == torch.float8_e4m3fn:
@@ -154,9 +151,7 @@ def block_scales(scale: Tensor, global_scale: Tensor) -> Tensor:
 
 def round_up(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """`scale` on the float32 or bfloat16 grid of the table above, at least its smallest step."""
-    if scale_dtype not in _OF_ZEROS:
-        known = ", ".join(SCALE_DTYPES)
-        raise UserError(f"scale_dtype={scale_dtype}: only {known} are supported here.")
+    assert scale_dtype in _OF_ZEROS, f"{scale_dtype} is no grid to round up to"
     scale = torch.where(scale <= 0, _OF_ZEROS[scale_dtype], scale.clamp_min(_SMALLEST))
     if scale_dtype == torch.float32:
         return scale

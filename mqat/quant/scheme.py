@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mqat.errors import UserError
+from mqat.errors import UserError, nearest_hint
 from mqat.quant.formats import FORMATS, INT2_ELASTIC, INT4_AMAX7_5, TERNARY, QuantFormat
 from mqat.quant.granularity import (
     Granularity,
@@ -22,13 +21,6 @@ from mqat.quant.granularity import (
 from mqat.quant.scales import SCALE_DTYPES
 
 _COARSE = (torch.float8_e8m0fnu, torch.float8_e4m3fn)
-
-
-def nearest_hint(value: object, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name."""
-    known = list(known)
-    near = difflib.get_close_matches(str(value), known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class TensorScheme:
     is_asymmetric: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError for combinations without a meaning."""
+        """Raises UserError for combinations without a meaning."""
         fmt, granularity = self.format, self.granularity
         if fmt.is_unsigned and not self.is_asymmetric:
             raise UserError(
@@ -124,7 +116,7 @@ class TensorScheme:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TensorScheme:
-        """Inverse of `to_dict`; an unknown format, granularity or dtype is a ValueError."""
+        """Inverse of `to_dict`; an unknown format, granularity or dtype is a UserError."""
         name = values["format"]
         if name not in FORMATS:
             raise UserError(
@@ -154,7 +146,7 @@ class LinearScheme:
     output: TensorScheme | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for operands that cannot be quantized that way."""
+        """Raises UserError for operands that cannot be quantized that way."""
         if self.weight is not None and self.weight.is_dynamic:
             raise UserError(
                 "weight: dynamic scales are for inputs and outputs; weights are frozen."

@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-import os
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,13 +12,18 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from mqat.errors import UserError
+from mqat.files import write_whole
 
 _LOW_DB = 20.0  # below this, a tenth of the output's amplitude is noise
 
 
 def worst_first(linears: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """By the noise in the output, largest first."""
-    return sorted(linears, key=lambda entry: entry["output_sqnr_db"] or float("inf"))
+    return sorted(linears, key=lambda entry: _decibel(entry["output_sqnr_db"]))
+
+
+def _decibel(value: float | None) -> float:
+    return math.inf if value is None else value  # None: exact
 
 
 def hint(entry: dict[str, Any]) -> str:
@@ -30,13 +35,13 @@ def hint(entry: dict[str, Any]) -> str:
         return "outlier channels: `smoothquant`, dynamic inputs, or `disabled` for its input"
     if entry["input"] is not None and entry["input"]["clip_rate"] > 0.01:
         return "inputs are clipped: calibrator max, or more calibration text"
-    if entry["weight"] is not None and (entry["weight"]["sqnr_db"] or 99) < value + 3:
+    if entry["weight"] is not None and _decibel(entry["weight"]["sqnr_db"]) < value + 3:
         return "the weight is the cause: smaller groups, AWQ or GPTQ, or a rule with more bits"
     return "a rule with more bits for this linear"
 
 
 def check_plots() -> None:
-    """Raises ValueError if matplotlib is not installed; meant to run before anything else."""
+    """Raises UserError if matplotlib is not installed; meant to run before anything else."""
     if find_spec("matplotlib") is None:
         raise UserError("quality report: plots need matplotlib; pip install 'mqat[report]'.")
 
@@ -47,9 +52,7 @@ def _plots(linears: Sequence[dict[str, Any]]) -> str:
 
     kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for entry in linears:
-        parts = entry["name"].split(".")
-        layer = int(parts[2]) if len(parts) > 3 else 0
-        kinds.setdefault(parts[-1], []).append((layer, entry))
+        kinds.setdefault(entry["module"], []).append((entry["layer"] or 0, entry))
     figure = Figure(figsize=(11, 7), layout="constrained")
     above, below = figure.subplots(2, 1)
     for kind, entries in kinds.items():
@@ -88,7 +91,7 @@ def write_report(report: dict[str, Any], directory: Path, title: str) -> None:
     """Writes `quality.json` and `quality.html` of `evaluation.quality`, each whole or not at all.
 
     Raises:
-        ValueError: matplotlib is not installed; nothing is written then.
+        UserError: matplotlib is not installed; nothing is written then.
     """
     check_plots()
     files = {
@@ -97,6 +100,4 @@ def write_report(report: dict[str, Any], directory: Path, title: str) -> None:
     }
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        temporary = directory / f"{name}.tmp"
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, directory / name)
+        write_whole(directory / name, text)

@@ -1,6 +1,6 @@
 """Lets unmodified Megatron-Core 0.16 train on CPU over gloo. Never imported on CUDA.
 
-The only place in mqat that touches globals of other packages.
+The only place in mqat that replaces functions of other packages.
 
 | what Megatron does                            | what happens here                                 |
 |-----------------------------------------------|---------------------------------------------------|

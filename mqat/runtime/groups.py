@@ -56,7 +56,7 @@ def initialize(
         timeout_minutes: A collective that waits longer than this fails.
 
     Raises:
-        ValueError: On every rank, before any group exists: the sizes or the world size do not fit.
+        UserError: On every rank, before any group exists: the sizes or the world size do not fit.
     """
     if min(tensor_parallel, pipeline_parallel) < 1:
         raise UserError(
@@ -130,7 +130,7 @@ def _end_threads() -> None:
     for its threads, and it runs when the last reference goes: `destroy_process_group` drops torch's own,
     while modules, buckets, autograd graphs and one of Megatron's globals keep theirs. So, while the
     interpreter still lives, this takes groups out of every dict and every object's attributes, and lets
-    go of tracebacks and cycles. No group, no thread, no abort. Not seen: a group in a list, a tuple or a
+    go of tracebacks and cycles. Not seen: a group in a list, a tuple or a
     closure that lives as long as the process; delete those first.
     """
     if getattr(sys, "last_value", None) is not None and dist.is_initialized():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mqat.errors import UserError
+from mqat.errors import UserError, nearest_hint
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme
 from mqat.models.structure import CORE_ATTENTION, EMBEDDING, TABLES, in_layer
@@ -24,7 +24,7 @@ from mqat.quant.formats import FORMATS
 from mqat.quant.granularity import PerChannel, PerGroup, granularity_from_str
 from mqat.quant.kv_cache import KvCacheScheme, kv_cache_scheme
 from mqat.quant.scales import SCALE_DTYPES
-from mqat.quant.scheme import LinearScheme, TensorScheme, nearest_hint
+from mqat.quant.scheme import LinearScheme, TensorScheme
 
 # Shorter spellings of scale grids in configurations.
 _SCALES = SCALE_DTYPES | {

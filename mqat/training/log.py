@@ -6,7 +6,6 @@ Only the first rank writes; the others hold the same object and do nothing.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mqat.errors import UserError
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes atomically: under a temporary name, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes atomically, as indented JSON."""
-    write_text(path, json.dumps(value, indent=2))
+from mqat.files import write_whole
 
 
 class RunLog:
@@ -90,7 +75,7 @@ class RunLog:
         if kept == lines:
             return
         self._file.close()
-        write_text(self._path, "".join(kept))
+        write_whole(self._path, "".join(kept))
         self._file = self._path.open("a", encoding="utf-8")
 
     def metrics(self, phase: str, step: int, values: dict[str, float]) -> None:

@@ -41,7 +41,7 @@ def _overrides(
     `is_decoupled_lr` when it loads a checkpoint, so these differ from group to group.
     """
 
-    def group(name: str, rule: str | None, codes: float | None = None) -> ParamKey:
+    def key(name: str, rule: str | None, codes: float | None = None) -> ParamKey:
         def matches(p: torch.nn.Parameter) -> bool:
             if rule is None:
                 return scale_rule(p) is None and p.dim() == 1
@@ -52,11 +52,11 @@ def _overrides(
     lsq_lr = lr if scales.lsq_lr is None else scales.lsq_lr
     lsq = {"max_lr": lsq_lr, "min_lr": min(min_lr, lsq_lr), "wd_mult": 0.0, "is_decoupled_lr": True}
     found: dict[ParamKey, dict[str, Any]] = {
-        group("vectors", None): {"wd_mult": 0.0},
-        group("lsq", "lsq"): lsq,
+        key("vectors", None): {"wd_mult": 0.0},
+        key("lsq", "lsq"): lsq,
     }
     for codes in {p.clip_codes for c in chunks for p in c.parameters() if scale_rule(p) == "pact"}:
-        found[group(f"pact {codes}", "pact", codes)] = {
+        found[key(f"pact {codes}", "pact", codes)] = {
             "max_lr": scales.pact_a_lr / codes,
             "min_lr": min(min_lr, scales.pact_a_lr) / codes,
             "start_wd": scales.pact_a_decay,
@@ -85,6 +85,15 @@ def step_with_gradients(optimizer: Any, norm: float) -> None:
                 parameters, max_norm=part.config.clip_grad, total_norm=norm
             )
     optimizer.step_with_ready_grads()
+
+
+class _Schedule(OptimizerParamScheduler):  # type: ignore[misc]
+    """Megatron's, but each parameter group warms up to its own rate from below it."""
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        # The first step of a warm-up already moves: Megatron counts from zero.
+        self.init_lr = param_group.get("max_lr", self.max_lr) / (self.lr_warmup_steps + 1)
+        return float(super().get_lr(param_group))
 
 
 def build_optimizer(
@@ -127,10 +136,9 @@ def build_optimizer(
         config_overrides=_overrides(chunks, scales, lr=peak, min_lr=settings.sched.min_lr),
     )
     cosine = settings.sched.name == "CosineAnnealing"
-    scheduler = OptimizerParamScheduler(
+    scheduler = _Schedule(
         optimizer,
-        # The first step of a warm-up already moves: Megatron counts from zero.
-        init_lr=peak / (settings.sched.warmup_steps + 1),
+        init_lr=0.0,  # `_Schedule` has one for each group
         max_lr=peak,
         min_lr=settings.sched.min_lr,
         lr_warmup_steps=settings.sched.warmup_steps,

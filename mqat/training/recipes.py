@@ -148,8 +148,7 @@ def _report(session: Session) -> None:
     for key, title in titles.items():
         if key in ppl:
             table.add_row(title, f"{ppl[key]:.2f}")
-    if is_main():
-        session.log.console.print(table)
+    session.log.console.print(table)
     share = session.summary["gap_recovered"]
     if share is not None:
         session.log.say(f"share of the PTQ gap recovered by QAT: {share:.1%}")
@@ -178,14 +177,16 @@ def _quantize(session: Session) -> None:
 
 
 def run_sft(config: RunConfig) -> Path:
-    """Unquantized fine-tuning; returns the checkpoint."""
+    """Unquantized fine-tuning, export, verification; returns the checkpoint."""
     session = _start(config, quantizes=False)
     with session.log:
+        _pretrain(session)
         session.measure("bf16")
         session.train_phase(_phase(session.plan, "sft", config.trainer.max_steps, quantized=False))
         session.measure("bf16_finetuned")
         path = session.plan.run_dir / "checkpoint"
         session.save(path)
+        _export_and_verify(session, path)
         _report(session)
     groups.finalize()
     return path

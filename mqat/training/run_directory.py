@@ -14,7 +14,7 @@ import yaml
 from mqat.checkpoints.manifest import DESCRIPTION
 from mqat.config import RESUME_CHANGES, RunConfig, config_to_yaml
 from mqat.errors import UserError
-from mqat.training.log import write_json, write_text
+from mqat.files import write_json, write_whole
 
 # What may change when a run goes on: where and how it runs, not what it computes.
 _MAY_CHANGE = (
@@ -26,7 +26,7 @@ _MAY_CHANGE = (
     "model.virtual_pipeline_model_parallel_size",
     "model.sequence_parallel",
     "model.micro_batch_size",
-    "model.activations_checkpoint_granularity",
+    "model.activations_checkpoint_",
     "export.",
     "exp_manager.",
 )
@@ -62,7 +62,7 @@ def open_run_directory(directory: Path, config: RunConfig) -> tuple[dict[str, An
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     if "trainer.max_steps" in changes:
         _reopen(directory, summary, took_steps=changes["trainer.max_steps"][0] > 0)
-    write_text(file, text)
+    write_whole(file, text)
     said = [f"resumed with {key}={now}, it was {was}" for key, (was, now) in changes.items()]
     if "trainer.max_steps" in changes and config.model.optim.sched.name != "constant":
         said.append("the learning rate goes on as if the run had had so many steps from its start")
@@ -135,15 +135,17 @@ def _changes(
     named = current["exp_manager.resume_changes"]
     constant = current["model.optim.sched.name"] == "constant"
     changes = {}
-    for key, value in _flat(before):
-        if key not in current or current[key] == value or key.startswith(_MAY_CHANGE):
+    earlier = dict(_flat(before))
+    for key in earlier | current:
+        value, present = earlier.get(key), current.get(key)  # absent: its section is null
+        if value == present or key.startswith(_MAY_CHANGE):
             continue
         may = key in RESUME_CHANGES and (key != "trainer.max_steps" or current[key] > value)
         if not may or not (key in named or (key == "trainer.max_steps" and constant)):
             hint = f", go on with exp_manager.resume_changes=[{key}]" if may else ""
             raise UserError(
-                f"{file}: the run to resume had {key}={value}, this one has {current[key]}. Restore "
+                f"{file}: the run to resume had {key}={value}, this one has {present}. Restore "
                 f"the setting{hint}, or start a new run in another exp_manager.exp_dir."
             )
-        changes[key] = (value, current[key])
+        changes[key] = (value, present)
     return changes

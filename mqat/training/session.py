@@ -29,6 +29,7 @@ from mqat.evaluation.forward import evaluate, run_layers
 from mqat.evaluation.generation import generate_greedy
 from mqat.evaluation.quality import quality_report
 from mqat.evaluation.verification import record_logits
+from mqat.files import write_json
 from mqat.parallel.learned_scales import learn_scales_
 from mqat.parallel.quantized_module import all_quantizers
 from mqat.plan.run import RunPlan, describe
@@ -36,7 +37,7 @@ from mqat.quant.algorithm import Recipe
 from mqat.report.page import write_report
 from mqat.runtime.groups import any_rank, decided_by_main, is_main, on_all_ranks
 from mqat.specs.model import build_model
-from mqat.training.log import RunLog, write_json
+from mqat.training.log import RunLog
 from mqat.training.loop import Phase, train_phase
 from mqat.training.optimizer import build_optimizer, wrap_for_training
 from mqat.training.run_directory import open_run_directory
@@ -77,13 +78,11 @@ class Session:
         if is_main():
             write_json(self.plan.run_dir / "summary.json", self.summary)
 
-    # -- model -----------------------------------------------------------------------------------
-
     def restore_source(self) -> None:
-        """(Re)loads the weights the run starts from; scales too, if the checkpoint has them."""
+        """(Re)loads the weights the run starts from; scales are the run's own, found by `calibrate`."""
         source = self.plan.source
         if isinstance(source, Path):
-            load_checkpoint(source, self.chunks, layers=self.plan.layers)
+            load_checkpoint(source, self.chunks, layers={})
             return
         with on_all_ranks():
             load_pretrained_([chunk.module for chunk in self.chunks], source)
@@ -110,8 +109,6 @@ class Session:
         for quantizer in all_quantizers(self.chunks):
             quantizer.reset()
 
-    # -- measuring -------------------------------------------------------------------------------
-
     def validation_loss(self) -> float:
         """Loss per token on the held-out data."""
         loss, tokens = evaluate(self.chunks, self.validation.epoch())
@@ -137,8 +134,6 @@ class Session:
         self.log.say(
             f"  {name:>16}: validation loss {loss:.4f}, perplexity {self.summary['ppl'][name]:.2f}"
         )
-
-    # -- quantization ----------------------------------------------------------------------------
 
     def _calibration_pass(self) -> Callable[[], None]:
         settings = self.plan.config.quantization
@@ -181,8 +176,6 @@ class Session:
             if is_main():
                 name = self.plan.config.quantization.algorithm or "quantized"
                 write_report(report, self.plan.run_dir / "quality", f"{name}: quality by linear")
-
-    # -- training --------------------------------------------------------------------------------
 
     def train_phase(self, phase: Phase, *, lr: float | None = None) -> None:
         """Trains the present weights, or resumes this phase from its latest checkpoint."""

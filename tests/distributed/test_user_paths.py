@@ -138,7 +138,7 @@ def test_export_verify_eval_and_inspect_commands(trained, tmp_path):
     ("processes", "arguments", "message"),
     [
         (3, [], "world size 3 is not a multiple of tensor_model_parallel_size=2"),
-        (1, ["trainer.max_step=3"], "did you mean trainer.max_steps"),
+        (1, ["trainer.max_step=3"], "did you mean 'max_steps'"),
         (1, ["model.restore_from_path=nowhere", "model.architecture=null",
              "model.tensor_model_parallel_size=1", "model.pipeline_model_parallel_size=1"],
          "nowhere: no such file or directory"),

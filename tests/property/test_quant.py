@@ -7,8 +7,6 @@ from torch import Tensor
 
 from mqat.quant.formats import FORMATS, FP8_E4M3, INT4, QuantFormat
 from mqat.quant.functional import (
-    compute_amax,
-    compute_scale,
     dequantize,
     fake_quantize,
     quantize,
@@ -20,7 +18,7 @@ from mqat.quant.packing import (
     pack_nibbles,
     unpack_nibbles,
 )
-from mqat.quant.scales import compute_affine, compute_range
+from mqat.quant.scales import compute_affine, compute_amax, compute_range, compute_scale
 
 quick = settings(deadline=None, max_examples=60)
 seeds = st.integers(0, 2**31)

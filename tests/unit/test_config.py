@@ -17,14 +17,18 @@ def test_every_shipped_config_loads(path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer.max_step=3", "did you mean trainer.max_steps"),
+        ("trainer.max_step=3", "unknown key 'trainer.max_step'; did you mean 'max_steps'"),
         ("trainer.max_steps=many", "trainer.max_steps"),
         ("quantization.percentile=0", "quantization.percentile=0"),
-        ("export.dtype=fp8", "export.dtype='fp8' is not one of"),
+        ("quantization.sq_alpha=1.5", r"quantization.sq_alpha=1.5 must be in \[0, 1\]"),
+        (
+            "quantization.rounding=gtpq",
+            "quantization.rounding='gtpq' is unknown; did you mean 'gptq'",
+        ),
         ("quantization.equalize=true", "quantization.equalize is now quantization.smoothquant"),
         ("quantization.equalize_grid=float", "equalize_grid is now quantization.sq_grid"),
         ("quantization.equalize_alpha=1", "equalize_alpha is now quantization.sq_alpha"),
-        ("model.architecture.hiden_size=3", "did you mean model.architecture.hidden_size"),
+        ("model.architecture.hiden_size=3", "did you mean 'hidden_size'"),
     ],
 )
 def test_a_bad_key_or_value_is_one_clear_error(override, message):
@@ -60,6 +64,14 @@ def test_a_bad_config_file_is_one_clear_error(content, message, tmp_path):
             8,
             "group_size=128 does not divide in_features_per_partition",
         ),
+        (
+            ["quantization.algorithm=nf4", "quantization.group_size=32"],
+            8,
+            "group_size=32 has no effect: the weights of nf4 are not groups of integers",
+        ),
+        (["export.dtype=fp8"], 8, "export.dtype='fp8': must be one of bfloat16"),
+        (["export.format=gguf"], 8, "export.format='gguf': must be one of trtllm, hf"),
+        (["export.style=modelopt"], 8, "export.style='modelopt': trtllm has none"),
         (["export.decoder_type=qwen"], 8, "decoder_type=qwen, but the model is llama; leave it out"),
         (["quantization.rules=[{pattern: 'nothing*', algorithm: null}]"], 8, "matches no linear"),
         (["quantization.disabled=['*.output']"], 8, "matches nothing that is quantized"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2] / "mqat"
-_BOTTOM = {"errors"}
+_BOTTOM = {"errors", "files"}
 _MODEL = _BOTTOM | {"quant", "models"}
 _PARALLEL = _MODEL | {"kernels", "parallel", "runtime", "config"}
 _CHECKPOINTS = _PARALLEL | {"specs", "data"}
@@ -23,7 +23,7 @@ ALLOWED = {
     "checkpoints": _CHECKPOINTS,
     "export": _MODEL | {"checkpoints.manifest", "checkpoints.reader"},
     "verify": _BOTTOM | {"quant.scheme", "checkpoints.archive", "checkpoints.reader"},
-    "plan": _CHECKPOINTS | {"checkpoints", "export", "report"},
+    "plan": _CHECKPOINTS | {"calibration.check_recipes", "checkpoints", "export", "report"},
     "evaluation": _CHECKPOINTS | {"checkpoints", "calibration", "verify", "report"},
     "training": _CHECKPOINTS
     | {"calibration", "checkpoints", "export", "verify", "evaluation", "plan", "report"},

@@ -94,17 +94,17 @@ def _texts(
     formats = {FORMS.of(scheme).name for scheme in schemes}
     groups = {}
     for number, scheme in enumerate(schemes):
-        group: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "targets": ["Linear"],
             "weights": scheme.weight and _arguments(scheme.weight),
             "input_activations": scheme.input and _arguments(scheme.input),
             "output_activations": None,
         }
         if len(schemes) > 1:
-            group["targets"] = [name for name, found in modules.items() if found == scheme]
+            settings["targets"] = [name for name, found in modules.items() if found == scheme]
         if len(formats) > 1:
-            group["format"] = FORMS.of(scheme).name
-        groups[f"group_{number}"] = group
+            settings["format"] = FORMS.of(scheme).name
+        groups[f"group_{number}"] = settings
     config = {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision" if len(formats) > 1 else next(iter(formats)),

@@ -11,11 +11,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from mqat import __version__
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
 from mqat.export.decoder_tensors import DecoderTensors, Naming
-from mqat.export.exporter import DirectoryContents, ExportOptions
+from mqat.export.exporter import PRODUCER, DirectoryContents, ExportOptions
 from mqat.export.forms import Form, Forms
 from mqat.export.operands import group_size, operands_text
 from mqat.export.reshard import InferenceRank
@@ -27,6 +26,7 @@ from mqat.models.structure import HF_LAYER, OUTPUT_LAYER, split_name
 from mqat.quant.kv_cache import KvCacheScheme
 from mqat.quant.scheme import LinearScheme
 
+SHARD_BYTES = 5_000_000_000
 NAMING = Naming(
     HF_LAYER,
     attrgetter("hf"),
@@ -78,9 +78,9 @@ class HuggingFaceExporter:
         """As `Exporter.contents`."""
         model = reader.model
         plans = self.tensors.plan(reader, InferenceRank(), options.torch_dtype)
-        shards = shard(plans, options.max_shard_bytes)
+        shards = shard(plans, options.max_shard_bytes or SHARD_BYTES)
         special = special_tokens(tokenizer, model)
-        config = model.to_hf(options.dtype) | special | {"producer": producer()}
+        config = model.to_hf(options.dtype) | special | {"producer": PRODUCER}
         texts: dict[str, Any] = {"config.json": config, **generation_texts(tokenizer, special)}
         if reader.layers:
             modules = NAMING.schemes(model, reader.layers, range(model.num_layers))
@@ -94,11 +94,6 @@ class HuggingFaceExporter:
         return DirectoryContents({n: partial(list, ps) for n, ps in shards.items()}, texts)
 
 
-def producer() -> dict[str, str]:
-    """Who wrote a directory."""
-    return {"name": "mqat", "version": __version__}
-
-
 def unquantized_modules(modules: Modules) -> list[str]:
     """Exact names of what a quantized directory keeps in the model's dtype, the head first."""
     return [OUTPUT_LAYER.hf, *(name for name, scheme in modules.items() if scheme is None)]
@@ -106,7 +101,7 @@ def unquantized_modules(modules: Modules) -> list[str]:
 
 def _check_options(options: ExportOptions) -> None:
     """Refuses what a Hugging Face directory cannot honour."""
-    if options.max_shard_bytes < 1:
+    if options.max_shard_bytes is not None and options.max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes={options.max_shard_bytes}: must be at least 1.")
     layout = options.tensor_parallel, options.pipeline_parallel
     if layout != (1, 1) or options.archive is not None:
@@ -114,6 +109,11 @@ def _check_options(options: ExportOptions) -> None:
             "export.format=hf: servers split the weights themselves, and a .qnemo holds a TensorRT-LLM "
             "directory; leave out export.inference_tensor_parallel (--inference-tp), "
             "export.inference_pipeline_parallel (--inference-pp) and --qnemo."
+        )
+    if options.allow_requantization:
+        raise UserError(
+            "export.format=hf: no loader rounds these weights a second time; leave out "
+            "export.allow_requantization (--allow-requantization)."
         )
 
 

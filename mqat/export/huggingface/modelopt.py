@@ -11,12 +11,12 @@ from typing import Any
 from mqat.export import operands
 from mqat.export import tensor_builders as build
 from mqat.export.decoder_tensors import DecoderTensors
+from mqat.export.exporter import PRODUCER
 from mqat.export.forms import Form, Forms
 from mqat.export.huggingface.exporter import (
     NAMING,
     HuggingFaceExporter,
     Modules,
-    producer,
     unquantized_modules,
 )
 from mqat.export.kv_cache import CacheForm, cache_algorithm
@@ -103,18 +103,18 @@ def _texts(
     """`quantization_config`, and `hf_quant_config.json` (which TensorRT-LLM reads first), alike."""
     scheme = next(scheme for scheme in modules.values() if scheme is not None)
     form, size, ignored = FORMS.of(scheme), group_size(scheme), unquantized_modules(modules)
-    group: dict[str, Any] = {kind: dict(v) for kind, v in form.operands.items()}
+    operands: dict[str, Any] = {kind: dict(v) for kind, v in form.operands.items()}
     sized: dict[str, Any] = {} if size is None else {"group_size": size}
-    group["weights"] |= sized
+    operands["weights"] |= sized
     config = {
         "quant_method": "modelopt",
         "quant_algo": form.name,
         "ignore": ignored,
-        "config_groups": {"group_0": group | {"targets": ["Linear"]}},
-        "producer": producer(),
+        "config_groups": {"group_0": operands | {"targets": ["Linear"]}},
+        "producer": PRODUCER,
     } | ({"kv_cache_scheme": dict(_FP8)} if caches else {})
     nested = {
-        "producer": producer(),
+        "producer": PRODUCER,
         "quantization": {
             "quant_algo": form.name,
             "kv_cache_quant_algo": cache_algorithm(caches),

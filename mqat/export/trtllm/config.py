@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mqat import __version__
 from mqat.errors import UserError
-from mqat.export.exporter import ExportOptions
+from mqat.export.exporter import PRODUCER, ExportOptions
 from mqat.export.reshard import InferenceRank
 from mqat.export.trtllm.forms import FORMS, NAMING
 from mqat.models.decoder import FAMILIES, DecoderConfig
@@ -95,7 +94,7 @@ def config_json(
         }
     family = FAMILIES[model.family]
     return {
-        "producer": {"name": "mqat", "version": __version__},
+        "producer": PRODUCER,
         "architecture": family.trtllm_architecture,
         **family.trtllm_extra,
         "dtype": options.dtype,

@@ -39,6 +39,10 @@ class TensorRtLlmExporter:
     ) -> None:
         """As `Exporter.check`."""
         layers, tp = linear_schemes(schemes), options.tensor_parallel
+        if options.max_shard_bytes is not None:
+            raise UserError(
+                "export.format=trtllm: every inference rank has one file; leave out --max-shard-gb."
+            )
         _check_layout(model, tp, options.pipeline_parallel)
         TENSORS.check(model, schemes)
         _check_requantized(layers, options.allow_requantization)
@@ -75,7 +79,7 @@ class TensorRtLlmExporter:
         texts |= generation_texts(tokenizer, special) if special else {}
         if options.archive is not None:
             texts |= qnemo.tokenizer_texts(tokenizer)
-        return DirectoryContents(weights, texts)
+        return DirectoryContents(weights, texts, as_tar=options.archive == "tar")
 
 
 def _check_layout(model: DecoderConfig, tp: int, pp: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mqat.kernels import reference
 from mqat.kernels.cpu.build import SUFFIXES, library
 from mqat.quant.formats import FORMATS, FP8_E4M3
+from mqat.quant.functional import gradient_range
 from mqat.quant.granularity import PerGroup, PerTensor
 
 _PRODUCTS = {torch.int32: "ints", torch.float32: "floats", torch.bfloat16: "halves"}
@@ -77,7 +78,7 @@ def _encodable_run(x: Tensor, format_name: str, granularity_name: str) -> int:
 @functools.cache
 def _code_range(format_name: str, ste_clip_range: float | None) -> _CodeRange:
     fmt = FORMATS[format_name]
-    passing = reference.gradient_range(fmt, ste_clip_range)
+    passing = gradient_range(fmt, ste_clip_range, fmt.qmin, fmt.qmax)
     return _CodeRange(fmt.qmin, fmt.qmax, *passing, int(fmt.is_float))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mqat.calibration.clipping import WeightShard
-from mqat.calibration.sawb import clipping_point, sums
+from mqat.calibration.sawb import SAWB, clipping_point, sums
 from mqat.quant.formats import FP8_E4M3, INT4, UINT4
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
 from mqat.quant.qparams import statistic_of
@@ -46,4 +46,4 @@ def test_nothing_leaves_the_device_of_the_weight(granularity):
 def test_formats_without_coefficients_are_refused(other):
     bad = TensorScheme(other, PerChannel(), is_asymmetric=other == UINT4)
     with pytest.raises(ValueError, match="weight_calibrator=sawb has no coefficients"):
-        clipping_point(torch.ones(2), torch.ones(3, 2, 1), bad)
+        SAWB.check("a linear", bad)

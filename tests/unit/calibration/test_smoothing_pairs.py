@@ -10,6 +10,7 @@ from torch import nn
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.models.decoder import DecoderConfig
 from mqat.models.structure import DENSE_LINEARS, DENSE_NORMS, FC1, QKV, in_layer
+from mqat.quant.algorithm import Recipe
 from mqat.specs.policy import Policy
 from tests.unit.model_fixtures import MODEL, microbatches
 
@@ -75,6 +76,19 @@ def test_folding_keeps_the_function_behind_every_kind_of_norm(chunks, kind):
     assert evaluate(chunks, [microbatches()])[0] != pytest.approx(before, rel=1e-4)
 
 
+def test_a_factor_is_rounded_once_where_norm_and_weight_differ_in_dtype(chunks):
+    from mqat.calibration.smoothing_pairs import find_smoothing_pairs
+
+    pair = find_smoothing_pairs(chunks, NAMES, MODEL)[in_layer(0, QKV.name)]
+    weight = pair.linear.weight
+    weight.data = torch.ones_like(weight, dtype=torch.bfloat16)
+    pair.before.fill_(1.0)
+    scale = torch.full((MODEL.hidden_size,), 1.3)  # not a number of bfloat16
+    pair.fold_(scale)
+    assert torch.equal(pair.before, 1 / weight[0].float())
+    assert not torch.equal(pair.before, 1 / scale)  # control
+
+
 def test_a_norm_that_does_not_know_it_is_zero_centred_is_refused_by_name(chunks):
     from mqat.calibration.smoothing_pairs import find_smoothing_pairs
 
@@ -94,11 +108,14 @@ class ParallelBlocks(DecoderConfig):
         return tuple(replace(x, norm=QKV.norm) if x == FC1 else x for x in DENSE_LINEARS)
 
 
-def test_linears_that_read_the_same_tensor_are_not_rescaled_apart(chunks):
-    from mqat.calibration.smoothing_pairs import find_smoothing_pairs
+def test_linears_that_read_the_same_tensor_are_not_rescaled_apart():
+    from mqat.calibration.check_recipes import check_recipes
 
-    model = ParallelBlocks(**MODEL.to_dict())
+    model, recipes = (
+        ParallelBlocks(**MODEL.to_dict()),
+        dict.fromkeys(NAMES, Recipe(smoothquant=True)),
+    )
     with pytest.raises(ValueError, match=f"{QKV.name}: its input also feeds {FC1.name}"):
-        find_smoothing_pairs(chunks, NAMES, model)
+        check_recipes(recipes, dict.fromkeys(sorted(NAMES, reverse=True)), model)
     others = {name for name in NAMES if not name.endswith((QKV.name, FC1.name))}
-    assert len(find_smoothing_pairs(chunks, others, model)) == 4
+    check_recipes(recipes, dict.fromkeys(others), model)

@@ -202,7 +202,8 @@ def test_nothing_quantized_is_an_error(calibrated):
 def entry(name, sqnr, *, outliers=0, clip=0.0, weight=40.0, input=True):
     operand = {"format": "int8", "amax": 1.0, "clip_rate": clip, "scale": [0.1, 0.1]}
     return {
-        "name": name, "output_sqnr_db": sqnr, "weight": operand | {"sqnr_db": weight},
+        "name": name, "layer": 0, "module": name, "output_sqnr_db": sqnr,
+        "weight": operand | {"sqnr_db": weight},
         "input": operand if input else None, "output": None, "input_amax": 1.0,
         "outliers": {"count": outliers, "worst": [[3, 12.5]][:outliers]},
     }  # fmt: skip
@@ -214,6 +215,13 @@ def test_hints_name_the_cause():
     assert "clipped" in hint(entry("a", 10.0, clip=0.5))
     assert "groups" in hint(entry("a", 10.0, weight=11.0, input=False))
     assert "more bits" in hint(entry("a", 10.0))
+
+
+def test_noise_as_loud_as_the_signal_is_not_exact():
+    exact, loud = entry("a", None), entry("b", 0.0, weight=0.0)
+    assert worst_first([exact, loud]) == [loud, exact]
+    assert "weight is the cause" in hint(loud)
+    assert "weight is the cause" not in hint(entry("b", 0.0, weight=None))
 
 
 def test_the_page_shows_the_worst_first_and_is_whole_or_absent(tmp_path, monkeypatch):

@@ -23,9 +23,10 @@ from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes
 from mqat.models.structure import CORE_ATTENTION, DENSE_LINEARS
 from mqat.quant.algorithm import named_scheme
-from mqat.quant.functional import compute_scale
 from mqat.quant.kv_cache import kv_cache_scheme
+from mqat.quant.qparams import statistic_of
 from mqat.quant.quantizer import Quantizer
+from mqat.quant.scales import compute_scale
 from mqat.quant.scheme import LinearScheme
 
 LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
@@ -75,7 +76,7 @@ def tensors_of(
         weight = state[f"decoder.layers.{linear}.weight"][int(index)]
         assert scheme.weight is not None
         quantizers = {"weight": Quantizer(scheme.weight, tuple(weight.shape), name)}
-        statistic = quantizers["weight"].statistic(weight)
+        statistic = statistic_of(weight, quantizers["weight"].scheme)
         quantizers["weight"].freeze_(statistic, statistic.amax().reshape(1))
         if scheme.input is not None:
             quantizers["input"] = Quantizer(scheme.input, None, name)

@@ -136,7 +136,7 @@ def test_int4_weights_mix_with_and_without_inputs_in_an_engine(tmp_path):
 )  # fmt: skip
 def test_weights_without_inputs_are_refused_where_no_form_can_mix(algorithm, target, message):
     with pytest.raises(ValueError, match=message):
-        check(without_inputs(algorithm), target, UNTIED, allow_requantization=True)
+        check(without_inputs(algorithm), target, UNTIED, allow_requantization=target == "trtllm")
 
 
 def test_weights_alone_are_served_whole_with_consent_to_a_second_rounding():
@@ -188,7 +188,7 @@ def test_every_algorithm_has_a_form_or_is_refused_with_its_operands(target):
     for algorithm in ALGORITHMS:
         layers = all_layers(algorithm, group_size=128)
         try:
-            check(layers, target, allow_requantization=True)
+            check(layers, target, allow_requantization=target == "trtllm")
         except ValueError as error:
             assert f"linear_qkv: {algorithm} (weight " in str(error)
             assert algorithm not in SERVED[target]
@@ -224,7 +224,9 @@ def test_one_list_names_every_exporter():
     assert [(e.format, e.style) for e in EXPORTERS] == [
         ("trtllm", None), ("hf", "compressed-tensors"), ("hf", "modelopt")
     ]  # fmt: skip
-    assert exporter("trtllm", "modelopt") is exporter("trtllm")
+    assert exporter("hf") is exporter("hf", "compressed-tensors")
+    with pytest.raises(ValueError, match=r"export\.style='modelopt': trtllm has none"):
+        exporter("trtllm", "modelopt")
     with pytest.raises(ValueError, match=r"export\.format='gguf': must be one of trtllm, hf"):
         exporter("gguf")
 
@@ -235,3 +237,20 @@ def test_one_list_names_every_exporter():
 def test_a_hugging_face_directory_has_no_inference_layout(options):
     with pytest.raises(ValueError, match="servers split the weights themselves"):
         check({}, "compressed-tensors", **options)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        (
+            "compressed-tensors",
+            {"allow_requantization": True},
+            "leave out export.allow_requantization",
+        ),
+        ("trtllm", {"max_shard_bytes": 10**9}, "one file; leave out --max-shard-gb"),
+    ],
+)
+def test_options_of_the_other_form_are_refused_by_name(target, options, message):
+    check({}, target)  # control
+    with pytest.raises(ValueError, match=message):
+        check({}, target, **options)

@@ -350,7 +350,11 @@ def test_modelopt_style_of_fp8(tiny, tmp_path):
             {"style": "modelopt"},
             r"linear_qkv: int8 \(weight int8 .* to ModelOpt style.*compressed-tensors",
         ),
-        ("fp8", {"style": "gguf"}, "style='gguf': must be one of compressed-tensors, modelopt"),
+        (
+            "fp8",
+            {"style": "gguf"},
+            "export.style='gguf': must be one of compressed-tensors, modelopt",
+        ),
         ("fp8", {"dtype": "fp16"}, "export.dtype='fp16'"),
         ("fp8", {"max_shard_bytes": 0}, "max_shard_bytes=0: must be at least 1"),
     ],

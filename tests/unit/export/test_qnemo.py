@@ -1,6 +1,7 @@
 """`.qnemo`: what NeMo looks for, as a directory and as one file."""
 
 import gzip
+import io
 import json
 import shutil
 import tarfile
@@ -85,6 +86,21 @@ def test_files_of_others_are_not_replaced_and_a_tokenizer_is_needed(huggingface,
         export_trtllm(
             huggingface, tmp_path / "thesis", tensor_parallel=1, archive="tar", overwrite=True
         )
+    foreign = {
+        "./config.json": b'{"producer": {"name": "modelopt"}}',
+        "./rank0.safetensors": b"weights",
+    }
+    with tarfile.open(tmp_path / "theirs.qnemo", "w") as archive:
+        for name, data in foreign.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    before = (tmp_path / "theirs.qnemo").read_bytes()
+    with pytest.raises(ValueError, match="is not an export of mqat"):
+        export_trtllm(
+            huggingface, tmp_path / "theirs.qnemo", tensor_parallel=1, archive="tar", overwrite=True
+        )
+    assert (tmp_path / "theirs.qnemo").read_bytes() == before
     with pytest.raises(ValueError, match="needs the tokenizer"):
         export_trtllm(tiny("int8"), tmp_path / "out", tensor_parallel=1, archive="tar")
     assert json.loads((huggingface / "mqat.json").read_text())  # control: still there

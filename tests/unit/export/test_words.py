@@ -40,12 +40,12 @@ def test_every_pair_of_neighbours():
 @pytest.mark.parametrize(
     ("codes", "bits", "message"),
     [
-        (torch.tensor([[8]], dtype=torch.int8), 4, r"codes span 8\.\.8, but 4 bits hold -8\.\.7"),
-        (torch.zeros(4, dtype=torch.int8), 4, "needs an int8 matrix"),
-        (torch.zeros(1, 4, dtype=torch.int16), 4, "needs an int8 matrix"),
-        (torch.zeros(1, 4, dtype=torch.int8), 5, "and 5 bits"),
+        (torch.tensor([[8]], dtype=torch.int8), 4, r"codes span 8\.\.8, not 4 bits"),
+        (torch.zeros(4, dtype=torch.int8), 4, r"torch\.int8 \(4,\)"),
+        (torch.zeros(1, 4, dtype=torch.int16), 4, r"torch\.int16"),
+        (torch.zeros(1, 4, dtype=torch.int8), 5, "5 bits"),
     ],
 )
 def test_what_does_not_fit_is_refused(codes, bits, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(AssertionError, match=message):
         pack_words(codes, bits)

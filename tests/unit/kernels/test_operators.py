@@ -87,6 +87,13 @@ def test_scaled_products_and_masked_gradients_are_the_same_bits(dtype, per_row):
     for bits in (mask, None):
         assert_same(*both("apply_mask_", dw, bits, scale))
         assert_same(*both("accumulate_", normal(24, 64, seed=1), dw, bits, scale))
+    outside = reference.unpack_mask(mask, (24, 64)) == 0
+    dw[outside] = (
+        torch.tensor([float("nan"), float("inf")]).repeat(24 * 64)[: int(outside.sum())].to(dtype)
+    )
+    assert_same(*both("accumulate_", normal(24, 64, seed=1), dw, mask, scale))
+    assert_same(*both("apply_mask_", dw, mask, scale))
+    assert torch.equal(both("apply_mask_", dw, mask, scale)[1][0] == 0, outside)
     masked = both("apply_mask_", dw, mask, scale)[0][0]
     assert bool((masked == 0).any()) and bool((masked != 0).any())
 

@@ -8,6 +8,7 @@ import torch
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.quant.algorithm import named_scheme
 from mqat.quant.granularity import PerGroup
+from mqat.quant.qparams import statistic_of
 from mqat.quant.scheme import LinearScheme, TensorScheme
 from mqat.specs.policy import Policy, Rule
 from tests.unit.model_fixtures import MODEL, microbatches, switch_off
@@ -42,7 +43,7 @@ ROWS = torch.tensor([[7.0, -0.6, 3.4, 0.0], [0.0, 0.0, 0.0, 0.0], [0.7, 0.04, -0
 
 def test_rows_have_their_own_steps(lookup):
     table = lookup(ROWS, LinearScheme("x", named_scheme("int4").weight, None))
-    table.weight_quantizer.freeze_(table.weight_quantizer.statistic(table.weight))
+    table.weight_quantizer.freeze_(statistic_of(table.weight, table.weight_quantizer.scheme))
     ids = torch.tensor([[0, 2, 0, 1]])
     out = table(ids)
     step = table.weight_quantizer.scale[2].item()

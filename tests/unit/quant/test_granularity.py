@@ -56,7 +56,7 @@ def test_names_in_checkpoints_are_read_back(granularity):
 @pytest.mark.parametrize("text", ["", "row", "group", "group:", "group:x", "group:-4", "channel:2"])
 def test_unknown_names_are_refused(text):
     with pytest.raises(
-        ValueError, match="Expected 'tensor', 'channel', 'token', 'group:<size>' or"
+        ValueError, match="expected 'tensor', 'channel', 'token', 'group:<size>' or"
     ):
         granularity_from_str(text)
 
@@ -64,11 +64,6 @@ def test_unknown_names_are_refused(text):
 def test_a_group_has_at_least_one_element():
     with pytest.raises(ValueError, match="group_size=0 must be at least 1"):
         PerGroup(0)
-
-
-def test_a_misspelt_name_suggests_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'group:<size>'"):
-        granularity_from_str("groups:32")
 
 
 def test_ranges_are_the_largest_negative_and_positive_parts_and_at_least_zero():

@@ -23,18 +23,18 @@ def test_a_slice_of_columns_is_packed_like_its_copy():
 
 @pytest.mark.parametrize("shape", [(3, 4), (4,)])
 def test_odd_rows_and_vectors_are_refused(shape):
-    with pytest.raises(ValueError, match="even number of rows"):
+    with pytest.raises(AssertionError, match=r"torch\.int8"):
         pack_int4(torch.zeros(shape, dtype=torch.int8))
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(ValueError, match=r"torch\.int32"):
+    with pytest.raises(AssertionError, match=r"torch\.int32"):
         pack_int4(torch.zeros(2, 2, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("code", [8, -9, 127])
 def test_codes_beyond_four_bits_are_refused_not_cut(code):
-    with pytest.raises(ValueError, match=r"four bits hold -8\.\.7"):
+    with pytest.raises(AssertionError, match=r"four bits hold -8\.\.7"):
         pack_int4(torch.tensor([[0], [code]], dtype=torch.int8))
 
 
@@ -49,11 +49,11 @@ def test_neighbours_are_unpacked_as_packed():
 
 
 def test_wrong_neighbours_are_refused():
-    with pytest.raises(ValueError, match="even last dimension"):
+    with pytest.raises(AssertionError, match=r"4, 3"):
         pack_nibbles(torch.zeros(4, 3, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="uint8 codes"):
+    with pytest.raises(AssertionError, match=r"torch\.int8"):
         pack_nibbles(torch.zeros(4, dtype=torch.int8))
-    with pytest.raises(ValueError, match="code 16"):
+    with pytest.raises(AssertionError, match=r"0\.\.15"):
         pack_nibbles(torch.tensor([0, 16], dtype=torch.uint8))
-    with pytest.raises(ValueError, match="needs uint8"):
+    with pytest.raises(AssertionError, match="extend the sign"):
         unpack_nibbles(torch.zeros(1, dtype=torch.int8))

@@ -21,6 +21,7 @@ from mqat.quant.formats import (
 )
 from mqat.quant.functional import dequantize, fake_quantize, quantize
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from mqat.quant.qparams import statistic_of
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scales import (
     block_scales,
@@ -171,7 +172,7 @@ def test_nvfp4_is_the_two_level_formula_in_numpy():
     w[3, 16:32] = 0.0
     w[4, :16] *= 1e-6  # its block scale underflows to E4M3's smallest
     quantizer = Quantizer(named_scheme("nvfp4").weight, tuple(w.shape), "w")
-    quantizer.freeze_(quantizer.statistic(w), w.abs().amax().reshape(1))
+    quantizer.freeze_(statistic_of(w, quantizer.scheme), w.abs().amax().reshape(1))
     whole = np.float32(np.abs(w.numpy()).max()) / np.float32(6 * 448)
     blocks = w.numpy().reshape(32, 5, 16)
     ratio = np.abs(blocks).max(-1) / (np.float32(6) * whole)
@@ -263,7 +264,7 @@ def test_what_is_not_finite_stays_visible_in_its_own_group_only(algorithm, bad):
 def test_int4_even_spreads_fifteen_steps_and_its_maximum_is_trained():
     w = torch.randn(64, 256, generator=torch.Generator().manual_seed(7))
     quantizer = Quantizer(named_scheme("8da4w").weight, tuple(w.shape), "w")
-    quantizer.freeze_(quantizer.statistic(w))
+    quantizer.freeze_(statistic_of(w, quantizer.scheme))
     assert torch.equal(quantizer.scale, compute_amax(w, PerGroup(256)) / 7.5)
     w.requires_grad_()
     quantizer(w).sum().backward()

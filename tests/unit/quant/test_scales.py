@@ -14,6 +14,7 @@ from mqat.kernels import reference
 from mqat.kernels.packed_nf4 import nf4_quantize
 from mqat.quant.algorithm import ALGORITHMS, named_scheme
 from mqat.quant.formats import INT4, INT8
+from mqat.quant.functional import quantize
 from mqat.quant.histogram import entropy_amax, mse_amax
 from mqat.quant.observers import ActivationObserver
 from mqat.quant.qparams import rounded, statistic_of
@@ -53,7 +54,8 @@ def use(scheme: TensorScheme, x):
     quantizer = Quantizer(scheme, shape, "x")
     quantizer.freeze_(statistic_of(x, scheme), x.abs().amax().reshape(1))
     quantizer(x)
-    quantizer.quantize(x)
+    scale, zero_point = quantizer.qparams(x)
+    quantize(x, scale, scheme.format, scheme.granularity, zero_point=zero_point)
     if scheme.format == INT4:
         quantizer.active_format = INT8
         quantizer(x)

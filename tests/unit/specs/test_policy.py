@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.quant.scheme import LinearScheme, TensorScheme
 from mqat.specs.policy import Policy, Rule, tensor_scheme
 
+TINY = Path(__file__).parents[3] / "conf" / "qat_tiny.yaml"
 LINEARS = tuple(linear.name for linear in DENSE_LINEARS)
 
 MODEL = DecoderConfig(
@@ -74,11 +76,11 @@ def test_a_rule_in_yaml_composes_weight_input_and_output(tmp_path):
     [
         ("granularity: token", "granularities: token",
          r"unknown key 'quantization.rules\[1\].input.granularities'; did you mean .*granularity"),
-        ("weight:", "wieght:", r"'quantization.rules\[1\].wieght'; did you mean .*rules\[1\].weight"),
+        ("weight:", "wieght:", r"'quantization.rules\[1\].wieght'; did you mean 'weight'"),
         ("format: int4", "format: int44",
          r"quantization.rules\[1\].weight.format='int44' is unknown; did you mean 'int4'"),
         ("scale: bfloat16", "scale: bfloat61", r"weight.scale='bfloat61' is unknown; did you mean"),
-        ("group:32", "groups:32", r"rules\[1\].weight: granularity 'groups:32': did you mean 'group"),
+        ("group:32", "groups:32", r"weight: granularity 'groups:32': expected 'tensor'"),
         ("dynamic: true", "dynamic: maybe", r"input\.dynamic: Value 'maybe'"),
         ("dynamic: true", "dynamic: false", r"rules\[1\].input: granularity 'token' is known only"),
         ("granularity: tensor", "granularity: 'group:32'", r"rules\[1\].output: static scales have"),
@@ -124,8 +126,8 @@ def test_one_key_quantizes_the_cache_of_every_layer(tmp_path):
     ("keys", "export", "message"),
     [
         ("kv_cache: fp4", "null", "kv_cache='fp4' is not one of: null, int8, fp8"),
-        ("kv_cashe: fp8", "null", "did you mean quantization.kv_cache"),
-        ("enable_kv_cache: true", "null", "did you mean quantization.kv_cache"),
+        ("kv_cashe: fp8", "null", "did you mean 'kv_cache'"),
+        ("enable_kv_cache: true", "null", "did you mean 'kv_cache'"),
         ("kv_cache: int8", "hf", "kv_cache=int8 cannot be exported to compressed-tensors"),
         (
             "kv_cache: fp8, kv_cache_scales: separate",
@@ -259,3 +261,32 @@ def test_a_configuration_s_recipe_keys_become_the_recipes_of_its_linears(tmp_pat
     )
     awq = plan(tmp_path, YAML.split("  rules:")[0].replace("int8", "int4_awq")).recipes
     assert set(awq.values()) == {named_algorithm("int4_awq").recipe}
+
+
+def test_a_recipe_key_that_equals_the_default_is_still_a_choice():
+    def of(*keys):
+        overrides = [f"quantization.{key}" for key in keys]
+        return make_plan(load_config(TINY, [*overrides, "export.format=null"]), 8).recipes.values()
+
+    keys = ("weight_calibrator=max", "smoothquant=false", "sq_alpha=0.8", "sq_grid=power_of_two")
+    assert set(of("algorithm=int4_awq", "group_size=32", *keys)) == {Recipe()}
+    assert set(of("algorithm=int8_sq", "smoothquant=false")) == {Recipe()}
+    assert set(of("algorithm=int8_sq")) == {Recipe(smoothquant=True)}  # control: nothing chosen
+
+
+BLOCKS = "rules=[{pattern: '*', weight: {format: fp8_e4m3, granularity: 'block:16'}}]"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["algorithm=fp8", "weight_calibrator=sawb"], "sawb has no coefficients for fp8_e4m3"),
+        (["algorithm=int8", "weight_calibrator=four_over_six"], "two block scales of NVFP4"),
+        ([BLOCKS, "rounding=gptq"], r"weights in squares \(block:16\)"),
+    ],
+)
+def test_a_recipe_that_a_weight_cannot_go_through_is_refused_before_the_run(keys, message):
+    overrides = ["export.format=null", *(f"quantization.{key}" for key in keys)]
+    with pytest.raises(ValueError, match=r"decoder\.layers\.0\..*" + message):
+        make_plan(load_config(TINY, overrides), 8)
+    make_plan(load_config(TINY, overrides[:-1]), 8)  # control: without the recipe

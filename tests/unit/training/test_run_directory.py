@@ -52,6 +52,25 @@ def test_a_resumed_run_may_change_its_layout_but_not_its_learning_rate(tmp_path)
         open_run_directory(tmp_path, other)
 
 
+@pytest.mark.parametrize("architecture_first", [True, False])
+def test_a_model_that_has_changed_its_kind_of_source_is_not_resumed(tmp_path, architecture_first):
+    own, packaged = "model.architecture={hidden_size: 64}", "model.packaged=smollm2"
+    first, then = (own, packaged) if architecture_first else (packaged, own)
+    open_run_directory(tmp_path, load_config(None, [first]))
+    with pytest.raises(ValueError, match=r"had model\.(architecture\.|packaged)"):
+        open_run_directory(tmp_path, load_config(None, [RESUME, then]))
+    # alone, without the other key, too
+    with pytest.raises(ValueError, match=r"had model\.(architecture|packaged)"):
+        open_run_directory(tmp_path, load_config(None, [RESUME]))
+    open_run_directory(tmp_path, load_config(None, [RESUME, first]))  # control
+
+
+def test_recomputation_may_change_when_a_run_goes_on(tmp_path):
+    finished_run(tmp_path)
+    layers = "model.activations_checkpoint_num_layers=2"
+    open_run_directory(tmp_path, load_config(None, [RESUME, layers]))
+
+
 def test_a_damaged_summary_is_named(tmp_path):
     finished_run(tmp_path)
     (tmp_path / "summary.json").write_text('{"done": [')

@@ -289,7 +289,7 @@ def test_a_wrong_config_is_named(path, value, message, tiny, tmp_path):
 
 
 def test_scales_recomputed_from_the_trained_weights_are_found(tmp_path, tiny):
-    from mqat.quant.functional import compute_amax, compute_scale
+    from mqat.quant.scales import compute_amax, compute_scale
 
     state = tensors_of(TINY, all_layers("int8"))
     for name, scheme in all_layers("int8").items():

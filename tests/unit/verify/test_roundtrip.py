@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mqat.export.export import export_trtllm
 from mqat.quant.algorithm import named_scheme
-from mqat.quant.functional import compute_amax, compute_scale
+from mqat.quant.scales import compute_amax, compute_scale
 from mqat.verify.verify import verify_export
 from tests.unit.export.checkpoints import (
     EXPORTABLE,
