@@ -28,13 +28,11 @@ SCALE_DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
 _E4M3_MAX, _E4M3_MIN = 448.0, 2.0**-9
-_SMALLEST = (
-    2.0**-126
-)  # normal; block scales of two levels, 2**-9 and more of the upper one, are too
-_SMALLEST_GLOBAL = 2.0**-117
-# From here on float16's subnormals, multiples of 2**-24, are at most 1/8 coarser than bfloat16.
+# Normal; block scales of two levels, 2**-9 and more of the upper one, are normal too.
+_SMALLEST, _SMALLEST_GLOBAL = 2.0**-126, 2.0**-117
+# The step of an all-zero group: any would do, and float16 holds the second.
 _OF_ZEROS = {torch.float32: _SMALLEST, torch.bfloat16: 2.0**-24}
-# From here on float16's subnormals, multiples of 2**-24, are at most 1/8 coarser than bfloat16's numbers.
+# From here on float16's subnormals, multiples of 2**-24, are at most 1/8 coarser than bfloat16.
 _LEAST_COMMON = 2.0**-21
 
 
