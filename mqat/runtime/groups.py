@@ -142,8 +142,12 @@ def _end_threads() -> None:
     for holder in gc.get_objects():
         if type(holder) is types.FunctionType:  # most of the objects
             continue
-        has_attributes = type(holder).__dictoffset__ != 0
-        held = object.__getattribute__(holder, "__dict__") if has_attributes else holder
+        held: Any = holder
+        if type(holder).__dictoffset__ != 0:
+            try:
+                held = object.__getattribute__(holder, "__dict__")
+            except AttributeError:  # types of Python's own, from 3.12 on
+                continue
         if type(held) is dict and dist.ProcessGroup in map(type, held.values()):
             held.update({k: None for k, v in held.items() if type(v) is dist.ProcessGroup})
     del holder, held

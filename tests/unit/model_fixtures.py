@@ -103,8 +103,12 @@ def calibrated(world: None) -> Callable[..., list[Any]]:
         for linear in quantized_linears(chunks).values():
             for quantizer in linear.quantizers.values():
                 frozen = quantizer.frozen_tensors
-                smaller = {"scale": frozen["scale"] * 0.6} if "scale" in frozen else {}
-                quantizer.load_(frozen | smaller)
+                if "scale" in frozen:
+                    smaller = frozen["scale"] * 0.6
+                    if quantizer.scheme.scale_dtype == torch.bfloat16:  # what engines hold
+                        smaller = smaller.bfloat16().float()
+                    frozen = frozen | {"scale": smaller}
+                quantizer.load_(frozen)
         return chunks
 
     return make
