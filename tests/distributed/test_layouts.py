@@ -35,6 +35,8 @@ LAYOUTS = {
     "pp2": (2, ["--pp", "2"]),
     "pp2-interleaved": (2, ["--pp", "2", "--vp", "2"]),
     "dp2": (2, []),
+}
+MORE = {
     "tp2-recompute": (2, ["--tp", "2", "--recompute", "full"]),
     "tp2-sp-selective": (2, ["--tp", "2", "--sp", "--recompute", "selective"]),
 }
@@ -62,6 +64,11 @@ def layouts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def more_layouts(layouts, tmp_path_factory):
+    return layouts | run(tmp_path_factory.mktemp("more_layouts"), MORE)
+
+
+@pytest.fixture(scope="module")
 def resumed(layouts, tmp_path_factory):
     """Other processes that go on from the checkpoints of the first."""
     jobs = {
@@ -71,6 +78,14 @@ def resumed(layouts, tmp_path_factory):
         for saved, layout in RESUMED
     }  # fmt: skip
     return run(tmp_path_factory.mktemp("resumed"), jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_recomputed_activations_change_nothing(more_layouts, name):
+    test_losses_and_gradient_norms_equal_one_process(more_layouts, name)
+    test_training_resumed_from_a_checkpoint_continues_bit_for_bit(more_layouts, name)
+    test_scales_are_bit_equal_on_every_layout(more_layouts, name)
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS)[1:])
