@@ -4,8 +4,6 @@ A checkpoint is a directory that appears complete or not at all: ranks write int
 sibling, rank 0 adds `mqat.json` (with checksums) last and renames it.
 """
 
-import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from mqat.checkpoints.reader import CheckpointReader
 from mqat.checkpoints.recorded import RecordedLogits
 from mqat.data.tokenizer import save_tokenizer
 from mqat.errors import UserError
+from mqat.files import write_json
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, scheme_from_dict
 from mqat.parallel.checkpoint import (
@@ -196,21 +195,9 @@ def save_checkpoint(
     are_frozen = all(quantizer.is_frozen for quantizer in all_quantizers(chunks))
     quantized = bool(layers) and not any_rank(not are_frozen)
     temporary = path.with_name(f".{path.name}.tmp")
-    description = {
-        "format_version": FORMAT_VERSION,
-        "family": model.family,
-        "model": model.to_dict(),
-        "params_dtype": str(next(chunks[0].parameters()).dtype).removeprefix("torch."),
-        "iteration": training.step if training else 0,
-        "consumed_samples": training.consumed_samples if training else 0,
-        "has_training_state": training is not None,
-        "layout": _layout(),
-        "quantization": {
-            "algorithm": algorithm,
-            "layers": {name: scheme.to_dict() for name, scheme in layers.items()},
-        }
-        if quantized
-        else None,
+    schemes = {name: scheme.to_dict() for name, scheme in layers.items()}
+    description = _describe(model, chunks, training) | {
+        "quantization": {"algorithm": algorithm, "layers": schemes} if quantized else None
     }
     state = _sharded_state(chunks, training, is_loading=False, with_scales=quantized)
     if training is not None:
@@ -228,6 +215,22 @@ def save_checkpoint(
             if recorded is not None:
                 recorded.save(temporary)
             _finish(temporary, path, description, tokenizer)
+
+
+def _describe(
+    model: DecoderConfig, chunks: Sequence[Any], training: TrainingState | None
+) -> dict[str, Any]:
+    """What `mqat.json` says besides quantization and files."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "family": model.family,
+        "model": model.to_dict(),
+        "params_dtype": str(next(chunks[0].parameters()).dtype).removeprefix("torch."),
+        "iteration": training.step if training else 0,
+        "consumed_samples": training.consumed_samples if training else 0,
+        "has_training_state": training is not None,
+        "layout": _layout(),
+    }
 
 
 @contextmanager
@@ -269,10 +272,7 @@ def _finish(
         save_tokenizer(tokenizer, temporary / "tokenizer")
     names = [str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file()]
     description["files"] = describe_files(temporary, names)
-    with (temporary / DESCRIPTION).open("w", encoding="utf-8") as file:
-        json.dump(description, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(temporary / DESCRIPTION, description)
     if path.exists():
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)

@@ -153,11 +153,13 @@ class Decoder:
         With `noise`, of that relative size on the input of every linear: its answer to rounding.
         """
         model, stages = self.model, self.export.stages
-        self._noise, self._generator = noise, torch.Generator().manual_seed(0)
         x = self.export.table("embedding", 0)[tokens].float()
-        for number in range(model.layers_per_stage * model.pp):
-            x = self.layer(number, x)
-        self._noise = 0.0
+        self._noise, self._generator = noise, torch.Generator().manual_seed(0)
+        try:
+            for number in range(model.layers_per_stage * model.pp):
+                x = self.layer(number, x)
+        finally:
+            self._noise = 0.0
         x = self._rms_norm(stages[-1][0], model.names["final_norm"], x)
         role, stage = ("embedding", 0) if model.is_tied else ("lm_head", -1)
         return x @ self.export.table(role, stage).float().t()
