@@ -5,7 +5,7 @@ sibling, rank 0 adds `mqat.json` (with checksums) last and renames it.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,16 @@ from mqat.parallel.checkpoint import (
     load_quantizer_state_,
     quantizer_sharded_state,
 )
-from mqat.parallel.quantized_module import all_quantizers, unwrapped
-from mqat.runtime.groups import any_rank, decided_by_main, is_main, on_all_ranks, raise_on_any_rank
+from mqat.parallel.quantized_module import all_quantizers, quantized_modules, unwrapped
+from mqat.runtime.groups import (
+    UNGUARDED,
+    any_rank,
+    decided_by_main,
+    gathered,
+    is_main,
+    on_all_ranks,
+    raise_on_any_rank,
+)
 
 
 @dataclass
@@ -194,6 +202,8 @@ def save_checkpoint(
     # A stage may be without quantizers.
     are_frozen = all(quantizer.is_frozen for quantizer in all_quantizers(chunks))
     quantized = bool(layers) and not any_rank(not are_frozen)
+    if quantized:
+        _check_layers(layers, chunks)
     temporary = path.with_name(f".{path.name}.tmp")
     schemes = {name: scheme.to_dict() for name, scheme in layers.items()}
     description = _describe(model, chunks, training) | {
@@ -215,6 +225,19 @@ def save_checkpoint(
             if recorded is not None:
                 recorded.save(temporary)
             _finish(temporary, path, description, tokenizer)
+
+
+def _check_layers(layers: Mapping[str, Scheme], chunks: Sequence[Any]) -> None:
+    """Refuses schemes of modules that no rank has quantizers for, and quantizers without a scheme."""
+    own = {name for name, module in quantized_modules(chunks).items() if module.quantizers}
+    found = set[str]().union(*gathered(own))
+    if found != layers.keys():
+        name = min(found ^ layers.keys())
+        has, lacks = ("layers", "the model") if name in layers else ("the model", "layers")
+        raise UserError(
+            f"layers: {name} is quantized in {has} and not in {lacks}; give save_checkpoint the schemes "
+            "that the model was built with."
+        )
 
 
 def _describe(
@@ -242,6 +265,10 @@ def _writing(path: Path, temporary: Path) -> Iterator[None]:
     except (Exception, CheckpointException) as caught:
         error = caught
         shutil.rmtree(temporary, ignore_errors=True)
+    if isinstance(error, EOFError):
+        error = UserError(
+            f"{path}: the process that writes the checkpoint ended early. {UNGUARDED}"
+        )
     if error is not None and _is_of_the_disk(error):
         error = UserError(
             f"{path}: writing the checkpoint failed: {_reasons(error)}. Check that the disk has space "

@@ -23,6 +23,9 @@ def exporter(format_: str, style: str | None = None) -> Exporter:
         return next(iter(found.values()))
     if style not in found:
         styles = [s for s in found if s is not None]
-        allowed = f"must be one of {', '.join(styles)}" if styles else f"{format_} has none"
+        allowed = f"must be one of {', '.join(styles)}"
+        if not styles:
+            with_it = ", ".join(e.format for e in EXPORTERS if e.style == style) or "no format"
+            allowed = f"{format_} has none; {with_it} has this style (export.format, --format)"
         raise UserError(f"export.style={style!r}: {allowed}.")
     return found[style]

@@ -64,14 +64,23 @@ class QuantizedModule(nn.Module):
 
 
 def quantized_modules(model: Any) -> dict[str, QuantizedModule]:
-    """Modules of this rank by global name, for a model or a list of pipeline chunks."""
+    """Modules of this rank by global name, for a model or a list of pipeline chunks.
+
+    Raises:
+        UserError: Two have one name, as with one layer spec for several layers.
+    """
     chunks = model if isinstance(model, (list, tuple)) else [model]
-    return {
-        module.quantized_name: module
-        for chunk in chunks
-        for module in chunk.modules()
-        if isinstance(module, QuantizedModule)
-    }
+    found: dict[str, QuantizedModule] = {}
+    for module in (m for chunk in chunks for m in chunk.modules()):
+        if not isinstance(module, QuantizedModule):
+            continue
+        if module.quantized_name in found:
+            raise UserError(
+                f"two modules are called {module.quantized_name}: quantize_layer_spec makes the spec of "
+                "one layer, whose number is `layer`; give each layer its own in layer_specs."
+            )
+        found[module.quantized_name] = module
+    return found
 
 
 def set_token_mask(model: Any, mask: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import multiprocessing
 import os
 import sys
 import traceback
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from mqat.errors import UserError
 
 T = TypeVar("T")
+UNGUARDED = "Put what the script does under `if __name__ == '__main__':`."
 
 
 def world_size() -> int:
@@ -58,6 +60,7 @@ def initialize(
     Raises:
         UserError: On every rank, before any group exists: the sizes or the world size do not fit.
     """
+    _refuse_unguarded()
     if min(tensor_parallel, pipeline_parallel) < 1:
         raise UserError(
             f"tensor_parallel={tensor_parallel} and pipeline_parallel={pipeline_parallel} must be at "
@@ -96,8 +99,18 @@ def initialize(
     megatron_tp.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
+def _refuse_unguarded() -> None:
+    # The attribute by which multiprocessing tells a process that is still importing its main script.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "this script is being imported by a process that it has started itself (Megatron's "
+            f"checkpoint writer is one), which would join the ranks. {UNGUARDED}"
+        )
+
+
 def join(backend: str, timeout_minutes: float = 10.0) -> None:
     """Creates the group of all processes, without Megatron; without torchrun, a world of one."""
+    _refuse_unguarded()
     atexit.unregister(_end_threads)  # once, however often this process joins
     atexit.register(_end_threads)
     timeout = timedelta(minutes=timeout_minutes)
