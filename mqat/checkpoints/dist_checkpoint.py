@@ -265,10 +265,12 @@ def _writing(path: Path, temporary: Path) -> Iterator[None]:
     except (Exception, CheckpointException) as caught:
         error = caught
         shutil.rmtree(temporary, ignore_errors=True)
-    if isinstance(error, EOFError):
-        error = UserError(
+    if isinstance(
+        error, EOFError
+    ):  # the others are in a collective of Megatron's: nothing to agree on
+        raise UserError(
             f"{path}: the process that writes the checkpoint ended early. {UNGUARDED}"
-        )
+        ) from error
     if error is not None and _is_of_the_disk(error):
         error = UserError(
             f"{path}: writing the checkpoint failed: {_reasons(error)}. Check that the disk has space "

@@ -35,8 +35,6 @@ class Norm(nn.Module):
             raise UserError(
                 f"normalization={config.normalization!r}: only {sorted(kinds)} are supported."
             )
-        if config.layernorm_zero_centered_gamma:
-            raise UserError("layernorm_zero_centered_gamma=True: weights here are not offset by 1.")
         norm = kinds[config.normalization](
             hidden_size,
             eps=eps,

@@ -20,3 +20,10 @@ def test_a_fault_of_the_last_rank_keeps_its_traceback():
     assert "KeyError: 'a missing key'" in done.stderr
     assert "raise ERRORS[sys.argv[1]]" in done.stderr  # where it came from
     assert "error: " not in done.stderr.split("Traceback")[0]
+
+
+def test_a_script_without_a_guard_is_told_so_and_ends(tmp_path):
+    worker = Path(__file__).with_name("unguarded_worker.py")
+    done = torchrun(2, worker, tmp_path / "checkpoint", timeout=200)
+    assert done.returncode != 0 and "if __name__ == '__main__'" in done.stderr
+    assert not (tmp_path / "checkpoint").exists()

@@ -223,3 +223,26 @@ def test_nothing_is_recorded_while_a_schedule_has_quantizers_off(calibrated):
     assert found.logits.shape == (1, 16, 301) and found.tokens.shape == (1, 64)
     switch_off(chunks)
     assert record_logits(chunks) is None
+
+
+def test_schemes_that_are_not_the_models_are_not_saved(calibrated, tmp_path):
+    from mqat.checkpoints.dist_checkpoint import save_checkpoint
+
+    chunks = calibrated("int8")
+    layers = Policy("int8", group_size=64).schemes(MODEL)
+    missing = layers.pop("decoder.layers.1.mlp.linear_fc2")
+    with pytest.raises(
+        ValueError, match=r"1\.mlp\.linear_fc2 is quantized in the model and not in"
+    ):
+        save_checkpoint(tmp_path / "c", chunks, model=MODEL, layers=layers, algorithm="int8")
+    assert missing is not None and not (tmp_path / "c").exists()
+
+
+def test_one_layer_spec_for_all_layers_is_refused(calibrated):
+    from mqat.parallel.quantized_module import quantized_modules
+
+    chunks = calibrated("int8")
+    modules = quantized_modules(chunks)
+    modules["decoder.layers.1.mlp.linear_fc2"].quantized_name = "decoder.layers.0.mlp.linear_fc2"
+    with pytest.raises(ValueError, match=r"two modules are called decoder\.layers\.0.*linear_fc2"):
+        quantized_modules(chunks)
