@@ -38,7 +38,7 @@ from mqat.parallel.checkpoint import (
     load_quantizer_state_,
     quantizer_sharded_state,
 )
-from mqat.parallel.quantized_module import all_quantizers, quantized_modules, unwrapped
+from mqat.parallel.quantized_module import quantized_modules, unwrapped
 from mqat.runtime.groups import (
     UNGUARDED,
     any_rank,
@@ -199,11 +199,12 @@ def save_checkpoint(
                 f"recorded logits are of {recorded.logits.shape[-1]} tokens, the model of "
                 f"{model.vocab_size}; give record_logits the model that is saved, too."
             )
-    # A stage may be without quantizers.
-    are_frozen = all(quantizer.is_frozen for quantizer in all_quantizers(chunks))
+        modules = quantized_modules(chunks)
+        # A stage may be without quantizers.
+        are_frozen = all(q.is_frozen for m in modules.values() for q in m.quantizers.values())
     quantized = bool(layers) and not any_rank(not are_frozen)
     if quantized:
-        _check_layers(layers, chunks)
+        _check_layers(layers, {name for name, m in modules.items() if m.quantizers})
     temporary = path.with_name(f".{path.name}.tmp")
     schemes = {name: scheme.to_dict() for name, scheme in layers.items()}
     description = _describe(model, chunks, training) | {
@@ -227,9 +228,8 @@ def save_checkpoint(
             _finish(temporary, path, description, tokenizer)
 
 
-def _check_layers(layers: Mapping[str, Scheme], chunks: Sequence[Any]) -> None:
-    """Refuses schemes of modules that no rank has quantizers for, and quantizers without a scheme."""
-    own = {name for name, module in quantized_modules(chunks).items() if module.quantizers}
+def _check_layers(layers: Mapping[str, Scheme], own: set[str]) -> None:
+    """Refuses schemes without quantizers on any rank (`own` are this one's), and the other way round."""
     found = set[str]().union(*gathered(own))
     if found != layers.keys():
         name = min(found ^ layers.keys())

@@ -16,7 +16,14 @@ from mqat.evaluation.forward import logits, served_logits, served_weights, true_
 from mqat.evaluation.watch_layers import noisy_linears, watched_layers
 from mqat.models.decoder import DecoderConfig
 from mqat.parallel.quantized_module import all_quantizers, unwrapped
-from mqat.runtime.groups import decided_by_main, gathered, is_main, on_all_ranks, raise_on_any_rank
+from mqat.runtime.groups import (
+    any_rank,
+    decided_by_main,
+    gathered,
+    is_main,
+    on_all_ranks,
+    raise_on_any_rank,
+)
 from mqat.verify.agreement import NOISE, agreement
 from mqat.verify.layers import LayerComparison
 from mqat.verify.verify import Report, open_export, run_export, verify_export
@@ -34,7 +41,8 @@ def record_logits(
         chunks: This rank's, at any layout; all ranks call.
         model: The description with which they are saved, if there is one.
     """
-    if not _computes_as_saved(chunks):
+    # A stage may be without quantizers; all go the same way, as forward passes are collectives.
+    if any_rank(not _computes_as_saved(chunks)):
         return None
     vocab = model.vocab_size if model else true_vocab_size(chunks)
     tokens, positions = fixed_batch(vocab, unwrapped(chunks)[0].max_sequence_length)
