@@ -22,14 +22,14 @@ from mqat.quant.quantizer import Quantizer
 class KvCacheAttention(QuantizedModule):
     """Any core attention behind key and value quantizers; what that attention takes is handed on.
 
-    `name` is global, such as `decoder.layers.3.self_attention.core_attention`.
+    `quantized_name` is global, such as `decoder.layers.3.self_attention.core_attention`.
     """
 
     def __init__(
         self,
         *,
         attention: Callable[..., nn.Module],
-        name: str,
+        quantized_name: str,
         scheme: KvCacheScheme,
         config: Any,
         pg_collection: Any,
@@ -37,12 +37,12 @@ class KvCacheAttention(QuantizedModule):
     ) -> None:
         super().__init__()
         self.attention = attention(config=config, pg_collection=pg_collection, **kwargs)
-        self.quantized_name = name
+        self.quantized_name = quantized_name
         self.tp_group = pg_collection.tp
         self.scheme = scheme
         self._quantizers = nn.ModuleDict(
             {
-                kind: Quantizer(tensor, None, f"{name}.{kind}")
+                kind: Quantizer(tensor, None, f"{quantized_name}.{kind}")
                 for kind, tensor in scheme.operands.items()
             }
         )

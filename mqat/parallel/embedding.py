@@ -26,7 +26,7 @@ class QuantVocabParallelEmbedding(QuantizedModule, VocabParallelEmbedding):  # t
 
     Args:
         *args: As for Megatron's `VocabParallelEmbedding`.
-        name: Global name.
+        quantized_name: Global name.
         scheme: Only its weight counts: a lookup has no other operand (`specs.policy` sees to it).
         **kwargs: As for Megatron's `VocabParallelEmbedding`.
     """
@@ -34,11 +34,14 @@ class QuantVocabParallelEmbedding(QuantizedModule, VocabParallelEmbedding):  # t
     vocab_start_index: int
     reduce_scatter_embeddings: bool
 
-    def __init__(self, *args: Any, name: str, scheme: LinearScheme, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, quantized_name: str, scheme: LinearScheme, **kwargs: Any
+    ) -> None:
         VocabParallelEmbedding.__init__(self, *args, **kwargs)
-        assert scheme.weight is not None and list(scheme.operands) == ["weight"], name
-        self.quantized_name = name
-        self.weight_quantizer = Quantizer(scheme.weight, tuple(self.weight.shape), f"{name}.weight")
+        assert scheme.weight is not None and list(scheme.operands) == ["weight"], quantized_name
+        self.quantized_name = quantized_name
+        shape = tuple(self.weight.shape)
+        self.weight_quantizer = Quantizer(scheme.weight, shape, f"{quantized_name}.weight")
         self.to(self.weight.device)
 
     @property

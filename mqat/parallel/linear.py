@@ -52,7 +52,7 @@ class QuantizedLinear(QuantizedModule):
 
     Args:
         *args: As for the Megatron linear, and likewise what else is named there.
-        name: Global name of this linear.
+        quantized_name: Global name of this linear (`name` is Megatron's, since 0.18).
         scheme: What to quantize; None leaves the linear unquantized (but still calibratable).
         num_shards: Largest tensor-parallel size of the model (`layout.shard_count`).
         parts: 2 for a fused gate/up weight, otherwise 1.
@@ -70,9 +70,11 @@ class QuantizedLinear(QuantizedModule):
     Raises:
         UserError: `gradient_accumulation_fusion` is on: it writes to `weight.main_grad`, which
             a fake-quantized copy of the weight does not have. Or a row-parallel linear is to add its
-            bias itself: an output is quantized without it.
+            bias itself: an output is quantized without it. Or weights are cut over ranks besides TP
+            (`gtp_weight_remat_size`, since 0.19).
     """
 
+    gtp_remat_size: int
     input_size: int
     config: Any
     weight_quantizer: Quantizer | None
@@ -82,7 +84,7 @@ class QuantizedLinear(QuantizedModule):
     def __init__(
         self,
         *args: Any,
-        name: str,
+        quantized_name: str,
         scheme: LinearScheme | None,
         num_shards: int,
         parts: int = 1,
@@ -94,16 +96,21 @@ class QuantizedLinear(QuantizedModule):
         super().__init__(*args, **kwargs)
         if scheme is not None and self.config.gradient_accumulation_fusion:
             raise UserError(
-                f"{name}: gradient_accumulation_fusion=True cannot be combined with quantization, "
+                f"{quantized_name}: gradient_accumulation_fusion=True cannot be combined with quantization, "
                 "because the fused kernel bypasses the straight-through gradient; set it to False."
+            )
+        if getattr(self, "gtp_remat_size", 1) > 1:
+            raise UserError(
+                f"{quantized_name}: gtp_weight_remat_size={self.gtp_remat_size} cuts weights over ranks "
+                "that gather them for each use, which quantized linears do not do; set it to 1."
             )
         is_row = isinstance(self, RowParallelLinear)
         if is_row and self.bias is not None and not self.skip_bias_add:
             raise UserError(
-                f"{name}: a bias needs skip_bias_add=True here, as in all of Megatron's layers; the "
+                f"{quantized_name}: a bias needs skip_bias_add=True here, as in all of Megatron's layers; the "
                 "caller adds it."
             )
-        self.quantized_name = name
+        self.quantized_name = quantized_name
         self.parts = parts
         self.shards_per_rank = num_shards // self.tp_group.size()
         self.overflow: Tensor | None = None
@@ -117,7 +124,7 @@ class QuantizedLinear(QuantizedModule):
             quantizer = None
             if kind in operands:
                 shape = tuple(self.weight.shape) if kind == "weight" else None
-                quantizer = Quantizer(operands[kind], shape, f"{name}.{kind}")
+                quantizer = Quantizer(operands[kind], shape, f"{quantized_name}.{kind}")
                 is_cut_over_tp = kind == ("input" if is_row else "output")
                 if is_cut_over_tp and isinstance(operands[kind].granularity, PerToken):
                     quantizer.reduce_amax = self._merge_maxima_
@@ -215,6 +222,7 @@ class QuantizedLinear(QuantizedModule):
         tp_group: Any,
         grad_output_buffer: Any = None,
         wgrad_deferral_limit: Any = None,
+        gtp_remat_size: int = 1,
     ) -> Tensor:
         """The fast path behind Megatron's `_forward_impl`, whose arguments these are.
 

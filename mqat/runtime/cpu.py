@@ -1,4 +1,4 @@
-"""Lets unmodified Megatron-Core 0.16 train on CPU over gloo. Never imported on CUDA.
+"""Lets unmodified Megatron-Core train on CPU over gloo. Never imported on CUDA.
 
 The only place in mqat that replaces functions of other packages.
 
@@ -6,6 +6,7 @@ The only place in mqat that replaces functions of other packages.
 |-----------------------------------------------|---------------------------------------------------|
 | `device=torch.cuda.current_device()`          | that function returns `torch.device("cpu")`       |
 | `torch.cuda.synchronize()`, `set_device(...)` | no-ops                                            |
+| `torch.cuda.current_stream()`                 | the CPU's, which waits for nothing                |
 | `tensor.cuda()`                               | returns the tensor                                |
 | factories with a literal `device="cuda"`      | those modules get a `torch` whose factories say   |
 |                                               | "cpu" (`_TorchOnCpu`)                             |
@@ -85,6 +86,7 @@ def _bridge_cuda_functions() -> None:
     torch.cuda.synchronize = _no_op()
     torch.cuda.set_device = _no_op()
     torch.cuda.empty_cache = _no_op()
+    torch.cuda.current_stream = lambda device=None: torch.cpu.current_stream()  # type: ignore
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
     torch.cuda.get_rng_state = lambda device="cpu": torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device="cpu": torch.set_rng_state(state)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mqat.errors import UserError
+from mqat.runtime.megatron_releases import check_release
 
 T = TypeVar("T")
 UNGUARDED = "Put what the script does under `if __name__ == '__main__':`."
@@ -58,9 +59,11 @@ def initialize(
         timeout_minutes: A collective that waits longer than this fails.
 
     Raises:
-        UserError: On every rank, before any group exists: the sizes or the world size do not fit.
+        UserError: On every rank, before any group exists: the sizes or the world size do not fit, or mqat
+            was not tried with this release of Megatron-Core.
     """
     _refuse_unguarded()
+    check_release()
     if min(tensor_parallel, pipeline_parallel) < 1:
         raise UserError(
             f"tensor_parallel={tensor_parallel} and pipeline_parallel={pipeline_parallel} must be at "

@@ -54,20 +54,22 @@ class _Swiglu(torch.autograd.Function):
         return operators.swiglu_backward(grads[0], x)
 
 
-class Swiglu:
-    """`silu(gate) * up` of [..., gate | up]; in the place of Megatron's `activation_func` module.
-
-    Not a module: Megatron's MLP asks the modules in it for their part of a checkpoint.
-    """
+class Swiglu(nn.Module):
+    """`silu(gate) * up` of [..., gate | up]; in the place of Megatron's `activation_func` module."""
 
     def __init__(self, config: Any) -> None:
+        super().__init__()
         if not config.gated_linear_unit or config.activation_func is not F.silu:
             raise UserError(
                 f"activation_func={config.activation_func} with gated_linear_unit="
                 f"{config.gated_linear_unit}: this layer spec computes SwiGLU; use F.silu and True."
             )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing: Megatron's MLP asks the modules in it for their part of a checkpoint."""
+        return {}
+
+    def forward(self, x: Tensor) -> Tensor:
         """[..., 2 F] -> [..., F]."""
         if x.is_cuda:
             fused: Tensor = bias_swiglu_impl(x, None)

@@ -32,19 +32,20 @@ from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from mqat.quant.scheme import LinearScheme
+from mqat.runtime.megatron_releases import submodules_of, with_submodules
 from mqat.specs.config_check import check_config
 
 _REPLACEMENTS = {"column": QuantColumnParallelLinear, "row": QuantRowParallelLinear}
 
 
-def spec_slot(spec: ModuleSpec, name: str) -> Any:
+def spec_slot(spec: Any, name: str) -> Any:
     """What a layer spec says about a module, by its name in the layer; None: nothing."""
     for part in name.split("."):
-        spec = getattr(spec.submodules, part, None)
+        spec = getattr(submodules_of(spec), part, None)
     return spec
 
 
-def with_slots(spec: ModuleSpec, slots: Mapping[str, Any]) -> ModuleSpec:
+def with_slots(spec: Any, slots: Mapping[str, Any]) -> Any:
     """A copy of a layer spec with other modules in some places, by their names in the layer."""
     own = {name: module for name, module in slots.items() if "." not in name}
     nested: dict[str, dict[str, Any]] = {}
@@ -53,7 +54,7 @@ def with_slots(spec: ModuleSpec, slots: Mapping[str, Any]) -> ModuleSpec:
         if rest:
             nested.setdefault(first, {})[rest] = module
     inside = {first: with_slots(spec_slot(spec, first), rest) for first, rest in nested.items()}
-    return replace(spec, submodules=replace(spec.submodules, **own, **inside))
+    return with_submodules(spec, replace(submodules_of(spec), **own, **inside))
 
 
 def _check_norms(spec: ModuleSpec, norms: Sequence[Norm]) -> None:
@@ -114,7 +115,7 @@ def quantize_layer_spec(
     for linear in linears:
         scheme = schemes.get(linear.name)
         params: dict[str, Any] = {
-            "name": in_layer(layer, linear.name),
+            "quantized_name": in_layer(layer, linear.name),
             "scheme": scheme if isinstance(scheme, LinearScheme) else None,
             "num_shards": num_shards,
             "has_bias": None if biases is None else linear.name in biases,
@@ -126,7 +127,7 @@ def quantize_layer_spec(
     if cache is not None:
         params = {
             "attention": spec_slot(spec, CORE_ATTENTION.name),
-            "name": in_layer(layer, CORE_ATTENTION.name),
+            "quantized_name": in_layer(layer, CORE_ATTENTION.name),
             "scheme": cache,
         }
         slots[CORE_ATTENTION.name] = ModuleSpec(module=KvCacheAttention, params=params)

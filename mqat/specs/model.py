@@ -22,7 +22,7 @@ from mqat.parallel.linear import QuantColumnParallelLinear
 from mqat.quant.scheme import LinearScheme
 from mqat.specs.backend import gpt_layer_spec
 from mqat.specs.config_check import MEGATRON_ROPE
-from mqat.specs.gpt import quantize_block_spec
+from mqat.specs.gpt import quantize_block_spec, spec_slot
 
 
 class DecoderModel(GPTModel):  # type: ignore[misc]
@@ -61,7 +61,7 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
                 self.config.hidden_size,
                 init_method=self.config.embedding_init_method,
                 reduce_scatter_embeddings=scatters,
-                name=EMBEDDING.name,
+                quantized_name=EMBEDDING.name,
                 scheme=tables[EMBEDDING.name],
                 **common,
             )
@@ -73,7 +73,7 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
                 init_method=self.config.init_method,
                 bias=False,
                 gather_output=not self.parallel_output,
-                name=OUTPUT_LAYER.name,
+                quantized_name=OUTPUT_LAYER.name,
                 scheme=tables[OUTPUT_LAYER.name],
                 num_shards=num_shards,
                 **common,
@@ -116,7 +116,7 @@ def transformer_config(
         given = (model.rope_scaling or {}).get(key, value)
         if given != value:
             raise UserError(
-                f"rope_scaling.{key}={given}: Megatron-Core 0.16 has {value} built in, so this "
+                f"rope_scaling.{key}={given}: Megatron-Core has {value} built in, so this "
                 "model's positions would be wrong."
             )
     granularity = settings.activations_checkpoint_granularity
@@ -179,7 +179,7 @@ def build_model(
         layer_spec: In the place of `gpt_layer_spec()`.
     """
     spec = layer_spec or gpt_layer_spec(model.norms)
-    has_activation = spec.submodules.mlp.submodules.activation_func is not None
+    has_activation = spec_slot(spec, "mlp.activation_func") is not None
     config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)
     virtual = settings.virtual_pipeline_model_parallel_size
     chunks = []

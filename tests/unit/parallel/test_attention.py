@@ -31,7 +31,7 @@ def attention(world):
 
     def make(name="int8", scales="shared"):
         return KvCacheAttention(
-            attention=Inner, name="x", scheme=kv_cache_scheme(name, scales), config="c",
+            attention=Inner, quantized_name="x", scheme=kv_cache_scheme(name, scales), config="c",
             pg_collection=Groups, layer_number=3,
         )  # fmt: skip
 
