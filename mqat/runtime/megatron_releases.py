@@ -26,7 +26,9 @@ def check_release() -> None:
     Raises:
         UserError: Names the installed release and the range.
     """
-    wanted = f"mqat needs megatron-core>={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, TOO_NEW))}"
+    wanted = (
+        f"mqat needs megatron-core>={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, TOO_NEW))}"
+    )
     try:
         installed = version("megatron-core")
     except PackageNotFoundError:

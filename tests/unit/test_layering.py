@@ -17,7 +17,7 @@ ALLOWED = {
     "report": _BOTTOM,
     "kernels": _BOTTOM | {"quant"},
     "parallel": _MODEL | {"kernels"},
-    "specs": _MODEL | {"kernels", "parallel", "config"},
+    "specs": _MODEL | {"kernels", "parallel", "config", "runtime.megatron_releases"},
     "data": _BOTTOM | {"config", "models"},
     "calibration": _MODEL | {"kernels", "parallel", "runtime"},
     "checkpoints": _CHECKPOINTS,

@@ -30,7 +30,11 @@ def lookup(world):
     def make(rows, scheme):
         config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
         table = QuantVocabParallelEmbedding(
-            *rows.shape, init_method=torch.nn.init.normal_, config=config, quantized_name="x", scheme=scheme
+            *rows.shape,
+            init_method=torch.nn.init.normal_,
+            config=config,
+            quantized_name="x",
+            scheme=scheme,
         )
         table.weight.data.copy_(rows)
         return table
