@@ -96,8 +96,9 @@ class QuantizedLinear(QuantizedModule):
         super().__init__(*args, **kwargs)
         if scheme is not None and self.config.gradient_accumulation_fusion:
             raise UserError(
-                f"{quantized_name}: gradient_accumulation_fusion=True cannot be combined with quantization, "
-                "because the fused kernel bypasses the straight-through gradient; set it to False."
+                f"{quantized_name}: gradient_accumulation_fusion=True cannot be combined with "
+                "quantization, because the fused kernel bypasses the straight-through gradient; set it "
+                "to False."
             )
         if getattr(self, "gtp_remat_size", 1) > 1:
             raise UserError(
@@ -107,8 +108,8 @@ class QuantizedLinear(QuantizedModule):
         is_row = isinstance(self, RowParallelLinear)
         if is_row and self.bias is not None and not self.skip_bias_add:
             raise UserError(
-                f"{quantized_name}: a bias needs skip_bias_add=True here, as in all of Megatron's layers; the "
-                "caller adds it."
+                f"{quantized_name}: a bias needs skip_bias_add=True here, as in all of Megatron's "
+                "layers; the caller adds it."
             )
         self.quantized_name = quantized_name
         self.parts = parts

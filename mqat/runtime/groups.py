@@ -59,8 +59,8 @@ def initialize(
         timeout_minutes: A collective that waits longer than this fails.
 
     Raises:
-        UserError: On every rank, before any group exists: the sizes or the world size do not fit, or mqat
-            was not tried with this release of Megatron-Core.
+        UserError: On every rank, before any group exists: the sizes or the world size do not fit, or
+            mqat was not tried with this release of Megatron-Core.
     """
     _refuse_unguarded()
     check_release()

@@ -1,11 +1,13 @@
-"""What differs between the releases of Megatron-Core that mqat runs on; nothing else asks for a version.
+"""What differs between the releases of Megatron-Core that mqat runs on; nothing else asks for one.
 
-| since | what differs                                            | here, or how it is met                |
-|-------|---------------------------------------------------------|---------------------------------------|
-| 0.17  | slots of a layer spec are called; specs, too            | classes and `ModuleSpec` serve both   |
-| 0.18  | the MLP of a spec is a `functools.partial`              | `submodules_of`, `with_submodules`    |
-| 0.18  | linears are handed their Megatron `name`                | ours is called `quantized_name`       |
-| 0.18  | an activation function must be a module                 | `specs.elementwise.Swiglu` is one     |
+| since | what differs                                  | here, or how it is met               |
+|-------|-----------------------------------------------|--------------------------------------|
+| 0.17  | slots of a layer spec are called; specs, too  | classes and `ModuleSpec` serve both  |
+| 0.18  | the MLP of a spec is a `functools.partial`    | `submodules_of`, `with_submodules`   |
+| 0.18  | linears are handed their Megatron `name`      | ours is called `quantized_name`      |
+| 0.18  | an activation function must be a module       | `specs.elementwise.Swiglu` is one    |
+| 0.19  | weights can be cut over ranks besides TP      | refused by `QuantizedLinear`         |
+| 0.19  | `torch.cuda.current_stream` in gradient syncs | bridged in `runtime.cpu`             |
 
 Newer releases need Python 3.12.
 """
@@ -39,7 +41,7 @@ def check_release() -> None:
 
 
 def submodules_of(spec: Any) -> Any:
-    """The submodules dataclass of a `ModuleSpec` or of a builder with bound submodules; None: it has none."""
+    """The submodules of a `ModuleSpec` or of a builder that has them bound; None: neither."""
     if isinstance(spec, functools.partial):
         return spec.keywords.get("submodules")
     return getattr(spec, "submodules", None)

@@ -4,7 +4,7 @@ Exports and `mqat verify` rebuild a model from its description, so that whatever
 lost without a sign. Every field of the configuration is therefore described, harmless, or at the value
 of a plain decoder. `checkpoints.describe` does the same for a model that is built.
 
-Sources: Megatron-Core 0.16 `transformer/transformer_config.py`, `model_parallel_config.py`.
+Sources: Megatron-Core 0.16 to 0.19 `transformer/transformer_config.py`, `model_parallel_config.py`.
 """
 
 import math
@@ -55,6 +55,13 @@ _HARMLESS = {
     "disable_parameter_transpose_cache", "config_logger_dir", "flash_decode", "use_te_activation_func",
     "symmetric_ar_type", "use_mamba_mem_eff_path", "mlp_chunks_for_prefill", "transformer_impl",
     "fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size",
+    # since 0.17
+    "activation_offload_fraction", "delay_offload_until_cuda_graph",
+    "delta_offload_bytes_across_pp_ranks", "fine_grained_offloading_max_inflight_offloads",
+    "ep_overlap_early_attn_memory_release", "flash_attention_version", "hybrid_context_parallel",
+    "high_priority_a2a_comm_stream", "mlp_chunks_for_training", "nccl_all_reduce_for_prefill",
+    "tensor_parallel_num_weight_shards", "use_transformer_engine_op_fuser",
+    "use_grouped_gemm_for_dense_mlp",
     "add_bias_linear", "add_qkv_bias",  # the biases themselves are compared
     "max_position_embeddings",  # a longest sequence, under rotary embeddings
 }  # fmt: skip
