@@ -17,33 +17,8 @@ from torch.nn.attention import SDPBackend
 from mqat.errors import UserError
 from mqat.models.structure import CORE_ATTENTION, DENSE_NORMS
 from mqat.models.structure import Norm as NormOfLayer
-from mqat.specs.elementwise import RmsNorm, Swiglu
-from mqat.specs.gpt import with_slots
-
-
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm, by `config.normalization`, that also works under sequence parallelism.
-
-    Each rank normalizes its own tokens, so the parameters' gradients must be summed over the
-    tensor-parallel group: Megatron does that for parameters marked `sequence_parallel`.
-    """
-
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
-        """Arguments as Megatron passes them to a norm; extra ones do not apply to torch norms."""
-        kinds: dict[str, type[nn.Module]] = {"RMSNorm": RmsNorm, "LayerNorm": nn.LayerNorm}
-        if config.normalization not in kinds:
-            raise UserError(
-                f"normalization={config.normalization!r}: only {sorted(kinds)} are supported."
-            )
-        norm = kinds[config.normalization](
-            hidden_size,
-            eps=eps,
-            device=torch.cuda.current_device(),
-            dtype=config.params_dtype,
-        )
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
+from mqat.specs.elementwise import Norm, Swiglu
+from mqat.specs.slots import with_slots
 
 
 def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

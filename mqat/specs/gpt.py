@@ -4,7 +4,6 @@ Nothing that is already built is touched, and the given spec is not modified.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from megatron.core.transformer.identity_op import IdentityOp
@@ -32,33 +31,15 @@ from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from mqat.quant.scheme import LinearScheme
-from mqat.runtime.megatron_releases import submodules_of, with_submodules
 from mqat.specs.config_check import check_config
+from mqat.specs.slots import spec_slot, with_slots
+from mqat.specs.transformer_engine import FUSED_LINEAR, split_fused_norms
 
 _REPLACEMENTS = {"column": QuantColumnParallelLinear, "row": QuantRowParallelLinear}
 
 
-def spec_slot(spec: Any, name: str) -> Any:
-    """What a layer spec says about a module, by its name in the layer; None: nothing."""
-    for part in name.split("."):
-        spec = getattr(submodules_of(spec), part, None)
-    return spec
-
-
-def with_slots(spec: Any, slots: Mapping[str, Any]) -> Any:
-    """A copy of a layer spec with other modules in some places, by their names in the layer."""
-    own = {name: module for name, module in slots.items() if "." not in name}
-    nested: dict[str, dict[str, Any]] = {}
-    for name, module in slots.items():
-        first, _, rest = name.partition(".")
-        if rest:
-            nested.setdefault(first, {})[rest] = module
-    inside = {first: with_slots(spec_slot(spec, first), rest) for first, rest in nested.items()}
-    return with_submodules(spec, replace(submodules_of(spec), **own, **inside))
-
-
 def _check_norms(spec: ModuleSpec, norms: Sequence[Norm]) -> None:
-    """Refuses specs that have other norms, or keep them inside linears, which are replaced with them.
+    """Refuses specs that have other norms than the model's.
 
     Raises:
         UserError: Names the slot without a norm, or with one too many.
@@ -75,10 +56,9 @@ def _check_norms(spec: ModuleSpec, norms: Sequence[Norm]) -> None:
         if module is None or module is IdentityOp:
             found = "nothing" if module is None else module.__name__
             raise UserError(
-                f"layer spec: the slot {norm.name} holds {found}, so the norm is inside the linear "
-                "behind it, as in Transformer Engine's specs, and would be lost with it. Use a spec "
-                "with norms of their own, such as mqat.specs.backend.gpt_layer_spec() or Megatron's "
-                "get_gpt_layer_local_spec()."
+                f"layer spec: the slot {norm.name} holds {found}, and no linear has the norm inside, as "
+                f"Transformer Engine's {FUSED_LINEAR} does. Use a spec with it, such as "
+                "mqat.specs.backend.gpt_layer_spec() or one of Megatron's."
             )
 
 
@@ -95,8 +75,8 @@ def quantize_layer_spec(
     """A copy of a transformer-layer spec with its linears replaced, its attention wrapped.
 
     Args:
-        spec: Layer spec with self-attention and a dense gated MLP (such as
-            `backend.gpt_layer_spec()`).
+        spec: Layer spec with self-attention and a dense gated MLP: `backend.gpt_layer_spec()`, or
+            Megatron's own, with or without Transformer Engine.
         schemes: Name in the layer (of a linear, or of the core attention for the cache) -> scheme. A
             linear without one is unquantized but can still run layout-exact calibration; an attention
             without one is left as it is.
@@ -108,8 +88,10 @@ def quantize_layer_spec(
         norms: Those of a layer.
 
     Raises:
-        UserError: The spec keeps a norm inside a linear, or has one that is not among `norms`.
+        UserError: The spec lacks a norm, or has one that is not among `norms`, or has other linears than
+            Megatron's own or Transformer Engine's (`transformer_engine.split_fused_norms`).
     """
+    spec = split_fused_norms(spec, linears)
     _check_norms(spec, norms)
     slots: dict[str, ModuleSpec] = {}
     for linear in linears:
@@ -169,6 +151,5 @@ def quantize_block_spec(
                 linears=model.linears, norms=model.norms,
             )
         )  # fmt: skip
-    return TransformerBlockSubmodules(
-        layer_specs=specs, layer_norm=spec_slot(spec, model.norms[0].name)
-    )
+    last_norm = spec_slot(split_fused_norms(spec, model.linears), model.norms[0].name)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=last_norm)

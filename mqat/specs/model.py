@@ -22,7 +22,8 @@ from mqat.parallel.linear import QuantColumnParallelLinear
 from mqat.quant.scheme import LinearScheme
 from mqat.specs.backend import gpt_layer_spec
 from mqat.specs.config_check import MEGATRON_ROPE
-from mqat.specs.gpt import quantize_block_spec, spec_slot
+from mqat.specs.gpt import quantize_block_spec
+from mqat.specs.slots import spec_slot
 
 
 class DecoderModel(GPTModel):  # type: ignore[misc]

@@ -43,8 +43,9 @@ def own_model(config=None, qk_layernorm=False, **arguments):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from mqat.specs.backend import Norm, SdpaAttention
-    from mqat.specs.gpt import with_slots
+    from mqat.specs.backend import SdpaAttention
+    from mqat.specs.elementwise import Norm
+    from mqat.specs.slots import with_slots
 
     settings = {
         "num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 4,
