@@ -105,6 +105,11 @@ class ModelConfig:
     global_batch_size: int = 8
     activations_checkpoint_granularity: str | None = None  # selective or full
     activations_checkpoint_num_layers: int = 1
+    transformer_engine: bool = False  # its attention, on CUDA (extra: te)
+    # Switches for speed and memory, by Megatron's names: of TransformerConfig (apply_rope_fusion), and
+    # of DistributedDataParallelConfig (overlap_grad_reduce, overlap_param_gather, bucket_size).
+    megatron: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

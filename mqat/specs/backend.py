@@ -120,11 +120,13 @@ class SdpaAttention(nn.Module):
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def gpt_layer_spec(norms: Sequence[NormOfLayer] = DENSE_NORMS) -> ModuleSpec:
-    """Megatron's local GPT layer spec with `Norm`, `SdpaAttention` and `Swiglu`.
+def gpt_layer_spec(
+    norms: Sequence[NormOfLayer] = DENSE_NORMS, attention: type[nn.Module] = SdpaAttention
+) -> ModuleSpec:
+    """Megatron's local GPT layer spec with `Norm`, a core attention and `Swiglu`.
 
     Megatron calls `Swiglu` where its config says `use_te_activation_func`, and its own otherwise.
     """
     slots: dict[str, Any] = {norm.name: Norm for norm in norms}
-    slots |= {CORE_ATTENTION.name: SdpaAttention, "mlp.activation_func": Swiglu}
+    slots |= {CORE_ATTENTION.name: attention, "mlp.activation_func": Swiglu}
     return with_slots(get_gpt_layer_local_spec(normalization="RMSNorm"), slots)

@@ -112,12 +112,17 @@ def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
         elif name == "rotary_base":
             if value != described.rope_theta:
                 yield f"rotary_base={value}, but it is described with {described.rope_theta}"
-        elif name not in _HARMLESS and not name.startswith(_HARMLESS_PREFIXES):
+        elif not changes_no_result(name):
             plain = field.default
             if field.default_factory is not MISSING:
                 plain = field.default_factory()
             if value != plain:
                 yield f"{name}={value}, must be {plain}"
+
+
+def changes_no_result(name: str) -> bool:
+    """Whether a field of the configuration changes nothing but rounding, randomness, speed, memory."""
+    return name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES)
 
 
 def is_softmax_scale(value: float | None, described: DecoderConfig) -> bool:

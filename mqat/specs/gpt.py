@@ -32,6 +32,7 @@ from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from mqat.quant.scheme import LinearScheme
 from mqat.specs.config_check import check_config
+from mqat.specs.megatron_options import check_overlaps
 from mqat.specs.slots import spec_slot, with_slots
 from mqat.specs.transformer_engine import FUSED_LINEAR, split_fused_norms
 
@@ -136,9 +137,10 @@ def quantize_block_spec(
         vp_stage: Virtual chunk under interleaved pipeline parallelism.
 
     Raises:
-        UserError: As `quantize_layer_spec` and `config_check.check_config`.
+        UserError: As `quantize_layer_spec`, `config_check.check_config` and `check_overlaps`.
     """
     check_config(transformer_config, model)
+    check_overlaps(transformer_config)
     offset = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
     count = get_num_layers_to_build(transformer_config, vp_stage, pp_rank)
     names = [*(linear.name for linear in model.linears), CORE_ATTENTION.name]

@@ -20,10 +20,12 @@ from mqat.parallel.embedding import QuantVocabParallelEmbedding
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear
 from mqat.quant.scheme import LinearScheme
-from mqat.specs.backend import gpt_layer_spec
+from mqat.specs.backend import SdpaAttention, gpt_layer_spec
 from mqat.specs.config_check import MEGATRON_ROPE
 from mqat.specs.gpt import quantize_block_spec
+from mqat.specs.megatron_options import transformer_options
 from mqat.specs.slots import spec_slot
+from mqat.specs.transformer_engine import core_attention
 
 
 class DecoderModel(GPTModel):  # type: ignore[misc]
@@ -111,7 +113,8 @@ def transformer_config(
     `spec_has_activation`: the layer spec says what computes SwiGLU, not Megatron's MLP.
 
     Raises:
-        ValueError: RoPE scaling that Megatron's rotary embedding cannot express.
+        UserError: RoPE scaling that Megatron's rotary embedding cannot express, or an option of
+            `settings.megatron` that is not handed on or that Megatron refuses.
     """
     for key, value in MEGATRON_ROPE.items():
         given = (model.rope_scaling or {}).get(key, value)
@@ -122,7 +125,8 @@ def transformer_config(
             )
     granularity = settings.activations_checkpoint_granularity
     full = granularity == "full"
-    return TransformerConfig(
+    virtual = settings.virtual_pipeline_model_parallel_size
+    arguments: dict[str, Any] = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.intermediate_size,
@@ -143,23 +147,32 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=settings.sequence_parallel and settings.tensor_model_parallel_size > 1,
         recompute_granularity=granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=settings.activations_checkpoint_num_layers if full else None,
-        # Batched messages in both directions between two stages would be taken for one another.
-        overlap_p2p_comm=settings.virtual_pipeline_model_parallel_size is not None,
-        batch_p2p_comm=settings.virtual_pipeline_model_parallel_size is None,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        # Freeing an output while gloo still sends it would send whatever comes to lie there.
-        deallocate_pipeline_outputs=settings.virtual_pipeline_model_parallel_size is None,
     )
+    defaults = {
+        # Batched messages in both directions between two stages would be taken for one another.
+        "overlap_p2p_comm": virtual is not None,
+        "batch_p2p_comm": virtual is None,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        # Freeing an output while gloo still sends it would send whatever comes to lie there.
+        "deallocate_pipeline_outputs": virtual is None or torch.cuda.is_available(),
+    }
+    given = transformer_options(settings.megatron, arguments)
+    try:
+        return TransformerConfig(**arguments | defaults | given)
+    except (AssertionError, ValueError) as error:  # Megatron's own checks
+        if not given:
+            raise
+        raise UserError(f"config: model.megatron={given}: {error}") from error
 
 
 def build_model(
@@ -179,7 +192,8 @@ def build_model(
         dtype: Of parameters and activations.
         layer_spec: In the place of `gpt_layer_spec()`.
     """
-    spec = layer_spec or gpt_layer_spec(model.norms)
+    attention = core_attention() if settings.transformer_engine else SdpaAttention
+    spec = layer_spec or gpt_layer_spec(model.norms, attention)
     has_activation = spec_slot(spec, "mlp.activation_func") is not None
     config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)
     virtual = settings.virtual_pipeline_model_parallel_size

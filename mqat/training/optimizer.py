@@ -1,14 +1,11 @@
 """DDP, distributed optimizer and learning-rate schedule, as Megatron builds them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -17,16 +14,27 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mqat.config import OptimizerConfig, QuantizationConfig
 from mqat.parallel.learned_scales import scale_rule
+from mqat.specs.megatron_options import ddp_config
 
 
-def wrap_for_training(chunks: Sequence[Any]) -> list[Any]:
-    """Adds Megatron's DDP: gradient buffers, reduce-scatter over data-parallel ranks."""
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True
-    )
-    wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+def wrap_for_training(
+    chunks: Sequence[Any], options: Mapping[str, Any] = MappingProxyType({})
+) -> list[Any]:
+    """Adds Megatron's DDP: gradient buffers, reduce-scatter over data-parallel ranks.
+
+    `options`: `ddp_config`'s. Chunks after the first share buckets, as their gradients end last.
+    """
+    settings = ddp_config(options)
+    wrapped = [
+        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
+        if settings.overlap_grad_reduce:  # but for the last microbatch of a step
+            chunk.config.no_sync_func = [x.no_sync for x in wrapped]
+            if len(wrapped) == 1:
+                chunk.config.no_sync_func = wrapped[0].no_sync
     return wrapped
 
 
@@ -130,6 +138,7 @@ def build_optimizer(
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
             clip_grad=clip_grad,
         ),
         list(chunks),

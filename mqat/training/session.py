@@ -248,7 +248,7 @@ def open_session(plan: RunPlan) -> Session:
         weights=config.quantization.weight_rule,
         inputs=config.quantization.input_rule,
     )
-    chunks = wrap_for_training(built)
+    chunks = wrap_for_training(built, config.model.ddp)
     layout = {
         "micro_batch_size": config.model.micro_batch_size,
         "dp_rank": parallel_state.get_data_parallel_rank(),

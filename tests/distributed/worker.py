@@ -63,6 +63,7 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--vp", type=int)
     parser.add_argument("--sp", action="store_true")
     parser.add_argument("--recompute")
+    parser.add_argument("--ddp", type=json.loads, default={}, help="Megatron's DDP options")
     parser.add_argument("--algorithm", default="int8")
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--ptq", action="store_true", help="save the calibrated model and stop")
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     chunks = build_model(model, settings, layers, dtype)
     load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
-    chunks = wrap_for_training(chunks)
+    chunks = wrap_for_training(chunks, args.ddp)
     tokens = torch.randint(0, 301, (8, 2, 33), generator=torch.Generator().manual_seed(0))
     size, rank = (
         parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank(),
@@ -158,6 +159,7 @@ def run(args: argparse.Namespace) -> None:
         result.setdefault("grad_norms", []).append(float(norm))
         return loss / count
 
+    result["bucket_groups"] = sum(len(chunk.bucket_groups) for chunk in chunks)
     result["losses"] = [step(), step()]  # after --resume: those that follow the checkpoint
     save_checkpoint(
         args.out / "qat", chunks, model=model, layers=layers, algorithm=args.algorithm,
