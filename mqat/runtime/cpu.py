@@ -11,6 +11,7 @@ The only place in mqat that replaces functions of other packages.
 | factories with a literal `device="cuda"`      | those modules get a `torch` whose factories say   |
 |                                               | "cpu" (`_TorchOnCpu`)                             |
 | `param.type() == "torch.cuda.FloatTensor"`    | `Tensor.type()` says so to Megatron's optimizer   |
+| `jit_fuser = torch.compile`                   | its small functions stay uncompiled               |
 | CUDA RNG tracker (dropout, initialization)    | the CPU generator's state                         |
 
 Collectives need no bridge: gloo has all that Megatron uses, 64-bit integers included.
@@ -120,6 +121,19 @@ def _bridge_rng_tracker() -> None:
     random._set_cuda_rng_state = set_state
 
 
+def _import_without_compiling() -> None:
+    """Leaves the functions that Megatron hands to `torch.compile` as they are.
+
+    On a CPU that compiler needs seconds to import and, for each function, many more at its first call.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function, **_: function  # type: ignore[assignment]
+    try:
+        importlib.import_module("megatron.core.jit")
+    finally:
+        torch.compile = compiler
+
+
 def install() -> None:
     """Bridges everything in the table above; calling it again changes nothing."""
     if "megatron" in sys.modules and getattr(torch.cuda, "_mqat_cpu", False):
@@ -130,6 +144,7 @@ def install() -> None:
     with warnings.catch_warnings():
         # Apex and Transformer Engine are optional, and absent on a CPU.
         warnings.simplefilter("ignore")
+        _import_without_compiling()
         proxy = _TorchOnCpu()
         for name in _LITERAL_CUDA:
             importlib.import_module(name).torch = proxy
