@@ -121,7 +121,7 @@ def join(backend: str, timeout_minutes: float = 10.0) -> None:
         rank = int(os.environ.get("RANK", "0"))
         dist.init_process_group(backend, rank=rank, world_size=world_size(), timeout=timeout)
         return
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
@@ -257,7 +257,7 @@ def _is_first_to_fail() -> bool:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return int(os.environ.get("RANK", "0")) == 0
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
