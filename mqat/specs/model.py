@@ -143,6 +143,7 @@ def transformer_config(
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
+        context_parallel_size=settings.context_parallel_size,
         sequence_parallel=settings.sequence_parallel and settings.tensor_model_parallel_size > 1,
         recompute_granularity=granularity,
         recompute_method="uniform" if full else None,

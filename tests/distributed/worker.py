@@ -62,6 +62,8 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--vp", type=int)
     parser.add_argument("--sp", action="store_true")
+    parser.add_argument("--cp", type=int, default=1)
+    parser.add_argument("--contiguous", action="store_true", help="chunks in file order: wrong")
     parser.add_argument("--recompute")
     parser.add_argument("--algorithm", default="int8")
     parser.add_argument("--model", choices=MODELS, default="llama")
@@ -91,13 +93,16 @@ def finish(args: argparse.Namespace, result: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> None:
     model = dataclasses.replace(MODELS[args.model], tie_word_embeddings=not args.untied)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp)
+    groups.initialize(
+        tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp,
+        context_parallel=args.cp,
+    )  # fmt: skip
     from megatron.core import parallel_state
 
     from mqat.calibration.calibrate import calibrate
     from mqat.checkpoints.dist_checkpoint import TrainingState, load_checkpoint, save_checkpoint
     from mqat.checkpoints.pretrained import load_pretrained_
-    from mqat.evaluation.forward import evaluate, logits
+    from mqat.evaluation.forward import evaluate, logits, run_layers
     from mqat.evaluation.quality import quality_report
     from mqat.specs.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
@@ -110,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
     settings = ModelConfig(
         tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp,
         virtual_pipeline_model_parallel_size=args.vp, sequence_parallel=args.sp,
+        context_parallel_size=args.cp,
         activations_checkpoint_granularity=args.recompute,
     )  # fmt: skip
     chunks = build_model(model, settings, layers, dtype)
@@ -131,11 +137,11 @@ def run(args: argparse.Namespace) -> None:
     if args.unreduced:
         group = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
     result = {"unquantized": evaluate(chunks, [batches])[0]}
-    calibrate(chunks, lambda: evaluate(chunks, [batches]), group=group, method="percentile")
+    calibrate(chunks, lambda: run_layers(chunks, [batches]), group=group, method="percentile")
     result["quantized"] = evaluate(chunks, [batches])[0]
     if linear_schemes(layers):
         result["quality"] = quality_report(
-            chunks, lambda: evaluate(chunks, [batches]), group=group
+            chunks, lambda: run_layers(chunks, [batches]), group=group
         )["linears"]
     save_checkpoint(args.out / "ptq", chunks, model=model, layers=layers, algorithm=args.algorithm)
     if args.ptq:
