@@ -60,6 +60,9 @@ def whole_sequences(chunks: Any) -> Iterator[None]:
     forward passes: `cp_group`, and their configuration's `context_parallel_size`.
     """
     models = unwrapped(chunks)
+    if all(model.config.context_parallel_size == 1 for model in models):
+        yield
+        return
     sizes = [model.config.context_parallel_size for model in models]
     readers = [
         (module, module.cp_group)

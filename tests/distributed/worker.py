@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig, OptimizerConfig
+from mqat.data.packing import document_ends
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import linear_schemes
 from mqat.models.structure import DENSE_LINEARS
@@ -48,6 +49,9 @@ TABLES = (
 )
 TOKENS = torch.randint(0, 301, (2, 40), generator=torch.Generator().manual_seed(2))
 
+# Documents end within chunks of 32 tokens over 2 and 4 ranks, and reach over several.
+SEGMENTS = torch.tensor([[0] * 3 + [1] * 18 + [2] * 6 + [-1] * 5, [0] * 32])
+
 
 def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
@@ -65,6 +69,7 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--cp", type=int, default=1)
     parser.add_argument("--contiguous", action="store_true", help="chunks in file order: wrong")
     parser.add_argument("--recompute")
+    parser.add_argument("--documents", action="store_true", help="several in each sequence")
     parser.add_argument("--algorithm", default="int8")
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--ptq", action="store_true", help="save the calibrated model and stop")
@@ -102,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
     from mqat.calibration.calibrate import calibrate
     from mqat.checkpoints.dist_checkpoint import TrainingState, load_checkpoint, save_checkpoint
     from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.evaluation import forward
     from mqat.evaluation.forward import evaluate, logits, run_layers
     from mqat.evaluation.quality import quality_report
     from mqat.specs.model import build_model
@@ -121,6 +127,9 @@ def run(args: argparse.Namespace) -> None:
     chunks = build_model(model, settings, layers, dtype)
     load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
     chunks = wrap_for_training(chunks)
+    if args.contiguous:
+        forward.own_tokens = lambda x, group, dim=1: x.chunk(group.size(), dim)[group.rank()]
+    ends = document_ends(SEGMENTS) if args.documents else None
     tokens = torch.randint(0, 301, (8, 2, 33), generator=torch.Generator().manual_seed(0))
     size, rank = (
         parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank(),
@@ -129,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
         {
             "tokens": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous(),
             "loss_mask": torch.ones(2, 32), "position_ids": torch.arange(32).expand(2, 32),
-            "attention_mask": None,
+            "attention_mask": ends,
         }
         for t in tokens
     ][rank::size]  # fmt: skip
