@@ -66,18 +66,22 @@ def trailing_attention(
     if m == n:
         return masked_attention(q, k, v, attn_mask=None, **options)
     if q.is_cuda:
-        repeats = q.shape[1] // k.shape[1]
-        takes_groups = can_use_flash_attention(SDPAParams(q, k, v, None, dropout_p, False, True))
-        if repeats > 1 and not takes_groups:
-            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-        is_grouped = k.shape[1] < q.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, causal_lower_right(m, n), dropout_p, scale=scale, enable_gqa=is_grouped
-        )
+        return _lower_right_attention(q, k, v, **options)
     line = q.new_zeros(m + n - 1)
     line[n:] = float("-inf")
     mask = line.as_strided((m, n), (1, 1))
     return masked_attention(q.flip(2), k, v, attn_mask=mask, **options).flip(2)
+
+
+def _lower_right_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """The same through torch's lower-right mask, in name only where flash attention runs."""
+    repeats, m, n = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    params = SDPAParams(q, k, v, None, options["dropout_p"], False, True)
+    is_grouped = repeats > 1 and can_use_flash_attention(params)
+    if repeats > 1 and not is_grouped:
+        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    mask = causal_lower_right(m, n)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options, enable_gqa=is_grouped)
 
 
 def _row_attention(

@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mqat.checkpoints.random_weights import RandomWeights
+from mqat.config import ModelConfig
 from mqat.data.packing import document_ends
 from mqat.errors import UserError
-from mqat.specs.causal import document_attention, trailing_attention
+from mqat.specs.causal import _lower_right_attention, document_attention, trailing_attention
+from tests.unit.model_fixtures import MODEL
 
 SCALE = 0.25
 SEGMENTS = torch.tensor([[0] * 5 + [1] * 30 + [2] * 1 + [-1] * 12, [0] * 48])
@@ -90,8 +92,7 @@ def test_trailing_queries_equal_torchs_lower_right_mask_without_making_it(dtype)
         y = trailing_attention(own, k, v, dropout_p=0.0, scale=SCALE)
         found = gradients(y, [q, k, v])
     assert torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default in seen.kernels
-    mask = causal_lower_right(64, 256)
-    expected = F.scaled_dot_product_attention(own, k, v, mask, scale=SCALE, enable_gqa=True)
+    expected = _lower_right_attention(own, k, v, dropout_p=0.0, scale=SCALE)  # as on CUDA
     # Both kernels round scores and sums of gradients to bf16, over queries in another order.
     close = (
         {"atol": 4e-3, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
@@ -101,6 +102,33 @@ def test_trailing_queries_equal_torchs_lower_right_mask_without_making_it(dtype)
         torch.testing.assert_close(a, b, **close)
     first = F.scaled_dot_product_attention(own, k, v, is_causal=True, enable_gqa=True)
     assert not torch.allclose(first, y)  # control: what `is_causal` means
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+def test_a_model_learns_the_same_from_ends_and_from_a_dense_mask(world, recompute):
+    from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.specs.model import build_model
+
+    settings = ModelConfig(activations_checkpoint_granularity=recompute)
+    (model,) = build_model(MODEL, settings, {}, torch.float32)
+    load_pretrained_([model], RandomWeights(MODEL, 1, 0.1))
+    ids, positions = torch.arange(96).view(2, 48), torch.arange(48).expand(2, 48)
+    same = SEGMENTS[:, :, None] == SEGMENTS[:, None, :]
+    dense_mask = ~(same & torch.ones(48, 48, dtype=torch.bool).tril())[:, None]
+
+    def learn(mask):
+        model.zero_grad()
+        loss = model(ids, positions, mask, labels=ids)
+        loss.mean().backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+    (loss, grads), (expected, expected_grads) = learn(document_ends(SEGMENTS)), learn(dense_mask)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(a, b)
+    whole, _ = learn(None)
+    torch.testing.assert_close(whole[0, :5], loss[0, :5])  # of the first document
+    assert not torch.allclose(whole[0, 5:], expected[0, 5:])  # control
 
 
 @pytest.mark.parametrize("length", [512, 2048])
