@@ -145,5 +145,7 @@ def document_attention(
             f"attention_mask: the ends of the documents of {len(ends)} rows do not go from 0 to the "
             f"sequence length {n} in {q.shape[0]} rows; see mqat.data.packing.document_ends."
         )
-    rows = zip(*(x.split(1) for x in (q, k, v)), ends, strict=True)
-    return torch.cat([_row_attention(*row[:3], chunks, row[3], dropout_p, scale) for row in rows])
+    rows = zip(q.split(1), k.split(1), v.split(1), ends, strict=True)
+    return torch.cat(
+        [_row_attention(qs, ks, vs, chunks, own, dropout_p, scale) for qs, ks, vs, own in rows]
+    )
