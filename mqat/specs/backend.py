@@ -82,7 +82,14 @@ class SdpaAttention(nn.Module):
                 "attends to all earlier tokens with a plain softmax; use None and 'vanilla'."
             )
         self.config = config
-        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        group, size = getattr(pg_collection, "cp", None), config.context_parallel_size
+        found = 1 if group is None else group.size()
+        if size != found:
+            raise UserError(
+                f"context_parallel_size={size} in the model's configuration, but the process groups are "
+                f"of {found}; give mqat.initialize context_parallel={size}."
+            )
+        self.cp_group = group if size > 1 else None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 

@@ -62,6 +62,16 @@ def test_another_way_to_communicate_is_refused():
         SdpaAttention(config(), 1, AttnMaskType.causal, "self", cp_comm_type="p2p")
 
 
+@pytest.mark.parametrize("cp", [None, Group(0, 4)])
+def test_groups_of_another_size_are_refused(cp):
+    class Groups:
+        pass
+
+    Groups.cp = cp
+    with pytest.raises(UserError, match=r"context_parallel_size=2 .* groups are of [14]; give"):
+        SdpaAttention(config(), 1, AttnMaskType.causal, "self", pg_collection=Groups)
+
+
 def test_a_dense_mask_is_refused_under_context_parallelism():
     class Groups:
         cp = Group(0, 2)
