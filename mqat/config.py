@@ -100,6 +100,7 @@ class ModelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
     sequence_parallel: bool = False
     micro_batch_size: int = 1
     global_batch_size: int = 8
@@ -274,6 +275,7 @@ _MINIMUM = {
     "exp_manager.sample_tokens": 0,
     "model.tensor_model_parallel_size": 1,
     "model.pipeline_model_parallel_size": 1,
+    "model.context_parallel_size": 1,
     "model.micro_batch_size": 1,
     "model.global_batch_size": 1,
     "model.data.seq_length": 2,

@@ -1,7 +1,9 @@
 """Calibration: watch unquantized activations, merge over ranks once, freeze every scale.
 
 The forward passes are layout-exact (`parallel/exact.py`) and every statistic merges exactly, so the
-same sequences give bit-equal scales at any TP, PP, DP, with and without sequence parallelism.
+same sequences give bit-equal scales at any TP, PP, DP, with and without sequence parallelism, and at
+any CP if ranks compute with whole sequences (`evaluation.forward.run_layers`); with their own chunks
+alone, attention and GEMMs of other shapes round differently.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -7,16 +7,17 @@ samples: resuming at another data-parallel size continues with the very next sam
 import torch
 from torch import Tensor
 
-from mqat.data.packing import PackedDataset
+from mqat.data.packing import PackedDataset, document_ends
 
 Microbatch = dict[str, Tensor | None]
 
 
 class Batches:
-    """Microbatches of one data-parallel rank.
+    """Microbatches of one data-parallel rank: of whole sequences, also under context parallelism.
 
-    In each, `loss_mask` says which labels count in the loss (answers of conversations, all of a text),
-    and `token_mask`, bool [b, s], which inputs are more than padding or filler: those that a served
+    In each, `attention_mask` is None, or says where packed documents end (`packing.document_ends`);
+    `loss_mask` says which labels count in the loss (answers of conversations, all of a text), and
+    `token_mask`, bool [b, s], which inputs are more than padding or filler: those that a served
     model could meet, prompts included. None: all are.
 
     A global batch is cut into microbatches of consecutive samples; microbatch `m` goes to rank
@@ -76,20 +77,18 @@ class Batches:
         """Tensors of some rows; a row of weight 0 does not count in the loss."""
         tokens = self.data.tokens[rows].long()
         batch, length = tokens.shape[0], tokens.shape[1] - 1
-        mask: Tensor | None = None
+        ends: Tensor | None = None
         real = (weights > 0)[:, None].expand(batch, length)
         if self.data.segments is not None:
             segments = self.data.segments[rows]
             real = real & (segments >= 0)
-            same = segments[:, :, None] == segments[:, None, :]
-            causal = torch.ones(length, length, dtype=torch.bool).tril()
-            mask = ~(same & causal)[:, None]
+            ends = document_ends(segments)
         return {
             "tokens": tokens[:, :-1].contiguous(),
             "labels": tokens[:, 1:].contiguous(),
             "loss_mask": self.data.loss_mask[rows].float() * weights[:, None],
             "position_ids": torch.arange(length).expand(batch, length),
-            "attention_mask": mask,
+            "attention_mask": ends,
             "token_mask": None if bool(real.all()) else real,
         }
 

@@ -56,6 +56,26 @@ class PackedDataset:
         )
 
 
+def document_ends(segments: Tensor) -> Tensor:
+    """0 and where each document of a row ends, for attention within documents.
+
+    The same as Megatron's `cu_seqlens`, for each row.
+
+    Args:
+        segments: [b, s], equal for neighbours of one document; padding is one, too.
+
+    Returns:
+        int32 [b, n + 1] for n documents at most; rows with fewer repeat their last end, s.
+    """
+    batch, length = segments.shape
+    found = [
+        [0, *((row[1:] != row[:-1]).nonzero().flatten() + 1).tolist(), length] for row in segments
+    ]
+    most = max((len(ends) for ends in found), default=0)
+    padded = [ends + [length] * (most - len(ends)) for ends in found]
+    return torch.tensor(padded, dtype=torch.int32).view(batch, most)
+
+
 def _end_token(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError(

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from mqat.models.structure import OUTPUT_LAYER
+from mqat.parallel.context import own_tokens, whole_sequences
 from mqat.parallel.learned_scales import scale_rule
 from mqat.parallel.quantized_module import QuantizedModule, set_token_mask, unwrapped
 from mqat.parallel.quantized_step import quantized_step
@@ -22,7 +23,15 @@ Microbatch = dict[str, Tensor | None]
 
 
 def _to_device(batch: Microbatch) -> Microbatch:
-    return {key: None if value is None else value.to(device()) for key, value in batch.items()}
+    """Ends of documents stay where they are: the host decides by them what it starts."""
+    return {
+        key: value if value is None or _is_document_ends(key, value) else value.to(device())
+        for key, value in batch.items()
+    }
+
+
+def _is_document_ends(key: str, value: Tensor) -> bool:
+    return key == "attention_mask" and value.dtype != torch.bool
 
 
 def _loss_and_count(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -55,6 +64,15 @@ def _forward_hidden(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, 
     return output, lambda hidden: (hidden.new_zeros(()), {})
 
 
+def _of_context_rank(batch: Microbatch) -> Microbatch:
+    """This rank's tokens of whole sequences; attention needs the documents of all of them."""
+    group = parallel_state.get_context_parallel_group()
+    return {
+        key: value if value is None or key == "attention_mask" else own_tokens(value, group)
+        for key, value in batch.items()
+    }
+
+
 def _announced(chunk: Any, microbatches: Sequence[Microbatch]) -> Iterator[Microbatch]:
     """The microbatches; as each is taken, the chunk's modules learn which of its tokens are real."""
     for batch in microbatches:
@@ -69,8 +87,12 @@ def run_microbatches(
     microbatches: Sequence[Microbatch],
     *,
     forward_only: bool,
+    are_whole: bool = False,
 ) -> list[dict[str, Tensor]]:
     """One pass over the microbatches of this data-parallel rank; results only on the last stage.
+
+    Context-parallel ranks are given the same whole sequences and take their parts of them, or compute
+    all of them inside `whole_sequences` (`are_whole`).
 
     Forward only, a rank may have none: nothing in a model's forward pass waits for other
     data-parallel ranks. Padding and filler (`token_mask`) pass through the model like any token, but
@@ -80,6 +102,11 @@ def run_microbatches(
         return []
     tokens = microbatches[0]["tokens"]
     assert tokens is not None
+    length, cp = tokens.shape[1], parallel_state.get_context_parallel_world_size()
+    if are_whole:
+        length *= cp  # the schedule divides by it
+    elif cp > 1:
+        microbatches = [_of_context_rank(batch) for batch in microbatches]
     take = _announced if forward_only else lambda _, batches: iter(batches)
     try:
         results: list[dict[str, Tensor]] = get_forward_backward_func()(
@@ -88,7 +115,7 @@ def run_microbatches(
             data_iterator=[take(chunk, microbatches) for chunk in chunks],
             model=list(chunks),
             num_microbatches=len(microbatches),
-            seq_length=tokens.shape[1],
+            seq_length=length,
             micro_batch_size=tokens.shape[0],
             forward_only=forward_only,
         )
@@ -154,10 +181,30 @@ def _without_logits(chunks: Sequence[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def run_layers(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> None:
-    """Forward passes through all layers, without logits and loss: for what calibration watches."""
-    with _eval_mode(chunks), _without_logits(chunks):
+    """Forward passes through all layers, without logits and loss: for what calibration watches.
+
+    Context-parallel ranks, which are given the same microbatches, take turns at them.
+    """
+    cp, rank = (
+        parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank(),
+    )  # fmt: skip
+    with _eval_mode(chunks), _without_logits(chunks), whole_sequences(chunks):
         for microbatches in steps:
-            run_microbatches(_forward_hidden, chunks, microbatches, forward_only=True)
+            own = _filled_up(chunks, microbatches[rank::cp])
+            run_microbatches(_forward_hidden, chunks, own, forward_only=True, are_whole=True)
+
+
+def _filled_up(chunks: Sequence[Any], microbatches: Sequence[Microbatch]) -> Sequence[Microbatch]:
+    """An interleaved pipeline takes a multiple of its stages; what is added has no real token."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    missing = -len(microbatches) % stages if len(chunks) > 1 else 0
+    if missing == 0:
+        return microbatches
+    filler = dict(microbatches[0])
+    tokens = filler["tokens"]
+    assert tokens is not None
+    filler["token_mask"] = torch.zeros_like(tokens, dtype=torch.bool)
+    return [*microbatches, *[filler] * missing]
 
 
 def true_vocab_size(chunks: Sequence[Any]) -> int:
@@ -173,7 +220,7 @@ def logits(chunks: Sequence[Any], tokens: Tensor, vocab_size: int | None = None)
     `tokens` are the same on every rank, and so are the logits. V is `vocab_size`, by default
     `true_vocab_size`.
     """
-    sequence = tokens.shape[1]
+    sequence = tokens.shape[1]  # of any length: nothing is cut over context-parallel ranks
     # Sequence parallelism cuts the sequence evenly; causal attention ignores what is added.
     padding = -sequence % parallel_state.get_tensor_model_parallel_world_size()
     padded = torch.nn.functional.pad(tokens, (0, padding))
@@ -185,8 +232,14 @@ def logits(chunks: Sequence[Any], tokens: Tensor, vocab_size: int | None = None)
     vocab = vocab_size or true_vocab_size(chunks)
     # An interleaved pipeline needs one microbatch per stage; the copies' results are not used.
     copies = 1 if len(chunks) == 1 else parallel_state.get_pipeline_model_parallel_world_size()
-    with _eval_mode(chunks), quantized_step(chunks, for_backward=False):
-        results = run_microbatches(_forward_logits, chunks, [batch] * copies, forward_only=True)
+    with (
+        _eval_mode(chunks),
+        whole_sequences(chunks),
+        quantized_step(chunks, for_backward=False),
+    ):
+        results = run_microbatches(
+            _forward_logits, chunks, [batch] * copies, forward_only=True, are_whole=True
+        )
     full = torch.empty(*tokens.shape, vocab, device=device())
     if results:
         local = results[0]["logits"]

@@ -115,7 +115,7 @@ def _is_judge() -> bool:
     """Whether this is the first rank of its stage, which compares the layers of that."""
     tp, dp = (
         parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
     return tp == dp == 0
 

@@ -4,8 +4,9 @@ Megatron calls core attention after RoPE, which is where TensorRT-LLM and vLLM w
 Every token attends to quantized keys and values, its own included, as in generation; some prefill
 kernels of TensorRT-LLM read the present prompt unquantized, which is at most more precise.
 
-Heads are cut over TP and tokens over DP, while a layer has one scale: calibration takes the maximum
-over both. Queries and the attention's own products stay in the model's dtype.
+Heads are cut over TP and tokens over DP and CP, while a layer has one scale: calibration takes the
+maximum over all of them. Under CP a rank quantizes its own tokens, before attention gathers them.
+Queries and the attention's own products stay in the model's dtype.
 """
 
 from collections.abc import Callable

@@ -42,7 +42,7 @@ class RunPlan:
         layers: Global name -> scheme, of quantized linears, tables and caches.
         recipes: Global name -> what is done to its weight first, of quantized linears and tables.
         dtype: Of parameters and activations.
-        data_parallel: World size / (TP x PP).
+        data_parallel: World size / (TP x PP x CP).
     """
 
     config: RunConfig
@@ -118,11 +118,13 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
             f"trainer.num_nodes={trainer.num_nodes}; start torchrun with that many processes."
         )
     model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
+    model_parallel *= settings.context_parallel_size
     if world_size % model_parallel:
         raise UserError(
             f"world size {world_size} is not a multiple of tensor_model_parallel_size="
             f"{settings.tensor_model_parallel_size} x pipeline_model_parallel_size="
-            f"{settings.pipeline_model_parallel_size}; start torchrun with --nproc-per-node "
+            f"{settings.pipeline_model_parallel_size} x context_parallel_size="
+            f"{settings.context_parallel_size}; start torchrun with --nproc-per-node "
             f"{model_parallel} or a multiple of it."
         )
     data_parallel = world_size // model_parallel
@@ -155,7 +157,19 @@ def _check_batches(config: RunConfig, world_size: int) -> int:
 
 def _check_data(settings: ModelConfig, model: DecoderConfig) -> None:
     """Refuses sequences that the model or the layout cannot hold, and a run without text."""
-    data, tp = settings.data, settings.tensor_model_parallel_size
+    data, tp, cp = (
+        settings.data,
+        settings.tensor_model_parallel_size,
+        settings.context_parallel_size,
+    )
+    multiple = math.lcm(2 * cp, cp * tp if settings.sequence_parallel else 1)
+    if cp > 1 and data.seq_length % multiple:
+        raise UserError(
+            f"model.data.seq_length={data.seq_length} is not a multiple of {multiple}: "
+            f"context_parallel_size={cp} cuts sequences into {2 * cp} chunks"
+            + (f", tensor_model_parallel_size={tp} each rank's tokens" if multiple > 2 * cp else "")
+            + f". Use {data.seq_length + -data.seq_length % multiple}, for example."
+        )
     if settings.sequence_parallel and data.seq_length % tp:
         raise UserError(
             f"model.data.seq_length={data.seq_length} is not a multiple of "
@@ -295,7 +309,8 @@ def describe(plan: RunPlan) -> dict[str, Any]:
     settings = plan.config.model
     return {
         "layout": f"TP {settings.tensor_model_parallel_size} x PP "
-        f"{settings.pipeline_model_parallel_size} x DP {plan.data_parallel}"
+        f"{settings.pipeline_model_parallel_size} x CP {settings.context_parallel_size} "
+        f"x DP {plan.data_parallel}"
         + (" + sequence parallel" if settings.sequence_parallel else ""),
         "precision": str(plan.dtype).removeprefix("torch.")
         + (" (auto, on this machine)" if plan.config.trainer.precision == "auto" else ""),
@@ -308,8 +323,8 @@ def describe(plan: RunPlan) -> dict[str, Any]:
 def memory_estimate(plan: RunPlan) -> dict[str, str]:
     """Bytes of weights, gradients and optimizer state on the fullest rank.
 
-    fp32 gradient buffer; AdamW moments, and a fp32 copy of bf16 weights, spread over data-parallel
-    ranks (distributed optimizer). Activations are not counted.
+    fp32 gradient buffer; AdamW moments, and a fp32 copy of bf16 weights, spread over data- and
+    context-parallel ranks (distributed optimizer). Activations are not counted.
     """
     model, settings = plan.model, plan.config.model
     linears = sum(math.prod(x.stacked_shape(model, model.num_layers)) for x in model.linears)
@@ -319,7 +334,8 @@ def memory_estimate(plan: RunPlan) -> dict[str, str]:
     parameters = (linears / pp + tables * table) / tp
     width = plan.dtype.itemsize
     state = 8 if width == 4 else 12
-    total = parameters * (width + 4 + state / plan.data_parallel)
+    spread = plan.data_parallel * settings.context_parallel_size
+    total = parameters * (width + 4 + state / spread)
     return {
         "parameters per rank": f"{parameters / 1e6:.1f} M",
         "weights, gradients, optimizer per rank": f"{total / 2**30:.2f} GiB",

@@ -10,6 +10,7 @@ The only place in mqat that replaces functions of other packages.
 | `tensor.cuda()`                               | returns the tensor                                |
 | factories with a literal `device="cuda"`      | those modules get a `torch` whose factories say   |
 |                                               | "cpu" (`_TorchOnCpu`)                             |
+| `pin_memory=True` in a factory of those       | left out: nothing is copied to a device           |
 | `param.type() == "torch.cuda.FloatTensor"`    | `Tensor.type()` says so to Megatron's optimizer   |
 | `jit_fuser = torch.compile`                   | its small functions stay uncompiled               |
 | CUDA RNG tracker (dropout, initialization)    | the CPU generator's state                         |
@@ -44,6 +45,7 @@ _LITERAL_CUDA = (
     "megatron.core.dist_checkpointing.exchange_utils",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.grad_scaler",
     "megatron.core.optimizer.optimizer",
@@ -72,6 +74,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     def create(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return create

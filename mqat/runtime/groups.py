@@ -46,6 +46,7 @@ def initialize(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     virtual_pipeline: int | None = None,
+    context_parallel: int = 1,
     seed: int = 1234,
     timeout_minutes: float = 10.0,
 ) -> None:
@@ -55,6 +56,7 @@ def initialize(
         tensor_parallel: Processes that share each layer.
         pipeline_parallel: Number of pipeline stages.
         virtual_pipeline: Model chunks per stage of an interleaved pipeline; None: not interleaved.
+        context_parallel: Processes that share each sequence.
         seed: For Megatron's per-rank random number streams.
         timeout_minutes: A collective that waits longer than this fails.
 
@@ -64,10 +66,10 @@ def initialize(
     """
     _refuse_unguarded()
     check_release()
-    if min(tensor_parallel, pipeline_parallel) < 1:
+    if min(tensor_parallel, pipeline_parallel, context_parallel) < 1:
         raise UserError(
-            f"tensor_parallel={tensor_parallel} and pipeline_parallel={pipeline_parallel} must be at "
-            "least 1, which means not parallel."
+            f"tensor_parallel={tensor_parallel}, pipeline_parallel={pipeline_parallel} and "
+            f"context_parallel={context_parallel} must be at least 1, which means not parallel."
         )
     if virtual_pipeline is not None and (virtual_pipeline < 2 or pipeline_parallel < 2):
         raise UserError(
@@ -75,11 +77,12 @@ def initialize(
             "interleaved pipeline has at least 2 chunks on each of at least 2 stages; use None."
         )
     size = world_size()
-    if size % (tensor_parallel * pipeline_parallel):
+    sizes = tensor_parallel * pipeline_parallel * context_parallel
+    if size % sizes:
         raise UserError(
             f"world size {size} is not a multiple of tensor_parallel={tensor_parallel} x "
-            f"pipeline_parallel={pipeline_parallel}; start torchrun with --nproc-per-node "
-            f"{tensor_parallel * pipeline_parallel} or a multiple of it."
+            f"pipeline_parallel={pipeline_parallel} x context_parallel={context_parallel}; start "
+            f"torchrun with --nproc-per-node {sizes} or a multiple of it."
         )
     on_cuda = torch.cuda.is_available()
     if on_cuda:
@@ -97,6 +100,7 @@ def initialize(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
         virtual_pipeline_model_parallel_size=virtual_pipeline,
+        context_parallel_size=context_parallel,
         distributed_timeout_minutes=timeout_minutes,
     )
     megatron_tp.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

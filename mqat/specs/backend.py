@@ -6,48 +6,30 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 
 from mqat.errors import UserError
 from mqat.models.structure import CORE_ATTENTION, DENSE_NORMS
 from mqat.models.structure import Norm as NormOfLayer
+from mqat.parallel.context import own_chunks, whole_sequence
+from mqat.specs.causal import document_attention, masked_attention
 from mqat.specs.elementwise import Norm, Swiglu
 from mqat.specs.slots import with_slots
-
-
-def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """`F.scaled_dot_product_attention` in a fused kernel, also where none takes fewer heads of keys.
-
-    On CUDA flash attention takes no mask, and memory-efficient attention no groups: of packed documents
-    torch would keep the scores, [b, heads, s, s] float32, for backward. Repeated keys and values,
-    [b, heads, s, d], are linear in s, and that path repeats them too.
-
-    Args:
-        q: [b, heads, s, d].
-        k: [b, groups, s, d].
-        v: Like `k`.
-        options: Of torch's function.
-    """
-    repeats = q.shape[1] // k.shape[1]
-    is_grouped = repeats > 1
-    if is_grouped:
-        choice = torch._fused_sdp_choice(q, k, v, **options, enable_gqa=True)
-        if choice == SDPBackend.MATH.value:
-            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-            is_grouped = False
-    return F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=is_grouped)
 
 
 class SdpaAttention(nn.Module):
     """Core attention through `torch.nn.functional.scaled_dot_product_attention`.
 
-    Same constructor and `forward` contract as Megatron's `DotProductAttention`.
+    Same constructor and `forward` contract as Megatron's `DotProductAttention`, and two things more:
+    packed documents without a mask of [s, s] numbers, and context parallelism, where each rank gathers
+    the keys and values of all (`parallel/context.py`).
+
+    Attributes:
+        cp_group: None: whole sequences.
     """
 
     def __init__(
@@ -62,8 +44,11 @@ class SdpaAttention(nn.Module):
         pg_collection: Any = None,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size != 1:
-            raise UserError("context_parallel_size > 1 is not supported by SdpaAttention.")
+        if cp_comm_type not in (None, "all_gather"):
+            raise UserError(
+                f"cp_comm_type={cp_comm_type!r}: SdpaAttention gathers keys and values; use "
+                "'all_gather', or Transformer Engine's attention."
+            )
         if attn_mask_type is not AttnMaskType.causal:
             raise UserError(f"attn_mask_type={attn_mask_type}: SdpaAttention is causal only.")
         if config.window_size is not None or config.softmax_type != "vanilla":
@@ -72,6 +57,14 @@ class SdpaAttention(nn.Module):
                 "attends to all earlier tokens with a plain softmax; use None and 'vanilla'."
             )
         self.config = config
+        group, size = getattr(pg_collection, "cp", None), config.context_parallel_size
+        found = 1 if group is None else group.size()
+        if size != found:
+            raise UserError(
+                f"context_parallel_size={size} in the model's configuration, but the process groups are "
+                f"of {found}; give mqat.initialize context_parallel={size}."
+            )
+        self.cp_group = group if size > 1 else None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -88,11 +81,12 @@ class SdpaAttention(nn.Module):
         """Causal attention.
 
         Args:
-            query: [s, b, heads, d] of this rank.
+            query: [s, b, heads, d] of this rank; under context parallelism its two chunks.
             key: [s, b, groups, d] of this rank; each group serves heads/groups query heads.
             value: Like `key`.
-            attention_mask: None for plain causal attention, else bool [b, 1, s, s], True where a
-                query must not look (Megatron's convention; includes the causal part).
+            attention_mask: None: each row is one document. Integers [b, n]: `packing.document_ends` of
+                the whole sequences, best on the CPU, as the host reads them. Bool [b, 1, s, s]: True
+                where a query must not look (Megatron's convention; includes the causal part).
             attn_mask_type: Ignored: checked by the constructor.
             attention_bias: Must be None.
             packed_seq_params: Must be None.
@@ -102,22 +96,36 @@ class SdpaAttention(nn.Module):
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise UserError("SdpaAttention supports neither attention_bias nor packed_seq_params.")
-        # Saved for backward, `value` alone would keep the whole output of linear_qkv, whose view it is.
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value.contiguous()))
+        chunks = [(0, len(query))]
+        if self.cp_group is None:
+            # Saved for backward, it alone would keep the whole output of linear_qkv, whose view it is.
+            value = value.contiguous()
+        else:
+            length = len(query) // 2
+            chunks = [(n * length, (n + 1) * length) for n in own_chunks(self.cp_group)]
+            both = whole_sequence(torch.cat([key, value], dim=-1), self.cp_group)
+            key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
+        options = {"dropout_p": dropout, "scale": self.softmax_scale}
         # Ranks hold other heads, so they need other random numbers; sequence parallelism forks outside.
         needs_fork = dropout > 0.0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if needs_fork else nullcontext():
-            context = _grouped_attention(
-                q,
-                k,
-                v,
-                attn_mask=None if attention_mask is None else ~attention_mask,
-                dropout_p=dropout,
-                is_causal=attention_mask is None,
-                scale=self.softmax_scale,
-            )
+            if attention_mask is not None and attention_mask.dtype == torch.bool:
+                self._check_dense(attention_mask)
+                context = masked_attention(q, k, v, attn_mask=~attention_mask, **options)
+            else:
+                ends = None if attention_mask is None else attention_mask.tolist()
+                context = document_attention(q, k, v, chunks=chunks, ends=ends, **options)
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _check_dense(self, mask: Tensor) -> None:
+        if self.cp_group is not None:
+            raise UserError(
+                f"attention_mask: a mask of {tuple(mask.shape)} with context_parallel_size="
+                f"{self.cp_group.size()}; give None, or the ends of packed documents "
+                "(mqat.data.packing.document_ends)."
+            )
 
 
 def gpt_layer_spec(

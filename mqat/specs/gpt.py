@@ -6,6 +6,7 @@ Nothing that is already built is touched, and the given spec is not modified.
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -61,6 +62,19 @@ def _check_norms(spec: ModuleSpec, norms: Sequence[Norm]) -> None:
                 f"Transformer Engine's {FUSED_LINEAR} does. Use a spec with it, such as "
                 "mqat.specs.backend.gpt_layer_spec() or one of Megatron's."
             )
+
+
+def _check_core_attention(spec: ModuleSpec, config: Any) -> None:
+    """Refuses Megatron's own core attention under context parallelism, of which it knows nothing."""
+    if (
+        config.context_parallel_size > 1
+        and spec_slot(spec, CORE_ATTENTION.name) is DotProductAttention
+    ):
+        raise UserError(
+            f"layer spec: {CORE_ATTENTION.name} is Megatron's DotProductAttention, which cannot compute "
+            f"with context_parallel_size={config.context_parallel_size}. Use mqat.specs.backend."
+            "gpt_layer_spec(), Transformer Engine's attention, or context_parallel_size=1."
+        )
 
 
 def quantize_layer_spec(
@@ -141,6 +155,7 @@ def quantize_block_spec(
     """
     check_config(transformer_config, model)
     check_overlaps(transformer_config)
+    _check_core_attention(spec, transformer_config)
     offset = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
     count = get_num_layers_to_build(transformer_config, vp_stage, pp_rank)
     names = [*(linear.name for linear in model.linears), CORE_ATTENTION.name]

@@ -38,6 +38,7 @@ def _start(config: RunConfig, *, quantizes: bool) -> Session:
         tensor_parallel=settings.tensor_model_parallel_size,
         pipeline_parallel=settings.pipeline_model_parallel_size,
         virtual_pipeline=settings.virtual_pipeline_model_parallel_size,
+        context_parallel=settings.context_parallel_size,
         seed=config.trainer.seed,
     )
     return open_session(plan)

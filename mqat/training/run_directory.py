@@ -24,6 +24,7 @@ _MAY_CHANGE = (
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
     "model.virtual_pipeline_model_parallel_size",
+    "model.context_parallel_size",
     "model.sequence_parallel",
     "model.micro_batch_size",
     "model.activations_checkpoint_",

@@ -14,7 +14,8 @@ def forward_backward(
 
     Args:
         chunks: DDP-wrapped model chunks of this rank.
-        microbatches: This data-parallel rank's share of the global batch.
+        microbatches: This data-parallel rank's share of the global batch; whole sequences, of which
+            each context-parallel rank takes its part.
 
     Returns:
         Loss summed over the global batch's counted tokens, and their number, on every rank.

@@ -30,6 +30,8 @@ VARIANTS = {
     "fp8": (1, ["--algorithm", "fp8"]),
     "fp8-tp2-sp": (2, ["--algorithm", "fp8", "--tp", "2", "--sp"]),
     "dp2-overlap": (2, ["--ddp", json.dumps(OVERLAPS)]),
+    "documents": (1, ["--documents", "--kv-cache", "int8"]),
+    "documents-cp2": (2, ["--documents", "--kv-cache", "int8", "--cp", "2"]),
 }
 LAYOUTS = {
     "tp1": (1, []),
@@ -38,14 +40,30 @@ LAYOUTS = {
     "pp2": (2, ["--pp", "2"]),
     "pp2-interleaved": (2, ["--pp", "2", "--vp", "2"]),
     "dp2": (2, []),
+    "cp2": (2, ["--cp", "2"]),
+}
+CONTEXT = {
+    "tp2-sp-cp2": (4, ["--tp", "2", "--sp", "--cp", "2"]),
+    "cp2-pp2": (4, ["--cp", "2", "--pp", "2"]),
+    "cp2-dp2": (4, ["--cp", "2"]),
 }
 MORE = {
     "tp2-recompute": (2, ["--tp", "2", "--recompute", "full"]),
     "tp2-sp-selective": (2, ["--tp", "2", "--sp", "--recompute", "selective"]),
+    "cp2-selective": (2, ["--cp", "2", "--recompute", "selective"]),
+    "tp2-cp2": (4, ["--tp", "2", "--cp", "2"]),
+    "cp4": (4, ["--cp", "4"]),
+    "cp2-pp2-interleaved": (4, ["--cp", "2", "--pp", "2", "--vp", "2"]),
+}
+# Of what the tests of context parallelism see.
+WRONG = {
+    "cp2-contiguous": (2, ["--cp", "2", "--contiguous"]),
+    "cp2-unreduced": (2, ["--cp", "2", "--unreduced", "--ptq"]),
 }
 # Layout that saved, layout that resumes.
 RESUMED = [
     ("tp1", "tp1"), ("dp2", "dp2"), ("tp2-sp", "tp1"), ("tp1", "pp2"), ("pp2-interleaved", "tp2"),
+    ("cp2", "tp1"), ("tp1", "cp2"),
 ]  # fmt: skip
 
 
@@ -64,6 +82,11 @@ def run(root: Path, jobs: dict[str, tuple[int, list[str]]]) -> dict[str, tuple[P
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
     return run(tmp_path_factory.mktemp("layouts"), LAYOUTS | VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def context_layouts(layouts, tmp_path_factory):
+    return layouts | run(tmp_path_factory.mktemp("context_layouts"), CONTEXT | WRONG)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +112,36 @@ def test_recomputed_activations_change_nothing(more_layouts, name):
     test_losses_and_gradient_norms_equal_one_process(more_layouts, name)
     test_training_resumed_from_a_checkpoint_continues_bit_for_bit(more_layouts, name)
     test_scales_are_bit_equal_on_every_layout(more_layouts, name)
+
+
+@pytest.mark.parametrize("name", CONTEXT)
+def test_context_parallelism_changes_nothing_with_any_other(context_layouts, name):
+    test_losses_and_gradient_norms_equal_one_process(context_layouts, name)
+    test_training_resumed_from_a_checkpoint_continues_bit_for_bit(context_layouts, name)
+    test_scales_are_bit_equal_on_every_layout(context_layouts, name)
+
+
+def test_chunks_in_file_order_and_statistics_of_one_rank_would_be_noticed(context_layouts):
+    expected, found = (context_layouts[n][1] for n in ("tp1", "cp2-contiguous"))
+    assert found["unquantized"] != pytest.approx(expected["unquantized"], rel=1e-4)
+    assert found["losses"] != pytest.approx(expected["losses"], rel=2e-3)
+    with pytest.raises(AssertionError, match="input_scale"):
+        test_scales_are_bit_equal_on_every_layout(context_layouts, "cp2-unreduced")
+
+
+def test_documents_and_their_caches_are_the_same_over_context_ranks(layouts):
+    expected, found, whole = (layouts[n][1] for n in ("documents", "documents-cp2", "tp1"))
+    assert found["unquantized"] == pytest.approx(expected["unquantized"], rel=1e-6)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
+    assert whole["unquantized"] != pytest.approx(expected["unquantized"], rel=1e-4)  # control
+    first, second = (
+        CheckpointReader(layouts[n][0] / "ptq") for n in ("documents", "documents-cp2")
+    )
+    scales = [key for key in first.keys() if key.endswith("_scale")]
+    assert any(key.endswith(".kv_scale") for key in scales)
+    for key in scales:
+        assert torch.equal(first.read(key), second.read(key)), key
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS)[1:])

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig, OptimizerConfig
+from mqat.data.packing import document_ends
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import linear_schemes
 from mqat.models.structure import DENSE_LINEARS
@@ -48,6 +49,9 @@ TABLES = (
 )
 TOKENS = torch.randint(0, 301, (2, 40), generator=torch.Generator().manual_seed(2))
 
+# Documents end within chunks of 32 tokens over 2 and 4 ranks, and reach over several.
+SEGMENTS = torch.tensor([[0] * 3 + [1] * 18 + [2] * 6 + [-1] * 5, [0] * 32])
+
 
 def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
@@ -62,8 +66,11 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--vp", type=int)
     parser.add_argument("--sp", action="store_true")
+    parser.add_argument("--cp", type=int, default=1)
+    parser.add_argument("--contiguous", action="store_true", help="chunks in file order: wrong")
     parser.add_argument("--recompute")
     parser.add_argument("--ddp", type=json.loads, default={}, help="Megatron's DDP options")
+    parser.add_argument("--documents", action="store_true", help="several in each sequence")
     parser.add_argument("--algorithm", default="int8")
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--ptq", action="store_true", help="save the calibrated model and stop")
@@ -92,13 +99,17 @@ def finish(args: argparse.Namespace, result: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> None:
     model = dataclasses.replace(MODELS[args.model], tie_word_embeddings=not args.untied)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp)
+    groups.initialize(
+        tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp,
+        context_parallel=args.cp,
+    )  # fmt: skip
     from megatron.core import parallel_state
 
     from mqat.calibration.calibrate import calibrate
     from mqat.checkpoints.dist_checkpoint import TrainingState, load_checkpoint, save_checkpoint
     from mqat.checkpoints.pretrained import load_pretrained_
-    from mqat.evaluation.forward import evaluate, logits
+    from mqat.evaluation import forward
+    from mqat.evaluation.forward import evaluate, logits, run_layers
     from mqat.evaluation.quality import quality_report
     from mqat.specs.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
@@ -111,11 +122,15 @@ def run(args: argparse.Namespace) -> None:
     settings = ModelConfig(
         tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp,
         virtual_pipeline_model_parallel_size=args.vp, sequence_parallel=args.sp,
+        context_parallel_size=args.cp,
         activations_checkpoint_granularity=args.recompute,
     )  # fmt: skip
     chunks = build_model(model, settings, layers, dtype)
     load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
     chunks = wrap_for_training(chunks, args.ddp)
+    if args.contiguous:
+        forward.own_tokens = lambda x, group, dim=1: x.chunk(group.size(), dim)[group.rank()]
+    ends = document_ends(SEGMENTS) if args.documents else None
     tokens = torch.randint(0, 301, (8, 2, 33), generator=torch.Generator().manual_seed(0))
     size, rank = (
         parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank(),
@@ -124,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
         {
             "tokens": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous(),
             "loss_mask": torch.ones(2, 32), "position_ids": torch.arange(32).expand(2, 32),
-            "attention_mask": None,
+            "attention_mask": ends,
         }
         for t in tokens
     ][rank::size]  # fmt: skip
@@ -132,11 +147,11 @@ def run(args: argparse.Namespace) -> None:
     if args.unreduced:
         group = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
     result = {"unquantized": evaluate(chunks, [batches])[0]}
-    calibrate(chunks, lambda: evaluate(chunks, [batches]), group=group, method="percentile")
+    calibrate(chunks, lambda: run_layers(chunks, [batches]), group=group, method="percentile")
     result["quantized"] = evaluate(chunks, [batches])[0]
     if linear_schemes(layers):
         result["quality"] = quality_report(
-            chunks, lambda: evaluate(chunks, [batches]), group=group
+            chunks, lambda: run_layers(chunks, [batches]), group=group
         )["linears"]
     save_checkpoint(args.out / "ptq", chunks, model=model, layers=layers, algorithm=args.algorithm)
     if args.ptq:

@@ -57,6 +57,19 @@ def test_a_bad_config_file_is_one_clear_error(content, message, tmp_path):
         ([], 3, "world size 3 is not a multiple"),
         (["model.tensor_model_parallel_size=3"], 12, "does not divide num_attention_heads=8"),
         (["model.global_batch_size=9"], 8, "global_batch_size=9 is not a multiple"),
+        (["model.context_parallel_size=3"], 8, "8 is not a multiple of .* x context_parallel_size=3"),
+        (
+            ["model.context_parallel_size=2", "model.data.seq_length=66"],
+            8,
+            "seq_length=66 is not a multiple of 4: context_parallel_size=2 cuts .* 4 chunks.* Use 68",
+        ),
+        (
+            ["model.context_parallel_size=2", "model.tensor_model_parallel_size=4",
+             "model.pipeline_model_parallel_size=1", "model.sequence_parallel=true",
+             "model.data.seq_length=68"],
+            8,
+            "seq_length=68 is not a multiple of 8: .* tensor_model_parallel_size=4 each rank's tokens",
+        ),
         (["export.inference_tensor_parallel=3"], 8, "inference_tensor_parallel=3 does not fit"),
         (
             ["quantization.algorithm=int4", "quantization.group_size=128",

@@ -78,13 +78,13 @@ def test_a_batch_has_the_shapes_and_types_of_a_megatron_forward() -> None:
     assert batch["attention_mask"] is None
 
 
-def test_the_mask_hides_the_future_and_other_conversations() -> None:
-    segments = torch.tensor([[0, 0, 1, -1]], dtype=torch.int32)
-    (batch,) = batches(dataset(1, segments=segments), global_batch_size=1).microbatches(0)
-    mask = batch["attention_mask"]
-    assert mask is not None and mask.shape == (1, 1, 4, 4)  # True: must not be seen
-    seen = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    assert torch.equal(~mask[0, 0], torch.tensor(seen, dtype=torch.bool))
+def test_attention_is_told_where_conversations_and_padding_end() -> None:
+    segments = torch.tensor([[0, 0, 1, -1], [0, 0, 0, 0]], dtype=torch.int32)
+    data = dataset(2, segments=segments)
+    (batch,) = batches(data, global_batch_size=2, shuffle=False).microbatches(0)
+    ends = batch["attention_mask"]
+    assert ends is not None and ends.dtype == torch.int32
+    assert ends.tolist() == [[0, 2, 3, 4], [0, 4, 4, 4]]
 
 
 def test_padding_and_filler_are_not_real_tokens_but_prompts_are() -> None:

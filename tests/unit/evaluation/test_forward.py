@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.unit.model_fixtures import epoch, padded_data
+from tests.unit.model_fixtures import epoch, microbatches, padded_data
 
 
 def test_modules_know_the_real_tokens_of_each_microbatch_and_forget_them(calibrated):
@@ -23,3 +23,15 @@ def test_modules_know_the_real_tokens_of_each_microbatch_and_forget_them(calibra
         seen.clear()
     forward_backward(chunks, step)  # nothing is watched in training
     assert seen == [None, None]
+
+
+def test_an_interleaved_pipeline_gets_whole_rounds_of_microbatches(monkeypatch):
+    from mqat.evaluation import forward
+
+    monkeypatch.setattr(forward.parallel_state, "get_pipeline_model_parallel_world_size", lambda: 2)
+    own = microbatches(3)
+    filled = forward._filled_up(["chunk", "chunk"], own)
+    assert len(filled) == 4 and all(a is b for a, b in zip(filled, own, strict=False))
+    assert not filled[3]["token_mask"].any() and filled[3]["token_mask"].shape == (2, 32)
+    assert forward._filled_up(["chunk"], own) is own
+    assert forward._filled_up(["chunk", "chunk"], []) == []
