@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from mqat.kernels.gemm import compute_dtype, int8_matmul
 from mqat.quant.formats import FORMATS, QuantFormat
 from mqat.quant.functional import fake_quantize, gradient_range
 from mqat.quant.granularity import (
@@ -172,6 +173,24 @@ def scale_product(
     if row_scale is None:
         return (product * col_scale.float()).to(dtype)
     return (product * row_scale.float()[:, None]).mul_(col_scale).to(dtype)
+
+
+def product_of_codes(
+    x: Tensor, w: Tensor, dtype: torch.dtype, decode: Callable[..., Tensor]
+) -> Tensor:
+    """`x @ w.T` of codes [N, I] and [O, I] before the scales, by a backend's `decode` of float8."""
+    if x.dtype == torch.int8:
+        return int8_matmul(x, w)
+    # Where bfloat16 is native its GEMM rounds the sum once more than `operators.scaled_matmul` promises.
+    wide = compute_dtype(dtype, x.device)
+    return decode(x, None, None, "tensor", wide) @ decode(w, None, None, "tensor", wide).t()
+
+
+def scaled_matmul(
+    x: Tensor, w: Tensor, scale: Tensor, row_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`operators.scaled_matmul`."""
+    return scale_product(product_of_codes(x, w, dtype, decode), scale, row_scale, dtype)
 
 
 def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
