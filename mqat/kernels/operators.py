@@ -20,12 +20,17 @@ import torch
 from torch import Tensor
 
 from mqat.kernels import fake, reference
-from mqat.kernels.cpu import passes
+from mqat.kernels.cpu import passes as cpu_passes
+from mqat.kernels.triton import passes as triton_passes
 from mqat.quant.formats import QuantFormat
 from mqat.quant.granularity import Granularity, PerTensor
 
 # Dispatch key -> backend. CompositeExplicitAutograd: whatever has no other.
-_BACKENDS = {"CompositeExplicitAutograd": reference, "CPU": passes}
+_BACKENDS = {
+    "CompositeExplicitAutograd": reference,
+    "CPU": cpu_passes,
+    "CUDA": triton_passes,
+}
 _LIBRARY = torch.library.Library("mqat", "FRAGMENT")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -36,7 +41,8 @@ def _operator(function: _Function) -> _Function:
     changed = list(inspect.signature(function).parameters)[: name.endswith("_")]
     _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=changed))
     for key, backend in _BACKENDS.items():
-        _LIBRARY.impl(name, getattr(backend, name), key)
+        if hasattr(backend, name):
+            _LIBRARY.impl(name, getattr(backend, name), key)
     torch.library.register_fake(f"mqat::{name}", getattr(fake, name), lib=_LIBRARY)
     operator: _Function = getattr(torch.ops.mqat, name).default
     return operator
