@@ -1,7 +1,7 @@
 """Element-wise passes around quantized GEMMs, each in one read and one write; launched by passes.py.
 
-Tiles are [BYTES, 8]: a row is a byte of mask, bit i of byte j being element 8 j + i. Steps are shared by
-whole bytes, `run` bytes each (`PER_TENSOR`: all). Whoever launches these turns fused multiply-adds off:
+Tiles are [tile, 8]: a row is a byte of mask, bit i of byte j being element 8 j + i. Steps are shared by
+whole bytes, `run` bytes each (`per_tensor`: all). Whoever launches these turns fused multiply-adds off:
 each operation rounds as torch's does. Offsets of bytes fit int32, those of elements need not.
 """
 
@@ -35,21 +35,23 @@ def _rounded_e2m1(v):
 
 
 @triton.jit
-def _tile(n, BYTES: tl.constexpr):
+def _tile(n, tile: tl.constexpr):
     """Indices of bytes and which exist; where the elements begin, their offsets, and which exist."""
-    byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
-    begin = tl.program_id(0).to(tl.int64) * (BYTES * 8)
-    at = tl.arange(0, BYTES)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    count = tl.minimum(n - begin, BYTES * 8).to(tl.int32)
-    return byte, tl.arange(0, BYTES) * 8 < count, begin, at, at < count
+    byte = tl.program_id(0) * tile + tl.arange(0, tile)
+    begin = tl.program_id(0).to(tl.int64) * (tile * 8)
+    at = tl.arange(0, tile)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    count = tl.minimum(n - begin, tile * 8).to(tl.int32)
+    return byte, tl.arange(0, tile) * 8 < count, begin, at, at < count
 
 
 @triton.jit
-def _per_byte(values, byte, is_byte, run, PER_TENSOR: tl.constexpr):
+def _per_byte(values, byte, is_byte, run, per_tensor: tl.constexpr):
     """A step or zero point for every row of a tile."""
-    if PER_TENSOR:
-        return tl.load(values)
-    return tl.load(values + byte // run, mask=is_byte, other=1)[:, None]
+    if per_tensor:
+        value = tl.load(values)
+    else:
+        value = tl.load(values + byte // run, mask=is_byte, other=1)[:, None]
+    return value
 
 
 @triton.jit
@@ -84,24 +86,24 @@ def encode(
     high,
     first,
     last,
-    IS_FLOAT: tl.constexpr,
-    PER_TENSOR: tl.constexpr,
-    BYTES: tl.constexpr,
+    is_float: tl.constexpr,
+    per_tensor: tl.constexpr,
+    tile: tl.constexpr,
 ):
     """`reference.encode`; `nan`, one float32 of 0, becomes NaN if the operand holds one."""
-    byte, is_byte, begin, at, is_element = _tile(n, BYTES)
+    byte, is_byte, begin, at, is_element = _tile(n, tile)
     value = tl.load(x + begin + at, mask=is_element, other=0.0).to(tl.float32)
-    ratio = tl.div_rn(value, _per_byte(scale, byte, is_byte, run, PER_TENSOR))
+    ratio = tl.div_rn(value, _per_byte(scale, byte, is_byte, run, per_tensor))
     if mask is not None:
         _store_mask(mask, byte, is_byte, ratio, is_element, first, last)
     has_nan = tl.max(((ratio != ratio) & is_element).to(tl.int32), axis=1) != 0
     tl.store(nan + tl.zeros_like(byte), float("nan"), mask=has_nan)
-    if IS_FLOAT:
+    if is_float:
         code = _clamped(ratio, low, high).to(codes.dtype.element_ty)
     else:
         shift = 0.0
         if zero is not None:
-            shift = _per_byte(zero, byte, is_byte, run, PER_TENSOR).to(tl.float32)
+            shift = _per_byte(zero, byte, is_byte, run, per_tensor).to(tl.float32)
         nearest = _rounded(_clamped(ratio, low - shift, high - shift)) + shift
         code = nearest.to(tl.int32).to(codes.dtype.element_ty)
     tl.store(codes + begin + at, code, mask=is_element)
@@ -119,20 +121,20 @@ def fake_quantize(
     high,
     first,
     last,
-    KIND: tl.constexpr,
-    PER_TENSOR: tl.constexpr,
-    BYTES: tl.constexpr,
+    kind: tl.constexpr,
+    per_tensor: tl.constexpr,
+    tile: tl.constexpr,
 ):
     """`reference.fake_quantize_with_mask` of integers, E2M1 or E4M3."""
-    byte, is_byte, begin, at, is_element = _tile(n, BYTES)
+    byte, is_byte, begin, at, is_element = _tile(n, tile)
     value = tl.load(x + begin + at, mask=is_element, other=0.0).to(tl.float32)
-    step = _per_byte(scale, byte, is_byte, run, PER_TENSOR)
+    step = _per_byte(scale, byte, is_byte, run, per_tensor)
     ratio = tl.div_rn(value, step)
     _store_mask(mask, byte, is_byte, ratio, is_element, first, last)
     limited = _clamped(ratio, low, high)
-    if KIND == "e4m3":
+    if kind == "e4m3":
         nearest = limited.to(tl.float8e4nv).to(tl.float32)
-    elif KIND == "e2m1":
+    elif kind == "e2m1":
         nearest = _rounded_e2m1(limited)
     else:
         nearest = _rounded(limited)
@@ -147,25 +149,25 @@ def decode(
     out,
     n,
     run,
-    PER_TENSOR: tl.constexpr,
-    BYTES: tl.constexpr,
+    per_tensor: tl.constexpr,
+    tile: tl.constexpr,
 ):
     """`reference.decode`."""
-    byte, is_byte, begin, at, is_element = _tile(n, BYTES)
+    byte, is_byte, begin, at, is_element = _tile(n, tile)
     value = tl.load(codes + begin + at, mask=is_element)
     if zero is not None:
-        value = value.to(tl.int32) - _per_byte(zero, byte, is_byte, run, PER_TENSOR)
+        value = value.to(tl.int32) - _per_byte(zero, byte, is_byte, run, per_tensor)
     value = value.to(tl.float32)
     if scale is not None:
-        value = value * _per_byte(scale, byte, is_byte, run, PER_TENSOR)
+        value = value * _per_byte(scale, byte, is_byte, run, per_tensor)
     tl.store(out + begin + at, value.to(out.dtype.element_ty), mask=is_element)
 
 
 @triton.jit
-def apply_mask(x, mask, scale, n, BYTES: tl.constexpr):
+def apply_mask(x, mask, scale, n, tile: tl.constexpr):
     """`reference.apply_mask_`; a tile in which nothing was clipped or scaled is left alone."""
-    byte, is_byte, begin, at, is_element = _tile(n, BYTES)
-    bits = tl.full([BYTES], 255, tl.int32)
+    byte, is_byte, begin, at, is_element = _tile(n, tile)
+    bits = tl.full([tile], 255, tl.int32)
     if mask is not None:
         bits = _kept(mask, byte, is_byte)
     if (scale is not None) or tl.min(bits) != 255:
@@ -177,9 +179,9 @@ def apply_mask(x, mask, scale, n, BYTES: tl.constexpr):
 
 
 @triton.jit
-def accumulate(total, x, mask, scale, n, BYTES: tl.constexpr):
+def accumulate(total, x, mask, scale, n, tile: tl.constexpr):
     """`reference.accumulate_`."""
-    byte, is_byte, begin, at, is_element = _tile(n, BYTES)
+    byte, is_byte, begin, at, is_element = _tile(n, tile)
     value = tl.load(x + begin + at, mask=is_element).to(tl.float32)
     if scale is not None:
         value = value * tl.load(scale)

@@ -1,4 +1,4 @@
-"""The operators on CUDA: each reads and writes memory once, where torch's code takes five to twenty times.
+"""The operators on CUDA: each reads and writes memory once, torch's code five to twenty times.
 
 They compute the same codes, masks and roundings as `reference`, which serves what the kernels do not:
 other dtypes, shapes and layouts, older GPUs, or everything where Triton is missing. RMSNorm and SwiGLU
@@ -87,7 +87,7 @@ def _launch(kernel: str, x: Tensor, *arguments: Any, **constants: Any) -> None:
     tiles = -(-x.numel() // (8 * _BYTES))
     with torch.cuda.device_of(x):
         getattr(module, kernel)[(tiles,)](
-            *arguments, **constants, BYTES=_BYTES, enable_fp_fusion=False
+            *arguments, **constants, tile=_BYTES, enable_fp_fusion=False
         )
 
 
@@ -157,7 +157,7 @@ def encode(
         "encode", x,
         x, _step(scale), _zero(zero_point), codes, mask if with_mask else None, nan, x.numel(), run,
         *_code_range(format_name, ste_clip_range),
-        IS_FLOAT=fmt.is_float, PER_TENSOR=_is_per_tensor(granularity_name),
+        is_float=fmt.is_float, per_tensor=_is_per_tensor(granularity_name),
     )  # fmt: skip
     return codes, (scale + nan).to(scale.dtype), mask
 
@@ -183,7 +183,7 @@ def fake_quantize_with_mask(
     _launch(
         "fake_quantize", x,
         x, _step(scale), values, mask, x.numel(), run, *_code_range(format_name, ste_clip_range),
-        KIND=kind, PER_TENSOR=_is_per_tensor(granularity_name),
+        kind=kind, per_tensor=_is_per_tensor(granularity_name),
     )  # fmt: skip
     return values, mask
 
@@ -205,21 +205,32 @@ def decode(
     _launch(
         "decode", codes,
         codes, _step(scale), _zero(zero_point) if scale is not None else None, values,
-        codes.numel(), int(run), PER_TENSOR=_is_per_tensor(granularity_name),
+        codes.numel(), int(run), per_tensor=_is_per_tensor(granularity_name),
     )  # fmt: skip
     return values
 
 
 def _tiles(rows: int, cols: int, device: torch.device) -> dict[str, int]:
-    """Sizes of the integer GEMM's tiles, by the shared memory and by how much there is to do."""
+    """Of the integer GEMM: as large as registers allow without spilling, smaller for few rows."""
     if rows <= 64:
         tile_rows = max(16, 1 << (rows - 1).bit_length())
-        return {"TILE_N": tile_rows, "TILE_O": 64, "TILE_K": 128, "num_warps": 4, "num_stages": 4}
-    # 147 kB of tiles in flight: A100, H100 and B200 have it, gaming and inference cards 99 kB.
-    is_large = capability(device)[1] == 0 and capability(device)[0] in (8, 9, 10)
-    if is_large and rows >= 1024 and cols >= 2048:
-        return {"TILE_N": 128, "TILE_O": 256, "TILE_K": 128, "num_warps": 8, "num_stages": 3}
-    return {"TILE_N": 128, "TILE_O": 128, "TILE_K": 64, "num_warps": 4, "num_stages": 4}
+        return {
+            "tile_rows": tile_rows,
+            "tile_cols": 64,
+            "tile_inner": 128,
+            "num_warps": 4,
+            "num_stages": 4,
+        }
+    # H100 and B200 multiply from shared memory, of which they have the 147 kB that this takes.
+    if capability(device)[0] in (9, 10) and rows >= 1024 and cols >= 2048:
+        return {
+            "tile_rows": 128,
+            "tile_cols": 256,
+            "tile_inner": 128,
+            "num_warps": 8,
+            "num_stages": 3,
+        }
+    return {"tile_rows": 128, "tile_cols": 128, "tile_inner": 64, "num_warps": 8, "num_stages": 4}
 
 
 def _int8_matmul(
@@ -231,9 +242,9 @@ def _int8_matmul(
     tiles = _tiles(rows, cols, x.device)
     out = torch.empty(rows, cols, dtype=dtype, device=x.device)
     with torch.cuda.device_of(x):
-        kernel[(-(-rows // tiles["TILE_N"]) * -(-cols // tiles["TILE_O"]),)](
+        kernel[(-(-rows // tiles["tile_rows"]) * -(-cols // tiles["tile_cols"]),)](
             x.contiguous(), w.contiguous(), _step(scale), _step(row_scale), out, rows, cols, inner,
-            PER_TENSOR=scale.numel() == 1, HAS_WHOLE_TILES=inner % tiles["TILE_K"] == 0, GROUP=8,
+            per_tensor=scale.numel() == 1, is_whole=inner % tiles["tile_inner"] == 0, stack=8,
             enable_fp_fusion=False, **tiles,
         )  # fmt: skip
     return out
@@ -247,8 +258,8 @@ def _float8_matmul(
         by_x, by_w = scale.float().view(1, 1), scale.new_ones(1, 1, dtype=torch.float32)
     else:
         rows = scale.new_ones(1) if row_scale is None else row_scale
-        by_x = rows.float().expand(x.shape[0]).contiguous()[:, None]
-        by_w = scale.float().expand(w.shape[0]).contiguous()[None, :]
+        by_x = rows.float().expand(x.shape[0]).contiguous().view(-1, 1)
+        by_w = scale.float().expand(w.shape[0]).contiguous().view(1, -1)
     # Without fast accumulation: partial sums are added in float32, as elsewhere.
     return torch._scaled_mm(
         x.contiguous(), w.contiguous().t(), by_x, by_w, out_dtype=dtype, use_fast_accum=False
