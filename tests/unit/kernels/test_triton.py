@@ -16,47 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mqat.kernels import reference
+from mqat.kernels import operators, reference
 from mqat.kernels.triton import passes
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="Triton is missing: pip install mqat[gpu-check]",
 )
-SIZES = ("n", "rows", "cols", "inner")
-ALIGNED = [["tt.divisibility", 16]]  # pointers and sizes
-# Name -> kernel, types of arguments (None where left out), constants or sizes; as passes.py calls it.
-RANGE = {"n": "i32", "run": "i32", "low": "fp32", "high": "fp32", "first": "fp32", "last": "fp32"}
-ENCODED = {"x": "*bf16", "scale": "*fp32", "mask": "*u8", "nan": "*fp32", **RANGE}
-VALUES = {"x": "*bf16", "scale": "*fp32", "out": "*bf16", "mask": "*u8", **RANGE}
-DECODED = {"codes": "*i8", "scale": "*fp32", "out": "*bf16", "n": "i32", "run": "i32"}
-PRODUCT = {
-    "x": "*i8", "w": "*i8", "scale": "*fp32", "row_scale": "*fp32", "out": "*bf16",
-    "rows": "i32", "cols": "i32", "inner": "i32",
-}  # fmt: skip
-KERNELS = {
-    "encode int8, tensor": (
-        "encode", {**ENCODED, "codes": "*i8"}, {"is_float": False, "per_tensor": True},
-    ),
-    "encode int8, token + zero": (
-        "encode", {**ENCODED, "codes": "*i8", "zero": "*i32"}, {"is_float": False, "per_tensor": False},
-    ),
-    "encode fp8, tensor": (
-        "encode", {**ENCODED, "codes": "*fp8e4nv"}, {"is_float": True, "per_tensor": True},
-    ),
-    "fake quantize int4, group": ("fake_quantize", VALUES, {"kind": "integer", "per_tensor": False}),
-    "fake quantize e2m1, group": ("fake_quantize", VALUES, {"kind": "e2m1", "per_tensor": False}),
-    "fake quantize e4m3, group": ("fake_quantize", VALUES, {"kind": "e4m3", "per_tensor": False}),
-    "decode int8, channel": ("decode", DECODED, {"per_tensor": False}),
-    "decode fp8, channel": ("decode", {**DECODED, "codes": "*fp8e4nv"}, {"per_tensor": False}),
-    "apply mask": ("apply_mask", {"x": "*bf16", "mask": "*u8", "n": "i32"}, {}),
-    "accumulate": (
-        "accumulate", {"total": "*fp32", "x": "*bf16", "mask": "*u8", "scale": "*fp32", "n": "i32"}, {},
-    ),
-    "int8 GEMM, 64 rows": ("scaled_matmul", PRODUCT, (64, 64)),
-    "int8 GEMM": ("scaled_matmul", PRODUCT, (256, 1024)),
-    "int8 GEMM, large": ("scaled_matmul", PRODUCT, (8192, 4096)),
-}  # fmt: skip
 TENSOR_CORES = {80: {"IMMA"}, 90: {"IGMMA"}, 100: {"UTCIMMA"}}  # the last is tcgen05.mma
 
 
@@ -76,36 +42,89 @@ def test_interpreted_kernels_equal_the_reference_bit_for_bit():
     print(done.stdout.splitlines()[-1])
 
 
-def compiled(name, arch, monkeypatch):
-    """A kernel as a GPU of this architecture would get it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class StubDriver:
+    """Of a GPU that is not there: enough for Triton to compile what is launched."""
 
-    from mqat.kernels.triton import elementwise, int8_gemm
+    def __init__(self, arch):
+        self.arch = arch
 
-    kernel, types, constants = KERNELS[name]
-    options = {}
-    if kernel == "scaled_matmul":
+    def get_current_device(self):
+        return self.arch  # compiled kernels are kept by device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Called with an architecture: the kernels that passes.py launches there, by what they do."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels, run = [], JITFunction.run
+
+    def compile_only(self, *arguments, warmup, **options):
+        kernels.append(run(self, *arguments, warmup=True, **options))
+
+    def launched(arch):
+        monkeypatch.setattr(driver, "_active", StubDriver(arch))
         monkeypatch.setattr(passes, "capability", lambda device: divmod(arch, 10))
-        tiles = passes._tiles(*constants, torch.device("cuda"))
-        options = {key: tiles.pop(key) for key in ("num_warps", "num_stages")}
-        constants = {"per_tensor": False, "is_whole": True, "stack": 8, **tiles}
-        function = int8_gemm.scaled_matmul
-    else:
-        constants = {**constants, "tile": passes._BYTES}
-        function = getattr(elementwise, kernel)
-    names = function.arg_names
-    index = {argument: (place,) for place, argument in enumerate(names)}
-    source = ASTSource(
-        function,
-        {argument: types.get(argument, "constexpr") for argument in names},
-        {index[a]: constants.get(a) for a in names if a not in types},
-        {index[a]: ALIGNED for a, t in types.items() if t.startswith("*") or a in SIZES},
-    )
-    return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False, **options}
-    )
+        by_name = {}
+        for name, call in launches(divmod(arch, 10) >= passes._FP8_UNITS).items():
+            call()
+            (by_name[name],) = kernels
+            kernels.clear()
+        return by_name
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(passes, "_is_served", lambda device: True)
+    return launched
+
+
+def multiply(rows, cols):
+    a, b = (torch.empty(n, 1024, dtype=torch.int8) for n in (rows, cols))
+    scales = torch.ones(cols), torch.ones(rows)
+    return lambda: passes.scaled_matmul(a, b, *scales, torch.bfloat16)
+
+
+def launches(with_fp8):
+    """One call of passes.py for every kernel, as training makes it."""
+    x, one, steps = torch.ones(64, 128, dtype=torch.bfloat16), torch.ones(1), torch.ones(64)
+    bits, blocks = torch.full((1024,), 255, dtype=torch.uint8), torch.ones(64, 8)
+    zero, total = torch.ones(64, dtype=torch.int32), torch.ones(64, 128)
+    codes = {"int8": torch.ones(64, 128, dtype=torch.int8), "fp8": x.to(torch.float8_e4m3fn)}
+
+    def encode(name, granularity, scale, zero=None):
+        return lambda: passes.encode(x, scale, zero, name, granularity, None, zero is None)
+
+    def fake_quantize(name):
+        return lambda: passes.fake_quantize_with_mask(x, blocks, name, "group:16", None)
+
+    def decode(name):
+        return lambda: passes.decode(codes[name], steps, None, "channel", torch.bfloat16)
+
+    calls = {
+        "encode int8, tensor": encode("int8", "tensor", one),
+        "encode int8, token + zero": encode("int8_full", "token", steps, zero),
+        "encode fp8, tensor": encode("fp8_e4m3", "tensor", one),
+        "fake quantize int4, group": fake_quantize("int4"),
+        "fake quantize e2m1, group": fake_quantize("fp4_e2m1"),
+        "fake quantize fp8, group": fake_quantize("fp8_e4m3"),
+        "decode int8, channel": decode("int8"),
+        "decode fp8, channel": decode("fp8"),
+        "apply mask": lambda: passes.apply_mask_(x, bits, None),
+        "accumulate": lambda: passes.accumulate_(total, x, bits, one),
+        "int8 GEMM, 64 rows": multiply(64, 256),
+        "int8 GEMM": multiply(256, 1024),
+        "int8 GEMM, large": multiply(2048, 4096),
+    }
+    return {name: call for name, call in calls.items() if with_fp8 or "fp8" not in name}
 
 
 def from_cubin(kernel, directory, tool, *options):
@@ -131,13 +150,9 @@ def instructions(kernel, directory):
 
 @needs_triton
 @pytest.mark.parametrize("arch", TENSOR_CORES)
-def test_kernels_compile_without_spills_and_multiply_on_tensor_cores(arch, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_kernels_compile_without_spills_and_multiply_on_tensor_cores(arch, compiled, tmp_path):
     print(f"\n{f'sm_{arch}':26} registers  bytes spilled  tensor cores")
-    for name in KERNELS:
-        if ("fp8" in name or "e4m3" in name) and divmod(arch, 10) < passes._FP8_UNITS:
-            continue  # never launched there
-        kernel = compiled(name, arch, monkeypatch)
+    for name, kernel in compiled(arch).items():
         registers, spilled = resources(kernel, tmp_path)
         products = {}
         if "GEMM" in name:  # half a second each
@@ -152,11 +167,11 @@ def test_kernels_compile_without_spills_and_multiply_on_tensor_cores(arch, tmp_p
 
 
 @needs_triton
-def test_spills_are_seen(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_spills_are_seen(compiled, tmp_path, monkeypatch):
     big = {"tile_rows": 128, "tile_cols": 128, "tile_inner": 64, "num_warps": 4, "num_stages": 4}
     monkeypatch.setattr(passes, "_tiles", lambda *_: dict(big))
-    kernel = compiled("int8 GEMM", 80, monkeypatch)
+    monkeypatch.setitem(globals(), "launches", lambda _: {"int8 GEMM": multiply(256, 1024)})
+    kernel = compiled(80)["int8 GEMM"]
     counts, (registers, spilled) = instructions(kernel, tmp_path), resources(kernel, tmp_path)
     assert counts["LDL"] > 0 and counts["STL"] > 0 and registers == 255 and spilled > 0
 
@@ -229,6 +244,14 @@ def test_fp8_products_are_torchs_with_the_scales_in_place(rows, cols, monkeypatc
         expected = reference.scaled_matmul(a, b, short, row_scale, torch.bfloat16)
         assert torch.equal(passes.scaled_matmul(a, b, short, row_scale, torch.bfloat16), expected)
     assert multiplied == [1]
+
+
+def test_cuda_has_these_kernels_and_the_reference_for_the_rest():
+    def is_own(name):
+        operator = getattr(operators.torch.ops.mqat, name).default
+        return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CUDA)
+
+    assert is_own("encode") and is_own("scaled_matmul") and not is_own("rms_norm")
 
 
 def test_the_backend_is_imported_where_triton_is_missing():
