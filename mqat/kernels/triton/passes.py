@@ -12,6 +12,7 @@ import functools
 import importlib
 import logging
 import math
+import subprocess
 from typing import Any
 
 import torch
@@ -55,11 +56,11 @@ def _is_served(device: torch.device) -> bool:
         )
         return False
     try:
-        importlib.import_module("triton")
-    except ImportError as error:
+        importlib.import_module("triton").runtime.driver.active.get_current_target()
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         _logger.warning(
-            "Triton cannot be imported (%s): %s. CUDA builds of torch for Linux bring it; "
-            "otherwise `pip install triton`.",
+            "Triton cannot be used (%s): %s. CUDA builds of torch for Linux bring it, otherwise "
+            "`pip install triton`; it needs a C compiler such as gcc.",
             error,
             cost,
         )

@@ -181,10 +181,11 @@ def warnings(monkeypatch, caplog):
     """Of a machine with an old or a new GPU, on whose behalf tensors of the CPU are taken."""
     caplog.set_level(logging.WARNING, logger=passes.__name__)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the GPU here")
-    for cached in (passes._is_served, passes.has_fp8_units):
+    asked = passes._is_served, passes.has_fp8_units
+    for cached in asked:
         cached.cache_clear()
     yield caplog
-    for cached in (passes._is_served, passes.has_fp8_units):
+    for cached in asked:
         cached.cache_clear()
 
 
@@ -214,6 +215,7 @@ def test_a_gpu_too_old_is_named_and_the_reference_serves(monkeypatch, warnings):
 
 def test_fp8_on_a_gpu_without_it_is_told_what_to_use(monkeypatch, warnings):
     monkeypatch.setattr(passes, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(passes, "_is_served", lambda device: True)
     encode_twice("fp8_e4m3")
     (message,) = warnings.messages
     assert "the GPU here" in message and "int8_pc_pt" in message
