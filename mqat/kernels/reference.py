@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mqat.kernels.gemm import compute_dtype, int8_matmul
 from mqat.quant.formats import FORMATS, QuantFormat
-from mqat.quant.functional import fake_quantize, gradient_range
+from mqat.quant.functional import gradient_range, quantize_dequantize_
 from mqat.quant.granularity import (
     Granularity,
     PerChannel,
@@ -119,8 +119,10 @@ def fake_quantize_with_mask(
 
     def quantized(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         groups, scales = grouped_view(x.float(), scale, granularity)
-        mask = _packed_gradient_mask(groups / scales, fmt, ste_clip_range)
-        return fake_quantize(x.detach(), scale, fmt, granularity), mask
+        ratio = groups / scales
+        mask = _packed_gradient_mask(ratio, fmt, ste_clip_range)
+        values = quantize_dequantize_(ratio, scales, fmt, fmt.qmin, fmt.qmax)
+        return values.view(x.shape).to(x.dtype), mask
 
     values, mask = _by_rows(quantized, x, scale, granularity)
     return values, mask
