@@ -10,8 +10,6 @@ Suffixes: N tokens, I input features, O output features.
 import torch
 from torch import Tensor
 
-from mqat.kernels.operators import decode, scale_product
-
 # 1024 products of at most 128 * 128 sum to at most 2**24, up to which float32 holds all integers.
 EXACT_BLOCK = 1024
 
@@ -67,28 +65,6 @@ def int8_matmul(x_NI: Tensor, w_OI: Tensor) -> Tensor:  # noqa: N803
     if has_int8_units(x_NI.device) and fits:
         return int8_matmul_native(x_NI, w_OI)
     return int8_matmul_emulated(x_NI, w_OI)
-
-
-def scaled_matmul(
-    x_NI: Tensor,  # noqa: N803
-    w_OI: Tensor,  # noqa: N803
-    scale: Tensor,
-    dtype: torch.dtype,
-    *,
-    row_scale: Tensor | None = None,
-) -> Tensor:
-    """`(x @ w.T) * scale` of codes, scaled in float32 and rounded once to `dtype`.
-
-    Both are int8 or both float8. `scale`, float32 (1,) or (O,), is the product of the steps of both, or
-    with `row_scale`, float32 (N,) of the rows of `x_NI`, that of `w_OI`.
-    """
-    if x_NI.dtype == torch.int8:
-        product = int8_matmul(x_NI, w_OI)
-    else:
-        # Where bfloat16 is native its GEMM rounds the sum once more than this function promises.
-        wide = compute_dtype(dtype, x_NI.device)
-        product = decode(x_NI, wide) @ decode(w_OI, wide).t()
-    return scale_product(product, scale, row_scale, dtype)
 
 
 def float_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,10 @@
 """The passes around GEMMs as torch operators `mqat::*`: one signature each, a backend per device.
 
 The dispatcher chooses by device, so fake tensors, `torch.compile` and tracing see each as one operator.
-`reference` gives each its signature and says what it computes, serves every device that `_BACKENDS` has
-nothing else for, and says of fake tensors what comes out. A backend is a namespace with functions named
-and called alike; one that serves only some dtypes, shapes or layouts calls `reference` for the others.
+`reference` gives each its signature and says what it computes, and serves every device that
+`_BACKENDS` has nothing else for; `fake` says what comes out of fake tensors. A backend is a namespace
+with functions named and called alike; one that serves only some dtypes, shapes or layouts calls
+`reference` for the others.
 
 Formats and granularities travel by name (a schema knows no classes). Nothing here has a gradient: the
 autograd functions of `parallel/` and `specs/` call these in both directions. Raw registration costs 5 us
@@ -18,13 +19,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mqat.kernels import reference
-from mqat.kernels.cpu import passes
+from mqat.kernels import fake, reference
+from mqat.kernels.cpu import passes as cpu_passes
+from mqat.kernels.triton import passes as triton_passes
 from mqat.quant.formats import QuantFormat
 from mqat.quant.granularity import Granularity, PerTensor
 
-# Dispatch key -> backend. CompositeExplicitAutograd: whatever has no other, fake tensors among it.
-_BACKENDS = {"CompositeExplicitAutograd": reference, "CPU": passes}
+# Dispatch key -> backend. CompositeExplicitAutograd: whatever has no other.
+_BACKENDS = {
+    "CompositeExplicitAutograd": reference,
+    "CPU": cpu_passes,
+    "CUDA": triton_passes,
+}
 _LIBRARY = torch.library.Library("mqat", "FRAGMENT")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -35,7 +41,9 @@ def _operator(function: _Function) -> _Function:
     changed = list(inspect.signature(function).parameters)[: name.endswith("_")]
     _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=changed))
     for key, backend in _BACKENDS.items():
-        _LIBRARY.impl(name, getattr(backend, name), key)
+        if hasattr(backend, name):
+            _LIBRARY.impl(name, getattr(backend, name), key)
+    torch.library.register_fake(f"mqat::{name}", getattr(fake, name), lib=_LIBRARY)
     operator: _Function = getattr(torch.ops.mqat, name).default
     return operator
 
@@ -43,6 +51,7 @@ def _operator(function: _Function) -> _Function:
 _encode = _operator(reference.encode)
 _fake_quantize_with_mask = _operator(reference.fake_quantize_with_mask)
 _decode = _operator(reference.decode)
+_scaled_matmul = _operator(reference.scaled_matmul)
 scale_product = _operator(reference.scale_product)
 apply_mask_ = _operator(reference.apply_mask_)
 accumulate_ = _operator(reference.accumulate_)
@@ -114,3 +123,19 @@ def decode(
     `scale` (float32) and `zero_point` (int32) as for `encode`; without a scale the codes' own values.
     """
     return _decode(codes, scale, zero_point, str(granularity), dtype)
+
+
+def scaled_matmul(
+    x_NI: Tensor,  # noqa: N803
+    w_OI: Tensor,  # noqa: N803
+    scale: Tensor,
+    dtype: torch.dtype,
+    *,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """`(x @ w.T) * scale` of codes, scaled in float32 and rounded once to `dtype`.
+
+    Both are int8 or both float8. `scale`, float32 (1,) or (O,), is the product of the steps of both, or
+    with `row_scale`, float32 (N,) of the rows of `x_NI`, that of `w_OI`.
+    """
+    return _scaled_matmul(x_NI, w_OI, scale, row_scale, dtype)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mqat.kernels.gemm import compute_dtype, has_int8_units, scaled_matmul
-from mqat.kernels.operators import decode, encode
+from mqat.kernels.gemm import compute_dtype, has_int8_units
+from mqat.kernels.operators import decode, encode, scaled_matmul
 from mqat.kernels.stored import CodeProduct, FloatProduct
 from mqat.quant.formats import QuantFormat
 from mqat.quant.functional import dequantize

@@ -4,7 +4,7 @@
 |------------------|--------------------------|---------------------|---------------------------------|
 | INT8 per row     | INT8 per tensor or token | codes               | integer GEMM, `packed_int8`    |
 | INT8 per row     | float                    | codes               | GEMM with codes, scaled per row |
-| FP8 per row      | FP8 per tensor           | codes               | `gemm.scaled_matmul`            |
+| FP8 per row      | FP8 per tensor           | codes               | `operators.scaled_matmul`       |
 | INT4 in groups   | any                      | half a byte each    | torch's kernel, `packed_int4`  |
 | NF4, if asked    | float                    | 4.127 bits, `nf4`   | decoded, float GEMM             |
 | anything else    | any                      | codes (4 bits: 1/2) | decoded, float GEMM             |
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mqat.errors import UserError
-from mqat.kernels.gemm import float_matmul, scaled_matmul
-from mqat.kernels.operators import encode
+from mqat.kernels.gemm import float_matmul
+from mqat.kernels.operators import encode, scaled_matmul
 from mqat.kernels.packed_int4 import pack_for_kernel
 from mqat.kernels.packed_int8 import Int8Codes, Int8Product
 from mqat.kernels.packed_nf4 import BLOCK, nf4_quantize

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from mqat.kernels.gemm import compute_dtype, int8_matmul
 from mqat.quant.formats import FORMATS, QuantFormat
-from mqat.quant.functional import fake_quantize, gradient_range
+from mqat.quant.functional import gradient_range, quantize_dequantize_
 from mqat.quant.granularity import (
     Granularity,
     PerChannel,
@@ -118,8 +119,10 @@ def fake_quantize_with_mask(
 
     def quantized(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         groups, scales = grouped_view(x.float(), scale, granularity)
-        mask = _packed_gradient_mask(groups / scales, fmt, ste_clip_range)
-        return fake_quantize(x.detach(), scale, fmt, granularity), mask
+        ratio = groups / scales
+        mask = _packed_gradient_mask(ratio, fmt, ste_clip_range)
+        values = quantize_dequantize_(ratio, scales, fmt, fmt.qmin, fmt.qmax)
+        return values.view(x.shape).to(x.dtype), mask
 
     values, mask = _by_rows(quantized, x, scale, granularity)
     return values, mask
@@ -128,12 +131,13 @@ def fake_quantize_with_mask(
 def _widened(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes that are numbers, exactly, in a float dtype; a new tensor.
 
-    CPUs convert float8 element by element, 20 times slower than this: E4M3's sign, exponent and
+    CPUs (alone) convert float8 element by element, 20 times slower than this: E4M3's sign, exponent and
     mantissa are moved to their places in a wider float, and 2**120 makes up for the exponent bias
     (127 - 7). Subnormals come out right; the NaN code does not (`encode` marks NaN in the scale).
     """
-    if codes.dtype != torch.float8_e4m3fn or dtype not in (torch.float32, torch.bfloat16):
-        return codes.to(dtype)
+    is_slow = codes.dtype == torch.float8_e4m3fn and codes.device.type == "cpu"
+    if not is_slow or dtype not in (torch.float32, torch.bfloat16):
+        return codes.to(dtype, copy=True)
     word, shift = (torch.int32, 20) if dtype == torch.float32 else (torch.int16, 4)
     sign_exponent_mantissa = (-0x80 << (shift + 4)) | (0x7F << shift)
     bits = codes.view(torch.int8).to(word)
@@ -172,6 +176,24 @@ def scale_product(
     if row_scale is None:
         return (product * col_scale.float()).to(dtype)
     return (product * row_scale.float()[:, None]).mul_(col_scale).to(dtype)
+
+
+def product_of_codes(
+    x: Tensor, w: Tensor, dtype: torch.dtype, decode: Callable[..., Tensor]
+) -> Tensor:
+    """`x @ w.T` of codes [N, I] and [O, I] before the scales, by a backend's `decode` of float8."""
+    if x.dtype == torch.int8:
+        return int8_matmul(x, w)
+    # Where bfloat16 is native its GEMM rounds the sum once more than `operators.scaled_matmul` promises.
+    wide = compute_dtype(dtype, x.device)
+    return decode(x, None, None, "tensor", wide) @ decode(w, None, None, "tensor", wide).t()
+
+
+def scaled_matmul(
+    x: Tensor, w: Tensor, scale: Tensor, row_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`operators.scaled_matmul`."""
+    return scale_product(product_of_codes(x, w, dtype, decode), scale, row_scale, dtype)
 
 
 def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:

@@ -34,13 +34,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mqat.kernels.gemm import compute_dtype, float_matmul, scaled_matmul
+from mqat.kernels.gemm import compute_dtype, float_matmul
 from mqat.kernels.operators import (
     accumulate_,
     apply_mask_,
     decode,
     encode,
     fake_quantize_with_mask,
+    scaled_matmul,
 )
 from mqat.kernels.stored import Stored
 from mqat.quant.formats import FP8_E4M3, INT8_FORMATS, QuantFormat

@@ -164,6 +164,13 @@ def scale_product(
     return out
 
 
+def scaled_matmul(
+    x: Tensor, w: Tensor, scale: Tensor, row_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`operators.scaled_matmul`: torch's GEMM between these passes."""
+    return scale_product(reference.product_of_codes(x, w, dtype, decode), scale, row_scale, dtype)
+
+
 def apply_mask_(x: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
     """`reference.apply_mask_`."""
     if x.numel() % 8 or not _serves_floats(x):

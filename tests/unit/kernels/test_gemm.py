@@ -6,9 +6,8 @@ from mqat.kernels.gemm import (
     int8_matmul,
     int8_matmul_emulated,
     int8_matmul_native,
-    scaled_matmul,
 )
-from mqat.kernels.operators import apply_mask_, decode, encode
+from mqat.kernels.operators import apply_mask_, decode, encode, scaled_matmul
 from mqat.kernels.reference import pack_mask, unpack_mask
 from mqat.quant.formats import FP8_E4M3, INT4, INT8, INT8_MIN128
 from mqat.quant.functional import fake_quantize, quantize

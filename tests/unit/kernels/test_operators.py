@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mqat.kernels import operators, reference
-from mqat.kernels.gemm import scaled_matmul
+from mqat.kernels.operators import scaled_matmul
 from mqat.quant.formats import FP8_E4M3, INT4, INT4_AMAX7_5, INT8, INT8_MIN128, TERNARY
 from mqat.quant.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.scales import compute_affine, compute_range
@@ -175,6 +176,8 @@ def calls(dtype=torch.bfloat16):
         ("fake_quantize_with_mask", (x[0], scale.expand(3, 2), "int4", "group:16", None)),
         ("decode", (codes, scale.expand(8), None, "channel", dtype)),
         ("decode", (fp8, None, None, "tensor", torch.float32)),
+        ("scaled_matmul", (codes, codes, scale, None, dtype)),
+        ("scaled_matmul", (fp8, fp8, scale.expand(8), torch.ones(8), torch.float32)),
         ("scale_product", (product, scale, None, dtype)),
         ("scale_product", (product, scale.expand(16), torch.ones(8), torch.float32)),
         ("apply_mask_", (x.clone(), mask, scale)),
@@ -205,6 +208,28 @@ def test_fake_tensors_come_out_like_real_ones(name, arguments):
     for a, b in pairs:
         assert isinstance(a, torch._subclasses.FakeTensor) and a.device == b.device
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize(("name", "arguments"), calls(), ids=lambda x: x if type(x) is str else "")
+def test_on_cuda_fake_tensors_are_one_operator_each_and_stay_there(name, arguments):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with FakeTensorMode():
+        fakes = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+            if isinstance(x, torch.Tensor)
+            else x
+            for x in arguments
+        ]
+        with Seen():
+            results = getattr(torch.ops.mqat, name).default(*fakes)
+    assert names == [f"mqat::{name}"]
+    for x in results if isinstance(results, tuple) else (results,):
+        assert x is None or x.device.type == "cuda"
 
 
 @pytest.mark.parametrize(("name", "arguments"), calls(), ids=lambda x: x if type(x) is str else "")
