@@ -17,12 +17,13 @@ from mqat.parallel.learned_scales import scale_rule
 from mqat.parallel.quantized_module import QuantizedModule, set_token_mask, unwrapped
 from mqat.parallel.quantized_step import quantized_step
 from mqat.runtime.groups import device
+from mqat.transfer import to_device
 
 Microbatch = dict[str, Tensor | None]
 
 
 def _to_device(batch: Microbatch) -> Microbatch:
-    return {key: None if value is None else value.to(device()) for key, value in batch.items()}
+    return {k: None if value is None else to_device(value, device()) for k, value in batch.items()}
 
 
 def _loss_and_count(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -59,7 +60,7 @@ def _announced(chunk: Any, microbatches: Sequence[Microbatch]) -> Iterator[Micro
     """The microbatches; as each is taken, the chunk's modules learn which of its tokens are real."""
     for batch in microbatches:
         mask = batch.get("token_mask")
-        set_token_mask(chunk, None if mask is None else mask.to(device()))
+        set_token_mask(chunk, None if mask is None else to_device(mask, device()))
         yield batch
 
 

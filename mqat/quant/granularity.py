@@ -80,7 +80,8 @@ class PerGroup:
 
     def largest(self, x: Tensor) -> Tensor:
         """Largest element of each group, (..., G); at least 0 where a group is short."""
-        padded = F.pad(x, (0, -x.shape[-1] % self.size))
+        short = -x.shape[-1] % self.size
+        padded = F.pad(x, (0, short)) if short else x  # padding by nothing copies
         return padded.reshape(*self.scale_shape(tuple(x.shape)), self.size).amax(dim=-1)
 
     def __str__(self) -> str:
