@@ -204,16 +204,21 @@ def backward(output: Tensor, grad: Tensor) -> dict[Tensor, Tensor]:
 
 
 def to_fake_cuda_(module: nn.Module) -> None:
-    """Replaces parameters and buffers by fake ones on CUDA; inside a `FakeTensorMode`."""
+    """Replaces parameters, buffers and other tensors by fake ones on CUDA; inside a `FakeTensorMode`."""
+
+    def fake(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device=CUDA)
+
     for part in module.modules():
+        held = {name: x for name, x in vars(part).items() if isinstance(x, Tensor)}
+        vars(part).update({name: fake(x) for name, x in held.items()})
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=CUDA)
-                part._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
+                part._parameters[name] = nn.Parameter(fake(parameter), parameter.requires_grad)
                 vars(part._parameters[name]).update(vars(parameter))
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
+                part._buffers[name] = fake(buffer)
 
 
 @contextmanager
