@@ -1,4 +1,4 @@
-"""Where tests compute: `pytest --device {cpu,cuda}` for processes that they start, `-m gpu` for their own.
+"""Where tests compute: `pytest --device {cpu,cuda}` for processes they start, `-m gpu` for their own.
 
 Tests themselves stay on the CPU, GPUs hidden, so that their references are the same everywhere. With
 `--device cuda` the processes that they start (`distributed/launch.py`) see the machine's GPUs again, and
