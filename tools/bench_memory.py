@@ -92,9 +92,9 @@ def _forward_passes(chunk: Any, data: list[dict[str, Any]]) -> None:
 
 def measure(args: Any, name: str, algorithm: str) -> dict[str, Any]:
     """One optimizer step's passes, up to the last forward without pipeline stages."""
+    from mqat.evaluation.forward import forward_loss, run_microbatches
     from mqat.parallel.linear import quantized_linears
     from mqat.parallel.quantized_step import quantized_step
-    from mqat.training.step import _forward_loss, _run
 
     start(args)
     system = build(args, name, algorithm)
@@ -107,7 +107,7 @@ def measure(args: Any, name: str, algorithm: str) -> dict[str, Any]:
             if args.pp == 1:
                 _forward_passes(chunk, data)
             else:
-                _run(_forward_loss, system.chunks, data, forward_only=False)
+                run_microbatches(forward_loss, system.chunks, data, forward_only=False)
         held = sum(x.weight_cache.num_bytes for x in linears if x.weight_cache is not None)
     parameters = sum(linear.weight.numel() for linear in linears)
     sums = torch.tensor([saved.peak["linear"], saved.peak["all"], held, parameters])

@@ -124,15 +124,15 @@ def _eval_mode(chunks: Sequence[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> tuple[float, float]:
-    """Loss summed over all counted tokens, and their number, on every rank; changes nothing."""
-    loss = tokens = 0.0
+    """Loss summed over all counted tokens, and their number, on every rank; changes nothing.
+
+    The host waits for the device once, at the end.
+    """
+    results: list[dict[str, Tensor]] = []
     with _eval_mode(chunks), quantized_step(chunks, for_backward=False):
         for microbatches in steps:
-            part = loss_totals(
-                run_microbatches(forward_loss, chunks, microbatches, forward_only=True)
-            )
-            loss, tokens = loss + part[0], tokens + part[1]
-    return loss, tokens
+            results += run_microbatches(forward_loss, chunks, microbatches, forward_only=True)
+    return loss_totals(results)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mqat.kernels import reference
+from mqat.quant.formats import FORMATS, FP4_E2M1
 
 CUDA = torch.device("cuda", 0)
 _GUARD = """
@@ -116,15 +117,22 @@ def _refuse_waiting(name: str, args: Any, kwargs: Any, out: Any) -> None:
         raise HostWaitsError(f"{name}: {source.device} -> {out.device} of {tuple(source.shape)}")
 
 
+def _is_one_kernel(args: Any) -> bool:
+    """Whether the CUDA backend serves an operator's arguments (`kernels/triton/passes.py`)."""
+    formats = [FORMATS[x] for x in args if isinstance(x, str) and x in FORMATS]
+    is_arithmetic = all(not fmt.levels or fmt == FP4_E2M1 for fmt in formats)
+    return is_arithmetic and all(x.is_contiguous() for x in _tensors(list(args)))
+
+
 def _is_composite(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 class Ledger(TorchDispatchMode):
-    """Records every kernel; an operator of mqat counts as one, which its CUDA backend makes true.
+    """Records every kernel; an operator of mqat counts as one where its CUDA backend makes that true.
 
-    `decomposed` replaces those operators by the torch code of `reference`, which is what runs on CUDA
-    without Triton.
+    Elsewhere the torch code of `reference` counts, as it runs there: with `decomposed` everywhere,
+    which is CUDA without Triton.
     """
 
     def __init__(self, *, decomposed: bool = False) -> None:
@@ -136,10 +144,11 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         namespace, name = func.name().split("::")
         plain = getattr(reference, name.split(".")[0], None) if namespace == "mqat" else None
-        if self.decomposed and plain is not None:
+        if plain is not None and (self.decomposed or not _is_one_kernel(args)):
             with self:
                 return plain(*args, **kwargs)
-        if self.decomposed and namespace == "aten" and _is_composite(func.name()):
+        # Inside of that, operations arrive that autograd would have taken apart before.
+        if namespace == "aten" and _is_composite(func.name()):
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
