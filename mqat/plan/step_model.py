@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mqat.models.schemes import linear_schemes
 from mqat.models.structure import in_layer
 from mqat.parallel.quantized_gemm import GemmKind, gemm_kind
 from mqat.plan.run import RunPlan
@@ -222,7 +223,12 @@ def estimate(
 
 
 def modelled_step(plan: RunPlan, *, card: Card = H100, backward: str = "bf16") -> dict[str, str]:
-    """A line for `mqat plan`: the step of this configuration against the same one in BF16."""
+    """A line for `mqat plan`: the step of this configuration against the same one in BF16.
+
+    Nothing where no linear is quantized.
+    """
+    if not linear_schemes(plan.layers):
+        return {}
     settings, model = plan.config.model, plan.model
     tokens = settings.micro_batch_size * settings.data.seq_length
     microbatches = settings.global_batch_size // (settings.micro_batch_size * plan.data_parallel)
