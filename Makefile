@@ -23,7 +23,7 @@ lint: install
 
 # Two files at a time: ranks of one test wait for each other often enough to leave room for another's.
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests
 
 test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests

@@ -178,6 +178,8 @@ class Ledger(TorchDispatchMode):
 
 def backward(output: Tensor, grad: Tensor) -> dict[Tensor, Tensor]:
     """Gradients of the leaves, as autograd's engine would compute them, one node at a time."""
+    if output.grad_fn is None:
+        return {output: grad}
     waiting: Counter[Any] = Counter()
     seen, stack = set(), [output.grad_fn]
     while stack:

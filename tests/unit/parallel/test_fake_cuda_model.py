@@ -1,5 +1,7 @@
 """A whole model's step, ranks of TP 2, calibration, recipes and packing on fake CUDA tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from mqat.quant.granularity import PerTensor
 from mqat.quant.observers import METHODS, ActivationObserver
 from mqat.quant.qparams import frozen_qparams, statistic_of
 from mqat.runtime import groups
+from mqat.specs.policy import Rule
 from tests.unit.fake_cuda import CUDA, Ledger, backward, fake_cuda, install_guard, to_fake_cuda_
 from tests.unit.model_fixtures import MODEL
 from tests.unit.parallel.test_fake_cuda import SIZE, TOKENS, make_linear, run_step
@@ -43,9 +46,10 @@ def model_on_cuda(world, monkeypatch):
     from mqat.specs.model import build_model
     from mqat.specs.policy import Policy
 
-    def make(algorithm):
-        layers = Policy(algorithm, kv_cache="fp8" if algorithm == "fp8" else None).schemes(MODEL)
-        (chunk,) = build_model(MODEL, ModelConfig(), layers, torch.bfloat16)
+    def make(algorithm, rules=(), kv_cache=None):
+        model = replace(MODEL, tie_word_embeddings=not rules)
+        layers = Policy(algorithm, None, rules, kv_cache).schemes(model)
+        (chunk,) = build_model(model, ModelConfig(), layers, torch.bfloat16)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: CUDA)
         monkeypatch.setattr(forward, "device", lambda: CUDA)
         monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 1)
@@ -57,29 +61,53 @@ def model_on_cuda(world, monkeypatch):
     return make
 
 
-def microbatch(**more):
+def microbatch(is_packed=False):
     tokens = torch.zeros(2, 32, dtype=torch.long)
+    mask = torch.ones(2, 1, 32, 32, dtype=torch.bool).triu(1) if is_packed else None
     return {
         "tokens": tokens, "labels": tokens, "loss_mask": torch.ones(2, 32), "position_ids": tokens,
-        "attention_mask": None, **more,
+        "attention_mask": mask,
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", ["null", "int8", "int8_pc_pt", "fp8", "nvfp4", "int4"])
-def test_a_models_step_stays_on_the_device_and_waits_for_nothing(model_on_cuda, algorithm):
+def step_of(chunk, *, is_packed=False):
+    """A step's passes, one microbatch; every parameter has got its gradient."""
     from mqat.evaluation.forward import forward_loss
     from mqat.parallel.quantized_step import quantized_step
 
-    chunk = model_on_cuda(algorithm)
     with fake_cuda(), Ledger() as ledger, quantized_step(chunk):
         to_fake_cuda_(chunk)
-        output, to_loss = forward_loss(iter([microbatch()]), chunk)
+        output, to_loss = forward_loss(iter([microbatch(is_packed)]), chunk)
         loss, _, reported = to_loss(output)
         gradients = backward(loss, torch.ones_like(loss))
     assert {x.device for x in gradients.values()} == {CUDA}
     assert len(gradients) == len(list(chunk.parameters()))
     assert reported["loss"].device == CUDA
-    assert len([p for p in ledger.passes if p.is_gemm]) >= 3 * 8  # 8 linears
+    return ledger.passes
+
+
+@pytest.mark.parametrize("algorithm", ["null", "int8", "int8_pc_pt", "fp8", "nvfp4", "int4"])
+def test_a_models_step_stays_on_the_device_and_waits_for_nothing(model_on_cuda, algorithm):
+    passes = step_of(model_on_cuda(algorithm, kv_cache="fp8" if algorithm == "fp8" else None))
+    assert len([p for p in passes if p.is_gemm]) >= 3 * 8  # 8 linears
+
+
+def test_so_does_one_with_quantized_tables_and_packed_documents(model_on_cuda):
+    rules = (Rule("embedding.word_embeddings", "int4"), Rule("output_layer", "int8"))
+    step_of(model_on_cuda("int8", rules), is_packed=True)
+
+
+def test_so_does_one_with_learned_scales(model_on_cuda, monkeypatch):
+    from mqat.parallel.quantized_module import all_quantizers
+
+    def grad(output, leaf, upstream):  # for `torch.autograd.grad`, which starts the engine
+        return (backward(output, upstream)[leaf],)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    chunk = model_on_cuda("int8")
+    for quantizer in all_quantizers(chunk):
+        quantizer.learn_("lsq", 1.0)
+    step_of(chunk)
 
 
 @pytest.mark.parametrize("method", METHODS)
