@@ -59,8 +59,7 @@ def _forward_hidden(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, 
 def _announced(chunk: Any, microbatches: Sequence[Microbatch]) -> Iterator[Microbatch]:
     """The microbatches; as each is taken, the chunk's modules learn which of its tokens are real."""
     for batch in microbatches:
-        mask = batch.get("token_mask")
-        set_token_mask(chunk, None if mask is None else to_device(mask, device()))
+        set_token_mask(chunk, batch.get("token_mask"))
         yield batch
 
 
