@@ -53,15 +53,15 @@ _DECODE = _CODE + _VALUE
 _FAKE_QUANTIZE = 2 * _VALUE
 _MASK_IN_PLACE = 2 * _VALUE + _BIT
 _ADD_TO_MAIN_GRAD = _VALUE + 2 * _GRAD_SUM
-# Maxima of dynamic scales by torch's own operations, and their launches: |x| is written and read, and
-# of ranges -x and both clamped sides.
-_MAXIMA, _RANGES = (3 * _VALUE, 10), (8 * _VALUE, 20)
+# Maxima of dynamic scales by torch's own reductions, of ranges both ends, and their launches: the
+# reductions, and what makes scales of them.
+_MAXIMA, _RANGES = (_VALUE, 9), (2 * _VALUE, 16)
 # The same where a scheme has no fast path: fake quantization in torch, in every microbatch, of weights
 # and (with the maxima of blocks) of inputs.
 _UNFUSED_WEIGHT = {
     "fp4_e2m1": (125.4, 19), "fp8_e4m3": (71.2, 11), "nf4": (95.2, 17), "uint4": (77.5, 16),
 }  # fmt: skip
-_UNFUSED_INPUT = {"fp4_e2m1": (109.4, 26), "fp8_e4m3": (55.6, 22)}
+_UNFUSED_INPUT = {"fp4_e2m1": (105.4, 26), "fp8_e4m3": (51.6, 22)}
 _BOOL_MASK = 2 * _VALUE + 1.0
 
 
@@ -120,7 +120,7 @@ def _maxima(operand: TensorScheme, elements: int) -> Kernels:
     if not operand.is_dynamic:
         return ()
     per_element, launches = _RANGES if operand.is_asymmetric else _MAXIMA
-    passes = 5 if operand.is_asymmetric else 2
+    passes = 2 if operand.is_asymmetric else 1
     return _split(per_element * elements, passes) + _small(launches - passes)
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from mqat.kernels.device_check import fixed_results
+from mqat.quant.algorithm import ALGORITHMS, named_scheme
+from mqat.quant.qparams import compute_qparams, statistic_of
 from tests.distributed.launch import ROOT
 
 pytestmark = pytest.mark.gpu
@@ -34,6 +36,23 @@ def test_operators_give_the_same_bits_as_on_the_cpu(results, operator):
             torch.testing.assert_close(
                 found, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, c=call: f"{c}: {m}"
             )
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "null"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_scales_have_the_same_bits_as_on_the_cpu(algorithm, dtype):
+    x = (torch.randn(96, 512, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    x[3, 5], x[4, 6] = torch.nan, torch.inf
+    for scheme in named_scheme(algorithm).operands.values():
+        found = []
+        for device in ("cpu", "cuda"):
+            statistic = statistic_of(x.to(device), scheme)
+            above = torch.tensor([0.01], device=device) if scheme.has_global_scale else None
+            found.append([statistic, *compute_qparams(statistic, scheme, above)])
+        for expected, other in zip(*found, strict=True):
+            assert (expected is None) == (other is None)
+            if expected is not None:
+                torch.testing.assert_close(other.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def step_on(device: str, algorithm: str, tmp_path) -> dict:
