@@ -15,11 +15,12 @@ from mqat.kernels.packed_nf4 import nf4_quantize
 from mqat.quant.algorithm import ALGORITHMS, named_scheme
 from mqat.quant.formats import INT4, INT8
 from mqat.quant.functional import quantize
+from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
 from mqat.quant.histogram import entropy_amax, mse_amax
 from mqat.quant.observers import ActivationObserver
 from mqat.quant.qparams import rounded, statistic_of
 from mqat.quant.quantizer import Quantizer
-from mqat.quant.scales import compute_scale, divide
+from mqat.quant.scales import _largest_magnitude, compute_amax, compute_scale, divide
 from mqat.quant.scheme import TensorScheme
 
 
@@ -94,6 +95,19 @@ def test_no_clipping_point_or_factor_depends_on_the_device():
         nf4_quantize(weight)
 
     assert reciprocals(chosen) == []
+
+
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerToken(), PerGroup(16), PerBlock(3)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maxima_in_one_kernel_as_on_cuda_are_the_same_bits(granularity, dtype):
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 3], x[1, 0], x[3] = torch.nan, -torch.inf, -0.0
+    expected = compute_amax(x, granularity)
+    assert bool(expected.isnan().any())
+    found = granularity.largest(x, _largest_magnitude).float()
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
 
 def test_a_division_by_a_number_is_noticed():
