@@ -227,7 +227,8 @@ def modelled_step(plan: RunPlan, *, card: Card = H100, backward: str = "bf16") -
 
     Nothing where no linear is quantized.
     """
-    if not linear_schemes(plan.layers):
+    schemes = linear_schemes(plan.layers)
+    if not schemes:
         return {}
     settings, model = plan.config.model, plan.model
     tokens = settings.micro_batch_size * settings.data.seq_length
@@ -240,8 +241,7 @@ def modelled_step(plan: RunPlan, *, card: Card = H100, backward: str = "bf16") -
         shards = tp if is_column and settings.sequence_parallel else 1
         sizes = (tokens, outputs // tp, inputs) if is_column else (tokens, outputs, inputs // tp)
         names = (in_layer(i, linear.name) for i in range(model.num_layers))
-        for scheme, count in Counter(map(plan.layers.get, names)).items():
-            assert not scheme or isinstance(scheme, LinearScheme), "a linear has a linear's scheme"
+        for scheme, count in Counter(map(schemes.get, names)).items():
             used = linear_kernels(scheme, *sizes, backward=backward, sequence_shards=shards)
             pairs += [(used, linear_kernels(None, *sizes))] * count
     found = estimate(pairs, microbatches, card)

