@@ -67,7 +67,7 @@ def install_guard(directory: Path) -> None:
         compiler,
         "-shared",
         "-fPIC",
-        "-std=c++17",
+        "-std=c++20",
         abi,
         f"-I{home / 'include'}",
         str(source),
