@@ -5,10 +5,10 @@
 
 1. `pytest -m gpu`.
 2. SHA-256 of codes, masks, values and INT8 products of fixed inputs against the CPU's.
-3. Step time, peak memory, bytes kept for backward and the longest kernels: of Megatron's own layers
-   (`baseline`, to which ratios are), of Transformer Engine's where it is installed, of mqat per
-   algorithm with the modelled ratio beside it (`mqat/plan/step_model.py`), and of modelopt and torchao
-   where they are installed. Each has a process of its own.
+3. Step time, peak memory, bytes kept for backward of a microbatch and the longest kernels: of Megatron's
+   own layers (`baseline`, to which ratios are), of Transformer Engine's where it is installed, of mqat
+   per algorithm with the modelled ratio beside it (`mqat/plan/step_model.py`), and of modelopt and
+   torchao where they are installed. Each has a process of its own.
 
 Status 1 if a test fails, a digest differs or a system could not be measured; 2 without a GPU.
 """
@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mqat.kernels.device_check import digests
 from mqat.plan.step_model import H100, estimate, linear_kernels
+from mqat.quant.algorithm import ALGORITHMS as KNOWN
 from mqat.quant.algorithm import named_scheme
 from mqat.runtime import groups
 
@@ -50,6 +51,7 @@ def parse(arguments_given: list[str] | None = None) -> argparse.Namespace:
     """Options; sizes default to those of the device."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True, help="file to write")
+    parser.add_argument("--algorithms", nargs="*", choices=KNOWN, metavar="NAME")
     parser.add_argument("--device", choices=tuple(SIZES), default="cuda")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "ALGORITHM"), help=argparse.SUPPRESS)
@@ -75,6 +77,20 @@ def compare_digests(device: str) -> dict[str, Any]:
     expected, found = digests(torch.device("cpu")), digests(torch.device(device))
     differing = [call for call in expected if expected[call] != found[call]]
     return {"calls": len(expected), "differing": differing, "sha256": found}
+
+
+def in_own_process(args: argparse.Namespace, given: list[str], *one: str) -> dict[str, Any]:
+    """What `--one` prints; if it fails, the last line of its error."""
+    print(*one, "...", file=sys.stderr, flush=True)
+    hidden = {"CUDA_VISIBLE_DEVICES": "-1"} if args.device == "cpu" else {}
+    command = [sys.executable, __file__, *given, "--one", *one]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | hidden
+    )
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def modelled_ratio(args: argparse.Namespace, algorithm: str) -> float:
@@ -109,7 +125,7 @@ def measure(args: argparse.Namespace, name: str, algorithm: str) -> dict[str, An
     data = batches(args)
     make = build_peer if name in ("modelopt", "torchao") else build
     system = make(args, name, algorithm)
-    kept = memory(system, data)
+    kept = memory(system, data[:1])
     on_cuda = args.device == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -146,24 +162,15 @@ def systems(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def measure_all(args: argparse.Namespace, given: list[str]) -> list[dict[str, Any]]:
-    """Every system in a process of its own; of one that fails, the last line of its error."""
+    """Every system, with its ratio to the first."""
     rows: list[dict[str, Any]] = []
-    hidden = {"CUDA_VISIBLE_DEVICES": "-1"} if args.device == "cpu" else {}
     for name, algorithm in systems(args):
-        print(f"{name} {algorithm} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, *given, "--one", name, algorithm]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=os.environ | hidden
-        )
-        if done.returncode:
-            error = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            rows.append({"system": name, "algorithm": algorithm, "error": error})
-            continue
-        row = json.loads(done.stdout.splitlines()[-1])
+        row = {"system": name, "algorithm": algorithm}
+        row |= in_own_process(args, given, name, algorithm)
         base = rows[0] if rows else row
-        if "step_seconds" in base:
+        if "step_seconds" in row and "step_seconds" in base:
             row["step_ratio"] = row["step_seconds"] / base["step_seconds"]
-        if name == "mqat":
+        if name == "mqat" and "error" not in row:
             row["modelled_ratio"] = modelled_ratio(args, algorithm)
         rows.append(row)
     return rows
@@ -213,29 +220,33 @@ def main() -> int:
         )
         return 2
     if args.one:
-        print(json.dumps(measure(args, *args.one)))
+        is_digests = args.one[0] == "digests"
+        print(json.dumps(compare_digests(args.device) if is_digests else measure(args, *args.one)))
         return 0
     result: dict[str, Any] = {
         "card": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
         "torch": torch.__version__,
         "sizes": {key: getattr(args, key) for key in SIZES["cuda"]},
         "tests": run_tests(args.device),
-        "digests": compare_digests(args.device),
+        "digests": in_own_process(args, given, "digests", args.device),
         "systems": measure_all(args, given),
     }
     args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    differing = result["digests"]["differing"]
+    compared = result["digests"]
     print(f"{result['card']}, torch {result['torch']}, {result['sizes']}")
     print(f"pytest -m gpu: {result['tests']['summary']}")
-    print(
-        f"digests: {len(differing)} of {result['digests']['calls']} differ from the CPU's {differing}"
-    )
+    if "error" in compared:
+        print(f"digests: {compared['error']}")
+    else:
+        print(
+            f"digests: of {compared['calls']} calls differ from the CPU's: {compared['differing']}"
+        )
     print(table(result["systems"]))
     for row in result["systems"]:
         if "kernels" in row:
             print(f"\n{kernel_table(row)}")
-    failed = [row for row in result["systems"] if "error" in row]
-    return int(bool(failed or differing or result["tests"]["passed"] is False))
+    is_broken = any("error" in row for row in (compared, *result["systems"]))
+    return int(is_broken or bool(compared.get("differing")) or result["tests"]["passed"] is False)
 
 
 if __name__ == "__main__":
