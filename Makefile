@@ -40,7 +40,7 @@ lint: install
 
 # Two files at a time: ranks of one test wait for each other often enough to leave room for another's.
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests
 
 # What depends on Megatron-Core, the example on eight processes, and the demo.
 test-latest: export MALLOC_MMAP_THRESHOLD_ = 1073741824

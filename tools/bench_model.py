@@ -36,7 +36,7 @@ class System:
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """Options that all benchmarks share."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, conflict_handler="resolve")
     parser.add_argument("--algorithms", nargs="*", default=list(ALGORITHMS))
     parser.add_argument("--precision", choices=("bf16", "32"), default="32")
     parser.add_argument("--tokens", type=int, default=256, help="per microbatch")
@@ -68,16 +68,17 @@ def llama(args: argparse.Namespace) -> DecoderConfig:
 
 
 def batches(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Random tokens, one sequence per microbatch."""
+    """Random tokens, one sequence per microbatch, on the device."""
+    device = groups.device()
     generator = torch.Generator().manual_seed(0)
     shape = (args.microbatches, 1, args.tokens + 1)
-    tokens = torch.randint(0, args.vocab, shape, generator=generator)
+    tokens = torch.randint(0, args.vocab, shape, generator=generator).to(device)
     return [
         {
             "tokens": t[:, :-1].contiguous(),
             "labels": t[:, 1:].contiguous(),
-            "loss_mask": torch.ones(1, args.tokens),
-            "position_ids": torch.arange(args.tokens)[None],
+            "loss_mask": torch.ones(1, args.tokens, device=device),
+            "position_ids": torch.arange(args.tokens, device=device)[None],
             "attention_mask": None,
         }
         for t in tokens
@@ -120,13 +121,23 @@ def megatron_layer_spec() -> Any:
     return spec
 
 
+def te_layer_spec() -> Any:
+    """Megatron's layers of Transformer Engine: fused norms and linears, its attention."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec()
+
+
+_SPECS = {"baseline": megatron_layer_spec, "transformer-engine": te_layer_spec}
+
+
 def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
     """A calibrated model and its optimizer.
 
     Args:
         args: From `arguments`.
-        name: `baseline` (`megatron_layer_spec`), `mqat` or `mqat-reference` (fake-quantized floats in
-            Megatron's GEMM).
+        name: `baseline` (`megatron_layer_spec`), `transformer-engine`, whose weights stay as Megatron
+            draws them, `mqat` or `mqat-reference` (fake-quantized floats in Megatron's GEMM).
         algorithm: `null` for unquantized.
     """
     from mqat.checkpoints.pretrained import load_pretrained_
@@ -142,9 +153,10 @@ def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
         sequence_parallel=args.sequence_parallel,
     )
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    spec = megatron_layer_spec() if name == "baseline" else None
+    spec = _SPECS[name]() if name in _SPECS else None
     chunks: list[Any] = list(build_model(model, settings, layers, dtype, layer_spec=spec))
-    load_pretrained_(chunks, RandomWeights(model, 1, 0.02))
+    if name != "transformer-engine":
+        load_pretrained_(chunks, RandomWeights(model, 1, 0.02))
     chunks = wrap_for_training(chunks)
     if layers:
         calibrate_on(chunks, batches(args)[:1])

@@ -15,6 +15,7 @@ from mqat.errors import UserError
 from mqat.quant.formats import FP4_E2M1
 from mqat.quant.qparams import rounded
 from mqat.quant.scheme import TensorScheme
+from mqat.transfer import to_device
 
 FACTORS = (1.0, 6.0 / 4.0)
 
@@ -32,7 +33,7 @@ def squared_errors(shard: WeightShard) -> Tensor:
 
 def better_factor(amax: Tensor, errors: Tensor, scheme: TensorScheme) -> Tensor:
     """`amax` of each block times the factor with the least error, 1 on a tie; float32 [rows, G]."""
-    return amax * torch.tensor(FACTORS, device=amax.device)[errors.argmin(dim=0)]
+    return amax * to_device(torch.tensor(FACTORS), amax.device)[errors.argmin(dim=0)]
 
 
 def check(name: str, scheme: TensorScheme) -> None:

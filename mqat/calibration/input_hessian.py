@@ -35,6 +35,7 @@ from torch import Tensor
 from mqat.errors import UserError
 from mqat.parallel.linear import QuantizedLinear, QuantRowParallelLinear
 from mqat.parallel.reduce import all_reduce_fused_
+from mqat.transfer import to_device
 
 # Resolution 2**-20 of one squared unit; sums of squares over all tokens must stay below 2**42.
 FRACTION_BITS = 20
@@ -87,7 +88,7 @@ class InputHessian:
         tokens: Tensor | int = len(rows)
         if linear.token_mask is not None:
             # Zeroed, not dropped: they add exact zeros, and the GEMM's shape stays that of every layout.
-            real = linear.token_mask.t().reshape(-1)
+            real = to_device(linear.token_mask.t().reshape(-1), rows.device)
             rows, tokens = rows.masked_fill(~real[:, None], 0.0), real.sum()
         largest = rows.abs().amax(dim=0)
         finite = largest.isfinite()

@@ -9,6 +9,7 @@ from mqat.calibration.clipping import ClippingMethod, WeightShard, grouped
 from mqat.quant.granularity import PerGroup
 from mqat.quant.qparams import rounded
 from mqat.quant.scheme import TensorScheme
+from mqat.transfer import to_device
 
 SHARES = tuple(1 - 0.05 * i for i in range(12))
 
@@ -27,7 +28,7 @@ def squared_errors(shard: WeightShard) -> Tensor:
 
 def best_share(statistic: Tensor, errors: Tensor, scheme: TensorScheme) -> Tensor:
     """`statistic` times the share with the least error of each scale; the largest share on a tie."""
-    best = torch.tensor(SHARES, device=statistic.device)[errors.argmin(dim=0)]
+    best = to_device(torch.tensor(SHARES), statistic.device)[errors.argmin(dim=0)]
     return statistic * (best if isinstance(scheme.granularity, PerGroup) else best.flatten())
 
 

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the plan of a configuration."""
     from mqat.plan.run import describe, make_plan, memory_estimate
+    from mqat.plan.step_model import modelled_step
 
     plan = make_plan(load_config(args.config, args.overrides), world_size=args.world_size)
-    for key, value in (describe(plan) | memory_estimate(plan)).items():
+    for key, value in (describe(plan) | memory_estimate(plan) | modelled_step(plan)).items():
         print(f"{key}: {value}")

@@ -18,6 +18,7 @@ from mqat.parallel.learned_scales import scale_rule
 from mqat.parallel.quantized_module import QuantizedModule, set_token_mask, unwrapped
 from mqat.parallel.quantized_step import quantized_step
 from mqat.runtime.groups import device
+from mqat.transfer import to_device
 
 Microbatch = dict[str, Tensor | None]
 
@@ -25,7 +26,7 @@ Microbatch = dict[str, Tensor | None]
 def _to_device(batch: Microbatch) -> Microbatch:
     """Ends of documents stay where they are: the host decides by them what it starts."""
     return {
-        key: value if value is None or _is_document_ends(key, value) else value.to(device())
+        key: value if value is None or _is_document_ends(key, value) else to_device(value, device())
         for key, value in batch.items()
     }
 
@@ -76,8 +77,7 @@ def _of_context_rank(batch: Microbatch) -> Microbatch:
 def _announced(chunk: Any, microbatches: Sequence[Microbatch]) -> Iterator[Microbatch]:
     """The microbatches; as each is taken, the chunk's modules learn which of its tokens are real."""
     for batch in microbatches:
-        mask = batch.get("token_mask")
-        set_token_mask(chunk, None if mask is None else mask.to(device()))
+        set_token_mask(chunk, batch.get("token_mask"))
         yield batch
 
 
@@ -150,15 +150,15 @@ def _eval_mode(chunks: Sequence[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> tuple[float, float]:
-    """Loss summed over all counted tokens, and their number, on every rank; changes nothing."""
-    loss = tokens = 0.0
+    """Loss summed over all counted tokens, and their number, on every rank; changes nothing.
+
+    The host waits for the device once, at the end.
+    """
+    results: list[dict[str, Tensor]] = []
     with _eval_mode(chunks), quantized_step(chunks, for_backward=False):
         for microbatches in steps:
-            part = loss_totals(
-                run_microbatches(forward_loss, chunks, microbatches, forward_only=True)
-            )
-            loss, tokens = loss + part[0], tokens + part[1]
-    return loss, tokens
+            results += run_microbatches(forward_loss, chunks, microbatches, forward_only=True)
+    return loss_totals(results)
 
 
 @contextmanager

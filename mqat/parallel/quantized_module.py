@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from mqat.errors import UserError
 from mqat.quant.quantizer import Quantizer
+from mqat.transfer import to_device
 
 
 class QuantizedModule(nn.Module):
@@ -19,8 +20,8 @@ class QuantizedModule(nn.Module):
         tp_group: Ranks that hold other parts of it.
         parts: Number of weights fused along the output rows that are cut separately (gate, up).
         is_calibrating: Compute unquantized, whatever is frozen.
-        token_mask: bool [b, s], False for padding and filler of the microbatch that comes next
-            (`set_token_mask`); None: every token is real.
+        token_mask: bool [b, s] on the host, False for padding and filler of the microbatch that comes
+            next (`set_token_mask`); None: every token is real.
     """
 
     quantized_name: str
@@ -54,7 +55,9 @@ class QuantizedModule(nn.Module):
         if len(x) != len(mask):  # sequence parallelism: each rank has consecutive tokens
             mask = mask.chunk(self.tp_group.size())[self.tp_group.rank()]
         assert mask.shape == x.shape[:2], f"{self.quantized_name}: {x.shape} with {mask.shape}"
-        return x.detach()[mask]
+        # Counted on the host, which would have to wait for the device's count.
+        kept = to_device(mask.reshape(-1).nonzero().squeeze(1), x.device)
+        return x.detach().flatten(0, 1).index_select(0, kept)
 
     def observe(self, kind: str, x: Tensor) -> None:
         """Shows the real tokens of `x` to the quantizer `kind`, if it is there and is observing."""
@@ -84,7 +87,7 @@ def quantized_modules(model: Any) -> dict[str, QuantizedModule]:
 
 
 def set_token_mask(model: Any, mask: Tensor | None) -> None:
-    """Says which tokens of the next microbatch are real, bool [b, s] on the device; None: all."""
+    """Says which tokens of the next microbatch are real, bool [b, s] on the host; None: all."""
     for module in quantized_modules(model).values():
         module.token_mask = mask
 

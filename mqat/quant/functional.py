@@ -14,12 +14,13 @@ from torch import Tensor
 
 from mqat.quant.formats import FP4_E2M1, QuantFormat
 from mqat.quant.granularity import Granularity, grouped_view
+from mqat.transfer import to_device
 
 Limit = Any  # a float, or a tensor that broadcasts
 
 
 def _levels(fmt: QuantFormat, device: torch.device) -> Tensor:
-    return torch.tensor(fmt.levels, dtype=torch.float32, device=device)
+    return to_device(torch.tensor(fmt.levels, dtype=torch.float32), device)
 
 
 def _round_e2m1_(ratio: Tensor) -> Tensor:

@@ -1,11 +1,17 @@
 """Which elements of a tensor share one scale; `str` of a granularity is its name in checkpoints."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mqat.errors import UserError
+
+Reduction = Callable[
+    ..., Tensor
+]  # of a tensor, over the dimensions `dim`; of zeros it is at most 0
 
 
 @dataclass(frozen=True)
@@ -20,9 +26,9 @@ class PerTensor:
         """Scale in a shape that broadcasts against a tensor of `shape`."""
         return scale
 
-    def largest(self, x: Tensor) -> Tensor:
-        """Largest element of `x`, (1,)."""
-        return x.amax().reshape(1)
+    def largest(self, x: Tensor, by: Reduction = torch.amax) -> Tensor:
+        """Largest element of `x`, (1,), or what else `by` finds."""
+        return by(x, dim=tuple(range(x.dim()))).reshape(1)
 
     def __str__(self) -> str:
         return "tensor"
@@ -40,9 +46,9 @@ class PerChannel:
         """(O, 1)."""
         return scale[..., None]
 
-    def largest(self, x: Tensor) -> Tensor:
+    def largest(self, x: Tensor, by: Reduction = torch.amax) -> Tensor:
         """Largest element of each row, (O,)."""
-        return x.amax(dim=-1)
+        return by(x, dim=-1)
 
     def __str__(self) -> str:
         return "channel"
@@ -78,10 +84,11 @@ class PerGroup:
         """(..., I): every scale repeated over its group."""
         return scale.repeat_interleave(self.size, dim=-1)[..., : shape[-1]]
 
-    def largest(self, x: Tensor) -> Tensor:
+    def largest(self, x: Tensor, by: Reduction = torch.amax) -> Tensor:
         """Largest element of each group, (..., G); at least 0 where a group is short."""
-        padded = F.pad(x, (0, -x.shape[-1] % self.size))
-        return padded.reshape(*self.scale_shape(tuple(x.shape)), self.size).amax(dim=-1)
+        short = -x.shape[-1] % self.size
+        padded = F.pad(x, (0, short)) if short else x  # padding by nothing copies
+        return by(padded.reshape(*self.scale_shape(tuple(x.shape)), self.size), dim=-1)
 
     def __str__(self) -> str:
         return f"group:{self.size}"
@@ -108,11 +115,11 @@ class PerBlock:
         rows = scale.repeat_interleave(self.size, dim=0)[: shape[0]]
         return rows.repeat_interleave(self.size, dim=1)[:, : shape[1]]
 
-    def largest(self, x: Tensor) -> Tensor:
+    def largest(self, x: Tensor, by: Reduction = torch.amax) -> Tensor:
         """Largest element of each square; at least 0 where a square is cut."""
         rows, cols = self.scale_shape(tuple(x.shape))
         padded = F.pad(x, (0, -x.shape[1] % self.size, 0, -x.shape[0] % self.size))
-        return padded.reshape(rows, self.size, cols, self.size).amax(dim=(1, 3))
+        return by(padded.reshape(rows, self.size, cols, self.size), dim=(1, 3))
 
     def __str__(self) -> str:
         return f"block:{self.size}"

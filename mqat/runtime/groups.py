@@ -121,6 +121,8 @@ def join(backend: str, timeout_minutes: float = 10.0) -> None:
     atexit.unregister(_end_threads)  # once, however often this process joins
     atexit.register(_end_threads)
     timeout = timedelta(minutes=timeout_minutes)
+    if backend == "nccl":
+        torch.cuda.set_device(device())
     if "MASTER_ADDR" in os.environ:
         rank = int(os.environ.get("RANK", "0"))
         dist.init_process_group(backend, rank=rank, world_size=world_size(), timeout=timeout)

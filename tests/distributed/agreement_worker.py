@@ -114,7 +114,7 @@ def unwritable_quality_report(directory: Path) -> str:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    groups.join("gloo")
+    groups.join("nccl" if torch.cuda.is_available() else "gloo")
     found = {
         layout: poisoned_step(*sizes)
         for layout, sizes in {"tp": (2, 1), "pp": (1, 2), "dp": (1, 1)}.items()

@@ -37,7 +37,8 @@ with groups.command_line():
     load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
     chunks = wrap_for_training(chunks)
     tokens = torch.randint(0, 301, (2, 33), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(32).expand(2, 32)
+    tokens = tokens.to(groups.device())
+    positions = torch.arange(32, device=tokens.device).expand(2, 32)
     loss = chunks[0](tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous()).mean()
     loss.backward()
     if ending == "user":

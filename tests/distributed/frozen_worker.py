@@ -33,7 +33,8 @@ def main() -> None:
     calibrate(chunks, lambda: None, group=group)
     pack_weights_(chunks)
     tokens = torch.randint(0, 301, (2, 33), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(32).expand(2, 32)
+    tokens = tokens.to(groups.device())
+    positions = torch.arange(32, device=tokens.device).expand(2, 32)
     loss = chunks[0](tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
     loss.mean().backward()
     gradients = {}
@@ -43,7 +44,7 @@ def main() -> None:
                 dist.all_reduce(
                     parameter.grad, group=parallel_state.get_tensor_model_parallel_group()
                 )
-            gradients[name] = parameter.grad
+            gradients[name] = parameter.grad.cpu()
     if groups.is_main():
         torch.save(gradients, out)
     groups.finalize()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.device import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,7 @@ def torchrun(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     module = ["-m"] if isinstance(script, str) else []
     started = [*(launcher if processes > 1 else []), *module, str(script), *map(str, arguments)]
-    return _run([sys.executable, *started], timeout, file_bytes)
+    return _run([sys.executable, *started], timeout, processes, file_bytes)
 
 
 def mqat(*arguments: object, timeout: float = 900) -> subprocess.CompletedProcess[str]:
@@ -35,15 +36,15 @@ def mqat(*arguments: object, timeout: float = 900) -> subprocess.CompletedProces
 
 
 def _run(
-    command: list[str], timeout: float, file_bytes: int | None = None
+    command: list[str], timeout: float, processes: int = 1, file_bytes: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    variables = environment(processes) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def limit() -> None:
         if file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False,
+        command, capture_output=True, text=True, timeout=timeout, env=variables, check=False,
         preexec_fn=limit,
     )  # fmt: skip

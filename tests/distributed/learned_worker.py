@@ -49,7 +49,7 @@ def whole_gradient(optimizer, parameter) -> torch.Tensor:
     from megatron.core import parallel_state
 
     (distributed,) = optimizer.chained_optimizers
-    whole = torch.zeros(parameter.numel())
+    whole = torch.zeros(parameter.numel(), device=parameter.device)
     if parameter in distributed.model_param_gbuf_map:
         own = distributed._get_model_param_range_map(parameter)["param"]
         whole[own.start : own.end] = parameter.main_grad.view(-1)[own.start : own.end]

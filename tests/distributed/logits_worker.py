@@ -25,7 +25,7 @@ def main() -> None:
                        lowered=args.lowered)  # fmt: skip
     result = logits(model.chunks, torch.load(args.tokens))
     if groups.is_main():
-        torch.save(result, args.out)
+        torch.save(result.cpu(), args.out)
     groups.finalize()
 
 

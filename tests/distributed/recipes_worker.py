@@ -81,7 +81,9 @@ def assembled(state: dict) -> dict[str, torch.Tensor] | None:
         if isinstance(entry, ShardedTensor):
             sizes = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
             where = tuple(slice(o, o + n) for o, n in zip(entry.global_offset, sizes, strict=True))
-            shards.append((entry.key, entry.global_shape, where, entry.data.detach().view(sizes)))
+            shards.append(
+                (entry.key, entry.global_shape, where, entry.data.detach().cpu().view(sizes))
+            )
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, shards)
     if not groups.is_main():

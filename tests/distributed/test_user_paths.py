@@ -1,7 +1,6 @@
 """What users type, end to end, and what they see when the input is bad."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 
 import pytest
 
+from tests.device import environment
 from tests.distributed.launch import ROOT, mqat, torchrun
 
 SFT, PTQ, QAT, GENERATE = (
@@ -182,7 +182,7 @@ def test_a_full_disk_ends_all_ranks_and_leaves_no_checkpoint(tmp_path):
 
 
 def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    variables = environment(1) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def command(run: str) -> list[str]:
         return [
@@ -193,7 +193,7 @@ def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):
 
     def finish(run: str) -> str:
         done = subprocess.run(
-            command(run), env=environment, check=True, capture_output=True, text=True, timeout=200
+            command(run), env=variables, check=True, capture_output=True, text=True, timeout=200
         )
         return done.stdout
 
@@ -209,7 +209,7 @@ def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):
     for _ in range(2):
         before, start = checkpoints(), time.monotonic()
         process = subprocess.Popen(
-            command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command("killed"), env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         while len(checkpoints() - before) < 1:
             assert time.monotonic() - start < 100 and process.poll() is None

@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
     if args.logits:
         trained = logits(chunks, TOKENS)
         if groups.is_main():
-            torch.save(trained, args.out / "logits.pt")
+            torch.save(trained.cpu(), args.out / "logits.pt")
     result["ahead"] = [step(), step()]
     load_checkpoint(args.out / "qat", chunks, layers=layers, training=state)
     result["resumed_alike"] = [step(), step()] == result["ahead"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2] / "mqat"
-_BOTTOM = {"errors", "files"}
+_BOTTOM = {"errors", "files", "transfer"}
 _MODEL = _BOTTOM | {"quant", "models"}
 _PARALLEL = _MODEL | {"kernels", "parallel", "runtime", "config"}
 _CHECKPOINTS = _PARALLEL | {"specs", "data"}

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mqat.calibration.clipping import WeightShard
@@ -16,12 +15,12 @@ from mqat.kernels.packed_nf4 import nf4_quantize
 from mqat.quant.algorithm import ALGORITHMS, named_scheme
 from mqat.quant.formats import INT4, INT8
 from mqat.quant.functional import quantize
-from mqat.quant.granularity import PerToken
+from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
 from mqat.quant.histogram import entropy_amax, mse_amax
 from mqat.quant.observers import ActivationObserver
 from mqat.quant.qparams import rounded, statistic_of
 from mqat.quant.quantizer import Quantizer
-from mqat.quant.scales import _largest_of_rows, compute_amax, compute_scale, divide
+from mqat.quant.scales import _largest_magnitude, compute_amax, compute_scale, divide
 from mqat.quant.scheme import TensorScheme
 
 
@@ -98,18 +97,17 @@ def test_no_clipping_point_or_factor_depends_on_the_device():
     assert reciprocals(chosen) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_maxima_of_rows_in_one_kernel_are_the_same(dtype):
-    x = torch.randn(6, 5, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
-    x[0, 0, 3], x[1, 2, 0], x[3] = torch.nan, -torch.inf, -0.0
-    expected = compute_amax(x, PerToken())
-    assert int(expected.isnan().sum()) == 1 and int(expected.isinf().sum()) == 1
-    found = _largest_of_rows(x)
-    assert found.dtype == torch.float32
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerToken(), PerGroup(16), PerBlock(3)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maxima_in_one_kernel_as_on_cuda_are_the_same_bits(granularity, dtype):
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 3], x[1, 0], x[3] = torch.nan, -torch.inf, -0.0
+    expected = compute_amax(x, granularity)
+    assert bool(expected.isnan().any())
+    found = granularity.largest(x, _largest_magnitude).float()
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
-    with FakeTensorMode():
-        on_cuda = torch.empty(6, 5, 40, dtype=dtype, device="cuda")
-        assert compute_amax(on_cuda, PerToken()).shape == (6, 5)
 
 
 def test_a_division_by_a_number_is_noticed():

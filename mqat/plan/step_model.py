@@ -1,0 +1,252 @@
+"""What a QAT step costs on a GPU beside a BF16 one, by counting: kernels, their bytes, their FLOPs.
+
+A model, not a measurement: each kernel takes the longest of its launch, its memory traffic and its
+arithmetic, and kernels do not overlap. Communication is left out: it is the same or less (codes travel
+instead of floats). `tests/unit/parallel/test_fake_cuda.py` traces the real code with fake CUDA tensors
+and compares its kernels and bytes with `linear_kernels`, so this file is also the linears' byte budget.
+
+Suffixes: N tokens of a microbatch, I input features, O output features, all of one rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mqat.models.schemes import linear_schemes
+from mqat.models.structure import in_layer
+from mqat.parallel.quantized_gemm import GemmKind, gemm_kind
+from mqat.plan.run import RunPlan
+from mqat.quant.scheme import LinearScheme, TensorScheme
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a GPU achieves, not what its data sheet says.
+
+    Attributes:
+        name: For people.
+        bytes_per_second: Of a streaming kernel.
+        bf16_flops: Of large BF16 GEMMs, per second.
+        eight_bit_flops: Of large INT8 or FP8 GEMMs, per second.
+        launch_seconds: Shortest time from one small kernel to the next.
+    """
+
+    name: str
+    bytes_per_second: float
+    bf16_flops: float
+    eight_bit_flops: float
+    launch_seconds: float
+
+
+# Of 3.35 TB/s, 989 TFLOP/s and 1979 TOP/s on the data sheet: what large kernels usually reach.
+H100 = Card("H100", 2.8e12, 650e12, 1150e12, 3e-6)
+# Share of a BF16 step that linears of the layers take at hidden 4096; the rest (attention, norms,
+# vocabulary, optimizer) is the same in QAT.
+LINEAR_SHARE = 0.78
+
+# Bytes that a pass reads and writes per element: BF16 values are 2, codes 1, bits of a mask 1/8.
+_VALUE, _CODE, _BIT, _GRAD_SUM = 2.0, 1.0, 0.125, 4.0
+_ENCODE = _VALUE + _CODE
+_DECODE = _CODE + _VALUE
+_FAKE_QUANTIZE = 2 * _VALUE
+_MASK_IN_PLACE = 2 * _VALUE + _BIT
+_ADD_TO_MAIN_GRAD = _VALUE + 2 * _GRAD_SUM
+# Maxima of dynamic scales by torch's own reductions, of ranges both ends, and their launches: the
+# reductions, and what makes scales of them.
+_MAXIMA, _RANGES = (_VALUE, 9), (2 * _VALUE, 16)
+# The same where a scheme has no fast path: fake quantization in torch, in every microbatch, of weights
+# and (with the maxima of blocks) of inputs.
+_UNFUSED_WEIGHT = {
+    "fp4_e2m1": (125.4, 19), "fp8_e4m3": (71.2, 11), "nf4": (95.2, 17), "uint4": (77.5, 16),
+}  # fmt: skip
+_UNFUSED_INPUT = {"fp4_e2m1": (105.4, 26), "fp8_e4m3": (51.6, 22)}
+_BOOL_MASK = 2 * _VALUE + 1.0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch: memory traffic in bytes, and for GEMMs the arithmetic."""
+
+    num_bytes: float
+    flops: float = 0.0
+    is_eight_bit: bool = False
+
+    def seconds(self, card: Card) -> float:
+        """Under the roofline, and no shorter than a launch."""
+        rate = card.eight_bit_flops if self.is_eight_bit else card.bf16_flops
+        return max(card.launch_seconds, self.num_bytes / card.bytes_per_second, self.flops / rate)
+
+
+Kernels = tuple[Kernel, ...]
+
+
+def seconds(kernels: Iterable[Kernel], card: Card) -> float:
+    """One after another."""
+    return sum(kernel.seconds(card) for kernel in kernels)
+
+
+@dataclass(frozen=True)
+class LinearKernels:
+    """What one linear launches.
+
+    Attributes:
+        once: Per optimizer step.
+        forward: Per microbatch.
+        backward: Per microbatch, the weight gradient's way into `main_grad` included.
+    """
+
+    once: Kernels
+    forward: Kernels
+    backward: Kernels
+
+    def step_seconds(self, microbatches: int, card: Card) -> float:
+        """Of one optimizer step."""
+        each = seconds(self.forward, card) + seconds(self.backward, card)
+        return seconds(self.once, card) + microbatches * each
+
+
+def _small(count: int) -> Kernels:
+    """Kernels on scales: nothing but their launch."""
+    return (Kernel(0.0),) * count
+
+
+def _split(num_bytes: float, launches: int) -> Kernels:
+    return (Kernel(num_bytes / launches),) * launches
+
+
+def _maxima(operand: TensorScheme, elements: int) -> Kernels:
+    if not operand.is_dynamic:
+        return ()
+    per_element, launches = _RANGES if operand.is_asymmetric else _MAXIMA
+    passes = 2 if operand.is_asymmetric else 1
+    return _split(per_element * elements, passes) + _small(launches - passes)
+
+
+def linear_kernels(
+    scheme: LinearScheme | None,
+    tokens: int,
+    outputs: int,
+    inputs: int,
+    *,
+    backward: str = "bf16",
+    sequence_shards: int = 1,
+) -> LinearKernels:
+    """Kernels of one linear on one rank, on CUDA with Triton, parameters and activations in BF16.
+
+    Args:
+        scheme: None: unquantized.
+        tokens: Of a microbatch, that this rank multiplies.
+        outputs: Output features of this rank.
+        inputs: Input features of this rank.
+        backward: `bf16`, or `fp8` or `int8`: both gradients by GEMMs of 8 bits, for which the output
+            gradient is quantized twice, along either of its dimensions.
+        sequence_shards: The input is quantized and its gradient masked in that many parts, one a rank.
+    """
+    x, w, y = tokens * inputs, outputs * inputs, tokens * outputs
+    flops = 2.0 * tokens * outputs * inputs
+    size = _VALUE * (x + w + y)
+    gemm = Kernel(size, flops)
+    add = Kernel(_ADD_TO_MAIN_GRAD * w)
+    if scheme is None or scheme.weight is None:
+        return LinearKernels((), (gemm,), (gemm, gemm, add))
+    weight, operand, kind = scheme.weight, scheme.input, gemm_kind(scheme)
+    own = x // sequence_shards
+    if kind is None:
+        per_element, launches = _UNFUSED_WEIGHT[weight.format.name]
+        quantized = _split(per_element * w, launches)
+        if operand is not None:
+            per_element, launches = _UNFUSED_INPUT[operand.format.name]
+            quantized += _split(per_element * own, launches)
+        masked = Kernel(_BOOL_MASK * w)
+        return LinearKernels((), (*quantized, gemm), (gemm, gemm, masked, add))
+    is_codes = kind is GemmKind.CODES
+    eight_bit = Kernel(_CODE * (x + w) + _VALUE * y, flops, is_eight_bit=True)
+    once = Kernel((_ENCODE if is_codes else _FAKE_QUANTIZE) * w + _BIT * w)
+    forward: Kernels = (eight_bit if is_codes else gemm,)
+    masked_dx: Kernels = ()
+    decoded_x: Kernels = ()
+    if operand is not None:
+        clips = not operand.is_dynamic
+        encode = Kernel((_ENCODE + _BIT * clips) * own)
+        decoded_x = (Kernel(_DECODE * x),)
+        scales = _small(1) if is_codes and clips else ()
+        forward = (
+            *_maxima(operand, own), encode, *scales, *(() if is_codes else decoded_x), *forward,
+        )  # fmt: skip
+        masked_dx = (Kernel(_MASK_IN_PLACE * own),) if clips else ()
+    add = Kernel(_ADD_TO_MAIN_GRAD * w + _BIT * w)
+    if backward == "bf16" or not is_codes:
+        decoded_w: Kernels = (Kernel(_DECODE * w),) if is_codes else ()
+        gradients = (*decoded_w, gemm, *decoded_x, gemm)
+    else:
+        encode_dy = Kernel(_ENCODE * y)
+        gradients = (encode_dy, eight_bit, encode_dy, eight_bit)
+    return LinearKernels((once,), forward, (*gradients, add, *masked_dx))
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """A modelled step in units of the BF16 step.
+
+    Attributes:
+        ratio: Of whole steps.
+        forward: Of the linears' forward passes alone.
+        backward: Of the linears' backward passes alone.
+        once: What is done once per step, as a share of the whole BF16 step.
+    """
+
+    ratio: float
+    forward: float
+    backward: float
+    once: float
+
+
+def estimate(
+    linears: Iterable[tuple[LinearKernels, LinearKernels]], microbatches: int, card: Card
+) -> StepEstimate:
+    """Of pairs of a linear as it is quantized and as it is in BF16."""
+    pairs = list(linears)
+
+    def total(which: int, part: str) -> float:
+        return sum(seconds(getattr(pair[which], part), card) for pair in pairs)
+
+    forward, backward = total(0, "forward"), total(0, "backward")
+    plain_forward, plain_backward = total(1, "forward"), total(1, "backward")
+    step = microbatches * (plain_forward + plain_backward) / LINEAR_SHARE
+    once = total(0, "once")
+    extra = once + microbatches * (forward + backward - plain_forward - plain_backward)
+    return StepEstimate(
+        1 + extra / step, forward / plain_forward, backward / plain_backward, once / step
+    )
+
+
+def modelled_step(plan: RunPlan, *, card: Card = H100, backward: str = "bf16") -> dict[str, str]:
+    """A line for `mqat plan`: the step of this configuration against the same one in BF16.
+
+    Nothing where no linear is quantized.
+    """
+    schemes = linear_schemes(plan.layers)
+    if not schemes:
+        return {}
+    settings, model = plan.config.model, plan.model
+    tokens = settings.micro_batch_size * settings.data.seq_length
+    microbatches = settings.global_batch_size // (settings.micro_batch_size * plan.data_parallel)
+    tp = settings.tensor_model_parallel_size
+    pairs = []
+    for linear in model.linears:
+        outputs, inputs = linear.shape(model)
+        is_column = linear.parallel == "column"
+        shards = tp if is_column and settings.sequence_parallel else 1
+        sizes = (tokens, outputs // tp, inputs) if is_column else (tokens, outputs, inputs // tp)
+        names = (in_layer(i, linear.name) for i in range(model.num_layers))
+        for scheme, count in Counter(map(schemes.get, names)).items():
+            used = linear_kernels(scheme, *sizes, backward=backward, sequence_shards=shards)
+            pairs += [(used, linear_kernels(None, *sizes))] * count
+    found = estimate(pairs, microbatches, card)
+    return {
+        f"modelled step on {card.name}": f"{found.ratio:.2f} of BF16 (linears: forward "
+        f"{found.forward:.2f}, backward {found.backward:.2f}; weight quantization {found.once:.3f} of "
+        f"a step; {tokens} tokens x {microbatches} microbatches), not measured"
+    }

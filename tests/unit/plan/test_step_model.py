@@ -1,0 +1,107 @@
+"""The modelled step against arithmetic by hand, and as `mqat plan` prints it."""
+
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+
+from mqat.cli.__main__ import main
+from mqat.plan.step_model import H100, Kernel, estimate, linear_kernels
+from mqat.quant.algorithm import named_scheme
+
+TOKENS, SIZE, MICROBATCHES = 8192, 4096, 8
+# A Llama layer of that hidden size: out and in features.
+LAYER = ((6144, SIZE), (SIZE, SIZE), (22528, SIZE), (SIZE, 11264))
+
+
+def modelled(algorithm, shapes=LAYER, card=H100, **options):
+    pairs = [
+        (
+            linear_kernels(named_scheme(algorithm), TOKENS, *shape, **options),
+            linear_kernels(None, TOKENS, *shape),
+        )
+        for shape in shapes
+    ]
+    return estimate(pairs, MICROBATCHES, card)
+
+
+def test_a_kernel_takes_the_longest_of_launch_traffic_and_arithmetic():
+    card = replace(H100, bytes_per_second=1e12, bf16_flops=1e15, eight_bit_flops=2e15)
+    assert Kernel(0).seconds(card) == card.launch_seconds
+    assert Kernel(1e9).seconds(card) == 1e-3
+    assert Kernel(1e9, 4e12).seconds(card) == 4e-3
+    assert Kernel(1e9, 4e12, is_eight_bit=True).seconds(card) == 2e-3
+
+
+def test_a_bf16_linear_is_three_gemms_and_the_sum_of_its_gradient():
+    found = linear_kernels(None, TOKENS, SIZE, SIZE)
+    gemms = 3 * 2 * TOKENS * SIZE * SIZE / H100.bf16_flops
+    assert gemms == pytest.approx(1.27e-3, rel=1e-2)
+    added = 10 * SIZE * SIZE / H100.bytes_per_second
+    assert found.step_seconds(1, H100) == pytest.approx(gemms + added, rel=1e-6)
+
+
+def test_an_int8_linears_passes_by_hand():
+    w, x = SIZE * SIZE, TOKENS * SIZE
+    found = linear_kernels(named_scheme("int8"), TOKENS, SIZE, SIZE)
+    assert [k.num_bytes for k in found.once] == [3.125 * w]
+    beside = [k.num_bytes for k in (*found.forward, *found.backward) if not k.flops]
+    assert sorted(beside) == sorted([3.125 * x, 0, 3 * w, 3 * x, 10.125 * w, 4.125 * x])
+
+
+@pytest.mark.parametrize("algorithm", ["int8", "fp8"])
+def test_int8_and_fp8_steps_are_below_bf16_on_a_llama_layer(algorithm):
+    exact, low = modelled(algorithm), modelled(algorithm, backward=algorithm)
+    assert exact.ratio <= 0.95 and low.ratio <= 0.85
+    assert exact.forward < 1 < exact.backward
+    slow = replace(H100, bytes_per_second=H100.bytes_per_second / 4)
+    assert modelled(algorithm, card=slow).ratio > 1  # control: the passes do count
+
+
+def test_unquantized_is_one_and_weight_only_adds_the_weight():
+    assert modelled("null").ratio == 1
+    int4 = modelled("int4")
+    assert int4.forward == 1 and 0 < int4.once < 0.01 and int4.ratio > 1
+
+
+CONFIG = """
+model:
+  architecture: {hidden_size: 4096, intermediate_size: 11008, num_layers: 2, num_attention_heads: 32,
+                 num_query_groups: 32, max_position_embeddings: 8192}
+  tensor_model_parallel_size: 2
+  sequence_parallel: true
+  global_batch_size: 16
+  data: {packaged: python_docs, seq_length: 8192}
+quantization: {algorithm: int8}
+export: {format: null}
+exp_manager: {exp_dir: runs/none}
+"""
+
+
+def test_plan_prints_it_for_the_layout_and_says_that_it_is_not_measured(
+    tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    command = [
+        "mqat",
+        "plan",
+        "--config",
+        str(path),
+        "--world-size",
+        "4",
+        "model.micro_batch_size=1",
+    ]
+    ratios = []
+    for algorithm in ("int8", "null"):
+        monkeypatch.setattr(sys, "argv", [*command, f"quantization.algorithm={algorithm}"])
+        main()
+        found = re.search(
+            r"^modelled step on H100: ([0-9.]+) of BF16 \(linears: forward [0-9.]+, backward [0-9.]+; "
+            r"weight quantization [0-9.]+ of a step; 8192 tokens x 8 microbatches\), not measured$",
+            capsys.readouterr().out,
+            re.MULTILINE,
+        )
+        ratios.append(None if found is None else float(found[1]))
+    assert ratios[0] is not None and 0.8 < ratios[0] < 1.0 and ratios[1] is None
