@@ -4,8 +4,9 @@ Sharding and collectives stay in Megatron's classes; the seam is `_forward_impl`
 scales make quantizing before the sequence-parallel gather give the same values for 1/tp of the work.
 A linear is in one of four modes:
 
-- fast (`quantized_gemm.py`): frozen and enabled quantizers of a scheme that it serves; codes are
-  multiplied, and the weight's are kept for the optimizer step (`quantized_step.py`).
+- fast (`quantized_gemm.py`): frozen and enabled quantizers, the weight's among them; codes are
+  multiplied where both operands have them, and the weight is kept for the optimizer step
+  (`quantized_step.py`).
 - reference: both operands pass through their quantizers (identity until frozen and enabled), then
   Megatron's GEMM with its autograd function; the straight-through gradient is the quantizers' own.
 - lowered (`pack_weights.py`): stored codes, for inference or as a frozen backbone; no float weights.
@@ -30,16 +31,16 @@ from mqat.errors import UserError
 from mqat.kernels.packed_weight import PackedWeight, frozen_matmul, packed_matmul
 from mqat.models.structure import is_in_layer
 from mqat.parallel.exact import ordered_linear, sharded_linear
+from mqat.parallel.linear_gradients import GradientNoise
 from mqat.parallel.quantized_gemm import (
+    Deferred,
     Gemm,
-    GemmKind,
     accumulated_by_megatron,
-    gemm_kind,
     quantized_matmul,
 )
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
-from mqat.parallel.step_weights import WeightCache
+from mqat.parallel.step_weights import GemmKind, WeightCache, encodes_input, gemm_kind
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme
@@ -62,19 +63,19 @@ class QuantizedLinear(QuantizedModule):
     Attributes:
         weight_quantizer: None when the scheme leaves weights alone; likewise
             `input_quantizer` and `output_quantizer`.
-        gemm_kind: Fast path of the scheme; None: there is only the reference path.
-        weight_cache: Present inside `quantized_step`.
+        gemm_kind: Fast path of the scheme; None: the weight is not quantized.
+        step_weight: Where `quantized_step` keeps the weight; `weight_cache` inside of it.
+        gradient_noise: Of gradients in 8 bits (`low_precision_backward.py`); None: they are exact.
         is_reference: Stay on the reference path, for comparisons.
         packed_weight: Present once the model has been lowered for inference.
 
     Raises:
-        UserError: `gradient_accumulation_fusion` is on: it writes to `weight.main_grad`, which
-            a fake-quantized copy of the weight does not have. Or a row-parallel linear is to add its
-            bias itself: an output is quantized without it.
+        UserError: A row-parallel linear is to add its bias itself: an output is quantized without it.
     """
 
     input_size: int
     config: Any
+    embedding_activation_buffer: Any
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     output_quantizer: Quantizer | None
@@ -92,11 +93,6 @@ class QuantizedLinear(QuantizedModule):
         if has_bias is not None:
             kwargs["bias"] = has_bias
         super().__init__(*args, **kwargs)
-        if scheme is not None and self.config.gradient_accumulation_fusion:
-            raise UserError(
-                f"{name}: gradient_accumulation_fusion=True cannot be combined with quantization, "
-                "because the fused kernel bypasses the straight-through gradient; set it to False."
-            )
         is_row = isinstance(self, RowParallelLinear)
         if is_row and self.bias is not None and not self.skip_bias_add:
             raise UserError(
@@ -108,7 +104,8 @@ class QuantizedLinear(QuantizedModule):
         self.shards_per_rank = num_shards // self.tp_group.size()
         self.overflow: Tensor | None = None
         self.gemm_kind: GemmKind | None = gemm_kind(scheme)
-        self.weight_cache: WeightCache | None = None
+        self.step_weight = WeightCache()
+        self.gradient_noise: GradientNoise | None = None
         self.is_reference = False
         self.scheme = scheme
         self.packed_weight: PackedWeight | None = None
@@ -132,6 +129,11 @@ class QuantizedLinear(QuantizedModule):
         """The quantizers that exist among `weight`, `input` and `output`."""
         found = {kind: getattr(self, f"{kind}_quantizer") for kind in _OPERANDS}
         return {kind: quantizer for kind, quantizer in found.items() if quantizer is not None}
+
+    @property
+    def weight_cache(self) -> WeightCache | None:
+        """Present inside `quantized_step`."""
+        return self.step_weight if self.step_weight.is_open else None
 
     def begin_calibration(self) -> None:
         """Switches to layout-exact, unquantized GEMMs and clears the overflow flag."""
@@ -216,33 +218,45 @@ class QuantizedLinear(QuantizedModule):
         grad_output_buffer: Any = None,
         wgrad_deferral_limit: Any = None,
     ) -> Tensor:
-        """The fast path behind Megatron's `_forward_impl`, whose arguments these are.
-
-        Raises:
-            UserError: The weight gradient is to be deferred, which would need the float input.
-        """
-        if grad_output_buffer is not None:
-            raise UserError(
-                f"{self.quantized_name}: defer_embedding_wgrad_compute keeps the float input of a "
-                "linear, which a quantized linear does not have; set it to False."
-            )
+        """The fast path behind Megatron's `_forward_impl`, whose arguments these are."""
         kind, quantizer = self.gemm_kind, self.weight_quantizer
         assert kind is not None and quantizer is not None, "_is_fast() holds"
         cache = self.weight_cache if weight is self.weight else None
-        used = (cache or WeightCache(for_backward=False)).get(weight, quantizer, kind)
+        used = (cache or WeightCache()).get(weight, quantizer, kind)
+        keeps_graph, deferred = torch.is_grad_enabled(), None
+        if grad_output_buffer is not None and self.embedding_activation_buffer[-1] is input:
+            deferred = Deferred(self.embedding_activation_buffer, grad_output_buffer)
+        scheme, steps = None, (None, None)
+        if self.input_quantizer is not None and encodes_input(self.input_quantizer.scheme):
+            scheme, steps = self.input_quantizer.scheme, self.input_quantizer.qparams(input)
+        elif self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        noise = self.gradient_noise
         gemm = Gemm(
             kind,
-            None if self.input_quantizer is None else self.input_quantizer.scheme,
+            scheme,
             allreduce_dgrad=allreduce_dgrad,
             sequence_parallel=sequence_parallel,
             tp_group=tp_group,
-            keeps_graph=torch.is_grad_enabled(),
-        )
-        steps = (
-            (None, None) if self.input_quantizer is None else self.input_quantizer.qparams(input)
+            keeps_graph=keeps_graph,
+            scope=cache,
+            rounding=noise.next_rounding() if noise is not None and keeps_graph else None,
+            fuses=gradient_accumulation_fusion,
+            deferred=deferred,
         )
         output = quantized_matmul(input, weight, steps, used, gemm)
         return output if bias is None else output + bias
+
+    def _check_fusion(self) -> None:
+        """Refuses Megatron's fused gradient kernels for a weight that its own quantizer has changed."""
+        quantizer = self.weight_quantizer
+        is_changed = quantizer is not None and quantizer.is_frozen and quantizer.is_enabled
+        if is_changed and self.config.gradient_accumulation_fusion and torch.is_grad_enabled():
+            raise UserError(
+                f"{self.quantized_name}: gradient_accumulation_fusion=True adds the gradient of the "
+                "quantized weight to main_grad before it has passed the quantizer, which trains a scale, "
+                "has fewer bits for now, or is the reference to compare with. Set it to False."
+            )
 
     def _calibration_gemm(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Unquantized and layout-exact."""
@@ -256,6 +270,7 @@ class QuantizedLinear(QuantizedModule):
             return self.packed_gemm(input, **kwargs)
         if self._is_fast():
             return self.quantized_gemm(input, weight, *args, **kwargs)
+        self._check_fusion()
         operands = self.quantized_operands(input, weight)
         return super()._forward_impl(*operands, *args, **kwargs)  # type: ignore[misc]
 
