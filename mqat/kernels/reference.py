@@ -195,7 +195,7 @@ def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | N
 
 
 def _random_words(rows: int, columns: Tensor, seed: int) -> Tensor:
-    """Uniform 32-bit numbers [rows, O] as int64, each a hash of its row, of its column's number and seed.
+    """Uniform 32-bit numbers [rows, O] as int64: hashes of the row, the column's number and the seed.
 
     The finalizer is Wellons' `lowbias32`; rows are spread by the golden ratio. What it depends on is
     where an element is in the whole matrix, not how that is cut or in which order it is visited.
@@ -252,9 +252,9 @@ def stochastic_rows(
 def stochastic_columns(
     x: Tensor, factor: Tensor | None, columns: Tensor, format_name: str, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Likewise of `x * factor[:, None]` with a scale for every column: codes [O, N], transposed, and (O,).
+    """Likewise of `x * factor[:, None]` with a scale for every column; codes [O, N], transposed.
 
-    `factor` is float32 (N,) or None.
+    `factor` is float32 (N,) or None; scales are (O,).
     """
     values = x.float() if factor is None else x.float() * factor[:, None]
     codes, scale = _stochastic(values, columns, FORMATS[format_name], seed, dim=0)

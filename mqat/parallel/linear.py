@@ -254,8 +254,8 @@ class QuantizedLinear(QuantizedModule):
         if is_changed and self.config.gradient_accumulation_fusion and torch.is_grad_enabled():
             raise UserError(
                 f"{self.quantized_name}: gradient_accumulation_fusion=True adds the gradient of the "
-                "quantized weight to main_grad before it has passed the quantizer, which trains a scale, "
-                "has fewer bits for now, or is the reference to compare with. Set it to False."
+                "quantized weight to main_grad before it has passed the quantizer, which trains a "
+                "scale, has fewer bits for now, or is the reference to compare with. Set it to False."
             )
 
     def _calibration_gemm(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

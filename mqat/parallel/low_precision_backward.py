@@ -1,4 +1,4 @@
-"""8-bit gradients of quantized linears, opt-in: which linears can have them, and the noise of rounding.
+"""Turns 8-bit gradients of quantized linears on; what the noise of their rounding depends on.
 
 Rounding is unbiased and a pure function: of the seed, the linear, the optimizer step, the microbatch's
 number on its data-parallel rank, the token's number in the microbatch and the output's number in the
@@ -12,50 +12,15 @@ microbatches that they number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mqat.errors import UserError
+from mqat.parallel.backward_formats import FORMATS, check_backward
 from mqat.parallel.linear import QuantizedLinear, QuantRowParallelLinear, quantized_linears
 from mqat.parallel.linear_gradients import GradientNoise
-from mqat.parallel.step_weights import GemmKind, gemm_kind
-from mqat.quant.formats import FP8_E4M3, INT8
-from mqat.quant.scheme import LinearScheme
-
-FORMATS = {"int8": INT8, "fp8": FP8_E4M3}
-BACKWARDS = ("bf16", *FORMATS)
-
-
-def check_backward(backward: str, schemes: Mapping[str, LinearScheme]) -> None:
-    """Refuses 8-bit gradients where a quantized linear has no operands of that format.
-
-    Args:
-        backward: `bf16` (exact), `int8` or `fp8`.
-        schemes: Global name -> scheme of every quantized linear.
-
-    Raises:
-        UserError: Names the linear and what its operands are.
-    """
-    if backward not in BACKWARDS:
-        raise UserError(f"backward={backward!r} is not one of: {', '.join(BACKWARDS)}.")
-    if backward == "bf16":
-        return
-    if not schemes:
-        raise UserError(f"backward={backward}, but no linear is quantized; set it to bf16.")
-    for name, scheme in schemes.items():
-        is_served = gemm_kind(scheme) is GemmKind.CODES and scheme.weight is not None
-        if is_served and scheme.weight.format.is_float == FORMATS[backward].is_float:
-            continue
-        found = {kind: operand.format.name for kind, operand in scheme.operands.items()}
-        raise UserError(
-            f"backward={backward}: {name} has {found or 'no quantized operands'}. Gradients in {backward} "
-            f"multiply codes of the weight and of the input, both {backward}, with weight scales per "
-            "tensor or channel and inputs symmetric, per tensor or token. Set it to bf16, or choose "
-            f"such an algorithm for all linears ({'int8, int8_pc_pt' if backward == 'int8' else 'fp8, fp8_pc_pt'})."
-        )
 
 
 def _output_numbers(linear: QuantizedLinear) -> Tensor:

@@ -19,12 +19,21 @@ from mqat.config import OptimizerConfig, QuantizationConfig
 from mqat.parallel.learned_scales import scale_rule
 
 
-def wrap_for_training(chunks: Sequence[Any]) -> list[Any]:
-    """Adds Megatron's DDP: gradient buffers, reduce-scatter over data-parallel ranks."""
+def wrap_for_training(chunks: Sequence[Any], *, overlap_grad_reduce: bool = False) -> list[Any]:
+    """Adds Megatron's DDP: gradient buffers, reduce-scatter over data-parallel ranks.
+
+    `overlap_grad_reduce` starts a bucket's reduction in the last microbatch's backward pass.
+    """
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap_grad_reduce,
     )
     wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    if overlap_grad_reduce:
+        functions = [chunk.no_sync for chunk in wrapped]
+        for chunk in chunks:
+            chunk.config.no_sync_func = functions[0] if len(functions) == 1 else functions
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
     return wrapped

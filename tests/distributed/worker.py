@@ -69,6 +69,8 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--untied", action="store_true")
     parser.add_argument("--tables", action="store_true", help="quantize embedding and output layer")
+    parser.add_argument("--backward", default="bf16")
+    parser.add_argument("--overlap", action="store_true", help="gradient reduction in backward")
     parser.add_argument("--kv-cache")
     parser.add_argument("--kv-cache-scales", default="shared")
     parser.add_argument(
@@ -99,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
     from mqat.checkpoints.pretrained import load_pretrained_
     from mqat.evaluation.forward import evaluate, logits
     from mqat.evaluation.quality import quality_report
+    from mqat.parallel.low_precision_backward import set_backward_
     from mqat.specs.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
     from mqat.training.step import forward_backward
@@ -114,7 +117,8 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     chunks = build_model(model, settings, layers, dtype)
     load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
-    chunks = wrap_for_training(chunks)
+    set_backward_(chunks, args.backward)
+    chunks = wrap_for_training(chunks, overlap_grad_reduce=args.overlap)
     tokens = torch.randint(0, 301, (8, 2, 33), generator=torch.Generator().manual_seed(0))
     size, rank = (
         parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank(),
@@ -152,7 +156,8 @@ def run(args: argparse.Namespace) -> None:
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        loss, count = forward_backward(chunks, batches)
+        loss, count = forward_backward(chunks, batches, step=state.step)
+        state.step += 1
         _, norm, _ = optimizer.step()
         scheduler.step(increment=1)
         result.setdefault("grad_norms", []).append(float(norm))
