@@ -232,7 +232,7 @@ def _stochastic(
 ) -> tuple[Tensor, Tensor]:
     amax = values.abs().amax(dim=dim, keepdim=True)
     scale = (amax / fmt.qmax).clamp_(min=torch.finfo(torch.float32).tiny)
-    codes = _rounded_up_or_down(values / scale, _random_words(len(values), columns, seed), fmt)
+    codes = _rounded_up_or_down(values / scale, _random_words(values.shape[0], columns, seed), fmt)
     return codes, scale.flatten()
 
 
