@@ -149,7 +149,8 @@ class QuantizedLinear(QuantizedModule):
         """Both operands after their quantizers; bit-equal to what a server dequantizes."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        if self.gemm_kind is not None and torch.is_grad_enabled():
+        is_fused = self.config.gradient_accumulation_fusion  # Megatron's kernel wants the parameter
+        if self.gemm_kind is not None and torch.is_grad_enabled() and not is_fused:
             weight = accumulated_by_megatron(weight)
         if self.weight_quantizer is not None:
             weight = self.weight_quantizer(weight)
@@ -247,15 +248,17 @@ class QuantizedLinear(QuantizedModule):
         output = quantized_matmul(input, weight, steps, used, gemm)
         return output if bias is None else output + bias
 
-    def _check_fusion(self) -> None:
-        """Refuses Megatron's fused gradient kernels for a weight that its own quantizer has changed."""
-        quantizer = self.weight_quantizer
-        is_changed = quantizer is not None and quantizer.is_frozen and quantizer.is_enabled
-        if is_changed and self.config.gradient_accumulation_fusion and torch.is_grad_enabled():
+    def _check_fusion(self, deferred: Any) -> None:
+        """Refuses Megatron's own sums of weight gradients where they would bypass a quantizer."""
+        active = [kind for kind, q in self.quantizers.items() if q.is_frozen and q.is_enabled]
+        fuses = self.config.gradient_accumulation_fusion and "weight" in active
+        defers = deferred is not None and {"weight", "input"} & set(active)
+        if torch.is_grad_enabled() and (fuses or defers):
+            key = "gradient_accumulation_fusion" if fuses else "defer_embedding_wgrad_compute"
             raise UserError(
-                f"{self.quantized_name}: gradient_accumulation_fusion=True adds the gradient of the "
-                "quantized weight to main_grad before it has passed the quantizer, which trains a "
-                "scale, has fewer bits for now, or is the reference to compare with. Set it to False."
+                f"{self.quantized_name}: {key}=True adds a gradient to main_grad that has not passed the "
+                "quantizers, which here train a scale, have fewer bits for now, leave the weight alone, "
+                "or are the reference to compare with. Set it to False."
             )
 
     def _calibration_gemm(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -270,7 +273,7 @@ class QuantizedLinear(QuantizedModule):
             return self.packed_gemm(input, **kwargs)
         if self._is_fast():
             return self.quantized_gemm(input, weight, *args, **kwargs)
-        self._check_fusion()
+        self._check_fusion(kwargs.get("grad_output_buffer"))
         operands = self.quantized_operands(input, weight)
         return super()._forward_impl(*operands, *args, **kwargs)  # type: ignore[misc]
 

@@ -129,6 +129,10 @@ def test_gradient_accumulation_fusion_is_honoured(calibrated, monkeypatch, algor
     next(iter(linears)).is_reference = True
     with pytest.raises(UserError, match="gradient_accumulation_fusion"):
         loss_and_gradients(chunks)
+    for linear in linears:  # before fake quantization starts, Megatron's own function does it
+        linear.weight_quantizer.is_enabled = False
+    loss_and_gradients(chunks)
+    assert len(calls) == 4 * len(linears)
 
 
 @pytest.mark.parametrize("algorithm", ["int8", "int4_w_int8_a", "nvfp4"])
@@ -157,6 +161,10 @@ def test_a_deferred_gradient_is_that_of_the_quantized_input_and_masked(calibrate
         return linear.weight.main_grad.clone()
 
     assert relative(passes(True), passes(False)) < 1e-5
+    linear.is_reference = True
+    with pytest.raises(UserError, match="defer_embedding_wgrad_compute=True"):
+        passes(True)
+    linear.is_reference = False
     linear.weight.shared_embedding = True
     with pytest.raises(UserError, match="not tied"):
         passes(True)
