@@ -256,9 +256,9 @@ class QuantizedLinear(QuantizedModule):
         if torch.is_grad_enabled() and (fuses or defers):
             key = "gradient_accumulation_fusion" if fuses else "defer_embedding_wgrad_compute"
             raise UserError(
-                f"{self.quantized_name}: {key}=True adds a gradient to main_grad that has not passed the "
-                "quantizers, which here train a scale, have fewer bits for now, leave the weight alone, "
-                "or are the reference to compare with. Set it to False."
+                f"{self.quantized_name}: {key}=True adds a gradient to main_grad that has not passed "
+                "the quantizers, which here train a scale, have fewer bits for now, leave the weight "
+                "alone, or are the reference to compare with. Set it to False."
             )
 
     def _calibration_gemm(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
