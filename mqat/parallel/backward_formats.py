@@ -29,8 +29,9 @@ def check_backward(backward: str, schemes: Mapping[str, LinearScheme]) -> None:
     if not schemes:
         raise UserError(f"backward={backward}, but no linear is quantized; set it to bf16.")
     for name, scheme in schemes.items():
-        is_served = gemm_kind(scheme) is GemmKind.CODES and scheme.weight is not None
-        if is_served and scheme.weight.format.is_float == FORMATS[backward].is_float:
+        weight, is_float = scheme.weight, FORMATS[backward].is_float
+        is_codes = gemm_kind(scheme) is GemmKind.CODES
+        if is_codes and weight is not None and weight.format.is_float == is_float:
             continue
         found = {kind: operand.format.name for kind, operand in scheme.operands.items()}
         raise UserError(

@@ -227,7 +227,8 @@ class QuantizedLinear(QuantizedModule):
         keeps_graph, deferred = torch.is_grad_enabled(), None
         if grad_output_buffer is not None and self.embedding_activation_buffer[-1] is input:
             deferred = Deferred(self.embedding_activation_buffer, grad_output_buffer)
-        scheme, steps = None, (None, None)
+        scheme = None
+        steps: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.input_quantizer is not None and encodes_input(self.input_quantizer.scheme):
             scheme, steps = self.input_quantizer.scheme, self.input_quantizer.qparams(input)
         elif self.input_quantizer is not None:
