@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mqat.evaluation.verification import record_logits as record_logits
     from mqat.export.export import export_hf as export_hf
     from mqat.export.export import export_trtllm as export_trtllm
+    from mqat.parallel.low_precision_backward import set_backward_ as set_backward_
     from mqat.parallel.pack_weights import pack_weights_ as pack_weights_
     from mqat.parallel.quantized_step import quantized_step as quantized_step
     from mqat.quant.algorithm import Recipe as Recipe
@@ -48,6 +49,7 @@ _HOME = {
     "quantize_block_spec": "mqat.specs.gpt",
     "quantize_layer_spec": "mqat.specs.gpt",
     "quantized_step": "mqat.parallel.quantized_step",
+    "set_backward_": "mqat.parallel.low_precision_backward",
     "save_checkpoint": "mqat.checkpoints.dist_checkpoint",
     "verify_export": "mqat.verify.verify",
 }

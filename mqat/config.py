@@ -159,6 +159,7 @@ class QuantizationConfig:
     bit_schedule: list[Any] = field(default_factory=list)  # of weights: [[0, 8], [100, 4]]
     weight_scales: str = "frozen"  # or lsq: trained with the weights
     input_scales: str = "frozen"  # static ones; lsq, or pact: only clipped elements train them
+    backward: str = "bf16"  # exact; or int8, fp8: 8-bit gradient GEMMs, stochastically rounded
     lsq_lr: float | None = None  # null: model.optim.lr
     pact_a_lr: float = 0.01  # of clip values, in units of the input
     pact_a_decay: float = 5e-5  # decoupled weight decay of clip values
@@ -250,6 +251,7 @@ _CHOICES = {
     "quantization.kv_cache_scales": KV_SCALES,
     "quantization.weight_scales": ("frozen", "lsq"),
     "quantization.input_scales": ("frozen", "lsq", "pact"),
+    "quantization.backward": ("bf16", "int8", "fp8"),
     "quantization.decoder_type": _DECODERS,
     "export.decoder_type": _DECODERS,
 }

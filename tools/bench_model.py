@@ -11,6 +11,7 @@ import torch
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig, OptimizerConfig
 from mqat.models.decoder import DecoderConfig
+from mqat.quant.algorithm import named_scheme
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
 
@@ -20,6 +21,11 @@ ALGORITHMS = ("int8", "int4", "int4_w_int8_a", "fp8")
 def systems_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Name and algorithm of what is compared: Megatron's layers, mqat's unquantized ones, and QAT."""
     kinds = [("baseline", "null"), ("mqat", "null"), *(("mqat", a) for a in args.algorithms)]
+    for backward in args.backward:
+        own = [
+            a for a in args.algorithms if named_scheme(a).weight.format.name.startswith(backward)
+        ]
+        kinds += [(f"mqat-{backward}", a) for a in own]
     return kinds + [("mqat-reference", a) for a in args.algorithms if args.reference]
 
 
@@ -48,6 +54,10 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--reference", action="store_true", help="also the fake-quantized path")
+    parser.add_argument(
+        "--backward", nargs="*", default=[], choices=("int8", "fp8"),
+        help="also with gradients in 8 bits, of the algorithms that can",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true")
     return parser
 
@@ -137,11 +147,14 @@ def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
     Args:
         args: From `arguments`.
         name: `baseline` (`megatron_layer_spec`), `transformer-engine`, whose weights stay as Megatron
-            draws them, `mqat` or `mqat-reference` (fake-quantized floats in Megatron's GEMM).
+            draws them, `mqat`, `mqat-reference` (fake-quantized floats in Megatron's GEMM), `mqat-int8`
+            or `mqat-fp8` (gradients in 8 bits).
         algorithm: `null` for unquantized.
     """
     from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.parallel.backward_formats import FORMATS
     from mqat.parallel.linear import quantized_linears
+    from mqat.parallel.low_precision_backward import set_backward_
     from mqat.specs.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
 
@@ -162,6 +175,9 @@ def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
         calibrate_on(chunks, batches(args)[:1])
     for linear in quantized_linears(chunks).values():
         linear.is_reference = name == "mqat-reference"
+    backward = name.removeprefix("mqat-")
+    if backward in FORMATS:
+        set_backward_(chunks, backward)
     optimizer, scheduler = build_optimizer(
         chunks, OptimizerConfig(lr=1e-5), max_steps=1000, clip_grad=1.0
     )

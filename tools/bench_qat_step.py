@@ -1,6 +1,7 @@
 """Time of a QAT step against the unquantized step, interleaved in one process.
 
     python tools/bench_qat_step.py --tokens 256 --json
+    python tools/bench_qat_step.py --tokens 1024 --algorithms int8 fp8 --backward int8 fp8
     torchrun --nproc-per-node 2 tools/bench_qat_step.py --tp 2 [--sequence-parallel]
 
 Ratios are to `baseline`: Megatron's own layers with torch's norm and SDPA attention, unquantized, in the

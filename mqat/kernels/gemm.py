@@ -67,6 +67,14 @@ def int8_matmul(x_NI: Tensor, w_OI: Tensor) -> Tensor:  # noqa: N803
     return int8_matmul_emulated(x_NI, w_OI)
 
 
+def transposed(codes: Tensor) -> Tensor:
+    """`codes.t()` as `scaled_matmul` takes it as its second operand, summed along their first dimension.
+
+    Tensor cores read one-byte operands along the summed dimension only; CPUs pack them anyhow.
+    """
+    return codes.t().contiguous() if codes.device.type == "cuda" else codes.t()
+
+
 def float_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """`a @ b`, multiplied in `compute_dtype`, rounded to `dtype`."""
     wide = compute_dtype(dtype, a.device)

@@ -29,6 +29,7 @@ named_granularity = functools.cache(granularity_from_str)
 # A byte times the other: the same byte eight times, of which `_BITS` keeps a bit each.
 _GATHER, _SPREAD = 0x0102040810204080, 0x0101010101010101
 _BITS = 0x8040201008040201 - 2**64
+_WORD = 0xFFFFFFFF
 # Elements of a weight at a time: the float32 temporaries then stay in a CPU cache, and are not fetched
 # from and returned to the system at every call.
 _CACHED = 1 << 17
@@ -213,6 +214,73 @@ def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | N
     added = x.to(torch.float32, copy=True)
     apply_mask_(added, mask, scale)
     total.add_(added)
+
+
+def _random_words(rows: int, columns: Tensor, seed: int) -> Tensor:
+    """Uniform 32-bit numbers [rows, O] as int64: hashes of the row, the column's number and the seed.
+
+    The finalizer is Wellons' `lowbias32`; rows are spread by the golden ratio. What it depends on is
+    where an element is in the whole matrix, not how that is cut or in which order it is visited.
+    """
+    row = torch.arange(rows, device=columns.device)[:, None]
+    word = (row * 0x9E3779B1 + columns.long()).bitwise_and_(_WORD).bitwise_xor_(seed)
+    word ^= word >> 16
+    word.mul_(0x7FEB352D).bitwise_and_(_WORD)
+    word ^= word >> 15
+    word.mul_(0x846CA68B).bitwise_and_(_WORD)  # wraps in int64, which leaves the low bits right
+    word ^= word >> 16
+    return word
+
+
+def _rounded_up_or_down(ratio: Tensor, words: Tensor, fmt: QuantFormat) -> Tensor:
+    """Codes of one of the two neighbours of |ratio| <= fmt.max_value; the expectation is `ratio`.
+
+    16 random bits for a fixed step and 20 for E4M3's mantissa: what is on the grid stays as it is.
+    """
+    uniform = (words >> 16).float() * 2.0**-16
+    if not fmt.is_float:
+        codes = (ratio + uniform).floor_().clamp_(fmt.qmin, fmt.qmax)
+        return codes.to(fmt.storage_dtype)
+    size = ratio.abs().clamp_(max=fmt.qmax)
+    # As `to_e4m3` in cpu/kernels.cpp: 20 of 23 mantissa bits go, the exponent's bias from 127 to 7.
+    normal = ((size.view(torch.int32).long() + (words >> 12)) >> 20) - (120 << 3)
+    subnormal = (size * 512 + uniform).floor_().long()
+    codes = torch.where(size < 2.0**-6, subnormal, normal) | (ratio.signbit().long() << 7)
+    return codes.to(torch.uint8).view(fmt.storage_dtype)
+
+
+def _stochastic(
+    values: Tensor, columns: Tensor, fmt: QuantFormat, seed: int, dim: int
+) -> tuple[Tensor, Tensor]:
+    amax = values.abs().amax(dim=dim, keepdim=True)
+    scale = (amax / fmt.qmax).clamp_(min=torch.finfo(torch.float32).tiny)
+    codes = _rounded_up_or_down(values / scale, _random_words(values.shape[0], columns, seed), fmt)
+    return codes, scale.flatten()
+
+
+def stochastic_rows(
+    x: Tensor, factor: Tensor | None, columns: Tensor, format_name: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Codes [N, O] of `x * factor` with a scale for every row, float32 (N,), rounded without bias.
+
+    `x` is [N, O], `factor` float32 (O,) or None for ones, `columns` int32 (O,): numbers of the columns
+    in the whole matrix; `seed` has 32 bits. A scale is the row's maximum by the largest code (INT8's
+    or E4M3's); not finite where a row is not.
+    """
+    values = x.float() if factor is None else x.float() * factor
+    return _stochastic(values, columns, FORMATS[format_name], seed, dim=1)
+
+
+def stochastic_columns(
+    x: Tensor, factor: Tensor | None, columns: Tensor, format_name: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Likewise of `x * factor[:, None]` with a scale for every column; codes [O, N], transposed.
+
+    `factor` is float32 (N,) or None; scales are (O,).
+    """
+    values = x.float() if factor is None else x.float() * factor[:, None]
+    codes, scale = _stochastic(values, columns, FORMATS[format_name], seed, dim=0)
+    return codes.t().contiguous(), scale
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

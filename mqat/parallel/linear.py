@@ -4,8 +4,9 @@ Sharding and collectives stay in Megatron's classes; the seam is `_forward_impl`
 scales make quantizing before the sequence-parallel gather give the same values for 1/tp of the work.
 A linear is in one of four modes:
 
-- fast (`quantized_gemm.py`): frozen and enabled quantizers of a scheme that it serves; codes are
-  multiplied, and the weight's are kept for the optimizer step (`quantized_step.py`).
+- fast (`quantized_gemm.py`): frozen and enabled quantizers, the weight's among them; codes are
+  multiplied where both operands have them, and the weight is kept for the optimizer step
+  (`quantized_step.py`).
 - reference: both operands pass through their quantizers (identity until frozen and enabled), then
   Megatron's GEMM with its autograd function; the straight-through gradient is the quantizers' own.
 - lowered (`pack_weights.py`): stored codes, for inference or as a frozen backbone; no float weights.
@@ -30,16 +31,16 @@ from mqat.errors import UserError
 from mqat.kernels.packed_weight import PackedWeight, frozen_matmul, packed_matmul
 from mqat.models.structure import is_in_layer
 from mqat.parallel.exact import ordered_linear, sharded_linear
+from mqat.parallel.linear_gradients import GradientNoise
 from mqat.parallel.quantized_gemm import (
+    Deferred,
     Gemm,
-    GemmKind,
     accumulated_by_megatron,
-    gemm_kind,
     quantized_matmul,
 )
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
-from mqat.parallel.step_weights import WeightCache
+from mqat.parallel.step_weights import GemmKind, WeightCache, encodes_input, gemm_kind
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import LinearScheme
@@ -62,21 +63,21 @@ class QuantizedLinear(QuantizedModule):
     Attributes:
         weight_quantizer: None when the scheme leaves weights alone; likewise
             `input_quantizer` and `output_quantizer`.
-        gemm_kind: Fast path of the scheme; None: there is only the reference path.
-        weight_cache: Present inside `quantized_step`.
+        gemm_kind: Fast path of the scheme; None: the weight is not quantized.
+        step_weight: Where `quantized_step` keeps the weight; `weight_cache` inside of it.
+        gradient_noise: Of gradients in 8 bits (`low_precision_backward.py`); None: they are exact.
         is_reference: Stay on the reference path, for comparisons.
         packed_weight: Present once the model has been lowered for inference.
 
     Raises:
-        UserError: `gradient_accumulation_fusion` is on: it writes to `weight.main_grad`, which
-            a fake-quantized copy of the weight does not have. Or a row-parallel linear is to add its
-            bias itself: an output is quantized without it. Or weights are cut over ranks besides TP
-            (`gtp_weight_remat_size`, since 0.19).
+        UserError: A row-parallel linear is to add its bias itself: an output is quantized without it. Or
+            weights are cut over ranks besides TP (`gtp_weight_remat_size`, since 0.19).
     """
 
     gtp_remat_size: int
     input_size: int
     config: Any
+    embedding_activation_buffer: Any
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     output_quantizer: Quantizer | None
@@ -94,12 +95,6 @@ class QuantizedLinear(QuantizedModule):
         if has_bias is not None:
             kwargs["bias"] = has_bias
         super().__init__(*args, **kwargs)
-        if scheme is not None and self.config.gradient_accumulation_fusion:
-            raise UserError(
-                f"{quantized_name}: gradient_accumulation_fusion=True cannot be combined with "
-                "quantization, because the fused kernel bypasses the straight-through gradient; set it "
-                "to False."
-            )
         if getattr(self, "gtp_remat_size", 1) > 1:
             raise UserError(
                 f"{quantized_name}: gtp_weight_remat_size={self.gtp_remat_size} cuts weights over ranks "
@@ -116,7 +111,8 @@ class QuantizedLinear(QuantizedModule):
         self.shards_per_rank = num_shards // self.tp_group.size()
         self.overflow: Tensor | None = None
         self.gemm_kind: GemmKind | None = gemm_kind(scheme)
-        self.weight_cache: WeightCache | None = None
+        self.step_weight = WeightCache()
+        self.gradient_noise: GradientNoise | None = None
         self.is_reference = False
         self.scheme = scheme
         self.packed_weight: PackedWeight | None = None
@@ -141,6 +137,11 @@ class QuantizedLinear(QuantizedModule):
         found = {kind: getattr(self, f"{kind}_quantizer") for kind in _OPERANDS}
         return {kind: quantizer for kind, quantizer in found.items() if quantizer is not None}
 
+    @property
+    def weight_cache(self) -> WeightCache | None:
+        """Present inside `quantized_step`."""
+        return self.step_weight if self.step_weight.is_open else None
+
     def begin_calibration(self) -> None:
         """Switches to layout-exact, unquantized GEMMs and clears the overflow flag."""
         super().begin_calibration()
@@ -155,7 +156,8 @@ class QuantizedLinear(QuantizedModule):
         """Both operands after their quantizers; bit-equal to what a server dequantizes."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        if self.gemm_kind is not None and torch.is_grad_enabled():
+        is_fused = self.config.gradient_accumulation_fusion  # Megatron's kernel wants the parameter
+        if self.gemm_kind is not None and torch.is_grad_enabled() and not is_fused:
             weight = accumulated_by_megatron(weight)
         if self.weight_quantizer is not None:
             weight = self.weight_quantizer(weight)
@@ -225,33 +227,48 @@ class QuantizedLinear(QuantizedModule):
         wgrad_deferral_limit: Any = None,
         gtp_remat_size: int = 1,
     ) -> Tensor:
-        """The fast path behind Megatron's `_forward_impl`, whose arguments these are.
-
-        Raises:
-            UserError: The weight gradient is to be deferred, which would need the float input.
-        """
-        if grad_output_buffer is not None:
-            raise UserError(
-                f"{self.quantized_name}: defer_embedding_wgrad_compute keeps the float input of a "
-                "linear, which a quantized linear does not have; set it to False."
-            )
+        """The fast path behind Megatron's `_forward_impl`, whose arguments these are."""
         kind, quantizer = self.gemm_kind, self.weight_quantizer
         assert kind is not None and quantizer is not None, "_is_fast() holds"
         cache = self.weight_cache if weight is self.weight else None
-        used = (cache or WeightCache(for_backward=False)).get(weight, quantizer, kind)
+        used = (cache or WeightCache()).get(weight, quantizer, kind)
+        keeps_graph, deferred = torch.is_grad_enabled(), None
+        if grad_output_buffer is not None and self.embedding_activation_buffer[-1] is input:
+            deferred = Deferred(self.embedding_activation_buffer, grad_output_buffer)
+        scheme = None
+        steps: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.input_quantizer is not None and encodes_input(self.input_quantizer.scheme):
+            scheme, steps = self.input_quantizer.scheme, self.input_quantizer.qparams(input)
+        elif self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        noise = self.gradient_noise
         gemm = Gemm(
             kind,
-            None if self.input_quantizer is None else self.input_quantizer.scheme,
+            scheme,
             allreduce_dgrad=allreduce_dgrad,
             sequence_parallel=sequence_parallel,
             tp_group=tp_group,
-            keeps_graph=torch.is_grad_enabled(),
-        )
-        steps = (
-            (None, None) if self.input_quantizer is None else self.input_quantizer.qparams(input)
+            keeps_graph=keeps_graph,
+            scope=cache,
+            rounding=noise.next_rounding() if noise is not None and keeps_graph else None,
+            fuses=gradient_accumulation_fusion,
+            deferred=deferred,
         )
         output = quantized_matmul(input, weight, steps, used, gemm)
         return output if bias is None else output + bias
+
+    def _check_fusion(self, deferred: Any) -> None:
+        """Refuses Megatron's own sums of weight gradients where they would bypass a quantizer."""
+        active = [kind for kind, q in self.quantizers.items() if q.is_frozen and q.is_enabled]
+        fuses = self.config.gradient_accumulation_fusion and "weight" in active
+        defers = deferred is not None and {"weight", "input"} & set(active)
+        if torch.is_grad_enabled() and (fuses or defers):
+            key = "gradient_accumulation_fusion" if fuses else "defer_embedding_wgrad_compute"
+            raise UserError(
+                f"{self.quantized_name}: {key}=True adds a gradient to main_grad that has not passed "
+                "the quantizers, which here train a scale, have fewer bits for now, leave the weight "
+                "alone, or are the reference to compare with. Set it to False."
+            )
 
     def _calibration_gemm(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Unquantized and layout-exact."""
@@ -265,6 +282,7 @@ class QuantizedLinear(QuantizedModule):
             return self.packed_gemm(input, **kwargs)
         if self._is_fast():
             return self.quantized_gemm(input, weight, *args, **kwargs)
+        self._check_fusion(kwargs.get("grad_output_buffer"))
         operands = self.quantized_operands(input, weight)
         return super()._forward_impl(*operands, *args, **kwargs)  # type: ignore[misc]
 

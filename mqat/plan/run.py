@@ -20,6 +20,7 @@ from mqat.export.exporters import exporter
 from mqat.kernels.gemm import has_bf16_units
 from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
+from mqat.parallel.backward_formats import check_backward
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
 from mqat.plan.bit_schedule import check_bits
 from mqat.quant.algorithm import Recipe, takes_group_size
@@ -222,6 +223,19 @@ def _check_training(settings: QuantizationConfig, layers: Mapping[str, LinearSch
             except ValueError as error:
                 raise UserError(f"config: quantization.{kind}_scales={rule}: {error}") from error
     check_bits(settings.bit_schedule, layers)
+    if settings.backward == "bf16":
+        return
+    for key in ("weight_scales", "input_scales", "bit_schedule"):
+        value = getattr(settings, key)
+        if value not in ("frozen", []):
+            raise UserError(
+                f"config: quantization.backward={settings.backward} goes with frozen scales and bits, "
+                f"not with quantization.{key}={value}; leave one of them out."
+            )
+    try:
+        check_backward(settings.backward, layers)
+    except ValueError as error:
+        raise UserError(f"config: quantization.{error}") from error
 
 
 def _check_decoder(config: RunConfig, model: DecoderConfig) -> None:

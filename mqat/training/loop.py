@@ -73,7 +73,7 @@ def train_phase(
                 chunk.zero_grad_buffer()
             state.optimizer.zero_grad()
             loss_sum, tokens = forward_backward(
-                chunks, batches.microbatches(state.consumed_samples)
+                chunks, batches.microbatches(state.consumed_samples), step=state.step
             )
             loss = loss_sum / max(tokens, 1)
             if not math.isfinite(loss):

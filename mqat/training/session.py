@@ -31,6 +31,7 @@ from mqat.evaluation.quality import quality_report
 from mqat.evaluation.verification import record_logits
 from mqat.files import write_json
 from mqat.parallel.learned_scales import learn_scales_
+from mqat.parallel.low_precision_backward import set_backward_
 from mqat.parallel.quantized_module import all_quantizers
 from mqat.plan.run import RunPlan, describe
 from mqat.quant.algorithm import Recipe
@@ -248,6 +249,7 @@ def open_session(plan: RunPlan) -> Session:
         weights=config.quantization.weight_rule,
         inputs=config.quantization.input_rule,
     )
+    set_backward_(built, config.quantization.backward, seed=config.trainer.seed)
     chunks = wrap_for_training(built, config.model.ddp)
     layout = {
         "micro_batch_size": config.model.micro_batch_size,

@@ -27,6 +27,10 @@ VARIANTS = {
     "w4a8-tp2-sp": (2, ["--algorithm", "int4_w_int8_a", "--tp", "2", "--sp"]),
     "biased": (1, ["--model", "biased"]),
     "biased-tp2-sp": (2, ["--model", "biased", "--tp", "2", "--sp"]),
+    "int8-backward": (1, ["--backward", "int8"]),
+    "int8-backward-pp2": (2, ["--backward", "int8", "--pp", "2"]),
+    "int8-backward-tp2": (2, ["--backward", "int8", "--tp", "2"]),
+    "int8-backward-tp2-sp": (2, ["--backward", "int8", "--tp", "2", "--sp"]),
     "fp8": (1, ["--algorithm", "fp8"]),
     "fp8-tp2-sp": (2, ["--algorithm", "fp8", "--tp", "2", "--sp"]),
     "dp2-overlap": (2, ["--ddp", json.dumps(OVERLAPS)]),
@@ -166,6 +170,19 @@ def test_overlapped_collectives_change_nothing(layouts):
     for key in first.keys():
         if key.endswith(".weight"):
             assert torch.allclose(first.read(key), second.read(key), rtol=1e-4, atol=1e-6), key
+
+
+def test_8_bit_gradients_have_the_same_noise_on_every_layout(layouts):
+    expected, exact = layouts["int8-backward"][1], layouts["tp1"][1]
+    for name, tolerance in (("pp2", 1e-4), ("tp2", 2e-2), ("tp2-sp", 2e-2)):
+        found = layouts[f"int8-backward-{name}"][1]
+        # PP: the same codes, but for float32 sums that flip some. TP: a token's gradient has a step for
+        # each rank's outputs of a column-parallel linear, so its noise is another.
+        assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=tolerance)
+        assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+        assert found["resumed_alike"]
+    assert expected["grad_norms"][0] != pytest.approx(exact["grad_norms"][0], rel=1e-5)  # control
+    assert expected["grad_norms"][0] == pytest.approx(exact["grad_norms"][0], rel=2e-2)
 
 
 def test_untied_embeddings_train_alike_and_are_another_model(layouts):

@@ -77,6 +77,7 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--untied", action="store_true")
     parser.add_argument("--tables", action="store_true", help="quantize embedding and output layer")
+    parser.add_argument("--backward", default="bf16")
     parser.add_argument("--kv-cache")
     parser.add_argument("--kv-cache-scales", default="shared")
     parser.add_argument(
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
     from mqat.evaluation import forward
     from mqat.evaluation.forward import evaluate, logits, run_layers
     from mqat.evaluation.quality import quality_report
+    from mqat.parallel.low_precision_backward import set_backward_
     from mqat.specs.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
     from mqat.training.step import forward_backward
@@ -127,6 +129,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     chunks = build_model(model, settings, layers, dtype)
     load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
+    set_backward_(chunks, args.backward)
     chunks = wrap_for_training(chunks, args.ddp)
     if args.contiguous:
         forward.own_tokens = lambda x, group, dim=1: x.chunk(group.size(), dim)[group.rank()]
@@ -168,7 +171,8 @@ def run(args: argparse.Namespace) -> None:
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        loss, count = forward_backward(chunks, batches)
+        loss, count = forward_backward(chunks, batches, step=state.step)
+        state.step += 1
         _, norm, _ = optimizer.step()
         scheduler.step(increment=1)
         result.setdefault("grad_norms", []).append(float(norm))

@@ -112,6 +112,23 @@ def test_a_bad_config_file_is_one_clear_error(content, message, tmp_path):
             8,
             "only symmetric integer weights",
         ),
+        (["quantization.backward=fp4"], 8, "backward='fp4' is not one of: bf16, int8, fp8"),
+        (
+            ["quantization.algorithm=int4", "quantization.backward=int8"],
+            8,
+            "quantization.backward=int8: .*qkv has {'weight': 'int4'}",
+        ),
+        (["quantization.backward=fp8"], 8, "multiply codes of weight and input, both fp8"),
+        (
+            ["quantization.backward=int8", "quantization.input_scales=pact"],
+            8,
+            "goes with frozen scales and bits, not with quantization.input_scales=pact",
+        ),
+        (
+            ["quantization.backward=int8", "quantization.disabled=['*.linear_fc2.input']"],
+            8,
+            "linear_fc2 has {'weight': 'int8'}",
+        ),
     ],
 )  # fmt: skip
 def test_what_would_fail_later_is_refused_before_any_process_group(overrides, world_size, message):

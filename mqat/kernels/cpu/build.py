@@ -28,6 +28,7 @@ _FLAGS = (
 )  # fmt: skip
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_U = ctypes.c_uint32
 _SIGNATURES = {
     "encode": (_P, _P, _P, _N, _N, _P, _P, _P, _P, _I),
     "fake_quantize": (_P, _P, _N, _N, _P, _P, _P, _I),
@@ -37,6 +38,8 @@ _SIGNATURES = {
     "scale_halves": (_P, _N, _N, _P, _N, _P, _P, _I),
     "apply_mask": (_P, _N, _P, _P, _I),
     "accumulate": (_P, _N, _P, _P, _P, _I),
+    "stochastic_rows": (_P, _P, _P, _N, _N, _U, _I, _F, _P, _P, _I),
+    "stochastic_columns": (_P, _P, _P, _N, _N, _U, _I, _F, _P, _P, _I),
     "swiglu": (_P, _N, _N, _P, _I),
     "swiglu_backward": (_P, _P, _N, _N, _P, _I),
     "rms_norm": (_P, _P, _N, _N, _F, _P, _P, _I),

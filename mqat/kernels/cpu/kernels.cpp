@@ -246,6 +246,123 @@ void accumulate(const T* x, int64_t n, const uint8_t* mask, const float* scale, 
   });
 }
 
+// A uniform 32-bit number from where an element is: `reference._random_words`.
+inline uint32_t random_word(uint32_t row_key, int32_t column, uint32_t seed) {
+  uint32_t word = (row_key + static_cast<uint32_t>(column)) ^ seed;
+  word ^= word >> 16;
+  word *= 0x7FEB352Du;
+  word ^= word >> 15;
+  word *= 0x846CA68Bu;
+  return word ^ (word >> 16);
+}
+
+inline float uniform(uint32_t word) { return static_cast<float>(word >> 16) * 0x1p-16f; }
+
+inline int8_t int8_up_or_down(float ratio, uint32_t word) {
+  const float code = clamp(std::floor(ratio + uniform(word)), -127.0f, 127.0f);
+  return static_cast<int8_t>(static_cast<int32_t>(code));
+}
+
+inline int8_t e4m3_up_or_down(float ratio, uint32_t word) {
+  uint32_t bits;
+  std::memcpy(&bits, &ratio, 4);
+  const uint32_t sign = (bits >> 24) & 0x80u;
+  const float magnitude = std::fabs(ratio), size = magnitude > 448.0f ? 448.0f : magnitude;
+  std::memcpy(&bits, &size, 4);
+  const uint32_t normal = ((bits + (word >> 12)) >> 20) - (120u << 3);
+  const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(size * 512.0f + uniform(word)));
+  const uint32_t is_small = -static_cast<uint32_t>(size < 0.015625f);  // all ones or zero
+  return static_cast<int8_t>((is_small & subnormal) | (~is_small & normal) | sign);
+}
+
+inline float stochastic_scale(float amax, bool is_nan, float largest) {
+  const float scale = amax / largest;
+  return is_nan ? NAN : (scale < 0x1p-126f ? 0x1p-126f : scale);
+}
+
+template <typename T>
+void stochastic_rows(const T* x, const float* factor, const int32_t* columns, int64_t rows, int64_t cols,
+                     uint32_t seed, int is_float, float largest, int8_t* codes, float* scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* from = x + row * cols;
+    int8_t* to = codes + row * cols;
+    float amax = 0.0f;
+    int32_t nan = 0;
+#pragma omp simd reduction(max : amax) reduction(| : nan)
+    for (int64_t k = 0; k < cols; ++k) {
+      const float v = load(from[k]) * factor[k];
+      const float size = std::fabs(v);
+      nan |= v != v;
+      amax = size > amax ? size : amax;
+    }
+    const float step = stochastic_scale(amax, nan != 0, largest);
+    const uint32_t key = static_cast<uint32_t>(row) * 0x9E3779B1u;
+    scale[row] = step;
+    if (is_float) {
+#pragma omp simd
+      for (int64_t k = 0; k < cols; ++k) {
+        const float v = load(from[k]) * factor[k];
+        to[k] = e4m3_up_or_down(v / step, random_word(key, columns[k], seed));
+      }
+    } else {
+#pragma omp simd
+      for (int64_t k = 0; k < cols; ++k) {
+        const float v = load(from[k]) * factor[k];
+        to[k] = int8_up_or_down(v / step, random_word(key, columns[k], seed));
+      }
+    }
+  }
+}
+
+// A thread has whole columns; codes are transposed in tiles that fit the first cache.
+template <typename T>
+void stochastic_columns(const T* x, const float* factor, const int32_t* columns, int64_t rows, int64_t cols,
+                        uint32_t seed, int is_float, float largest, int8_t* codes, float* scale, int threads) {
+  constexpr int64_t kCols = 64, kRows = 64;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t first = 0; first < cols; first += kCols) {
+    const int64_t width = smaller(kCols, cols - first);
+    float amax[kCols] = {0.0f}, step[kCols];
+    int32_t nan[kCols] = {0};
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* from = x + row * cols + first;
+      const float f = factor ? factor[row] : 1.0f;
+#pragma omp simd
+      for (int64_t k = 0; k < width; ++k) {
+        const float v = load(from[k]) * f, size = std::fabs(v);
+        nan[k] |= v != v;
+        amax[k] = size > amax[k] ? size : amax[k];
+      }
+    }
+    for (int64_t k = 0; k < width; ++k) step[k] = stochastic_scale(amax[k], nan[k] != 0, largest);
+    std::memcpy(scale + first, step, width * sizeof(float));
+    for (int64_t top = 0; top < rows; top += kRows) {
+      const int64_t height = smaller(kRows, rows - top);
+      int8_t tile[kRows][kCols];
+      for (int64_t r = 0; r < height; ++r) {
+        const T* from = x + (top + r) * cols + first;
+        const float f = factor ? factor[top + r] : 1.0f;
+        const uint32_t key = static_cast<uint32_t>(top + r) * 0x9E3779B1u;
+        int8_t* to = tile[r];
+        if (is_float) {
+#pragma omp simd
+          for (int64_t k = 0; k < width; ++k)
+            to[k] = e4m3_up_or_down(load(from[k]) * f / step[k], random_word(key, columns[first + k], seed));
+        } else {
+#pragma omp simd
+          for (int64_t k = 0; k < width; ++k)
+            to[k] = int8_up_or_down(load(from[k]) * f / step[k], random_word(key, columns[first + k], seed));
+        }
+      }
+      for (int64_t k = 0; k < width; ++k) {
+        int8_t* to = codes + (first + k) * rows + top;
+        for (int64_t r = 0; r < height; ++r) to[r] = tile[r][k];
+      }
+    }
+  }
+}
+
 // exp(v), relative error below 2**-22 (Cody and Waite's reduction, polynomial of degree 6).
 inline float exponential(float v) {
   const float x = clamp(v, -87.0f, 88.0f);
@@ -385,6 +502,16 @@ FOR_BOTH(apply_mask, APPLY_MASK)
     accumulate(x, n, mask, scale, total, threads);                                                           \
   }
 FOR_BOTH(accumulate, ACCUMULATE)
+
+#define STOCHASTIC(NAME, T)                                                                                  \
+  (const T* x, const float* factor, const int32_t* columns, int64_t rows, int64_t cols, uint32_t seed,      \
+   int is_float, float largest, int8_t* codes, float* scale, int threads) {                                 \
+    NAME(x, factor, columns, rows, cols, seed, is_float, largest, codes, scale, threads);                    \
+  }
+#define STOCHASTIC_ROWS(T) STOCHASTIC(stochastic_rows, T)
+FOR_BOTH(stochastic_rows, STOCHASTIC_ROWS)
+#define STOCHASTIC_COLUMNS(T) STOCHASTIC(stochastic_columns, T)
+FOR_BOTH(stochastic_columns, STOCHASTIC_COLUMNS)
 
 #define SWIGLU(T) \
   (const T* x, int64_t rows, int64_t cols, T* out, int threads) { swiglu(x, rows, cols, out, threads); }

@@ -185,6 +185,40 @@ def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | N
     _call("accumulate", x.dtype, x, x.numel(), mask, _float32(scale), total)
 
 
+def _stochastic(
+    name: str, x: Tensor, factor: Tensor | None, columns: Tensor, format_name: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    fmt, is_by_row = FORMATS[format_name], name == "stochastic_rows"
+    rows, cols = x.shape
+    shape = (rows, cols) if is_by_row else (cols, rows)
+    codes = torch.empty(shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(shape[0], dtype=torch.float32, device=x.device)
+    _call(
+        name, x.dtype, x, _float32(factor), columns, rows, cols, seed, int(fmt.is_float), fmt.qmax,
+        codes, scale,
+    )  # fmt: skip
+    return codes.view(fmt.storage_dtype), scale
+
+
+def stochastic_rows(
+    x: Tensor, factor: Tensor | None, columns: Tensor, format_name: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`reference.stochastic_rows`."""
+    if not (_serves_floats(x) and _serves(columns)):
+        return reference.stochastic_rows(x, factor, columns, format_name, seed)
+    factor = x.new_ones(x.shape[1], dtype=torch.float32) if factor is None else factor
+    return _stochastic("stochastic_rows", x, factor, columns, format_name, seed)
+
+
+def stochastic_columns(
+    x: Tensor, factor: Tensor | None, columns: Tensor, format_name: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`reference.stochastic_columns`."""
+    if not (_serves_floats(x) and _serves(columns)):
+        return reference.stochastic_columns(x, factor, columns, format_name, seed)
+    return _stochastic("stochastic_columns", x, factor, columns, format_name, seed)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`reference.rms_norm`."""
     if not _serves_floats(x, weight):

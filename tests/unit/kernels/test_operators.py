@@ -161,6 +161,58 @@ def test_tensors_are_made_where_the_operand_is(backend):
     assert found.device.type == "cpu"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("by", ["rows", "columns"])
+def test_stochastic_codes_are_the_same_bits(by, name, dtype):
+    x = normal(130, 264) * torch.logspace(-6, 0, 130)[:, None]
+    x[3], x[:, 5] = 0, 0
+    x[4], x[:, 6] = 2.0**-140, 2.0**-140  # a scale cannot be that small
+    x[7, 9] = 3e38
+    columns = torch.arange(264, dtype=torch.int32) + 7
+    for factor in (None, torch.linspace(0.1, 2, 264 if by == "rows" else 130)):
+        found, expected = both(f"stochastic_{by}", x.to(dtype), factor, columns, name, 2**32 - 3)
+        assert_same(found, expected)
+    codes, scale = getattr(operators, f"stochastic_{by}")(x.to(dtype), None, columns, name, 1)
+    values = codes.float() * scale[:, None]
+    values, step = (values, scale[:, None]) if by == "rows" else (values.t(), scale)
+    step = step if name == "int8" else torch.maximum(x.abs() / 8, step / 512)  # to the next number
+    assert bool(((values - x.to(dtype).float()).abs() <= step * 1.001).all())
+    x[2, 2], x[9, 9] = float("nan"), float("inf")
+    for part in both(f"stochastic_{by}", x.to(dtype), None, columns, name, 1):
+        assert part[1].isfinite().logical_not().nonzero().flatten().tolist() == [2, 9]
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3"])
+def test_stochastic_rounding_is_unbiased_and_leaves_the_grid_alone(name):
+    columns = torch.arange(256, dtype=torch.int32)
+    x, draws = normal(64, 256), 400
+    total = torch.zeros_like(x)
+    for seed in range(draws):
+        codes, scale = operators.stochastic_rows(x, None, columns, name, seed * 0x9E3779B1 % 2**32)
+        values = codes.float() * scale[:, None]
+        total += values - x
+    noise = (values - x).square().mean().sqrt()
+    assert float(noise) > 1e-3  # control
+    assert float((total / draws).square().mean().sqrt()) < 1.2 * float(noise) / draws**0.5
+    assert abs(float(total.mean())) < 4 * float(noise) * (draws / x.numel()) ** 0.5
+    again, same = operators.stochastic_rows(values, None, columns, name, 1)
+    torch.testing.assert_close(again.float() * same[:, None], values, rtol=1e-6, atol=0)
+
+
+def test_noise_belongs_to_an_elements_place_in_the_whole_matrix():
+    x, columns = normal(32, 64).clamp(-3, 3), torch.arange(64, dtype=torch.int32)
+    x[:, 0] = x[:, 32] = 4.0  # the same scale in either half
+    whole, _ = operators.stochastic_rows(x, None, columns, "int8", 5)
+    half, _ = operators.stochastic_rows(x[:, 32:].contiguous(), None, columns[32:], "int8", 5)
+    assert torch.equal(half, whole[:, 32:])
+    other, _ = operators.stochastic_rows(x[:, 32:].contiguous(), None, columns[:32], "int8", 5)
+    assert not torch.equal(other, whole[:, 32:])  # control
+    whole, _ = operators.stochastic_columns(x, None, columns, "int8", 5)
+    half, _ = operators.stochastic_columns(x[:, 32:].contiguous(), None, columns[32:], "int8", 5)
+    assert torch.equal(half, whole[32:])
+
+
 def calls(dtype=torch.bfloat16):
     """Name and arguments of one call of every operator, with and without what is optional."""
     x, weight, scale = normal(8, 3, 32).to(dtype), normal(32).to(dtype), torch.tensor([0.02])
@@ -169,6 +221,7 @@ def calls(dtype=torch.bfloat16):
     product = torch.ones(8, 16, dtype=torch.int32)
     zero = torch.full((8, 3), 3, dtype=torch.int32)
     fp8 = codes.float().to(torch.float8_e4m3fn)
+    columns = torch.arange(32, dtype=torch.int32)
     return [
         ("encode", (x, scale, None, "int8", "tensor", None, True)),
         ("encode", (x, scale, None, "fp8_e4m3", "tensor", 4.0, False)),
@@ -183,6 +236,10 @@ def calls(dtype=torch.bfloat16):
         ("apply_mask_", (x.clone(), mask, scale)),
         ("apply_mask_", (x.clone(), None, scale)),
         ("accumulate_", (x.float(), x, mask, None)),
+        ("stochastic_rows", (x[0], None, columns, "int8", 7)),
+        ("stochastic_rows", (x[0], weight.float(), columns, "fp8_e4m3", 7)),
+        ("stochastic_columns", (x[0], None, columns, "int8", 7)),
+        ("stochastic_columns", (x[0], torch.ones(3), columns, "fp8_e4m3", 7)),
         ("rms_norm", (x, weight, 1e-5)),
         ("rms_norm_backward", (x, x, weight, torch.ones(8, 3))),
         ("swiglu", (x,)),

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from mqat.evaluation.forward import forward_loss, run_microbatches
+from mqat.evaluation.forward import evaluate, forward_loss, run_microbatches
+from mqat.kernels.operators import decode
+from mqat.kernels.reference import unpack_mask
 from mqat.parallel import quantized_gemm
 from mqat.parallel.linear import quantized_linears
-from mqat.parallel.quantized_gemm import GemmKind, gemm_kind
 from mqat.parallel.quantized_step import quantized_step
+from mqat.parallel.step_weights import GemmKind, encode_weight, gemm_kind
 from mqat.quant.algorithm import named_scheme
 from mqat.quant.formats import INT8
 from mqat.quant.granularity import PerChannel, PerGroup
@@ -17,6 +19,7 @@ from tests.unit.model_fixtures import microbatches
 STATIC = ["int8", "int8_wo", "int4", "int4_w_int8_a", "fp8", "w_int4_sym"]
 PER_TOKEN = ["int8_pc_pt", "fp8_pc_pt", "8da4w"]
 QUANTIZED = [*STATIC, *PER_TOKEN]
+BLOCKS = ["nvfp4", "mxfp4", "mxfp8", "nf4", "w_uint4_asym"]  # only the weight is kept otherwise
 
 
 def use_reference(chunks, is_reference: bool) -> None:
@@ -56,7 +59,7 @@ def relative(found, expected):
 
 @pytest.mark.parametrize("name", ["mlp.linear_fc1", "mlp.linear_fc2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("algorithm", QUANTIZED)
+@pytest.mark.parametrize("algorithm", [*QUANTIZED, *BLOCKS])
 def test_one_linear_equals_the_reference(calibrated, backend, algorithm, dtype, name):
     linear = quantized_linears(calibrated(algorithm, dtype))[f"decoder.layers.0.{name}"]
     fast = linear_alone(linear, dtype, is_reference=False)
@@ -72,8 +75,9 @@ def test_one_linear_equals_the_reference(calibrated, backend, algorithm, dtype, 
         differ = (found == 0) != (expected == 0)
         assert int(differ.sum()) <= 2
         assert bool(((found - expected).abs()[differ] < 1e-2 * expected.std()).all())
-    assert int((fast[2] == 0).sum()) > 0  # control: some weight is clipped
-    if algorithm not in PER_TOKEN and linear.input_quantizer is not None:
+    is_clipped = algorithm not in ("nf4", "nvfp4", "mxfp4", "mxfp8")
+    assert int((fast[2] == 0).sum()) > 0 or not is_clipped  # control
+    if algorithm not in [*PER_TOKEN, *BLOCKS] and linear.input_quantizer is not None:
         assert int((fast[1] == 0).sum()) > 0  # and some input
 
 
@@ -94,7 +98,7 @@ def test_a_whole_step_equals_the_reference(calibrated, algorithm, recompute):
     assert loss_and_gradients(chunks)[0] != pytest.approx(loss, rel=1e-4)  # control
 
 
-def test_only_schemes_the_fast_path_knows_are_served():
+def test_codes_are_multiplied_where_both_operands_have_them():
     weight = TensorScheme(INT8, PerChannel())
     assert gemm_kind(named_scheme("int8")) is GemmKind.CODES
     assert gemm_kind(named_scheme("fp8")) is GemmKind.CODES
@@ -105,17 +109,21 @@ def test_only_schemes_the_fast_path_knows_are_served():
     assert gemm_kind(named_scheme("fp8_pc_pt")) is GemmKind.CODES
     assert gemm_kind(named_scheme("8da4w")) is GemmKind.VALUES
     for other in ("nvfp4", "mxfp8", "nf4", "w_uint4_asym"):
-        assert gemm_kind(named_scheme(other)) is None
+        assert gemm_kind(named_scheme(other)) is GemmKind.VALUES
     per_group = LinearScheme("new", weight, TensorScheme(INT8, PerGroup(64), is_dynamic=True))
-    assert gemm_kind(per_group) is None
+    assert gemm_kind(per_group) is GemmKind.VALUES
     fp8_weight_only = LinearScheme("new", named_scheme("fp8").weight, None)
-    assert gemm_kind(fp8_weight_only) is None
+    assert gemm_kind(fp8_weight_only) is GemmKind.VALUES
+    assert gemm_kind(LinearScheme("new", None, named_scheme("fp8").input)) is None
 
 
-def test_weights_are_quantized_once_per_step_for_all_microbatches(calibrated, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["int8", *BLOCKS])
+def test_weights_are_quantized_once_per_step_for_all_microbatches(
+    calibrated, monkeypatch, algorithm
+):
     from mqat.parallel import step_weights
 
-    chunks = calibrated("int8", recompute="full")
+    chunks = calibrated(algorithm, recompute="full")
     calls = []
     encode = step_weights.encode_weight
     monkeypatch.setattr(
@@ -127,6 +135,61 @@ def test_weights_are_quantized_once_per_step_for_all_microbatches(calibrated, mo
     assert all(linear.weight_cache is None for linear in linears.values())
     run_microbatches(forward_loss, chunks, microbatches(), forward_only=False)  # control: no scope
     assert len(calls) == len(linears) + 2 * 2 * len(linears)  # 2 microbatches, forward twice
+
+
+@pytest.mark.parametrize("algorithm", [*QUANTIZED, *BLOCKS])
+def test_what_is_kept_of_a_weight_is_what_its_quantizer_gives(calibrated, algorithm):
+    linear = quantized_linears(calibrated(algorithm))["decoder.layers.1.mlp.linear_fc2"]
+    weight, quantizer = linear.weight, linear.weight_quantizer
+    used = encode_weight(weight, quantizer, linear.gemm_kind, with_mask=True)
+    values = used.operand
+    if used.scale is not None:
+        values = decode(
+            used.operand, weight.dtype, scale=used.scale, granularity=quantizer.scheme.granularity
+        )
+    expected = quantizer(weight)
+    assert torch.equal(values, expected)
+    (passed,) = torch.autograd.grad(expected.sum(), weight)
+    assert torch.equal(unpack_mask(used.mask, tuple(weight.shape)), passed.to(torch.uint8))
+
+
+@pytest.mark.parametrize("algorithm", ["int8", "nvfp4"])
+def test_the_weights_of_every_step_lie_at_the_same_addresses(calibrated, algorithm):
+    chunks = calibrated(algorithm)
+    linears = quantized_linears(chunks).values()
+    found = []
+    for _ in range(2):
+        with quantized_step(chunks):
+            run_microbatches(forward_loss, chunks, microbatches(), forward_only=False)
+            used = [linear.step_weight._used for linear in linears]
+            found.append([x.data_ptr() for u in used for x in vars(u).values() if x is not None])
+            values = used[0].operand.clone()
+        evaluate(chunks, [microbatches()])
+        for linear in linears:
+            linear.weight.data.mul_(0.5)
+    assert found[0] == found[1]
+    assert not torch.equal(values.float(), values.float() * 0)  # control: something is there
+    with quantized_step(chunks):  # and hold the new weights, not those of the first step
+        run_microbatches(forward_loss, chunks, microbatches(), forward_only=True)
+        first = next(iter(linears))
+        fresh = encode_weight(first.weight, first.weight_quantizer, first.gemm_kind, with_mask=True)
+        kept = first.step_weight._used
+        for name in ("operand", "mask"):
+            assert torch.equal(
+                getattr(kept, name).view(torch.uint8), getattr(fresh, name).view(torch.uint8)
+            )
+
+
+def test_a_backward_that_comes_after_the_next_step_began_is_refused(calibrated):
+    chunks = calibrated("int8")
+    linear = next(iter(quantized_linears(chunks).values()))
+    x = torch.randn(8, 1, 128)
+    with quantized_step(chunks):
+        late = linear(x)[0].sum()
+    with quantized_step(chunks):
+        linear(x)
+        with pytest.raises(ValueError, match="Run backward before it opens"):
+            late.backward()
 
 
 def test_codes_held_for_a_step_take_a_byte_and_a_bit_per_parameter(calibrated):
@@ -262,15 +325,6 @@ def test_nan_weights_and_inputs_are_not_hidden_by_codes(calibrated):
         assert bool(linear(torch.randn(8, 1, 128))[0].isnan().any()), algorithm
 
 
-def test_deferring_the_weight_gradient_is_refused(calibrated):
-    linear = quantized_linears(calibrated("int8"))["decoder.layers.0.mlp.linear_fc1"]
-    with pytest.raises(ValueError, match="defer_embedding_wgrad_compute"):
-        linear.quantized_gemm(
-            torch.randn(8, 1, 128), linear.weight, bias=None, gradient_accumulation_fusion=False,
-            allreduce_dgrad=False, sequence_parallel=False, tp_group=None, grad_output_buffer=[],
-        )  # fmt: skip
-
-
 @pytest.mark.parametrize("algorithm", ["int8", "int4"])
 def test_outputs_may_be_changed_in_place_as_vocabulary_losses_do(calibrated, algorithm):
     linear = quantized_linears(calibrated(algorithm))["decoder.layers.0.mlp.linear_fc1"]
@@ -293,7 +347,7 @@ def test_gradients_added_to_main_grad_at_once_are_those_megatron_would_add(
     found = loss_and_gradients(chunks)[1]
     assert all(weight.grad_added_to_main_grad for weight in weights)
     with monkeypatch.context() as patch:
-        patch.setattr(quantized_gemm, "_accumulates", lambda node: False)
+        patch.setattr(quantized_gemm, "accumulates", lambda node: False)
         expected = loss_and_gradients(chunks)[1]
     assert not any(weight.grad_added_to_main_grad for weight in weights)
     for name, gradient in expected.items():
