@@ -73,6 +73,22 @@ def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | N
     """`reference.accumulate_`."""
 
 
+def stochastic_rows(
+    x: Tensor, factor: Tensor | None, columns: Tensor, format_name: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`reference.stochastic_rows`."""
+    codes = x.new_empty(x.shape, dtype=FORMATS[format_name].storage_dtype)
+    return codes, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def stochastic_columns(
+    x: Tensor, factor: Tensor | None, columns: Tensor, format_name: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`reference.stochastic_columns`."""
+    codes = x.new_empty(x.shape[1], x.shape[0], dtype=FORMATS[format_name].storage_dtype)
+    return codes, x.new_empty(x.shape[1], dtype=torch.float32)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`reference.rms_norm`."""
     return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)

@@ -28,6 +28,7 @@ from mqat.kernels.operators import (
     accumulate_,
     apply_mask_,
     decode,
+    scaled_matmul,
     stochastic_columns,
     stochastic_rows,
 )

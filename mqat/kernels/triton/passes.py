@@ -29,6 +29,7 @@ _INTEGERS = (torch.int8, torch.uint8)
 _BYTES = 256  # of mask in a tile: 2048 elements
 # Offsets of bytes of mask fit int32; a tile beyond the end may be counted from one.
 _MOST_ELEMENTS = 8 * (2**31 - _BYTES)
+_SIDE = 64  # of tiles that are rounded stochastically
 _OLDEST = (8, 0)
 _FP8_UNITS = (8, 9)
 
@@ -298,3 +299,42 @@ def accumulate_(total: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor | N
         reference.accumulate_(total, x, mask, scale)
         return
     _launch("accumulate", x, total, x, mask, _step(scale), x.numel())
+
+
+def _stochastic(
+    x: Tensor, factor: Tensor | None, columns: Tensor, format_name: str, seed: int, *, by_row: bool
+) -> tuple[Tensor, Tensor]:
+    kernels = importlib.import_module("mqat.kernels.triton.stochastic")
+    fmt, (rows, cols) = FORMATS[format_name], x.shape
+    shape = (rows, cols) if by_row else (cols, rows)
+    codes = torch.empty(shape, dtype=fmt.storage_dtype, device=x.device)
+    largest = torch.zeros(shape[0], dtype=torch.int32, device=x.device)
+    scale = torch.empty(shape[0], dtype=torch.float32, device=x.device)
+    grid = (-(-rows // _SIDE), -(-cols // _SIDE))
+    options = {"by_row": by_row, "side": _SIDE, "enable_fp_fusion": False}
+    factor = _step(factor)
+    with torch.cuda.device_of(x):
+        kernels.find_largest[grid](x, factor, largest, rows, cols, **options)
+        kernels.round_up_or_down[grid](
+            x, factor, columns, largest, codes.view(torch.uint8), scale, rows, cols, seed,
+            float(fmt.qmax), is_float=fmt.is_float, **options,
+        )  # fmt: skip
+    return codes, scale
+
+
+def stochastic_rows(
+    x: Tensor, factor: Tensor | None, columns: Tensor, format_name: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`reference.stochastic_rows`."""
+    if not (x.dtype in _FLOATS and _serves(x, columns)):
+        return reference.stochastic_rows(x, factor, columns, format_name, seed)
+    return _stochastic(x, factor, columns, format_name, seed, by_row=True)
+
+
+def stochastic_columns(
+    x: Tensor, factor: Tensor | None, columns: Tensor, format_name: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`reference.stochastic_columns`."""
+    if not (x.dtype in _FLOATS and _serves(x, columns)):
+        return reference.stochastic_columns(x, factor, columns, format_name, seed)
+    return _stochastic(x, factor, columns, format_name, seed, by_row=False)

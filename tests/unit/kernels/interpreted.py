@@ -316,3 +316,25 @@ def test_scales_of_another_dtype_or_layout_are_read_as_torch_reads_them(launched
         found, expected = both("encode", x, scale, None, INT8.name, "channel", None, True)
         assert_same(found, expected)
     assert launched == ["encode"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["stochastic_rows", "stochastic_columns"])
+@pytest.mark.parametrize("fmt", [INT8, FP8_E4M3], ids=lambda f: f.name)
+def test_gradients_rounded_up_or_down(fmt, name, dtype):
+    x = normal(70, 130).to(dtype)
+    x[1], x[:, 2] = 0.0, -0.0
+    x[3] *= 1e-3  # subnormal E4M3 numbers of columns
+    x[4, ::2] *= 1e-4
+    x[5, 6], x[7, 8] = torch.nan, torch.inf
+    columns = torch.arange(130, dtype=torch.int32) + 1000
+    factor = normal(130 if name == "stochastic_rows" else 70, seed=1).abs()
+    for by, seed in ((None, 1), (factor, 2**32 - 5), (factor, 12345)):
+        found, expected = both(name, x, by, columns, fmt.name, seed)
+        assert_same(found[1:], expected[1:])
+        assert int(found[1].isnan().sum()) == 1
+        finite = found[1].isfinite()
+        codes = [side[0][finite].view(torch.uint8) for side in (found, expected)]
+        assert torch.equal(*codes)
+    other = both(name, x, factor, columns, fmt.name, 7)[0][0]
+    assert not torch.equal(other.view(torch.uint8), found[0].view(torch.uint8))

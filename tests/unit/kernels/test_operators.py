@@ -220,8 +220,8 @@ def calls(dtype=torch.bfloat16):
     mask = torch.full((96,), 0x5A, dtype=torch.uint8)
     product = torch.ones(8, 16, dtype=torch.int32)
     zero = torch.full((8, 3), 3, dtype=torch.int32)
-    fp8 = codes.float().to(torch.float8_e4m3fn)
     columns = torch.arange(32, dtype=torch.int32)
+    fp8 = codes.float().to(torch.float8_e4m3fn)
     return [
         ("encode", (x, scale, None, "int8", "tensor", None, True)),
         ("encode", (x, scale, None, "fp8_e4m3", "tensor", 4.0, False)),
@@ -240,6 +240,7 @@ def calls(dtype=torch.bfloat16):
         ("stochastic_rows", (x[0], weight.float(), columns, "fp8_e4m3", 7)),
         ("stochastic_columns", (x[0], None, columns, "int8", 7)),
         ("stochastic_columns", (x[0], torch.ones(3), columns, "fp8_e4m3", 7)),
+        ("stochastic_columns", (x[0], None, columns, "fp8_e4m3", 2**32 - 1)),
         ("rms_norm", (x, weight, 1e-5)),
         ("rms_norm_backward", (x, x, weight, torch.ones(8, 3))),
         ("swiglu", (x,)),

@@ -82,12 +82,12 @@ def compiled(monkeypatch, tmp_path):
     def launched(arch):
         driver.set_active(StubDriver(arch))
         monkeypatch.setattr(passes, "capability", lambda device: divmod(arch, 10))
-        by_name = {}
+        named = []
         for name, call in launches(divmod(arch, 10) >= passes._FP8_UNITS).items():
             call()
-            (by_name[name],) = kernels
+            named += [(name, kernel) for kernel in kernels]
             kernels.clear()
-        return by_name
+        return named
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", compile_only)
@@ -119,6 +119,11 @@ def launches(with_fp8):
     def decode(name):
         return lambda: passes.decode(codes[name], steps, None, "channel", torch.bfloat16)
 
+    def stochastic(name, function):
+        wide = torch.ones(256, 512, dtype=torch.bfloat16)
+        columns = torch.arange(512, dtype=torch.int32)
+        return lambda: function(wide, None, columns, name, 5)
+
     calls = {
         "encode int8, tensor": encode("int8", "tensor", one),
         "encode int8, token + zero": encode("int8_full", "token", steps, zero),
@@ -130,6 +135,8 @@ def launches(with_fp8):
         "decode fp8, channel": decode("fp8"),
         "apply mask": lambda: passes.apply_mask_(x, bits, None),
         "accumulate": lambda: passes.accumulate_(total, x, bits, one),
+        "stochastic int8, rows": stochastic("int8", passes.stochastic_rows),
+        "stochastic e4m3, columns": stochastic("fp8_e4m3", passes.stochastic_columns),
         "int8 GEMM, 64 rows": multiply(64, 256),
         "int8 GEMM": multiply(256, 1024),
         "int8 GEMM, large": multiply(2048, 4096),
@@ -162,7 +169,7 @@ def instructions(kernel, directory):
 @pytest.mark.parametrize("arch", TENSOR_CORES)
 def test_kernels_compile_without_spills_and_multiply_on_tensor_cores(arch, compiled, tmp_path):
     print(f"\n{f'sm_{arch}':26} registers  bytes spilled  tensor cores")
-    for name, kernel in compiled(arch).items():
+    for name, kernel in compiled(arch):
         registers, spilled = resources(kernel, tmp_path)
         products = {}
         if "GEMM" in name:  # half a second each
@@ -181,7 +188,7 @@ def test_spills_are_seen(compiled, tmp_path, monkeypatch):
     big = {"tile_rows": 128, "tile_cols": 128, "tile_inner": 64, "num_warps": 4, "num_stages": 4}
     monkeypatch.setattr(passes, "_tiles", lambda *_: dict(big))
     monkeypatch.setitem(globals(), "launches", lambda _: {"int8 GEMM": multiply(256, 1024)})
-    kernel = compiled(80)["int8 GEMM"]
+    ((_, kernel),) = compiled(80)
     counts, (registers, spilled) = instructions(kernel, tmp_path), resources(kernel, tmp_path)
     assert counts["LDL"] > 0 and counts["STL"] > 0 and registers == 255 and spilled > 0
 
