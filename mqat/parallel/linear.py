@@ -43,7 +43,7 @@ from mqat.parallel.reduce import all_reduce_fused_
 from mqat.parallel.step_weights import GemmKind, WeightCache, encodes_input, gemm_kind
 from mqat.quant.granularity import PerBlock, PerGroup, PerTensor, PerToken
 from mqat.quant.quantizer import Quantizer
-from mqat.quant.scheme import LinearScheme
+from mqat.quant.scheme import LinearScheme, TensorScheme
 
 _OPERANDS = ("weight", "input", "output")
 
@@ -235,12 +235,14 @@ class QuantizedLinear(QuantizedModule):
         keeps_graph, deferred = torch.is_grad_enabled(), None
         if grad_output_buffer is not None and self.embedding_activation_buffer[-1] is input:
             deferred = Deferred(self.embedding_activation_buffer, grad_output_buffer)
-        scheme = None
+        scheme: TensorScheme | None = None
         steps: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.input_quantizer is not None and encodes_input(self.input_quantizer.scheme):
-            scheme, steps = self.input_quantizer.scheme, self.input_quantizer.qparams(input)
-        elif self.input_quantizer is not None:
-            input = self.input_quantizer(input)
+        if self.input_quantizer is not None:
+            scheme = self.input_quantizer.scheme
+            if scheme.is_asymmetric and not encodes_input(scheme):
+                scheme, input = None, self.input_quantizer(input)
+            else:
+                steps = self.input_quantizer.qparams(input)
         noise = self.gradient_noise
         gemm = Gemm(
             kind,

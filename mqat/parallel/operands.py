@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mqat.kernels.operators import decode, encode
+from mqat.kernels.operators import decode, encode, fake_quantize_with_mask
+from mqat.parallel.step_weights import encodes_input
 from mqat.quant.granularity import Granularity, PerToken
 from mqat.quant.scheme import TensorScheme
 
@@ -86,9 +87,17 @@ def encode_input(
     *,
     wants_dx: bool,
 ) -> tuple[Operand, Tensor | None]:
-    """Codes of an input, and the mask of its gradient where it may be clipped."""
+    """An input's codes or, of formats that are multiplied as floats, its quantized values.
+
+    Second: the mask of its gradient where it may be clipped.
+    """
     assert scale is not None, "a quantized input has a scale"
     clips = scheme.ste_clip_range is None or math.isfinite(scheme.ste_clip_range)
+    if not encodes_input(scheme):
+        values, mask = fake_quantize_with_mask(
+            x, scale, scheme.format, scheme.granularity, ste_clip_range=scheme.ste_clip_range
+        )
+        return Operand(values), mask if wants_dx and clips else None
     encoded = encode(
         x, scale, scheme.format, scheme.granularity,
         with_mask=wants_dx and clips, zero_point=zero_point, ste_clip_range=scheme.ste_clip_range,

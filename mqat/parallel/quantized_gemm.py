@@ -139,7 +139,8 @@ class _QuantizedGemm(torch.autograd.Function):
         group = gemm.tp_group
         wants_dx, wants_dw = ctx.needs_input_grad[:2]
         scheme = gemm.input_scheme
-        operand = Operand(x, scale, zero_point, scheme.granularity if scheme else None)
+        granularity = scheme.granularity if scheme is not None and scale is not None else None
+        operand = Operand(x, scale, zero_point, granularity)
         handles: list[Any] = []
         if gemm.sequence_parallel and x is not None:
             operand, handles = operand.gathered(group, async_op=True)

@@ -1,5 +1,7 @@
 """The fast path against the fake-quantized reference, and weights that change under it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,9 +11,9 @@ from mqat.kernels.reference import unpack_mask
 from mqat.parallel import quantized_gemm
 from mqat.parallel.linear import quantized_linears
 from mqat.parallel.quantized_step import quantized_step
-from mqat.parallel.step_weights import GemmKind, encode_weight, gemm_kind
+from mqat.parallel.step_weights import GemmKind, encode_weight, encodes_input, gemm_kind
 from mqat.quant.algorithm import named_scheme
-from mqat.quant.formats import INT8
+from mqat.quant.formats import FORMATS, INT8
 from mqat.quant.granularity import PerChannel, PerGroup
 from mqat.quant.scheme import LinearScheme, TensorScheme
 from tests.unit.model_fixtures import microbatches
@@ -79,6 +81,19 @@ def test_one_linear_equals_the_reference(calibrated, backend, algorithm, dtype, 
     assert int((fast[2] == 0).sum()) > 0 or not is_clipped  # control
     if algorithm not in [*PER_TOKEN, *BLOCKS] and linear.input_quantizer is not None:
         assert int((fast[1] == 0).sum()) > 0  # and some input
+
+
+def test_an_input_of_one_scale_that_is_not_kept_as_codes_equals_the_reference(calibrated):
+    chunks = calibrated("int4_w_int8_a", torch.float32)
+    linear = quantized_linears(chunks)["decoder.layers.0.mlp.linear_fc1"]
+    quantizer = linear.input_quantizer
+    quantizer.scheme = replace(quantizer.scheme, format=FORMATS["int6"])
+    assert not encodes_input(quantizer.scheme)
+    fast = linear_alone(linear, torch.float32, is_reference=False)
+    reference = linear_alone(linear, torch.float32, is_reference=True)
+    for found, expected in zip(fast, reference, strict=True):
+        assert relative(found, expected) <= 1e-5
+    assert int((fast[1] == 0).sum()) > 0  # some input is clipped
 
 
 @pytest.mark.parametrize("recompute", [None, "full", "selective"])
