@@ -39,6 +39,8 @@ from mqat.runtime import groups
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = ("int8", "int8_pc_pt", "fp8", "fp8_pc_pt", "int4", "int4_w_int8_a", "nvfp4", "mxfp8")
+# Also measured with gradients in 8 bits.
+EIGHT_BIT_GRADIENTS = ("int8", "fp8")
 # Sizes by device: those of the model in `mqat plan`'s estimate, and what a CPU does in seconds.
 SIZES = {
     "cuda": {"hidden": 4096, "layers": 4, "tokens": 8192, "microbatches": 8, "vocab": 32000},
@@ -93,14 +95,17 @@ def in_own_process(args: argparse.Namespace, given: list[str], *one: str) -> dic
     return found
 
 
-def modelled_ratio(args: argparse.Namespace, algorithm: str) -> float:
+def modelled_ratio(args: argparse.Namespace, name: str, algorithm: str) -> float:
     """What `mqat plan` says of these sizes on an H100."""
-    model, scheme = llama(args), named_scheme(algorithm)
+    model, scheme, backward = llama(args), named_scheme(algorithm), name.partition("-")[2] or "bf16"
     pairs = [
-        tuple(linear_kernels(s, args.tokens, *linear.shape(model)) for s in (scheme, None))
+        (
+            linear_kernels(scheme, args.tokens, *linear.shape(model), backward=backward),
+            linear_kernels(None, args.tokens, *linear.shape(model)),
+        )
         for linear in model.linears
     ]
-    return estimate(((a, b) for a, b in pairs), args.microbatches, H100).ratio
+    return estimate(pairs, args.microbatches, H100).ratio
 
 
 def longest_kernels(
@@ -158,6 +163,7 @@ def systems(args: argparse.Namespace) -> list[tuple[str, str]]:
         print("transformer_engine is not installed: no row", file=sys.stderr)
         engines = []
     own = [("mqat", algorithm) for algorithm in ("null", *args.algorithms)]
+    own += [(f"mqat-{a}", a) for a in args.algorithms if a in EIGHT_BIT_GRADIENTS]
     return [("baseline", "null"), *engines, *own, *available()]
 
 
@@ -170,8 +176,8 @@ def measure_all(args: argparse.Namespace, given: list[str]) -> list[dict[str, An
         base = rows[0] if rows else row
         if "step_seconds" in row and "step_seconds" in base:
             row["step_ratio"] = row["step_seconds"] / base["step_seconds"]
-        if name == "mqat" and "error" not in row:
-            row["modelled_ratio"] = modelled_ratio(args, algorithm)
+        if name.startswith("mqat") and "error" not in row:
+            row["modelled_ratio"] = modelled_ratio(args, name, algorithm)
         rows.append(row)
     return rows
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from mqat.models.schemes import linear_schemes
 from mqat.models.structure import in_layer
-from mqat.parallel.quantized_gemm import GemmKind, gemm_kind
+from mqat.parallel.step_weights import GemmKind, encodes_input, gemm_kind
 from mqat.plan.run import RunPlan
+from mqat.quant.granularity import PerGroup
 from mqat.quant.scheme import LinearScheme, TensorScheme
 
 
@@ -53,16 +54,16 @@ _DECODE = _CODE + _VALUE
 _FAKE_QUANTIZE = 2 * _VALUE
 _MASK_IN_PLACE = 2 * _VALUE + _BIT
 _ADD_TO_MAIN_GRAD = _VALUE + 2 * _GRAD_SUM
+_MASK_MAIN_GRAD = 2 * _GRAD_SUM + _BIT
+_TRANSPOSE = 2 * _CODE
 # Maxima of dynamic scales by torch's own reductions, of ranges both ends, and their launches: the
 # reductions, and what makes scales of them.
 _MAXIMA, _RANGES = (_VALUE, 9), (2 * _VALUE, 16)
-# The same where a scheme has no fast path: fake quantization in torch, in every microbatch, of weights
-# and (with the maxima of blocks) of inputs.
-_UNFUSED_WEIGHT = {
-    "fp4_e2m1": (125.4, 19), "fp8_e4m3": (71.2, 11), "nf4": (95.2, 17), "uint4": (77.5, 16),
-}  # fmt: skip
-_UNFUSED_INPUT = {"fp4_e2m1": (105.4, 26), "fp8_e4m3": (51.6, 22)}
-_BOOL_MASK = 2 * _VALUE + 1.0
+# What no kernel of its own serves, torch's operations one by one and their launches: weights once per
+# step, with their masks.
+_UNFUSED_WEIGHT = {"nf4": (102.3, 23), "uint4": (96.7, 23)}
+# Dynamic blocks of inputs, by block size: maxima, and what makes scales of them (NVFP4's 16, MX's 32).
+_BLOCK_SCALES = {16: (4.63, 8), 32: (5.26, 15)}
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class LinearKernels:
     """What one linear launches.
 
     Attributes:
-        once: Per optimizer step.
+        once: Per optimizer step: the weight, and the mask of the sum of its gradients.
         forward: Per microbatch.
         backward: Per microbatch, the weight gradient's way into `main_grad` included.
     """
@@ -146,28 +147,24 @@ def linear_kernels(
     """
     x, w, y = tokens * inputs, outputs * inputs, tokens * outputs
     flops = 2.0 * tokens * outputs * inputs
-    size = _VALUE * (x + w + y)
-    gemm = Kernel(size, flops)
+    gemm = Kernel(_VALUE * (x + w + y), flops)
     add = Kernel(_ADD_TO_MAIN_GRAD * w)
-    if scheme is None or scheme.weight is None:
+    kind = gemm_kind(scheme)
+    if scheme is None or scheme.weight is None or kind is None:
         return LinearKernels((), (gemm,), (gemm, gemm, add))
-    weight, operand, kind = scheme.weight, scheme.input, gemm_kind(scheme)
-    own = x // sequence_shards
-    if kind is None:
-        per_element, launches = _UNFUSED_WEIGHT[weight.format.name]
-        quantized = _split(per_element * w, launches)
-        if operand is not None:
-            per_element, launches = _UNFUSED_INPUT[operand.format.name]
-            quantized += _split(per_element * own, launches)
-        masked = Kernel(_BOOL_MASK * w)
-        return LinearKernels((), (*quantized, gemm), (gemm, gemm, masked, add))
+    weight, operand, own = scheme.weight, scheme.input, x // sequence_shards
     is_codes = kind is GemmKind.CODES
     eight_bit = Kernel(_CODE * (x + w) + _VALUE * y, flops, is_eight_bit=True)
-    once = Kernel((_ENCODE if is_codes else _FAKE_QUANTIZE) * w + _BIT * w)
+    groups = 4 / weight.granularity.size if isinstance(weight.granularity, PerGroup) else 0.0
+    once: Kernels = (Kernel(((_ENCODE if is_codes else _FAKE_QUANTIZE) + _BIT + groups) * w),)
+    if weight.format.name in _UNFUSED_WEIGHT:
+        per_element, launches = _UNFUSED_WEIGHT[weight.format.name]
+        once = _split(per_element * w, launches)
+    once += (Kernel(_MASK_MAIN_GRAD * w),)
     forward: Kernels = (eight_bit if is_codes else gemm,)
     masked_dx: Kernels = ()
     decoded_x: Kernels = ()
-    if operand is not None:
+    if operand is not None and encodes_input(operand):
         clips = not operand.is_dynamic
         encode = Kernel((_ENCODE + _BIT * clips) * own)
         decoded_x = (Kernel(_DECODE * x),)
@@ -176,14 +173,21 @@ def linear_kernels(
             *_maxima(operand, own), encode, *scales, *(() if is_codes else decoded_x), *forward,
         )  # fmt: skip
         masked_dx = (Kernel(_MASK_IN_PLACE * own),) if clips else ()
-    add = Kernel(_ADD_TO_MAIN_GRAD * w + _BIT * w)
+    elif operand is not None and isinstance(operand.granularity, PerGroup):
+        size = operand.granularity.size
+        per_element, launches = _BLOCK_SCALES[size]
+        quantize = Kernel((_FAKE_QUANTIZE + _BIT + 4 / size) * own)
+        forward = (*_split(per_element * own, launches), quantize, *forward)
     if backward == "bf16" or not is_codes:
         decoded_w: Kernels = (Kernel(_DECODE * w),) if is_codes else ()
         gradients = (*decoded_w, gemm, *decoded_x, gemm)
     else:
-        encode_dy = Kernel(_ENCODE * y)
-        gradients = (encode_dy, eight_bit, encode_dy, eight_bit)
-    return LinearKernels((once,), forward, (*gradients, add, *masked_dx))
+        # The operands' codes are turned, so that the summed dimension is the last one of both.
+        rounded = Kernel(_ENCODE * y)
+        into_w = Kernel(_CODE * (x + y) + _VALUE * w, flops, is_eight_bit=True)
+        turned_w, turned_x = Kernel(_TRANSPOSE * w), Kernel(_TRANSPOSE * x)
+        gradients = (rounded, *_small(1), turned_w, eight_bit, rounded, turned_x, into_w)
+    return LinearKernels(once, forward, (*gradients, add, *masked_dx))
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ def estimate(
     )
 
 
-def modelled_step(plan: RunPlan, *, card: Card = H100, backward: str = "bf16") -> dict[str, str]:
+def modelled_step(plan: RunPlan, *, card: Card = H100) -> dict[str, str]:
     """A line for `mqat plan`: the step of this configuration against the same one in BF16.
 
     Nothing where no linear is quantized.
@@ -242,7 +246,9 @@ def modelled_step(plan: RunPlan, *, card: Card = H100, backward: str = "bf16") -
         sizes = (tokens, outputs // tp, inputs) if is_column else (tokens, outputs, inputs // tp)
         names = (in_layer(i, linear.name) for i in range(model.num_layers))
         for scheme, count in Counter(map(schemes.get, names)).items():
-            used = linear_kernels(scheme, *sizes, backward=backward, sequence_shards=shards)
+            used = linear_kernels(
+                scheme, *sizes, backward=plan.config.quantization.backward, sequence_shards=shards
+            )
             pairs += [(used, linear_kernels(None, *sizes))] * count
     found = estimate(pairs, microbatches, card)
     return {

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mqat.kernels import reference
+from mqat.kernels.triton import passes
 from mqat.quant.formats import FORMATS, FP4_E2M1
 
 CUDA = torch.device("cuda", 0)
@@ -117,8 +118,10 @@ def _refuse_waiting(name: str, args: Any, kwargs: Any, out: Any) -> None:
         raise HostWaitsError(f"{name}: {source.device} -> {out.device} of {tuple(source.shape)}")
 
 
-def _is_one_kernel(args: Any) -> bool:
-    """Whether the CUDA backend serves an operator's arguments (`kernels/triton/passes.py`)."""
+def _is_one_kernel(name: str, args: Any) -> bool:
+    """Whether the CUDA backend serves an operator and these arguments."""
+    if not hasattr(passes, name):
+        return False
     formats = [FORMATS[x] for x in args if isinstance(x, str) and x in FORMATS]
     is_arithmetic = all(not fmt.levels or fmt == FP4_E2M1 for fmt in formats)
     return is_arithmetic and all(x.is_contiguous() for x in _tensors(list(args)))
@@ -144,7 +147,7 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         namespace, name = func.name().split("::")
         plain = getattr(reference, name.split(".")[0], None) if namespace == "mqat" else None
-        if plain is not None and (self.decomposed or not _is_one_kernel(args)):
+        if plain is not None and (self.decomposed or not _is_one_kernel(plain.__name__, args)):
             with self:
                 return plain(*args, **kwargs)
         # Inside of that, operations arrive that autograd would have taken apart before.

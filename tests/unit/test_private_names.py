@@ -29,6 +29,19 @@ def _int8pack_mm():
     assert torch.allclose(product.double(), expected, rtol=2**-7, atol=2.0)
 
 
+def _scaled_mm():
+    schema = torch.ops.aten._scaled_mm.default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert names[:4] == ["self", "mat2", "scale_a", "scale_b"]
+    assert {"out_dtype", "use_fast_accum"} <= set(names)
+    fp8 = [torch.empty(32, 16, device="meta").to(torch.float8_e4m3fn) for _ in range(2)]
+    rows = torch.ones(32, 1, device="meta")
+    product = torch._scaled_mm(
+        fp8[0], fp8[1].t(), scale_a=rows, scale_b=rows.t(), out_dtype=torch.bfloat16
+    )
+    assert product.shape == (32, 32) and product.dtype == torch.bfloat16
+
+
 def _int4pack_mm():
     x, codes = torch.randn(4, 64).bfloat16(), torch.randint(0, 16, (64, 64), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
@@ -99,6 +112,7 @@ PRIVATE = {
     "torch._dynamo.config.recompile_limit": _recompile_limit,
     "torch._fused_sdp_choice": _fused_sdp_choice,
     "torch._int_mm": _int_mm,
+    "torch._scaled_mm": _scaled_mm,
     "torch._weight_int8pack_mm": _int8pack_mm,
     "torch.cpu._is_avx512_bf16_supported": _is_bool(torch.cpu._is_avx512_bf16_supported),
     "torch.cpu._is_vnni_supported": _is_bool(torch.cpu._is_vnni_supported),

@@ -21,7 +21,7 @@ from mqat.runtime import groups
 from mqat.specs.policy import Rule
 from tests.unit.fake_cuda import CUDA, Ledger, backward, fake_cuda, install_guard, to_fake_cuda_
 from tests.unit.model_fixtures import MODEL
-from tests.unit.parallel.test_fake_cuda import SIZE, TOKENS, make_linear, run_step
+from tests.unit.parallel.test_fake_cuda import SIZE, TOKENS, grad, make_linear, run_step
 
 QUANTIZED = [name for name in ALGORITHMS if name != "null"]
 
@@ -99,9 +99,6 @@ def test_so_does_one_with_quantized_tables_and_packed_documents(model_on_cuda):
 
 def test_so_does_one_with_learned_scales(model_on_cuda, monkeypatch):
     from mqat.parallel.quantized_module import all_quantizers
-
-    def grad(output, leaf, upstream):  # for `torch.autograd.grad`, which starts the engine
-        return (backward(output, upstream)[leaf],)
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
     chunk = model_on_cuda("int8")
@@ -184,7 +181,7 @@ def first_of_two(monkeypatch):
     cpu.install()
     from megatron.core import parallel_state
 
-    monkeypatch.setattr(quantized_gemm, "_accumulates", lambda node: True)
+    monkeypatch.setattr(quantized_gemm, "accumulates", lambda node: True)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     parallel_state.initialize_model_parallel(2, create_gloo_process_groups=False)
     yield

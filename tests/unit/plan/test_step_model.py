@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mqat.cli.__main__ import main
+from mqat.plan import step_model
 from mqat.plan.step_model import H100, Kernel, estimate, linear_kernels
 from mqat.quant.algorithm import named_scheme
 
@@ -45,18 +46,26 @@ def test_a_bf16_linear_is_three_gemms_and_the_sum_of_its_gradient():
 def test_an_int8_linears_passes_by_hand():
     w, x = SIZE * SIZE, TOKENS * SIZE
     found = linear_kernels(named_scheme("int8"), TOKENS, SIZE, SIZE)
-    assert [k.num_bytes for k in found.once] == [3.125 * w]
+    assert [k.num_bytes for k in found.once] == [3.125 * w, 8.125 * w]
     beside = [k.num_bytes for k in (*found.forward, *found.backward) if not k.flops]
-    assert sorted(beside) == sorted([3.125 * x, 0, 3 * w, 3 * x, 10.125 * w, 4.125 * x])
+    assert sorted(beside) == sorted([3.125 * x, 0, 3 * w, 3 * x, 10 * w, 4.125 * x])
 
 
 @pytest.mark.parametrize("algorithm", ["int8", "fp8"])
 def test_int8_and_fp8_steps_are_below_bf16_on_a_llama_layer(algorithm):
-    exact, low = modelled(algorithm), modelled(algorithm, backward=algorithm)
-    assert exact.ratio <= 0.95 and low.ratio <= 0.85
+    exact = modelled(algorithm)
+    assert exact.ratio <= 0.95
     assert exact.forward < 1 < exact.backward
     slow = replace(H100, bytes_per_second=H100.bytes_per_second / 4)
     assert modelled(algorithm, card=slow).ratio > 1  # control: the passes do count
+
+
+@pytest.mark.parametrize("algorithm", ["int8", "fp8"])
+def test_gradients_in_8_bits_pay_where_one_kernel_rounds_them(algorithm, monkeypatch):
+    assert modelled(algorithm, backward=algorithm).ratio <= 0.85
+    # Control: torch, operation by operation, moves 323 bytes an element and more.
+    monkeypatch.setattr(step_model, "_ENCODE", 323.0)
+    assert modelled(algorithm, backward=algorithm).ratio > 2
 
 
 def test_unquantized_is_one_and_weight_only_adds_the_weight():
