@@ -14,21 +14,23 @@ from torch import Tensor
 EXACT_BLOCK = 1024
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+# Of this machine's CPU; constants, for which torch.compile has no questions.
+_CPU_HAS_INT8 = torch.cpu._is_vnni_supported()
+_CPU_HAS_BF16 = (
+    torch.backends.mkldnn.is_available()
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    and torch.cpu._is_avx512_bf16_supported()
+)
+
+
 def has_int8_units(device: torch.device) -> bool:
     """Whether `torch._int_mm` is faster there than a float32 GEMM."""
-    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_vnni_supported())
+    return device.type == "cuda" or (device.type == "cpu" and _CPU_HAS_INT8)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_bf16_units(device: torch.device) -> bool:
     """Whether bfloat16 GEMMs are faster there than float32 ones."""
-    return device.type == "cuda" or (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and torch.cpu._is_avx512_bf16_supported()
-    )
+    return device.type == "cuda" or (device.type == "cpu" and _CPU_HAS_BF16)
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -26,7 +26,7 @@ def masked_at_once(monkeypatch):
 def overlap(request, monkeypatch):
     from mqat.training import optimizer
 
-    wrap = partial(optimizer.wrap_for_training, overlap_grad_reduce=request.param)
+    wrap = partial(optimizer.wrap_for_training, options={"overlap_grad_reduce": request.param})
     monkeypatch.setattr(optimizer, "wrap_for_training", wrap)
 
 
