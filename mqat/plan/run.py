@@ -171,6 +171,12 @@ def _check_data(settings: ModelConfig, model: DecoderConfig) -> None:
             + (f", tensor_model_parallel_size={tp} each rank's tokens" if multiple > 2 * cp else "")
             + f". Use {data.seq_length + -data.seq_length % multiple}, for example."
         )
+    if cp > 1 and settings.transformer_engine and data.format == "sft":
+        raise UserError(
+            f"model.data.format=sft packs conversations, which Transformer Engine's attention would cut "
+            f"one by one with context_parallel_size={cp}; set model.transformer_engine=false, or "
+            "context_parallel_size=1."
+        )
     if settings.sequence_parallel and data.seq_length % tp:
         raise UserError(
             f"model.data.seq_length={data.seq_length} is not a multiple of "

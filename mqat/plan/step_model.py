@@ -235,7 +235,8 @@ def modelled_step(plan: RunPlan, *, card: Card = H100) -> dict[str, str]:
     if not schemes:
         return {}
     settings, model = plan.config.model, plan.model
-    tokens = settings.micro_batch_size * settings.data.seq_length
+    whole = settings.micro_batch_size * settings.data.seq_length
+    tokens = whole // settings.context_parallel_size
     microbatches = settings.global_batch_size // (settings.micro_batch_size * plan.data_parallel)
     tp = settings.tensor_model_parallel_size
     pairs = []

@@ -35,7 +35,7 @@ from mqat.quant.scheme import LinearScheme
 from mqat.specs.config_check import check_config
 from mqat.specs.megatron_options import check_overlaps
 from mqat.specs.slots import spec_slot, with_slots
-from mqat.specs.transformer_engine import FUSED_LINEAR, split_fused_norms
+from mqat.specs.transformer_engine import FUSED_LINEAR, adapt_layer_spec
 
 _REPLACEMENTS = {"column": QuantColumnParallelLinear, "row": QuantRowParallelLinear}
 
@@ -104,9 +104,9 @@ def quantize_layer_spec(
 
     Raises:
         UserError: The spec lacks a norm, or has one that is not among `norms`, or has other linears than
-            Megatron's own or Transformer Engine's (`transformer_engine.split_fused_norms`).
+            Megatron's own or Transformer Engine's (`transformer_engine.adapt_layer_spec`).
     """
-    spec = split_fused_norms(spec, linears)
+    spec = adapt_layer_spec(spec, linears)
     _check_norms(spec, norms)
     slots: dict[str, ModuleSpec] = {}
     for linear in linears:
@@ -168,5 +168,5 @@ def quantize_block_spec(
                 linears=model.linears, norms=model.norms,
             )
         )  # fmt: skip
-    last_norm = spec_slot(split_fused_norms(spec, model.linears), model.norms[0].name)
+    last_norm = spec_slot(adapt_layer_spec(spec, model.linears), model.norms[0].name)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=last_norm)

@@ -24,7 +24,6 @@ from mqat.specs.backend import SdpaAttention, gpt_layer_spec
 from mqat.specs.config_check import MEGATRON_ROPE
 from mqat.specs.gpt import quantize_block_spec
 from mqat.specs.megatron_options import transformer_options
-from mqat.specs.packed import with_document_ends
 from mqat.specs.slots import spec_slot
 from mqat.specs.transformer_engine import core_attention
 
@@ -194,9 +193,7 @@ def build_model(
         dtype: Of parameters and activations.
         layer_spec: In the place of `gpt_layer_spec()`.
     """
-    attention = (
-        with_document_ends(core_attention()) if settings.transformer_engine else SdpaAttention
-    )
+    attention = core_attention() if settings.transformer_engine else SdpaAttention
     spec = layer_spec or gpt_layer_spec(model.norms, attention)
     has_activation = spec_slot(spec, "mlp.activation_func") is not None
     config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)

@@ -19,11 +19,13 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.identity_op import IdentityOp
 
 from mqat.errors import UserError
-from mqat.models.structure import Linear
+from mqat.models.structure import CORE_ATTENTION, Linear
 from mqat.runtime.megatron_releases import submodules_of
 from mqat.specs.elementwise import Norm
+from mqat.specs.packed import with_document_ends
 from mqat.specs.slots import class_name, spec_slot, with_slots
 
+ATTENTION = "TEDotProductAttention"
 FUSED_LINEAR = "TELayerNormColumnParallelLinear"
 LINEARS = {
     "column": (ColumnParallelLinear.__name__, "TEColumnParallelLinear", FUSED_LINEAR),
@@ -43,7 +45,7 @@ def is_available() -> bool:
 
 
 def core_attention() -> Any:
-    """Megatron's `TEDotProductAttention`.
+    """Megatron's `TEDotProductAttention`, which `with_document_ends` hands packed documents to.
 
     Raises:
         UserError: Transformer Engine is not there.
@@ -55,11 +57,13 @@ def core_attention() -> Any:
         )
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-    return TEDotProductAttention
+    return with_document_ends(TEDotProductAttention)
 
 
-def split_fused_norms(spec: Any, linears: Sequence[Linear]) -> Any:
-    """A copy of a Transformer-Engine layer spec whose norms are modules of their own; others as given.
+def adapt_layer_spec(spec: Any, linears: Sequence[Linear]) -> Any:
+    """A copy of a Transformer-Engine layer spec for quantized linears; others as given.
+
+    Its norms are modules of their own, and its attention takes mqat's packed documents.
 
     Raises:
         UserError: A slot holds something else than Megatron's or Transformer Engine's own linears, which
@@ -73,6 +77,9 @@ def split_fused_norms(spec: Any, linears: Sequence[Linear]) -> Any:
             is_fused = class_name(spec_slot(spec, linear.name)) == FUSED_LINEAR
             if is_fused and spec_slot(spec, linear.norm) in (None, IdentityOp):
                 split[linear.norm] = Norm
+    attention = spec_slot(spec, CORE_ATTENTION.name)
+    if class_name(attention) == ATTENTION:
+        spec = with_slots(spec, {CORE_ATTENTION.name: with_document_ends(attention)})
     if not split:
         return spec
     apart = with_slots(spec, split)

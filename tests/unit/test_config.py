@@ -70,6 +70,11 @@ def test_a_bad_config_file_is_one_clear_error(content, message, tmp_path):
             8,
             "seq_length=68 is not a multiple of 8: .* tensor_model_parallel_size=4 each rank's tokens",
         ),
+        (
+            ["model.context_parallel_size=2", "model.transformer_engine=true", "model.data.format=sft"],
+            8,
+            "format=sft packs conversations.* transformer_engine=false, or context_parallel_size=1",
+        ),
         (["export.inference_tensor_parallel=3"], 8, "inference_tensor_parallel=3 does not fit"),
         (
             ["quantization.algorithm=int4", "quantization.group_size=128",

@@ -92,15 +92,17 @@ def test_a_stock_spec_gives_the_model_and_the_keys_of_mqats_own(te_spec, family)
 
 def test_the_given_spec_is_left_as_it_was(te_spec):
     from mqat.specs.slots import class_name, spec_slot
-    from mqat.specs.transformer_engine import split_fused_norms
+    from mqat.specs.transformer_engine import adapt_layer_spec
 
     spec = te_spec()
-    apart = split_fused_norms(spec, DENSE_LINEARS)
+    apart = adapt_layer_spec(spec, DENSE_LINEARS)
     for norm in DENSE_NORMS:
         assert class_name(spec_slot(spec, norm.name)) == "IdentityOp"
         assert class_name(spec_slot(apart, norm.name)) == "Norm"
-    assert class_name(spec_slot(apart, "self_attention.core_attention")) == "TEDotProductAttention"
-    assert split_fused_norms(apart, DENSE_LINEARS) is apart
+    attention = spec_slot(apart, "self_attention.core_attention")
+    assert issubclass(attention, spec_slot(spec, "self_attention.core_attention"))
+    assert class_name(attention) == "DocumentAttention"
+    assert adapt_layer_spec(apart, DENSE_LINEARS) is apart
 
 
 @pytest.mark.parametrize(
