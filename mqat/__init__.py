@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mqat.evaluation.verification import record_logits as record_logits
     from mqat.export.export import export_hf as export_hf
     from mqat.export.export import export_trtllm as export_trtllm
+    from mqat.models.decoder import DecoderConfig as DecoderConfig
+    from mqat.parallel.layout import shard_count as shard_count
     from mqat.parallel.low_precision_backward import set_backward_ as set_backward_
     from mqat.parallel.pack_weights import pack_weights_ as pack_weights_
     from mqat.parallel.quantized_step import quantized_step as quantized_step
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
     from mqat.quant.algorithm import named_scheme as named_scheme
     from mqat.runtime.groups import finalize as finalize
     from mqat.runtime.groups import initialize as initialize
+    from mqat.specs.backend import gpt_layer_spec as gpt_layer_spec
     from mqat.specs.gpt import quantize_block_spec as quantize_block_spec
     from mqat.specs.gpt import quantize_layer_spec as quantize_layer_spec
     from mqat.specs.policy import Policy as Policy
     from mqat.verify.verify import verify_export as verify_export
 
 _HOME = {
+    "DecoderConfig": "mqat.models.decoder",
     "Policy": "mqat.specs.policy",
     "Recipe": "mqat.quant.algorithm",
     "calibrate": "mqat.calibration.calibrate",
@@ -39,6 +43,7 @@ _HOME = {
     "export_hf": "mqat.export.export",
     "export_trtllm": "mqat.export.export",
     "finalize": "mqat.runtime.groups",
+    "gpt_layer_spec": "mqat.specs.backend",
     "initialize": "mqat.runtime.groups",
     "load_checkpoint": "mqat.checkpoints.dist_checkpoint",
     "load_config": "mqat.config",
@@ -49,6 +54,7 @@ _HOME = {
     "quantize_block_spec": "mqat.specs.gpt",
     "quantize_layer_spec": "mqat.specs.gpt",
     "quantized_step": "mqat.parallel.quantized_step",
+    "shard_count": "mqat.parallel.layout",
     "set_backward_": "mqat.parallel.low_precision_backward",
     "save_checkpoint": "mqat.checkpoints.dist_checkpoint",
     "verify_export": "mqat.verify.verify",

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,14 @@ def test_qat_story_on_eight_processes(tmp_path):
     assert [s["phase"] for s in steps] == ["pretrain"] * 6 + ["baseline"] * 3 + ["qat"] * 3
     assert all(s["tokens_per_second"] > 0 for s in steps)
     assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_loop_of_ones_own_trains_exports_and_is_verified(tmp_path):
+    done = torchrun(2, ROOT / "examples" / "own_loop.py", "--steps", 30, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "verified, 1 files of weights, every tensor equal to the checkpoint" in done.stdout
+    before, after = map(float, re.findall(r"(\d+\.\d+)", done.stdout)[:2])
+    assert after < before < 5.6  # nats a byte, of which there are 256
 
 
 def test_ptq_then_generate_from_a_trained_checkpoint(trained, tmp_path):
