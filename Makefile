@@ -47,7 +47,7 @@ test-latest: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 test-latest: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 test-latest: install-latest
 	$(LATEST)/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/distributed tests/unit/specs \
-		tests/unit/parallel tests/unit/test_private_names.py
+		tests/unit/test_private_names.py
 	$(LATEST)/bin/torchrun --standalone --nproc-per-node 8 examples/gpt_qat.py exp_manager.exp_dir=runs/latest-8
 	$(LATEST)/bin/torchrun --standalone --nproc-per-node 3 examples/gpt_qat.py --config conf/demo_smollm2.yaml \
 		exp_manager.exp_dir=runs/latest-demo
