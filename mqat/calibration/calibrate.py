@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mqat.errors import UserError
 from mqat.parallel.linear import quantized_linears, tp_axis
+from mqat.parallel.parameter_sync import gather_parameters
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.quant.qparams import statistic_of
@@ -59,6 +60,7 @@ def calibrate(
         UserError: On every rank: NaN or infinite values, or a module that no token reached; names
             it.
     """
+    gather_parameters(model)
     modules, linears = quantized_modules(model), quantized_linears(model)
     activations = {
         quantizer.name: quantizer

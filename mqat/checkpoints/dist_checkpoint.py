@@ -38,6 +38,7 @@ from mqat.parallel.checkpoint import (
     load_quantizer_state_,
     quantizer_sharded_state,
 )
+from mqat.parallel.parameter_sync import gather_parameters
 from mqat.parallel.quantized_module import quantized_modules, unwrapped
 from mqat.runtime.groups import (
     UNGUARDED,
@@ -184,9 +185,7 @@ def save_checkpoint(
         UserError: On every rank: the chunks compute something that the description does not say, another
             directory is in the way, or it cannot be written.
     """
-    for chunk in chunks:  # or the next forward pass would gather what the optimizer has changed
-        if getattr(chunk, "ddp_config", None) and chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
+    gather_parameters(chunks)
     with on_all_ranks():
         if model is None:
             model = describe_model(chunks)

@@ -15,6 +15,7 @@ from torch import Tensor
 from mqat.models.structure import OUTPUT_LAYER
 from mqat.parallel.context import own_tokens, whole_sequences
 from mqat.parallel.learned_scales import scale_rule
+from mqat.parallel.parameter_sync import gather_parameters
 from mqat.parallel.quantized_module import QuantizedModule, set_token_mask, unwrapped
 from mqat.parallel.quantized_step import quantized_step
 from mqat.runtime.groups import device
@@ -257,6 +258,7 @@ def served_weights(chunks: Sequence[Any], dtype: str) -> Iterator[None]:
     Norms, embedding, head and unquantized linears are exported in `dtype`; rounding them first leaves
     only the quantized arithmetic to compare. The weights are restored afterwards.
     """
+    gather_parameters(chunks)
     served = getattr(torch, dtype)
     kept: list[tuple[Tensor, Tensor]] = []
     try:

@@ -48,6 +48,28 @@ from mqat.quant.scheme import LinearScheme, TensorScheme
 _OPERANDS = ("weight", "input", "output")
 
 
+def _check_config(name: str, config: Any) -> None:
+    """Refuses what a quantized linear would leave without effect, or compute something else under."""
+    if getattr(config, "gtp_weight_remat_size", 1) > 1:
+        raise UserError(
+            f"{name}: gtp_weight_remat_size={config.gtp_weight_remat_size} cuts weights over ranks that "
+            "gather them for each use, which quantized linears do not do; set it to 1."
+        )
+    if config.tp_comm_overlap:
+        raise UserError(
+            f"{name}: tp_comm_overlap=True is done by Transformer Engine's linears, in whose place "
+            "quantized ones stand; these overlap the collectives of their backward passes unasked. Set "
+            "it to False."
+        )
+    graphs = {"enable_cuda_graph": False, "external_cuda_graph": False, "cuda_graph_impl": "none"}
+    for key, off in graphs.items():
+        if getattr(config, key, off) != off:
+            raise UserError(
+                f"{name}: {key}={getattr(config, key)!r} would replay weights as quantized in the step "
+                f"that was captured; set it to {off!r}."
+            )
+
+
 class QuantizedLinear(QuantizedModule):
     """What both linears add to Megatron's: the quantizers, the mode, and the quantized GEMM.
 
@@ -71,10 +93,10 @@ class QuantizedLinear(QuantizedModule):
 
     Raises:
         UserError: A row-parallel linear is to add its bias itself: an output is quantized without it. Or
-            weights are cut over ranks besides TP (`gtp_weight_remat_size`, since 0.19).
+            the configuration asks for CUDA graphs, Transformer Engine's overlaps, or weights cut over
+            ranks besides TP.
     """
 
-    gtp_remat_size: int
     input_size: int
     config: Any
     embedding_activation_buffer: Any
@@ -95,11 +117,7 @@ class QuantizedLinear(QuantizedModule):
         if has_bias is not None:
             kwargs["bias"] = has_bias
         super().__init__(*args, **kwargs)
-        if getattr(self, "gtp_remat_size", 1) > 1:
-            raise UserError(
-                f"{quantized_name}: gtp_weight_remat_size={self.gtp_remat_size} cuts weights over ranks "
-                "that gather them for each use, which quantized linears do not do; set it to 1."
-            )
+        _check_config(quantized_name, self.config)
         is_row = isinstance(self, RowParallelLinear)
         if is_row and self.bias is not None and not self.skip_bias_add:
             raise UserError(

@@ -16,6 +16,7 @@ import torch
 from mqat.errors import UserError
 from mqat.kernels.packed_weight import pack_weight
 from mqat.parallel.linear import quantized_linears
+from mqat.parallel.parameter_sync import gather_parameters
 from mqat.parallel.quantized_module import unwrapped
 
 
@@ -36,6 +37,7 @@ def pack_weights_(model: Any, *, double_quantization: bool = False) -> tuple[int
     Raises:
         UserError: A linear is not calibrated.
     """
+    gather_parameters(model)
     before = after = 0
     linears = quantized_linears(model)
     for name, linear in linears.items():

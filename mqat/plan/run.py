@@ -28,6 +28,7 @@ from mqat.quant.learned import check_learnable
 from mqat.quant.scheme import LinearScheme
 from mqat.report.page import check_plots
 from mqat.runtime import groups
+from mqat.specs.megatron_options import check_switches
 from mqat.specs.policy import Policy, Rule
 
 
@@ -283,6 +284,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     if config.exp_manager.quality_report:
         check_plots()
     settings = config.model
+    check_switches(settings.megatron, settings.ddp)
     model, source = _source(config)
     _check_decoder(config, model)
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size

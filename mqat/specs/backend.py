@@ -95,7 +95,10 @@ class SdpaAttention(nn.Module):
             [s, b, heads * d].
         """
         if attention_bias is not None or packed_seq_params is not None:
-            raise UserError("SdpaAttention supports neither attention_bias nor packed_seq_params.")
+            raise UserError(
+                "SdpaAttention supports neither attention_bias nor packed_seq_params; give packed "
+                "documents as attention_mask (mqat.data.packing.document_ends)."
+            )
         chunks = [(0, len(query))]
         if self.cp_group is None:
             # Saved for backward, it alone would keep the whole output of linear_qkv, whose view it is.

@@ -2,7 +2,8 @@
 
 Everything is made of one piece of work: queries that are the last of their keys. A document alone is
 one; the rest of a document that begins in another chunk (context parallelism) has more keys than
-queries. No kernel gets a mask of [queries, keys] numbers.
+queries. No mask of [queries, keys] numbers is stored, unless CUDA has neither flash nor memory-efficient
+attention for these heads.
 """
 
 from collections.abc import Sequence

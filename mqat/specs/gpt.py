@@ -33,7 +33,6 @@ from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from mqat.quant.scheme import LinearScheme
 from mqat.specs.config_check import check_config
-from mqat.specs.megatron_options import check_overlaps
 from mqat.specs.slots import spec_slot, with_slots
 from mqat.specs.transformer_engine import FUSED_LINEAR, adapt_layer_spec
 
@@ -151,10 +150,9 @@ def quantize_block_spec(
         vp_stage: Virtual chunk under interleaved pipeline parallelism.
 
     Raises:
-        UserError: As `quantize_layer_spec`, `config_check.check_config` and `check_overlaps`.
+        UserError: As `quantize_layer_spec` and `config_check.check_config`.
     """
     check_config(transformer_config, model)
-    check_overlaps(transformer_config)
     _check_core_attention(spec, transformer_config)
     offset = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
     count = get_num_layers_to_build(transformer_config, vp_stage, pp_rank)

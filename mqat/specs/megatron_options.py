@@ -1,85 +1,59 @@
 """Megatron's own switches for speed and memory, handed on by name: `model.megatron` and `model.ddp`.
 
 Only those that change no result (but its rounding): what a model computes is its description, and
-parallel sizes, recompute and precision have keys of their own.
+parallel sizes, recompute and precision have keys of their own. Nothing here imports Megatron, so that
+`mqat plan` can check them anywhere.
+
+Names are those of Megatron-Core's `TransformerConfig` and `DistributedDataParallelConfig`.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mqat.errors import UserError, nearest_hint
-from mqat.specs.config_check import changes_no_result
 
-# Set by mqat, which needs them so, or by keys of its own.
-_DDP_FIXED = {"grad_reduce_in_fp32", "use_distributed_optimizer"}
-_DDP_UNTRIED = {"use_megatron_fsdp", "use_custom_fsdp", "num_distributed_optimizer_instances"}
+TRANSFORMER_SWITCHES: dict[str, type] = {
+    "apply_rope_fusion": bool, "bias_dropout_fusion": bool, "fused_single_qkv_rope": bool,
+    "persist_layer_norm": bool, "memory_efficient_layer_norm": bool,
+    "cross_entropy_loss_fusion": bool, "cross_entropy_fusion_impl": str,
+    "gradient_accumulation_fusion": bool, "defer_embedding_wgrad_compute": bool,
+    "wgrad_deferral_limit": int, "overlap_p2p_comm": bool, "batch_p2p_comm": bool,
+    "batch_p2p_sync": bool, "deallocate_pipeline_outputs": bool, "use_ring_exchange_p2p": bool,
+    "microbatch_group_size_per_vp_stage": int, "distribute_saved_activations": bool,
+    "cp_comm_type": str, "use_te_rng_tracker": bool,
+}  # fmt: skip
+DDP_SWITCHES: dict[str, type] = {
+    "overlap_grad_reduce": bool, "overlap_param_gather": bool, "bucket_size": int,
+    "average_in_collective": bool, "pad_buckets_for_high_nccl_busbw": bool,
+    "gradient_reduce_div_fusion": bool, "check_for_nan_in_grad": bool,
+    "check_for_large_grads": bool, "nccl_ub": bool,
+}  # fmt: skip
 
 
-def _check_known(key: str, name: str, config: type) -> None:
-    known = {field.name for field in fields(config)}
-    if name not in known:
-        raise UserError(f"config: unknown key '{key}.{name}'; {nearest_hint(name, known)}")
-
-
-def transformer_options(given: Mapping[str, Any], fixed: Collection[str]) -> dict[str, Any]:
-    """Fields of `TransformerConfig` from `model.megatron`.
-
-    Args:
-        given: Name -> value.
-        fixed: Fields that other keys decide.
+def check_switches(megatron: Mapping[str, Any], ddp: Mapping[str, Any]) -> None:
+    """Refuses what is not a switch for speed or memory.
 
     Raises:
-        UserError: Names the field, and why it is not handed on.
+        UserError: Names key and value, and what may stand there.
     """
-    for name in given:
-        _check_known("model.megatron", name, TransformerConfig)
-        if name in fixed or not changes_no_result(name):
-            raise UserError(
-                f"config: model.megatron.{name} is decided by the model's description or by another key "
-                "of mqat; only switches for speed and memory are handed on to Megatron."
-            )
-    if given.get("deallocate_pipeline_outputs") and not torch.cuda.is_available():
+    for key, given, known in (
+        ("model.megatron", megatron, TRANSFORMER_SWITCHES),
+        ("model.ddp", ddp, DDP_SWITCHES),
+    ):
+        for name, value in given.items():
+            if name not in known:
+                raise UserError(
+                    f"config: {key}.{name}={value!r} is none of Megatron's switches that change speed "
+                    "or memory alone; what decides results has keys of mqat's own. Leave it out, or: "
+                    + nearest_hint(name, known)
+                )
+            if type(value) is not known[name]:
+                wanted = known[name].__name__
+                raise UserError(f"config: {key}.{name}={value!r} must be of type {wanted}.")
+    if megatron.get("deallocate_pipeline_outputs") and not torch.cuda.is_available():
         raise UserError(
             "config: model.megatron.deallocate_pipeline_outputs=true on a CPU frees outputs that gloo "
             "is still sending, which would send whatever comes to lie there; leave it out."
-        )
-    return dict(given)
-
-
-def ddp_config(given: Mapping[str, Any]) -> DistributedDataParallelConfig:
-    """Megatron's data-parallel settings, with those of `model.ddp`.
-
-    Raises:
-        UserError: Names the field, and why it is not handed on.
-    """
-    for name in given:
-        _check_known("model.ddp", name, DistributedDataParallelConfig)
-        if name in _DDP_FIXED:
-            raise UserError(
-                f"config: model.ddp.{name} is always on: gradients are summed in float32 and optimizer "
-                "states cut over data-parallel ranks; leave it out."
-            )
-        if name in _DDP_UNTRIED:
-            raise UserError(f"config: model.ddp.{name} is not supported with quantized linears.")
-    return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, **given
-    )
-
-
-def check_overlaps(config: Any) -> None:
-    """Refuses switches of a user's own configuration that quantized linears would leave without effect.
-
-    Raises:
-        UserError: Names the switch.
-    """
-    if config.tp_comm_overlap:
-        raise UserError(
-            "tp_comm_overlap=True is done by Transformer Engine's linears, in whose place quantized "
-            "ones stand; these overlap the collectives of their backward passes unasked. Set it to "
-            "False."
         )

@@ -23,7 +23,7 @@ from mqat.quant.scheme import LinearScheme
 from mqat.specs.backend import SdpaAttention, gpt_layer_spec
 from mqat.specs.config_check import MEGATRON_ROPE
 from mqat.specs.gpt import quantize_block_spec
-from mqat.specs.megatron_options import transformer_options
+from mqat.specs.megatron_options import check_switches
 from mqat.specs.slots import spec_slot
 from mqat.specs.transformer_engine import core_attention
 
@@ -167,13 +167,13 @@ def transformer_config(
         # Freeing an output while gloo still sends it would send whatever comes to lie there.
         "deallocate_pipeline_outputs": virtual is None or torch.cuda.is_available(),
     }
-    given = transformer_options(settings.megatron, arguments)
+    check_switches(settings.megatron, settings.ddp)
     try:
-        return TransformerConfig(**arguments | defaults | given)
-    except (AssertionError, ValueError) as error:  # Megatron's own checks
-        if not given:
+        return TransformerConfig(**arguments | defaults | settings.megatron)
+    except (AssertionError, TypeError, ValueError) as error:  # Megatron's own checks
+        if not settings.megatron:
             raise
-        raise UserError(f"config: model.megatron={given}: {error}") from error
+        raise UserError(f"config: model.megatron={settings.megatron}: {error}") from error
 
 
 def build_model(

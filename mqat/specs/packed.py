@@ -7,6 +7,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from mqat.errors import UserError
+from mqat.transfer import to_device
 
 
 def packed_seq_params(ends: Tensor, device: torch.device) -> PackedSeqParams:
@@ -19,7 +20,7 @@ def packed_seq_params(ends: Tensor, device: torch.device) -> PackedSeqParams:
     length = ends[0, -1]
     rows = torch.arange(len(ends), dtype=ends.dtype)[:, None]
     ends = (ends + rows * length).flatten().unique_consecutive()
-    longest, places = int(ends.diff().max()), ends.to(device, non_blocking=True)
+    longest, places = int(ends.diff().max()), to_device(ends, device)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=places,
@@ -49,7 +50,10 @@ def with_document_ends(attention: type) -> type:
             *args: Any,
             **kwargs: Any,
         ) -> Tensor:
-            """As `SdpaAttention.forward`: [s, b, heads, d] -> [s, b, heads * d]."""
+            """As `SdpaAttention.forward`: [s, b, heads, d] -> [s, b, heads * d].
+
+            But Transformer Engine looks at no bool mask where its attention is causal.
+            """
             if attention_mask is None or attention_mask.dtype == torch.bool:
                 plain: Tensor = super().forward(query, key, value, attention_mask, *args, **kwargs)
                 return plain

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from mqat.errors import UserError
 from mqat.models.structure import CORE_ATTENTION, Linear
@@ -79,7 +80,12 @@ def adapt_layer_spec(spec: Any, linears: Sequence[Linear]) -> Any:
                 split[linear.norm] = Norm
     attention = spec_slot(spec, CORE_ATTENTION.name)
     if class_name(attention) == ATTENTION:
-        spec = with_slots(spec, {CORE_ATTENTION.name: with_document_ends(attention)})
+        of_documents = (
+            replace(attention, module=with_document_ends(attention.module))
+            if isinstance(attention, ModuleSpec)
+            else with_document_ends(attention)
+        )
+        spec = with_slots(spec, {CORE_ATTENTION.name: of_documents})
     if not split:
         return spec
     apart = with_slots(spec, split)

@@ -5,7 +5,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -14,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mqat.config import OptimizerConfig, QuantizationConfig
 from mqat.parallel.learned_scales import scale_rule
-from mqat.specs.megatron_options import ddp_config
+from mqat.specs.megatron_options import check_switches
 
 
 def wrap_for_training(
@@ -22,9 +26,13 @@ def wrap_for_training(
 ) -> list[Any]:
     """Adds Megatron's DDP: gradient buffers, reduce-scatter over data-parallel ranks.
 
-    `options`: `ddp_config`'s. Chunks after the first share buckets, as their gradients end last.
+    `options`: Megatron's, as `model.ddp`. Chunks after the first have one bucket, as their gradients
+    end last.
     """
-    settings = ddp_config(options)
+    check_switches({}, options)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, **options
+    )
     wrapped = [
         DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)

@@ -28,6 +28,9 @@ _MAY_CHANGE = (
     "model.sequence_parallel",
     "model.micro_batch_size",
     "model.activations_checkpoint_",
+    "model.megatron",
+    "model.ddp",
+    "model.transformer_engine",
     "export.",
     "exp_manager.",
 )

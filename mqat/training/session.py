@@ -38,6 +38,7 @@ from mqat.quant.algorithm import Recipe
 from mqat.report.page import write_report
 from mqat.runtime.groups import any_rank, decided_by_main, is_main, on_all_ranks
 from mqat.specs.model import build_model
+from mqat.specs.transformer_engine import core_attention
 from mqat.training.log import RunLog
 from mqat.training.loop import Phase, train_phase
 from mqat.training.optimizer import build_optimizer, wrap_for_training
@@ -243,6 +244,9 @@ def open_session(plan: RunPlan) -> Session:
         )
     plan = replace(plan, dtype=dtype)
     log.say(data.description)
+    with on_all_ranks():
+        if config.model.transformer_engine:
+            core_attention()  # or one rank without it would leave the others waiting
     built = build_model(plan.model, config.model, plan.layers, plan.dtype)
     learn_scales_(
         built,

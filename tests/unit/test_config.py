@@ -73,7 +73,7 @@ def test_a_bad_config_file_is_one_clear_error(content, message, tmp_path):
         (
             ["model.context_parallel_size=2", "model.transformer_engine=true", "model.data.format=sft"],
             8,
-            "format=sft packs conversations.* transformer_engine=false, or context_parallel_size=1",
+            "format=sft packs conversations.*transformer_engine=false, or context_parallel_size=1",
         ),
         (["export.inference_tensor_parallel=3"], 8, "inference_tensor_parallel=3 does not fit"),
         (

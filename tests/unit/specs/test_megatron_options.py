@@ -1,10 +1,13 @@
 """Megatron's switches for speed are handed on; what decides results, or has no effect, is refused."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 from mqat.config import ModelConfig
 from mqat.errors import UserError
+from mqat.specs.megatron_options import DDP_SWITCHES, TRANSFORMER_SWITCHES, check_switches
 from tests.unit.model_fixtures import MODEL
 
 
@@ -20,13 +23,31 @@ def test_switches_reach_megatrons_configuration(world):
     assert config(megatron={"batch_p2p_sync": False}).batch_p2p_sync is False
 
 
+def test_every_switch_is_a_field_that_no_result_depends_on(world):
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mqat.specs.config_check import changes_no_result
+
+    assert TRANSFORMER_SWITCHES.keys() <= {field.name for field in fields(TransformerConfig)}
+    assert all(map(changes_no_result, TRANSFORMER_SWITCHES))
+    assert DDP_SWITCHES.keys() <= {field.name for field in fields(DistributedDataParallelConfig)}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bias_droput_fusion": True}, "unknown key.*did you mean 'bias_dropout_fusion'"),
-        ({"hidden_size": 64}, "hidden_size is decided by the model's description"),
-        ({"num_moe_experts": 4}, "num_moe_experts is decided"),
-        ({"tensor_model_parallel_size": 2}, "tensor_model_parallel_size is decided"),
+        (
+            {"bias_droput_fusion": True},
+            "bias_droput_fusion=True is none.*mean 'bias_dropout_fusion'",
+        ),
+        ({"hidden_size": 64}, "hidden_size=64 is none of Megatron's switches"),
+        ({"num_moe_experts": 4}, "num_moe_experts=4 is none"),
+        ({"tensor_model_parallel_size": 2}, "tensor_model_parallel_size=2 is none"),
+        ({"fp16": True}, "fp16=True is none"),
+        ({"init_method_std": 0.1}, r"init_method_std=0\.1 is none"),
+        ({"cuda_graph_impl": "local"}, "cuda_graph_impl='local' is none"),
+        ({"bias_dropout_fusion": "yes"}, "bias_dropout_fusion='yes' must be of type bool"),
         ({"deallocate_pipeline_outputs": True}, "gloo is still sending"),
         ({"apply_rope_fusion": True}, "apply_rope_fusion.*install TE"),
     ],
@@ -41,24 +62,33 @@ def test_other_fields_are_refused_by_name(world, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"overlap_grad_reduse": True}, "unknown key.*did you mean 'overlap_grad_reduce'"),
-        ({"grad_reduce_in_fp32": False}, "grad_reduce_in_fp32 is always on"),
-        ({"use_megatron_fsdp": True}, "use_megatron_fsdp is not supported"),
+        ({"overlap_grad_reduse": True}, "overlap_grad_reduse=True is none.*'overlap_grad_reduce'"),
+        ({"grad_reduce_in_fp32": False}, "grad_reduce_in_fp32=False is none"),
+        ({"use_megatron_fsdp": True}, "use_megatron_fsdp=True is none"),
+        ({"bucket_size": 1.5}, r"bucket_size=1\.5 must be of type int"),
     ],
 )
-def test_data_parallel_options_are_checked_likewise(world, options, message):
-    from mqat.specs.megatron_options import ddp_config
-
+def test_data_parallel_options_are_checked_likewise(options, message):
+    check_switches({}, {"bucket_size": 1000})
     with pytest.raises(UserError, match=message):
-        ddp_config(options)
-    assert ddp_config({"bucket_size": 1000}).bucket_size == 1000
+        check_switches({}, options)
 
 
-def test_an_overlap_without_effect_is_refused_in_own_loops(world):
-    from mqat.specs.megatron_options import check_overlaps
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("tp_comm_overlap", True, "linear_qkv: tp_comm_overlap=True.*False"),
+        ("cuda_graph_impl", "local", "linear_qkv: cuda_graph_impl='local' would replay.*'none'"),
+        ("external_cuda_graph", True, "linear_qkv: external_cuda_graph=True would replay"),
+    ],
+)
+def test_what_quantized_linears_cannot_do_is_refused_in_own_loops(world, field, value, message):
+    from mqat.parallel.linear import QuantColumnParallelLinear
 
     settings = config()
-    check_overlaps(settings)
-    settings.tp_comm_overlap = True
-    with pytest.raises(UserError, match=r"tp_comm_overlap.*False"):
-        check_overlaps(settings)
+    setattr(settings, field, value)
+    with pytest.raises(UserError, match=message):
+        QuantColumnParallelLinear(
+            8, 8, config=settings, init_method=torch.nn.init.zeros_, quantized_name="linear_qkv",
+            scheme=None, num_shards=1,
+        )  # fmt: skip

@@ -52,8 +52,8 @@ def test_a_gradient_that_is_not_finite_is_named_before_weights_move(
     chunks = calibrated("int8")
     real = loop.forward_backward
 
-    def poisoned(*args):
-        result = real(*args)
+    def poisoned(*args, **options):
+        result = real(*args, **options)
         chunks[0].module.decoder.layers[1].mlp.linear_fc2.weight.main_grad[3, 5] = value
         return result
 
