@@ -101,6 +101,31 @@ def padded_vocab_size(model: DecoderConfig) -> int:
     return -(-model.vocab_size // multiple) * multiple
 
 
+def _check_rope(model: DecoderConfig) -> None:
+    for key, value in MEGATRON_ROPE.items():
+        given = (model.rope_scaling or {}).get(key, value)
+        if given != value:
+            raise UserError(
+                f"rope_scaling.{key}={given}: Megatron-Core has {value} built in, so this "
+                "model's positions would be wrong."
+            )
+
+
+def _switches(virtual: int | None) -> dict[str, Any]:
+    """Defaults of what `model.megatron` may set; `virtual`: chunks of an interleaved pipeline."""
+    return {
+        # Batched messages in both directions between two stages would be taken for one another.
+        "overlap_p2p_comm": virtual is not None,
+        "batch_p2p_comm": virtual is None,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        # Freeing an output while gloo still sends it would send whatever comes to lie there.
+        "deallocate_pipeline_outputs": virtual is None or torch.cuda.is_available(),
+    }
+
+
 def transformer_config(
     model: DecoderConfig,
     settings: ModelConfig,
@@ -116,13 +141,7 @@ def transformer_config(
         UserError: RoPE scaling that Megatron's rotary embedding cannot express, or an option of
             `settings.megatron` that is not handed on or that Megatron refuses.
     """
-    for key, value in MEGATRON_ROPE.items():
-        given = (model.rope_scaling or {}).get(key, value)
-        if given != value:
-            raise UserError(
-                f"rope_scaling.{key}={given}: Megatron-Core has {value} built in, so this "
-                "model's positions would be wrong."
-            )
+    _check_rope(model)
     granularity = settings.activations_checkpoint_granularity
     full = granularity == "full"
     virtual = settings.virtual_pipeline_model_parallel_size
@@ -154,22 +173,11 @@ def transformer_config(
         recompute_method="uniform" if full else None,
         recompute_num_layers=settings.activations_checkpoint_num_layers if full else None,
         calculate_per_token_loss=True,
+        masked_softmax_fusion=False,
     )
-    defaults = {
-        # Batched messages in both directions between two stages would be taken for one another.
-        "overlap_p2p_comm": virtual is not None,
-        "batch_p2p_comm": virtual is None,
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "bias_dropout_fusion": False,
-        "apply_rope_fusion": False,
-        # Freeing an output while gloo still sends it would send whatever comes to lie there.
-        "deallocate_pipeline_outputs": virtual is None or torch.cuda.is_available(),
-    }
     check_switches(settings.megatron, settings.ddp)
     try:
-        return TransformerConfig(**arguments | defaults | settings.megatron)
+        return TransformerConfig(**arguments | _switches(virtual) | settings.megatron)
     except (AssertionError, TypeError, ValueError) as error:  # Megatron's own checks
         if not settings.megatron:
             raise
