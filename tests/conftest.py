@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests import device
 
@@ -16,9 +15,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    device.choose(config.option.device, only_gpu_tests=config.option.markexpr == "gpu")
+    device.choose(config.option.device, config.option.markexpr)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip(device.NO_CUDA)
+    reason = device.reason_to_skip() if item.get_closest_marker("gpu") else None
+    if reason is not None:
+        pytest.skip(reason)

@@ -6,7 +6,8 @@
 1. `pytest -m gpu`.
 2. SHA-256 of codes, masks, values and INT8 products of fixed inputs against the CPU's.
 3. Step time, peak memory, bytes kept for backward of a microbatch and the longest kernels: of Megatron's
-   own layers (`baseline`, to which ratios are), of Transformer Engine's where it is installed, of mqat
+   own layers (`baseline`, to which ratios are), of Megatron's model of Transformer Engine's layers where
+   that is installed (`transformer-engine`; nothing of mqat computes in it), of mqat
    per algorithm with the modelled ratio beside it (`mqat/plan/step_model.py`), and of modelopt and
    torchao where they are installed. Each has a process of its own.
 
@@ -39,8 +40,6 @@ from mqat.runtime import groups
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = ("int8", "int8_pc_pt", "fp8", "fp8_pc_pt", "int4", "int4_w_int8_a", "nvfp4", "mxfp8")
-# Also measured with gradients in 8 bits.
-EIGHT_BIT_GRADIENTS = ("int8", "fp8")
 # Sizes by device: those of the model in `mqat plan`'s estimate, and what a CPU does in seconds.
 SIZES = {
     "cuda": {"hidden": 4096, "layers": 4, "tokens": 8192, "microbatches": 8, "vocab": 32000},
@@ -57,7 +56,7 @@ def parse(arguments_given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=tuple(SIZES), default="cuda")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "ALGORITHM"), help=argparse.SUPPRESS)
-    parser.set_defaults(precision="bf16", algorithms=list(ALGORITHMS))
+    parser.set_defaults(precision="bf16", algorithms=list(ALGORITHMS), backward=["int8", "fp8"])
     known, _ = parser.parse_known_args(arguments_given)
     parser.set_defaults(**SIZES[known.device])
     return parser.parse_args(arguments_given)
@@ -163,7 +162,8 @@ def systems(args: argparse.Namespace) -> list[tuple[str, str]]:
         print("transformer_engine is not installed: no row", file=sys.stderr)
         engines = []
     own = [("mqat", algorithm) for algorithm in ("null", *args.algorithms)]
-    own += [(f"mqat-{a}", a) for a in args.algorithms if a in EIGHT_BIT_GRADIENTS]
+    own += [(f"mqat-{a}", a) for a in args.algorithms if a in args.backward]
+    own += [("mqat-reference", a) for a in args.algorithms if args.reference]
     return [("baseline", "null"), *engines, *own, *available()]
 
 
@@ -176,7 +176,7 @@ def measure_all(args: argparse.Namespace, given: list[str]) -> list[dict[str, An
         base = rows[0] if rows else row
         if "step_seconds" in row and "step_seconds" in base:
             row["step_ratio"] = row["step_seconds"] / base["step_seconds"]
-        if name.startswith("mqat") and "error" not in row:
+        if name.startswith("mqat") and name != "mqat-reference" and "error" not in row:
             row["modelled_ratio"] = modelled_ratio(args, name, algorithm)
         rows.append(row)
     return rows

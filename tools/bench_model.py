@@ -131,14 +131,30 @@ def megatron_layer_spec() -> Any:
     return spec
 
 
-def te_layer_spec() -> Any:
-    """Megatron's layers of Transformer Engine: fused norms and linears, its attention."""
+def te_model(model: DecoderConfig, settings: ModelConfig, dtype: torch.dtype) -> list[Any]:
+    """Megatron's own `GPTModel` of Transformer Engine's layers; nothing of mqat computes in it.
+
+    One chunk; weights are as Megatron draws them.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec()
+    from mqat.specs.model import padded_vocab_size, transformer_config
 
-
-_SPECS = {"baseline": megatron_layer_spec, "transformer-engine": te_layer_spec}
+    return [
+        GPTModel(
+            transformer_config(model, settings, dtype, spec_has_activation=False),
+            get_gpt_layer_with_transformer_engine_spec(),
+            vocab_size=padded_vocab_size(model),
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=model.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,
+        )
+    ]
 
 
 def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
@@ -146,9 +162,9 @@ def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
 
     Args:
         args: From `arguments`.
-        name: `baseline` (`megatron_layer_spec`), `transformer-engine`, whose weights stay as Megatron
-            draws them, `mqat`, `mqat-reference` (fake-quantized floats in Megatron's GEMM), `mqat-int8`
-            or `mqat-fp8` (gradients in 8 bits).
+        name: `baseline` (`megatron_layer_spec`), `transformer-engine` (`te_model`), `mqat`,
+            `mqat-reference` (fake-quantized floats in Megatron's GEMM), `mqat-int8` or `mqat-fp8`
+            (gradients in 8 bits).
         algorithm: `null` for unquantized.
     """
     from mqat.checkpoints.pretrained import load_pretrained_
@@ -166,9 +182,12 @@ def build(args: argparse.Namespace, name: str, algorithm: str) -> System:
         sequence_parallel=args.sequence_parallel,
     )
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    spec = _SPECS[name]() if name in _SPECS else None
-    chunks: list[Any] = list(build_model(model, settings, layers, dtype, layer_spec=spec))
-    if name != "transformer-engine":
+    chunks: list[Any]
+    if name == "transformer-engine":
+        chunks = te_model(model, settings, dtype)
+    else:
+        spec = megatron_layer_spec() if name == "baseline" else None
+        chunks = list(build_model(model, settings, layers, dtype, layer_spec=spec))
         load_pretrained_(chunks, RandomWeights(model, 1, 0.02))
     chunks = wrap_for_training(chunks)
     if layers:

@@ -2,6 +2,7 @@
 
 A GPU's digests are compared with a CPU's (`tests/gpu`, `tools/bench_gpu.py`). Left out is what only
 promises a tolerance: norms, SwiGLU, and products of float8, whose sums depend on their order.
+`scale_product` is what integer GEMMs end in.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from mqat.kernels import operators
-from mqat.quant.formats import FP8_E4M3, INT4, INT8, INT8_MIN128
+from mqat.quant.formats import FP4_E2M1, FP8_E4M3, INT4, INT8, INT8_MIN128
 from mqat.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 _FORMATS = (INT8, INT8_MIN128, INT4, FP8_E4M3)
+_ROUNDED_STOCHASTICALLY = (INT8, FP8_E4M3)
 _GRANULARITIES = (PerTensor(), PerChannel(), PerGroup(64))
 _ROWS, _WIDTH = 96, 256
 
@@ -55,13 +57,31 @@ def fixed_results(device: torch.device) -> dict[str, list[Tensor]]:
                 )
                 found[f"encode {call}"] = [encoded.codes, encoded.scale, encoded.mask]
                 found[f"decode {call}"] = [values]
-                if not fmt.is_float:
-                    found[f"fake_quantize {call}"] = list(
-                        operators.fake_quantize_with_mask(
-                            x, scale, fmt, granularity, ste_clip_range=None
-                        )
+        for granularity in _GRANULARITIES:
+            scale = _scale(granularity).to(device)
+            for fmt in (*_FORMATS, FP4_E2M1):
+                found[f"fake_quantize {fmt.name} {granularity} {name}"] = list(
+                    operators.fake_quantize_with_mask(
+                        x, scale, fmt, granularity, ste_clip_range=None
                     )
+                )
+            zero = torch.full(scale.shape, 3, dtype=torch.int32, device=device)
+            shifted = operators.encode(
+                x, scale, INT8_MIN128, granularity, with_mask=False, zero_point=zero
+            )
+            values = operators.decode(
+                shifted.codes, dtype, scale=scale, granularity=granularity, zero_point=zero
+            )
+            found[f"encode asymmetric {granularity} {name}"] = [shifted.codes, shifted.scale]
+            found[f"decode asymmetric {granularity} {name}"] = [values]
         finite = x.nan_to_num(0.0, 1.0, -1.0)
+        column = torch.arange(_WIDTH, dtype=torch.int32, device=device) + 7
+        for fmt in _ROUNDED_STOCHASTICALLY:
+            for rounded in (operators.stochastic_rows, operators.stochastic_columns):
+                by_row = rounded is operators.stochastic_rows
+                factors = _normal(1, _WIDTH if by_row else _ROWS, 2).abs().flatten().to(device)
+                call = f"stochastic_{'rows' if by_row else 'columns'} {fmt.name} {name}"
+                found[call] = list(rounded(finite, factors, column, fmt.name, 2026))
         step = torch.tensor([0.02], device=device)
         mask = operators.encode(finite, step, INT4, PerTensor(), with_mask=True).mask
         masked, total = finite.clone(), torch.ones_like(finite, dtype=torch.float32)

@@ -14,11 +14,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from mqat.models.schemes import linear_schemes
 from mqat.models.structure import in_layer
 from mqat.parallel.step_weights import GemmKind, encodes_input, gemm_kind
 from mqat.plan.run import RunPlan
-from mqat.quant.granularity import PerGroup
+from mqat.quant.formats import FP4_E2M1
+from mqat.quant.granularity import PerBlock, PerGroup
 from mqat.quant.scheme import LinearScheme, TensorScheme
 
 
@@ -59,11 +62,19 @@ _TRANSPOSE = 2 * _CODE
 # Maxima of dynamic scales by torch's own reductions, of ranges both ends, and their launches: the
 # reductions, and what makes scales of them.
 _MAXIMA, _RANGES = (_VALUE, 9), (2 * _VALUE, 16)
-# What no kernel of its own serves, torch's operations one by one and their launches: weights once per
-# step, with their masks.
-_UNFUSED_WEIGHT = {"nf4": (102.3, 23), "uint4": (96.7, 23)}
-# Dynamic blocks of inputs, by block size: maxima, and what makes scales of them (NVFP4's 16, MX's 32).
-_BLOCK_SCALES = {16: (4.63, 8), 32: (5.26, 15)}
+# Maxima of a block and what makes scales of them: bytes per element, bytes per block, launches; by
+# grid of the scales, any other one as E8M0.
+_BLOCK_MAXIMA = {torch.float32: (2.0, 42.0, 8), torch.float8_e4m3fn: (2.0, 42.0, 8)}
+_COARSE_BLOCK_MAXIMA = (2.0, 104.0, 15)
+_BLOCK_RANGES = (4.0, 182.0, 16)
+# Quantized values and their mask where no kernel of its own makes them: torch's operations one by one,
+# most of them on float32. Bytes per element and launches, as traced with fake CUDA tensors.
+_UNFUSED_INTEGERS = (84.1, 14)  # in blocks of rows, or groups that are not whole bytes of mask
+_UNFUSED_LEVELS = (102.3, 23)  # nearest of a table: NF4
+_UNFUSED_SHIFTED_WEIGHT = (96.7, 23)  # zero points; autograd makes the mask, which is packed
+# Zero points of inputs. Only a static scale clips: a mask of one byte, and a pass over the gradient.
+_UNFUSED_SHIFTED_INPUT = {"static": (77.0, 16), "dynamic": (52.0, 14)}
+_MASK_BY_BYTES = 2 * _VALUE + _CODE
 
 
 @dataclass(frozen=True)
@@ -118,11 +129,64 @@ def _split(num_bytes: float, launches: int) -> Kernels:
 
 
 def _maxima(operand: TensorScheme, elements: int) -> Kernels:
+    """What makes dynamic scales."""
     if not operand.is_dynamic:
         return ()
+    if isinstance(operand.granularity, PerGroup):
+        coarse = _BLOCK_MAXIMA.get(operand.scale_dtype, _COARSE_BLOCK_MAXIMA)
+        each, a_block, launches = _BLOCK_RANGES if operand.is_asymmetric else coarse
+        return _split((each + a_block / operand.granularity.size) * elements, launches)
     per_element, launches = _RANGES if operand.is_asymmetric else _MAXIMA
     passes = 2 if operand.is_asymmetric else 1
     return _split(per_element * elements, passes) + _small(launches - passes)
+
+
+def _unfused(operand: TensorScheme, *, is_weight: bool) -> tuple[float, int] | None:
+    """Bytes per element and launches of quantized values and their mask; None: one kernel."""
+    granularity = operand.granularity
+    if operand.is_asymmetric:
+        kind = "dynamic" if operand.is_dynamic else "static"
+        return _UNFUSED_SHIFTED_WEIGHT if is_weight else _UNFUSED_SHIFTED_INPUT[kind]
+    if operand.format.levels and operand.format != FP4_E2M1:
+        return _UNFUSED_LEVELS
+    is_ragged = isinstance(granularity, PerGroup) and granularity.size % 8 != 0
+    return _UNFUSED_INTEGERS if is_ragged or isinstance(granularity, PerBlock) else None
+
+
+def _values(operand: TensorScheme, elements: int, *, is_weight: bool) -> Kernels:
+    """Quantized values in BF16, and their mask."""
+    unfused = _unfused(operand, is_weight=is_weight)
+    if unfused is not None:
+        return _split(unfused[0] * elements, unfused[1])
+    groups = 4 / operand.granularity.size if isinstance(operand.granularity, PerGroup) else 0.0
+    return (Kernel((_FAKE_QUANTIZE + _BIT + groups) * elements),)
+
+
+@dataclass(frozen=True)
+class _InputKernels:
+    """Of an input: before the forward GEMM, before the weight gradient's, on the input's gradient."""
+
+    forward: Kernels = ()
+    decoded: Kernels = ()
+    masked: Kernels = ()
+
+
+def _input_kernels(
+    operand: TensorScheme | None, x: int, own: int, *, is_codes: bool
+) -> _InputKernels:
+    """`x` elements, of which this rank quantizes `own`; `is_codes`: codes are multiplied."""
+    if operand is None:
+        return _InputKernels()
+    clips = not operand.is_dynamic
+    maxima, mask = _maxima(operand, own), (Kernel(_MASK_IN_PLACE * own),) * clips
+    if not encodes_input(operand):
+        if operand.is_asymmetric:
+            mask = (Kernel(_MASK_BY_BYTES * own),) * clips
+        return _InputKernels((*maxima, *_values(operand, own, is_weight=False)), (), mask)
+    decoded = (Kernel(_DECODE * x),)
+    after = _small(1) * clips if is_codes else decoded
+    encoded = Kernel((_ENCODE + _BIT * clips) * own)
+    return _InputKernels((*maxima, encoded, *after), decoded, mask)
 
 
 def linear_kernels(
@@ -152,42 +216,23 @@ def linear_kernels(
     kind = gemm_kind(scheme)
     if scheme is None or scheme.weight is None or kind is None:
         return LinearKernels((), (gemm,), (gemm, gemm, add))
-    weight, operand, own = scheme.weight, scheme.input, x // sequence_shards
     is_codes = kind is GemmKind.CODES
     eight_bit = Kernel(_CODE * (x + w) + _VALUE * y, flops, is_eight_bit=True)
-    groups = 4 / weight.granularity.size if isinstance(weight.granularity, PerGroup) else 0.0
-    once: Kernels = (Kernel(((_ENCODE if is_codes else _FAKE_QUANTIZE) + _BIT + groups) * w),)
-    if weight.format.name in _UNFUSED_WEIGHT:
-        per_element, launches = _UNFUSED_WEIGHT[weight.format.name]
-        once = _split(per_element * w, launches)
-    once += (Kernel(_MASK_MAIN_GRAD * w),)
-    forward: Kernels = (eight_bit if is_codes else gemm,)
-    masked_dx: Kernels = ()
-    decoded_x: Kernels = ()
-    if operand is not None and encodes_input(operand):
-        clips = not operand.is_dynamic
-        encode = Kernel((_ENCODE + _BIT * clips) * own)
-        decoded_x = (Kernel(_DECODE * x),)
-        scales = _small(1) if is_codes and clips else ()
-        forward = (
-            *_maxima(operand, own), encode, *scales, *(() if is_codes else decoded_x), *forward,
-        )  # fmt: skip
-        masked_dx = (Kernel(_MASK_IN_PLACE * own),) if clips else ()
-    elif operand is not None and isinstance(operand.granularity, PerGroup):
-        size = operand.granularity.size
-        per_element, launches = _BLOCK_SCALES[size]
-        quantize = Kernel((_FAKE_QUANTIZE + _BIT + 4 / size) * own)
-        forward = (*_split(per_element * own, launches), quantize, *forward)
+    encoded = (Kernel((_ENCODE + _BIT) * w),)
+    quantized = encoded if is_codes else _values(scheme.weight, w, is_weight=True)
+    once = (*quantized, Kernel(_MASK_MAIN_GRAD * w))
+    own = _input_kernels(scheme.input, x, x // sequence_shards, is_codes=is_codes)
+    forward = (*own.forward, eight_bit if is_codes else gemm)
     if backward == "bf16" or not is_codes:
         decoded_w: Kernels = (Kernel(_DECODE * w),) if is_codes else ()
-        gradients = (*decoded_w, gemm, *decoded_x, gemm)
+        gradients = (*decoded_w, gemm, *own.decoded, gemm)
     else:
         # The operands' codes are turned, so that the summed dimension is the last one of both.
         rounded = Kernel(_ENCODE * y)
         into_w = Kernel(_CODE * (x + y) + _VALUE * w, flops, is_eight_bit=True)
         turned_w, turned_x = Kernel(_TRANSPOSE * w), Kernel(_TRANSPOSE * x)
         gradients = (rounded, *_small(1), turned_w, eight_bit, rounded, turned_x, into_w)
-    return LinearKernels(once, forward, (*gradients, add, *masked_dx))
+    return LinearKernels(once, forward, (*gradients, add, *own.masked))
 
 
 @dataclass(frozen=True)
@@ -255,5 +300,6 @@ def modelled_step(plan: RunPlan, *, card: Card = H100) -> dict[str, str]:
     return {
         f"modelled step on {card.name}": f"{found.ratio:.2f} of BF16 (linears: forward "
         f"{found.forward:.2f}, backward {found.backward:.2f}; weight quantization {found.once:.3f} of "
-        f"a step; {tokens} tokens x {microbatches} microbatches), not measured"
+        f"a step; linears {LINEAR_SHARE:.0%} of a BF16 step, as at hidden 4096; {tokens} tokens x "
+        f"{microbatches} microbatches), not measured"
     }

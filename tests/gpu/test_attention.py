@@ -7,10 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from mqat.data.packing import document_ends
 from mqat.specs.causal import document_attention
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, and there is none here"),
-]
+pytestmark = pytest.mark.gpu
 SCALE = 0.125
 
 

@@ -23,7 +23,8 @@ def results():
 
 
 @pytest.mark.parametrize(
-    "operator", ["encode", "decode", "fake_quantize", "apply_mask", "accumulate", "int8 GEMM"]
+    "operator",
+    ["encode", "decode", "fake_quantize", "apply_mask", "accumulate", "int8 GEMM", "stochastic"],
 )
 def test_operators_give_the_same_bits_as_on_the_cpu(results, operator):
     on_cpu, on_cuda = results

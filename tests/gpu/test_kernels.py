@@ -8,10 +8,7 @@ from mqat.kernels.triton import passes
 from mqat.quant.formats import INT8
 from mqat.quant.granularity import PerChannel, PerTensor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def normal(*shape, seed=0):
