@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mqat.evaluation.forward import evaluate, forward_loss, run_microbatches
+from mqat.evaluation.forward import forward_loss, run_microbatches
 from mqat.kernels.operators import decode
 from mqat.kernels.reference import unpack_mask
 from mqat.parallel import quantized_gemm
