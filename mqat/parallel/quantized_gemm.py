@@ -2,8 +2,9 @@
 
 What is multiplied, by scheme: `step_weights.py`; the gradients: `linear_gradients.py`. Kept for
 backward of an input in 8 bits: its codes and one bit per element (none per token, where nothing is
-clipped), never a float copy. Inputs on other grids come as floats, from their quantizer, whose gradient
-is its own.
+clipped), never a float copy. Inputs on other grids are quantized in here too (`operands.encode_input`),
+but multiplied and kept as floats in the input's dtype. Only asymmetric ones that are not kept as codes
+come as floats, from their quantizer, whose gradient is its own.
 
 Collectives, with local shapes (column-parallel; row-parallel linears have none in here):
 
