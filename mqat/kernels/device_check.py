@@ -56,11 +56,11 @@ def fixed_results(device: torch.device) -> dict[str, list[Tensor]]:
                 found[f"encode {call}"] = [encoded.codes, encoded.scale, encoded.mask]
                 found[f"decode {call}"] = [values]
                 if not fmt.is_float:
-                    found[f"fake_quantize {call}"] = list(
-                        operators.fake_quantize_with_mask(
-                            x, scale, fmt, granularity, ste_clip_range=None
-                        )
+                    values, mask = operators.fake_quantize_with_mask(
+                        x, scale, fmt, granularity, ste_clip_range=None
                     )
+                    assert mask is not None, "asked for"
+                    found[f"fake_quantize {call}"] = [values, mask]
         finite = x.nan_to_num(0.0, 1.0, -1.0)
         step = torch.tensor([0.02], device=device)
         mask = operators.encode(finite, step, INT4, PerTensor(), with_mask=True).mask
