@@ -25,15 +25,16 @@ Microbatch = dict[str, Tensor | None]
 
 
 def _to_device(batch: Microbatch) -> Microbatch:
-    """Ends of documents stay where they are: the host decides by them what it starts."""
+    """Without what the host decides by what it starts: ends of documents, and real tokens."""
     return {
-        key: value if value is None or _is_document_ends(key, value) else to_device(value, device())
+        key: value if value is None or _is_of_host(key, value) else to_device(value, device())
         for key, value in batch.items()
     }
 
 
-def _is_document_ends(key: str, value: Tensor) -> bool:
-    return key == "attention_mask" and value.dtype != torch.bool
+def _is_of_host(key: str, value: Tensor) -> bool:
+    is_document_ends = key == "attention_mask" and value.dtype != torch.bool
+    return is_document_ends or key == "token_mask"
 
 
 def _loss_and_count(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

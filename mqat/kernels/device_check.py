@@ -60,11 +60,11 @@ def fixed_results(device: torch.device) -> dict[str, list[Tensor]]:
         for granularity in _GRANULARITIES:
             scale = _scale(granularity).to(device)
             for fmt in (*_FORMATS, FP4_E2M1):
-                found[f"fake_quantize {fmt.name} {granularity} {name}"] = list(
-                    operators.fake_quantize_with_mask(
-                        x, scale, fmt, granularity, ste_clip_range=None
-                    )
+                values, mask = operators.fake_quantize_with_mask(
+                    x, scale, fmt, granularity, ste_clip_range=None
                 )
+                assert mask is not None, "asked for"
+                found[f"fake_quantize {fmt.name} {granularity} {name}"] = [values, mask]
             zero = torch.full(scale.shape, 3, dtype=torch.int32, device=device)
             shifted = operators.encode(
                 x, scale, INT8_MIN128, granularity, with_mask=False, zero_point=zero

@@ -35,9 +35,10 @@ def fake_quantize_with_mask(
     format_name: str,
     granularity_name: str,
     ste_clip_range: float | None,
+    with_mask: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`reference.fake_quantize_with_mask`."""
-    return torch.empty_like(x), _mask_of(x)
+    return torch.empty_like(x), _mask_of(x) if with_mask else x.new_empty(0, dtype=torch.uint8)
 
 
 def decode(

@@ -107,9 +107,13 @@ def fake_quantize_with_mask(
     granularity: Granularity,
     *,
     ste_clip_range: float | None,
-) -> tuple[Tensor, Tensor]:
+    with_mask: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """What `functional.fake_quantize` gives, in the dtype of `x`, and the mask of `Encoded`."""
-    return _fake_quantize_with_mask(x, scale, fmt.name, str(granularity), ste_clip_range)
+    values, mask = _fake_quantize_with_mask(
+        x, scale, fmt.name, str(granularity), ste_clip_range, with_mask
+    )
+    return values, mask if with_mask else None
 
 
 def decode(

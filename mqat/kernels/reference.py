@@ -114,14 +114,17 @@ def fake_quantize_with_mask(
     format_name: str,
     granularity_name: str,
     ste_clip_range: float | None,
+    with_mask: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`operators.fake_quantize_with_mask`."""
+    """`operators.fake_quantize_with_mask`; the mask is empty where none is asked for."""
     fmt, granularity = FORMATS[format_name], named_granularity(granularity_name)
 
     def quantized(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         groups, scales = grouped_view(x.float(), scale, granularity)
         ratio = groups / scales
-        mask = _packed_gradient_mask(ratio, fmt, ste_clip_range)
+        mask = x.new_empty(0, dtype=torch.uint8)
+        if with_mask:
+            mask = _packed_gradient_mask(ratio, fmt, ste_clip_range)
         values = quantize_dequantize_(ratio, scales, fmt, fmt.qmin, fmt.qmax)
         return values.view(x.shape).to(x.dtype), mask
 

@@ -253,6 +253,12 @@ class QuantizedLinear(QuantizedModule):
         keeps_graph, deferred = torch.is_grad_enabled(), None
         if grad_output_buffer is not None and self.embedding_activation_buffer[-1] is input:
             deferred = Deferred(self.embedding_activation_buffer, grad_output_buffer)
+            if self.gradient_noise is not None and keeps_graph and weight.requires_grad:
+                raise UserError(
+                    f"{self.quantized_name}: backward=int8, fp8 and defer_embedding_wgrad_compute=True "
+                    "exclude each other: Megatron multiplies a deferred weight gradient itself, not in "
+                    "8 bits. Set defer_embedding_wgrad_compute to False, or backward to bf16."
+                )
         scheme: TensorScheme | None = None
         steps: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.input_quantizer is not None:

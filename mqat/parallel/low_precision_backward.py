@@ -1,13 +1,14 @@
 """Turns 8-bit gradients of quantized linears on; what the noise of their rounding depends on.
 
-Rounding is unbiased and a pure function: of the seed, the linear, the optimizer step, the microbatch's
-number on its data-parallel rank, the token's number in the microbatch and the output's number in the
-whole linear. So it does not depend on the pipeline's cut, its schedule or recomputation, nor on which
-part of a linear a rank holds. What still depends on tensor parallelism is the step of a token's gradient
-in a column-parallel linear: it is that of the rank's own outputs (at most that of all, so no noisier),
-because their maximum over ranks would be one more collective ahead of every input-gradient GEMM. Sums in
-another order move a value across a threshold now and then. Data-parallel ranks differ in the
-microbatches that they number.
+Rounding is unbiased and a pure function: of the seed, the linear, the optimizer step, the rank among
+those of data and context parallelism, the microbatch's number on that rank, the token's number there and
+the output's number in the whole linear. So it does not depend on the pipeline's cut, its schedule or
+recomputation, nor on which part of a linear a rank holds. What still depends on tensor parallelism is
+the step of a token's gradient in a column-parallel linear: it is that of the rank's own outputs (at most
+that of all, so no noisier), because their maximum over ranks would be one more collective ahead of every
+input-gradient GEMM. Sums in another order move a value across a threshold now and then. Data- and
+context-parallel ranks have noise of their own, so that it averages out over them; it is therefore
+another one at another data- or context-parallel size.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from mqat.errors import UserError
@@ -33,6 +35,13 @@ def _output_numbers(linear: QuantizedLinear) -> Tensor:
     return own // size * (size * tp) + rank * size + own % size
 
 
+def _data_rank() -> int:
+    """This rank's number among those of data and context parallelism together."""
+    if not parallel_state.is_initialized():
+        return 0
+    return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+
 def set_backward_(model: Any, backward: str, *, seed: int = 0) -> None:
     """Chooses how gradients of the quantized linears are multiplied: exactly, or in 8 bits.
 
@@ -41,12 +50,12 @@ def set_backward_(model: Any, backward: str, *, seed: int = 0) -> None:
     Args:
         model: Chunk or list of chunks of this rank.
         backward: `bf16`, the exact straight-through gradient in the model's dtype; `int8` or `fp8`.
-        seed: Of the rounding; the same on all ranks.
+        seed: Of the rounding; the same on all ranks (each adds its data- and context-parallel number).
 
     Raises:
         UserError: A linear's scheme does not go with it (`check_backward`), or its scales are trained.
     """
-    linears = quantized_linears(model)
+    linears, rank = quantized_linears(model), _data_rank()
     quantized = {name: x for name, x in linears.items() if x.scheme is not None and x.quantizers}
     check_backward(backward, {n: x.scheme for n, x in quantized.items() if x.scheme is not None})
     for name, linear in quantized.items():
@@ -60,5 +69,5 @@ def set_backward_(model: Any, backward: str, *, seed: int = 0) -> None:
                 "the exact one of every element. Set backward to bf16, or freeze the scales."
             )
         linear.gradient_noise = GradientNoise(
-            FORMATS[backward], _output_numbers(linear), f"{seed} {name}"
+            FORMATS[backward], _output_numbers(linear), f"{seed} {rank} {name}"
         )

@@ -95,9 +95,10 @@ def encode_input(
     clips = scheme.ste_clip_range is None or math.isfinite(scheme.ste_clip_range)
     if not encodes_input(scheme):
         values, mask = fake_quantize_with_mask(
-            x, scale, scheme.format, scheme.granularity, ste_clip_range=scheme.ste_clip_range
-        )
-        return Operand(values), mask if wants_dx and clips else None
+            x, scale, scheme.format, scheme.granularity, ste_clip_range=scheme.ste_clip_range,
+            with_mask=wants_dx and clips,
+        )  # fmt: skip
+        return Operand(values), mask
     encoded = encode(
         x, scale, scheme.format, scheme.granularity,
         with_mask=wants_dx and clips, zero_point=zero_point, ste_clip_range=scheme.ste_clip_range,

@@ -60,7 +60,6 @@ def pack_weights_(model: Any, *, double_quantization: bool = False) -> tuple[int
             double_quantization=double_quantization,
         )
         after += linear.packed_weight.num_bytes
-        linear.step_weight.free()
         linear.weight.requires_grad_(False)
         linear.weight.data = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
     return before, after

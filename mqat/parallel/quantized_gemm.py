@@ -2,8 +2,9 @@
 
 What is multiplied, by scheme: `step_weights.py`; the gradients: `linear_gradients.py`. Kept for
 backward of an input in 8 bits: its codes and one bit per element (none per token, where nothing is
-clipped), never a float copy. Inputs on other grids come as floats, from their quantizer, whose gradient
-is its own.
+clipped), never a float copy. Inputs on other grids are quantized in here too (`operands.encode_input`),
+but multiplied and kept as floats in the input's dtype. Only asymmetric ones that are not kept as codes
+come as floats, from their quantizer, whose gradient is its own.
 
 Collectives, with local shapes (column-parallel; row-parallel linears have none in here):
 
@@ -101,7 +102,7 @@ class _QuantizedGemm(torch.autograd.Function):
         wants_dx = gemm.keeps_graph and x.requires_grad
         wants_dw = gemm.keeps_graph and weight.requires_grad
         ctx.gemm, ctx.used, ctx.dtype, ctx.weight = gemm, used, x.dtype, weight
-        ctx.version = used.operand._version if gemm.keeps_graph else None
+        ctx.scope_number = gemm.scope.number if gemm.scope is not None else None
         operand, mask = Operand(x), None
         if gemm.input_scheme is not None:
             operand, mask = encode_input(x, scale, zero_point, gemm.input_scheme, wants_dx=wants_dx)
@@ -130,10 +131,10 @@ class _QuantizedGemm(torch.autograd.Function):
         The input gather under the dX GEMM, the sum of dX under the dW GEMM.
         """
         gemm: Gemm = ctx.gemm
-        if ctx.used.operand._version != ctx.version:
+        if gemm.scope is not None and gemm.scope.number != ctx.scope_number:
             raise UserError(
-                "backward: the next quantized_step has quantized the weights anew in the memory of "
-                "those that this forward used. Run backward before it opens."
+                "backward: another quantized_step has begun since this forward, so its gradient belongs "
+                "to weights of an earlier step. Run backward before it opens."
             )
         x, scale, zero_point, mask = ctx.saved_tensors
         group = gemm.tp_group

@@ -29,8 +29,11 @@ def quantized_step(
     Inside, each linear quantizes its weight at its first forward and keeps the codes; microbatches in
     flight and recomputed layers share them. Gradients of weights are summed as they come, and masked
     where the weight is clipped when the scope ends: before or after their reduction over data-parallel
-    ranks, which all have the same mask, but before norms and optimizer see them. Outside, every forward
-    quantizes and every backward masks anew: slower, same values.
+    ranks, which all have the same mask, but before norms and optimizer see them. The mask is applied to
+    all that `.grad` and `main_grad` hold by then: also to what came past the linear, such as the
+    gradient of a regularisation term, and to what was there before the scope. Add such terms after it.
+    (Weights shared with an embedding and Megatron-FSDP's are masked pass by pass instead.)
+    Outside, every forward quantizes and every backward masks anew: slower, same values.
 
     Args:
         model: Chunk or list of chunks of this rank. Their weights must not change inside: the

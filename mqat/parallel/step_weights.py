@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -118,8 +118,7 @@ class WeightCache:
     because the distributed optimizer writes through views that do not share them. They are compared
     nevertheless, so that an ordinary in-place change inside the scope is noticed.
 
-    The memory is kept from scope to scope, at the same addresses: that is what CUDA graphs need, and an
-    allocator likes it.
+    The memory is given back when the scope ends, so the optimizer and evaluation have it.
 
     A weight that does not change has one mask, so masking the sum of its gradients gives the same bits
     as summing masked ones: that is done once, when the scope ends.
@@ -127,27 +126,25 @@ class WeightCache:
     Attributes:
         is_open: Inside the scope.
         for_backward: Masks are wanted even when the first forward runs without a graph (recompute).
+        number: Of the scope; backward of an earlier one is refused.
     """
 
     def __init__(self) -> None:
         self.is_open = self.for_backward = False
+        self.number = 0
         self._used: StepWeight | None = None
-        self._buffers: StepWeight | None = None
         self._versions = (-1, -1)
         self._owes_mask = False
 
     def open(self, *, for_backward: bool) -> None:
         """Begins a scope: whatever was quantized before is out of date."""
         self.is_open, self.for_backward = True, for_backward
+        self.number += 1
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends it and gives the memory back."""
         self.is_open = self._owes_mask = False
         self._used = None
-
-    def free(self) -> None:
-        """Gives the memory back."""
-        self._buffers = None
 
     def get(self, weight: Tensor, quantizer: Quantizer, kind: GemmKind) -> StepWeight:
         """Quantizes at the first forward of the step, not before.
@@ -159,28 +156,8 @@ class WeightCache:
         used = self._used
         if used is None or versions != self._versions or (with_mask and used.mask is None):
             self.mask_gradient_(weight)
-            fresh = encode_weight(weight, quantizer, kind, with_mask=with_mask)
-            # Not over what passes of this scope may still need.
-            used = self._moved_to_buffers(fresh) if used is None else fresh
+            used = encode_weight(weight, quantizer, kind, with_mask=with_mask)
             self._used, self._versions = used, versions
-        return used
-
-    def _moved_to_buffers(self, fresh: StepWeight) -> StepWeight:
-        def moved(name: str) -> Tensor | None:
-            new: Tensor | None = getattr(fresh, name)
-            old: Tensor | None = getattr(self._buffers, name, None)
-            fits = (
-                new is not None and old is not None and not old.is_inference()
-                and (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device)
-            )  # fmt: skip
-            return old.copy_(new) if fits and old is not None and new is not None else new
-
-        used = StepWeight(**{field.name: moved(field.name) for field in fields(StepWeight)})  # type: ignore[arg-type]
-        kept = self._buffers
-        if used.mask is None and kept is not None:  # evaluation between training steps
-            self._buffers = replace(used, mask=kept.mask)
-        else:
-            self._buffers = used
         return used
 
     def masks_later(self, weight: Tensor, used: StepWeight) -> bool:
@@ -208,4 +185,4 @@ class WeightCache:
     @property
     def num_bytes(self) -> int:
         """Memory held now."""
-        return 0 if self._buffers is None else self._buffers.num_bytes
+        return 0 if self._used is None else self._used.num_bytes

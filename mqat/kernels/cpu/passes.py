@@ -114,18 +114,20 @@ def fake_quantize_with_mask(
     format_name: str,
     granularity_name: str,
     ste_clip_range: float | None,
+    with_mask: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`operators.fake_quantize_with_mask`, of integer formats."""
     run = _encodable_run(x, format_name, granularity_name)
     if not run or FORMATS[format_name].is_float:
         return reference.fake_quantize_with_mask(
-            x, scale, format_name, granularity_name, ste_clip_range
+            x, scale, format_name, granularity_name, ste_clip_range, with_mask
         )
     values = torch.empty_like(x)
-    mask = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
+    mask = torch.empty(x.numel() // 8 if with_mask else 0, dtype=torch.uint8, device=x.device)
     code_range = ctypes.byref(_code_range(format_name, ste_clip_range))
     _call(
-        "fake_quantize", x.dtype, x, _float32(scale), x.numel(), run, code_range, values, mask
+        "fake_quantize", x.dtype, x, _float32(scale), x.numel(), run, code_range, values,
+        mask if with_mask else None,
     )  # fmt: skip
     return values, mask
 

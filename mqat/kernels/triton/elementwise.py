@@ -130,7 +130,8 @@ def fake_quantize(
     value = tl.load(x + begin + at, mask=is_element, other=0.0).to(tl.float32)
     step = _per_byte(scale, byte, is_byte, run, per_tensor)
     ratio = tl.div_rn(value, step)
-    _store_mask(mask, byte, is_byte, ratio, is_element, first, last)
+    if mask is not None:
+        _store_mask(mask, byte, is_byte, ratio, is_element, first, last)
     limited = _clamped(ratio, low, high)
     if kind == "e4m3":
         nearest = limited.to(tl.float8e4nv).to(tl.float32)

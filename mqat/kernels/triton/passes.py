@@ -170,6 +170,7 @@ def fake_quantize_with_mask(
     format_name: str,
     granularity_name: str,
     ste_clip_range: float | None,
+    with_mask: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`operators.fake_quantize_with_mask`, of integers, E4M3 and E2M1."""
     fmt, run = FORMATS[format_name], _bytes_of_run(tuple(x.shape), granularity_name)
@@ -178,14 +179,15 @@ def fake_quantize_with_mask(
     is_served = bool(kind) and (kind != "e4m3" or has_fp8_units(x.device))
     if not (run and x.dtype in _FLOATS and _serves(x) and is_served):
         return reference.fake_quantize_with_mask(
-            x, scale, format_name, granularity_name, ste_clip_range
+            x, scale, format_name, granularity_name, ste_clip_range, with_mask
         )
     values = torch.empty_like(x)
-    mask = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    mask = x.new_empty((x.numel() + 7) // 8 if with_mask else 0, dtype=torch.uint8)
     _launch(
         "fake_quantize", x,
-        x, _step(scale), values, mask, x.numel(), run, *_code_range(format_name, ste_clip_range),
-        kind=kind, per_tensor=_is_per_tensor(granularity_name),
+        x, _step(scale), values, mask if with_mask else None, x.numel(), run,
+        *_code_range(format_name, ste_clip_range), kind=kind,
+        per_tensor=_is_per_tensor(granularity_name),
     )  # fmt: skip
     return values, mask
 

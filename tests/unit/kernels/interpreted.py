@@ -148,9 +148,10 @@ def test_codes_masks_and_values(fmt, granularity, dtype, launched):
         assert_same(found, expected)
         assert bool((found[2] != 255).any())  # control: masks are not all ones
     assert_same(*both("fake_quantize_with_mask", x, scale, *names, None))
+    assert_same(*both("fake_quantize_with_mask", x, scale, *names, None, False))
     assert_same(*both("decode", found[0], scale, None, names[1], dtype))
     assert_same(*both("decode", found[0], None, None, names[1], dtype))
-    assert launched == ["encode"] * 2 + ["fake_quantize"] + ["decode"] * 2
+    assert launched == ["encode"] * 2 + ["fake_quantize"] * 2 + ["decode"] * 2
 
 
 def test_nothing_counts_as_clipped_in_an_infinite_range():

@@ -55,6 +55,7 @@ def test_codes_masks_and_values_are_the_same_bits(fmt, granularity, dtype):
         assert_same(found, expected)
         assert bool((found[2] != 255).any())  # control: masks are not all ones
         assert_same(*both("fake_quantize_with_mask", x, scale, *names, ste_clip_range))
+        assert_same(*both("fake_quantize_with_mask", x, scale, *names, ste_clip_range, False))
     codes = found[0].view(fmt.storage_dtype)
     assert_same(*both("decode", codes, scale, None, names[1], dtype))
     assert_same(*both("decode", codes, None, None, names[1], dtype))

@@ -8,7 +8,7 @@ import torch
 
 from mqat.errors import UserError
 from mqat.evaluation.forward import forward_loss, run_microbatches
-from mqat.parallel import linear_gradients, step_weights
+from mqat.parallel import linear_gradients, low_precision_backward, step_weights
 from mqat.parallel.backward_formats import check_backward
 from mqat.parallel.linear import quantized_linears
 from mqat.parallel.low_precision_backward import set_backward_
@@ -173,6 +173,25 @@ def test_a_deferred_gradient_is_that_of_the_quantized_input_and_masked(calibrate
 BACKWARDS = [("int8", "int8"), ("int8_pc_pt", "int8"), ("fp8", "fp8"), ("fp8_pc_pt", "fp8")]
 
 
+def test_a_deferred_gradient_in_8_bits_is_refused(calibrated):
+    chunks = calibrated("int8")
+    linear = quantized_linears(chunks)["decoder.layers.0.mlp.linear_fc1"]
+    x = torch.randn(8, 2, 128).requires_grad_()
+    how = {
+        "bias": None, "gradient_accumulation_fusion": False, "allreduce_dgrad": False,
+        "sequence_parallel": False, "tp_group": linear.tp_group, "grad_output_buffer": [],
+    }  # fmt: skip
+    linear.embedding_activation_buffer = [x]
+    linear._forward_impl(x, linear.weight, **how)  # control: exact ones may be
+    set_backward_(chunks, "int8")
+    linear.embedding_activation_buffer = [x]
+    message = "backward=int8, fp8 .* defer_embedding_wgrad_compute"
+    with pytest.raises(UserError, match=message):
+        linear._forward_impl(x, linear.weight, **how)
+    with torch.no_grad():  # nothing is deferred
+        linear._forward_impl(x, linear.weight, **how)
+
+
 def linear_gradients_of(linear, repeats=1):
     """Mean of both gradients over new noise, on a fixed input."""
     generator = torch.Generator().manual_seed(5)
@@ -222,6 +241,20 @@ def test_noise_depends_on_seed_step_and_microbatch_only(calibrated, recompute):
     assert not torch.equal(found[1, 3], found[1, 4]) and not torch.equal(found[1, 3], found[2, 3])
     gradients(chunks, 3)
     assert torch.equal(gradients(chunks, 3), found[2, 3])  # nothing is left of earlier steps
+
+
+def test_ranks_of_data_and_context_parallelism_have_noise_of_their_own(calibrated, monkeypatch):
+    chunks = calibrated("int8")
+    linear = quantized_linears(chunks)["decoder.layers.0.mlp.linear_fc1"]
+    exact, noises = linear_gradients_of(linear), []
+    for rank in (0, 1):
+        monkeypatch.setattr(low_precision_backward, "_data_rank", lambda rank=rank: rank)
+        for _ in range(2):  # control: the same on one rank
+            set_backward_(chunks, "int8", seed=1)
+            noise = [f - e for f, e in zip(linear_gradients_of(linear), exact, strict=True)]
+            noises.append(torch.cat([n.flatten() for n in noise]))
+    assert torch.equal(noises[0], noises[1]) and torch.equal(noises[2], noises[3])
+    assert abs(float(torch.corrcoef(torch.stack([noises[0], noises[2]]))[0, 1])) < 0.05
 
 
 def test_gradients_that_are_not_finite_stay_so(calibrated):
