@@ -14,6 +14,8 @@ from mqat.export.export import export_trtllm
 from mqat.verify.verify import verify_export
 from tests.distributed.launch import torchrun
 
+# The first test waits for the fixture that trains all layouts.
+pytestmark = pytest.mark.timeout(1500)
 WORKER = Path(__file__).with_name("worker.py")
 # Megatron's data-parallel overlaps, in buckets that several layers share.
 OVERLAPS = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 100_000}
