@@ -4,6 +4,7 @@ A checkpoint is a directory that appears complete or not at all: ranks write int
 sibling, rank 0 adds `mqat.json` (with checksums) last and renames it.
 """
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -285,8 +286,14 @@ def _is_of_the_disk(error: BaseException) -> bool:
     """Whether the system refused to write: torch and Megatron wrap its OSError in types of theirs."""
     if isinstance(error, CheckpointException):  # torch's collection of what failed on which rank
         return all(_is_of_the_disk(failure) for failure, _ in error.failures.values())
-    texts = ("[Errno ", "PytorchStreamWriter", "inline_container")
-    return isinstance(error, OSError) or any(text in str(error) for text in texts)
+    # Megatron-Core 0.19 keeps only the type of what its writer failed with, and logs the rest.
+    texts = (
+        r"\[Errno ",
+        "PytorchStreamWriter",
+        "inline_container",
+        r"worker \d+, error: <class '(Runtime|OS)E",
+    )
+    return isinstance(error, OSError) or any(re.search(text, str(error)) for text in texts)
 
 
 def _reasons(error: BaseException) -> str:
