@@ -37,7 +37,7 @@ def batches(text: bytes, seed: int) -> Iterator[dict[str, torch.Tensor]]:
         }
 
 
-def model_provider(layers: mqat.DecoderConfig, schemes: dict) -> torch.nn.Module:
+def model_provider(described: mqat.DecoderConfig, schemes: dict) -> torch.nn.Module:
     """A GPTModel as Megatron-LM's users build it, with quantized linears in its layer spec."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -45,11 +45,11 @@ def model_provider(layers: mqat.DecoderConfig, schemes: dict) -> torch.nn.Module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=layers.num_layers,
-        hidden_size=layers.hidden_size,
-        ffn_hidden_size=layers.intermediate_size,
-        num_attention_heads=layers.num_attention_heads,
-        num_query_groups=layers.num_query_groups,
+        num_layers=described.num_layers,
+        hidden_size=described.hidden_size,
+        ffn_hidden_size=described.intermediate_size,
+        num_attention_heads=described.num_attention_heads,
+        num_query_groups=described.num_query_groups,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -62,7 +62,7 @@ def model_provider(layers: mqat.DecoderConfig, schemes: dict) -> torch.nn.Module
     spec = mqat.quantize_block_spec(
         get_gpt_layer_local_spec(normalization="RMSNorm"),
         schemes,
-        model=layers,
+        model=described,
         transformer_config=config,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
     )
