@@ -214,7 +214,7 @@ class ExperimentConfig:
     # not come to its end and had the same settings.
     resume_if_exists: bool | None = None
     # Which of `RESUME_CHANGES` a resumed run has other values for than before: files that have moved
-    # (with the same content), more steps.
+    # (with the same content), more steps, another learning rate.
     resume_changes: list[str] = field(default_factory=list)
     checkpoint_interval: int = 0  # steps; 0: by time alone
     checkpoint_minutes: float = (
@@ -266,6 +266,7 @@ _CHOICES = {
 # A schedule that is constant may take more `trainer.max_steps` without being told so.
 RESUME_CHANGES = (
     "trainer.max_steps", "model.data.train", "model.data.validation", "model.restore_from_path",
+    "model.optim.lr", "model.optim.sched.min_lr",
 )  # fmt: skip
 
 _MINIMUM = {

@@ -89,11 +89,16 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """Loads the distributed optimizer, whose torch AdamW needs help with its step counts.
 
     Megatron-Core 0.16 looks for `step` among the sharded tensors, where it is not, and gives every
-    parameter the same step tensor, which AdamW would then advance once per parameter.
+    parameter the same step tensor, which AdamW would then advance once per parameter. Learning rates
+    stay those that the optimizer was built with.
     """
     (distributed,) = optimizer.chained_optimizers
     tensors = state.pop("param_state")
+    groups = distributed.optimizer.param_groups
+    rates = [{key: group[key] for key in ("max_lr", "min_lr")} for group in groups]
     optimizer.load_state_dict(state)
+    for group, own in zip(distributed.optimizer.param_groups, rates, strict=True):
+        group.update(own)  # a resumed run may have other rates
     states = distributed.optimizer.state
     steps = {p: values.pop("step") for p, values in states.items() if "step" in values}
     distributed.load_parameter_state_from_fully_reshardable(tensors)

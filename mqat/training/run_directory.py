@@ -1,7 +1,7 @@
 """The run directory: an earlier run in it is continued, or put aside, but never mixed with a new one.
 
-A run goes on with the settings it had. What a user may want otherwise has rules: more steps, and data or
-a starting model that lie elsewhere now.
+A run goes on with the settings it had. What a user may want otherwise has rules: more steps, another
+learning rate, and data or a starting model that lie elsewhere now.
 """
 
 import json
