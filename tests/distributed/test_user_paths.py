@@ -178,6 +178,23 @@ def test_bad_text_stops_every_rank(tmp_path, content, message):
     assert done.returncode != 0 and message in done.stderr
 
 
+def test_the_command_starts_its_processes_and_nothing_follows_their_one_line(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("four tokens")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "mqat.cli", "sft", "--config", str(ROOT / "conf" / "sft_tiny.yaml"),
+            "--nproc-per-node", "2", f"exp_manager.exp_dir={tmp_path}/run", "model.data.packaged=null",
+            f"model.data.train=[{text}]", f"model.data.validation=[{text}]",
+        ],
+        env=environment(1) | {"PYTHONPATH": str(ROOT)},
+        check=False, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: 1 documents have")
+
+
 def test_a_full_disk_ends_all_ranks_and_leaves_no_checkpoint(tmp_path):
     done = torchrun(
         2, SFT, "trainer.max_steps=2", "exp_manager.checkpoint_interval=1",
