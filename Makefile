@@ -9,7 +9,7 @@ PYTHON_LATEST ?= $(firstword $(foreach p,python3.12 $(wildcard $(HOME)/.pyenv/ve
 LATEST := .venv-latest
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-latest lint test test-latest test-all demo clean
+.PHONY: print-latest install install-latest lint test test-latest test-all demo clean
 
 # torch is pinned first: a loose range would pull several gigabytes of CUDA libraries.
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
@@ -30,6 +30,10 @@ $(LATEST)/installed: pyproject.toml
 
 install-latest: $(LATEST)/installed
 
+# What test-latest would run with; nothing where it cannot.
+print-latest:
+	@echo $(PYTHON_LATEST)
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -37,7 +41,7 @@ lint: install
 
 # Two files at a time: ranks of one test wait for each other often enough to leave room for another's.
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=30 tests
 
 # What depends on Megatron-Core, the example on eight processes, and the demo.
 test-latest: export MALLOC_MMAP_THRESHOLD_ = 1073741824

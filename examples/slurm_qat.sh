@@ -3,10 +3,11 @@
 #SBATCH --job-name=mqat
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
+#SBATCH --signal=TERM@60
 set -euo pipefail
 # Every node runs one torchrun; they meet at the first node. All see the run directory, so a job that
-# is started again with exp_manager.resume_if_exists=true continues from its last checkpoint
-# (exp_manager.checkpoint_interval=50 writes one every 50 steps).
+# is started again continues from its last checkpoint (one every 15 minutes, and one at SIGTERM, which
+# the line below asks for a minute before the time is up).
 MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" \

@@ -30,6 +30,7 @@ class TrainerConfig:
     precision: str = "auto"  # bf16, 32, or auto: bf16 where the device multiplies it natively
     max_steps: int = 100
     val_check_interval: int = 0  # steps; 0: only at the end of a phase
+    log_every_n_steps: int = 10  # a line, where the output is no terminal
     limit_val_samples: int | None = None
     gradient_clip_val: float = 1.0
     seed: int = 1234
@@ -209,11 +210,17 @@ class ExperimentConfig:
     """The run directory and what is written to it."""
 
     exp_dir: str = "runs/qat"
-    resume_if_exists: bool = False
+    # Of an earlier run in exp_dir: go on with it (true), put it aside (false), or (null) go on if it did
+    # not come to its end and had the same settings.
+    resume_if_exists: bool | None = None
     # Which of `RESUME_CHANGES` a resumed run has other values for than before: files that have moved
-    # (with the same content), more steps.
+    # (with the same content), more steps, another learning rate.
     resume_changes: list[str] = field(default_factory=list)
-    checkpoint_interval: int = 0  # steps; 0: only at the end of a phase, if resume_if_exists
+    checkpoint_interval: int = 0  # steps; 0: by time alone
+    checkpoint_minutes: float = (
+        15.0  # a checkpoint at least so often while training; 0: by steps alone
+    )
+    keep_last: int = 2  # checkpoints of a phase; older ones are deleted; 0: all are kept
     create_tensorboard_logger: bool = True
     quality_report: bool = False  # of every quantized linear, after calibration
     sample_prompts: list[str] = field(default_factory=list)
@@ -222,7 +229,7 @@ class ExperimentConfig:
     @property
     def keeps_last_state(self) -> bool:
         """Whether a finished phase leaves its optimizer's state, to go on from with more steps."""
-        return self.resume_if_exists or self.checkpoint_interval > 0
+        return bool(self.resume_if_exists) or self.checkpoint_interval > 0
 
 
 @dataclass
@@ -259,6 +266,7 @@ _CHOICES = {
 # A schedule that is constant may take more `trainer.max_steps` without being told so.
 RESUME_CHANGES = (
     "trainer.max_steps", "model.data.train", "model.data.validation", "model.restore_from_path",
+    "model.optim.lr", "model.optim.sched.min_lr",
 )  # fmt: skip
 
 _MINIMUM = {
@@ -267,6 +275,7 @@ _MINIMUM = {
     "trainer.limit_val_samples": 1,
     "trainer.gradient_clip_val": 0,
     "trainer.val_check_interval": 0,
+    "trainer.log_every_n_steps": 1,
     "model.optim.lr": 0,
     "model.optim.weight_decay": 0,
     "model.optim.sched.warmup_steps": 0,
@@ -274,6 +283,8 @@ _MINIMUM = {
     "model.pretrain.max_steps": 0,
     "model.pretrain.lr": 0,
     "exp_manager.checkpoint_interval": 0,
+    "exp_manager.checkpoint_minutes": 0,
+    "exp_manager.keep_last": 0,
     "exp_manager.sample_tokens": 0,
     "model.tensor_model_parallel_size": 1,
     "model.pipeline_model_parallel_size": 1,

@@ -89,11 +89,16 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """Loads the distributed optimizer, whose torch AdamW needs help with its step counts.
 
     Megatron-Core 0.16 looks for `step` among the sharded tensors, where it is not, and gives every
-    parameter the same step tensor, which AdamW would then advance once per parameter.
+    parameter the same step tensor, which AdamW would then advance once per parameter. Learning rates
+    stay those that the optimizer was built with.
     """
     (distributed,) = optimizer.chained_optimizers
     tensors = state.pop("param_state")
+    groups = distributed.optimizer.param_groups
+    rates = [{key: group[key] for key in ("max_lr", "min_lr")} for group in groups]
     optimizer.load_state_dict(state)
+    for group, own in zip(distributed.optimizer.param_groups, rates, strict=True):
+        group.update(own)  # a resumed run may have other rates
     states = distributed.optimizer.state
     steps = {p: values.pop("step") for p, values in states.items() if "step" in values}
     distributed.load_parameter_state_from_fully_reshardable(tensors)
@@ -404,18 +409,27 @@ def _check_schemes(path: Path, description: dict[str, Any], layers: dict[str, Sc
             )
 
 
+def _complete_checkpoints(directory: Path) -> list[Path]:
+    """The complete `step_N` directories, by N."""
+    complete = [
+        path
+        for path in directory.glob("step_*")
+        if (path / DESCRIPTION).is_file() and path.name.removeprefix("step_").isdigit()
+    ]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
+
+
 def latest_checkpoint(directory: Path) -> Path | None:
     """The complete `step_N` directory with the largest N, or None; as the first rank sees it."""
+    return decided_by_main(lambda: next(reversed(_complete_checkpoints(directory)), None))
 
-    def latest() -> Path | None:
-        complete = [
-            path
-            for path in directory.glob("step_*")
-            if (path / DESCRIPTION).is_file() and path.name.removeprefix("step_").isdigit()
-        ]
-        return max(complete, key=lambda path: int(path.name.removeprefix("step_")), default=None)
 
-    return decided_by_main(latest)
+def delete_old_checkpoints(directory: Path, keep_last: int) -> None:
+    """Deletes complete `step_N` directories but the newest `keep_last` >= 1; call on one rank only."""
+    for path in _complete_checkpoints(directory)[:-keep_last]:
+        doomed = path.with_name(f".{path.name}.deleted")  # never half a checkpoint under its name
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def checkpoint_layers(description: dict[str, Any]) -> dict[str, Scheme]:

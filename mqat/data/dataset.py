@@ -87,7 +87,9 @@ def _describe(train: PackedDataset, validation: PackedDataset, seq_length: int) 
         "tokens dropped": sum(s.dropped_tokens for s in both),
         "bad lines skipped": sum(len(s.skipped_lines) for s in both),
         "conversations cut": sum(s.cut_conversations for s in both),
-        "conversations dropped": sum(s.dropped_conversations for s in both),
+        "conversations dropped, whose answers begin later; raise model.data.seq_length": sum(
+            s.dropped_conversations for s in both
+        ),
     }
     counts = ", ".join(f"{n} {what}" for what, n in left_out.items() if n) or "nothing left out"
     return (

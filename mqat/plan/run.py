@@ -193,6 +193,13 @@ def _check_data(settings: ModelConfig, model: DecoderConfig) -> None:
             "config: model.data.train and model.data.validation must each name at least one file "
             "(hold out whole documents), or set model.data.packaged."
         )
+    for key, paths in {"train": data.train, "validation": data.validation}.items():
+        missing = [path for path in paths if not Path(path).is_file()]
+        if missing and data.packaged is None:
+            raise UserError(
+                f"config: model.data.{key}: {', '.join(missing)}: no such file; paths are taken from "
+                f"{Path.cwd()}."
+            )
 
 
 def _rule(config: RuleConfig) -> Rule:

@@ -4,11 +4,12 @@ import atexit
 import gc
 import multiprocessing
 import os
+import resource
 import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from mqat.errors import UserError
+from mqat.runtime.interruption import Interrupted
 from mqat.runtime.megatron_releases import check_release
 
 T = TypeVar("T")
@@ -34,6 +36,13 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held so far: on its GPU, without one in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
 def is_main() -> bool:
@@ -258,6 +267,15 @@ def any_rank(flag: bool) -> bool:
     return any(gathered(flag))
 
 
+def largest_on_any_rank(values: Sequence[int]) -> list[int]:
+    """The largest of each number over all ranks, on every rank (one small collective)."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return list(values)
+    found = torch.tensor(values, dtype=torch.int64, device=device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return [int(value) for value in found.tolist()]
+
+
 def _is_first_to_fail() -> bool:
     """Whether no other process of this job has printed its error; torchrun's own store knows."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -294,6 +312,11 @@ def command_line() -> Iterator[None]:
             print(f"error: {failure.text}", file=sys.stderr, flush=True)
         finalize()
         sys.exit(2)
+    except Interrupted as ended:
+        if is_main():
+            print(f"interrupted by {ended}", file=sys.stderr, flush=True)
+        finalize()
+        sys.exit(128 + ended.number)
     except KeyboardInterrupt:  # other ranks may be in the middle of a collective: nothing to leave
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

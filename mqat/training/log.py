@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs: `metrics.jsonl`, TensorBoard, a progress bar.
+"""What a run leaves for people and programs: `metrics.jsonl`, TensorBoard, a progress bar or lines.
 
 Only the first rank writes; the others hold the same object and do nothing.
 """
@@ -6,6 +6,9 @@ Only the first rank writes; the others hold the same object and do nothing.
 from __future__ import annotations
 
 import json
+import math
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +91,100 @@ class RunLog:
             for name, value in values.items():
                 self._board.add_scalar(f"{phase}/{name}", value, step)
 
-    def progress(self) -> Progress:
-        """A progress bar with a free-text column; silent on the other ranks."""
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self.console,
-        )
+    def steps(self, phase: str, total: int, done: int, *, every_n_steps: int) -> StepReport:
+        """What people see of a phase, as a context manager; silent on the other ranks.
+
+        Args:
+            phase: Its name.
+            total: Steps in all.
+            done: Of these, before now.
+            every_n_steps: A line so often, where the output is no terminal; on one, a bar.
+        """
+        return StepReport(self, phase, total, done, every_n_steps)
+
+
+class StepReport:
+    """A progress bar on a terminal, otherwise lines; says when the loss starts to diverge."""
+
+    def __init__(self, log: RunLog, phase: str, total: int, done: int, every_n_steps: int) -> None:
+        self._log, self._phase, self._total, self._every = log, phase, total, every_n_steps
+        self._first, self._step = done, done
+        self._started = time.monotonic()
+        self._trend = LossTrend()
+        self._bar: Progress | None = None
+        if log.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=log.console,
+            )
+            self._task = self._bar.add_task(phase, total=total, completed=done, note="")
+
+    def __enter__(self) -> StepReport:
+        """Shows the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """After each optimizer step; `values` are those of `metrics.jsonl`."""
+        self._log.metrics(self._phase, step, values)
+        memory = f"{values['peak_memory_bytes'] / 2**30:.1f} GiB"
+        speed = f"{values['tokens_per_second']:.0f} tokens/s"
+        if self._bar is not None:
+            note = f"loss {values['loss']:.3f}  {speed}  {memory}"
+            self._bar.update(self._task, completed=step, note=note)
+        elif step % self._every == 0 or step in (self._first + 1, self._total):
+            seconds = (time.monotonic() - self._started) / (step - self._first)
+            left = timedelta(seconds=round(seconds * (self._total - step)))
+            self._log.say(
+                f"  {self._phase} {step}/{self._total}  loss {values['loss']:.4f}  "
+                f"lr {values['lr']:.3g}  grad norm {values['grad_norm']:.3g}  {speed}  "
+                f"{left} left  {memory}"
+            )
+        if "validation_loss" in values:
+            self._log.say(
+                f"  {self._phase} {step}/{self._total}  validation loss {values['validation_loss']:.4f}"
+            )
+        if self._trend.begins_to_diverge(values["loss"]):
+            self._log.say(
+                f"  {self._phase} {step}/{self._total}  the loss rises: {self._trend.smoothed:.4f} "
+                f"over the last steps, {self._trend.lowest:.4f} at its best. If it goes on so, lower "
+                "model.optim.lr."
+            )
+
+
+class LossTrend:
+    """Tells when a loss, smoothed over some ten steps, has risen well above its best.
+
+    Attributes:
+        smoothed: Exponential mean; NaN before the first loss.
+        lowest: Its smallest value so far.
+    """
+
+    # Noise of single batches is far less once ten of them are averaged; a run that diverges gains more
+    # within few steps.
+    _RISE = 0.3  # nats a token
+
+    def __init__(self) -> None:
+        self.smoothed, self.lowest = math.nan, math.inf
+        self._steps, self._was_said = 0, False
+
+    def begins_to_diverge(self, loss: float) -> bool:
+        """Takes the loss of a step; true once for each time that it leaves its best."""
+        self._steps += 1
+        self.smoothed = loss if self._steps == 1 else 0.9 * self.smoothed + 0.1 * loss
+        if self._steps >= 10:
+            self.lowest = min(self.lowest, self.smoothed)
+        is_high = self.smoothed > self.lowest + self._RISE
+        begins = is_high and not self._was_said
+        self._was_said = is_high
+        return begins

@@ -1,15 +1,18 @@
 """One training phase: steps, schedule of fake quantization, validation, checkpoints, metrics."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mqat.checkpoints.dist_checkpoint import TrainingState
+from mqat.checkpoints.dist_checkpoint import TrainingState, delete_old_checkpoints
 from mqat.data.loader import Batches
 from mqat.errors import UserError
+from mqat.runtime.groups import is_main, largest_on_any_rank, peak_memory_bytes
+from mqat.runtime.interruption import Interrupted, children_outlive_signals, stop_request
 from mqat.training.gradients import nonfinite_gradients
 from mqat.training.log import RunLog
 from mqat.training.optimizer import prepare_gradients, step_with_gradients
@@ -26,7 +29,10 @@ class Phase:
         max_steps: Steps in all, counted from the start of the phase.
         schedule: Which quantizers are on, and with how many bits.
         val_check_interval: Steps between validations; 0: none.
-        checkpoint_interval: Steps between checkpoints; 0: none.
+        log_every_n_steps: Steps between lines where the output is no terminal.
+        checkpoint_interval: Steps between checkpoints; 0: by time alone.
+        checkpoint_minutes: Time between checkpoints; 0: by steps alone.
+        keep_last: Newest checkpoints that are kept; 0: all.
         keeps_last_state: A checkpoint with the optimizer's state after the last step too.
     """
 
@@ -34,7 +40,10 @@ class Phase:
     max_steps: int
     schedule: QuantizerSchedule = field(default_factory=QuantizerSchedule)
     val_check_interval: int = 0
+    log_every_n_steps: int = 10
     checkpoint_interval: int = 0
+    checkpoint_minutes: float = 0.0
+    keep_last: int = 0
     keeps_last_state: bool = False
 
 
@@ -56,63 +65,89 @@ def train_phase(
         chunks: DDP-wrapped chunks of this rank.
         state: Optimizer, scheduler and position; updated in place.
         batches: Training data, indexed by consumed samples.
-        log: Metrics and progress bar.
+        log: Metrics and progress.
         validate: Returns the validation loss per token; called on all ranks.
         save: Writes a checkpoint to the given path; called on all ranks.
         directory: Checkpoints go to `directory/step_N`.
 
     Raises:
         UserError: On every rank, before a weight has changed: loss or gradient norm is not finite.
+        Interrupted: On every rank, after a checkpoint: one of them got SIGTERM or Ctrl-C.
     """
-    with log.progress() as progress:
-        task = progress.add_task(phase.name, total=phase.max_steps, completed=state.step, note="")
+    steps = log.steps(
+        phase.name, phase.max_steps, state.step, every_n_steps=phase.log_every_n_steps
+    )
+    saved = time.monotonic()
+    with stop_request() as request, steps as report:
         while state.step < phase.max_steps:
             started = time.perf_counter()
             phase.schedule.apply_(chunks, state.step)
-            for chunk in chunks:
-                chunk.zero_grad_buffer()
-            state.optimizer.zero_grad()
-            loss_sum, tokens = forward_backward(
-                chunks, batches.microbatches(state.consumed_samples), step=state.step
-            )
-            loss = loss_sum / max(tokens, 1)
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"{phase.name}: loss is {loss} at step {state.step + 1}. Lower "
-                    "model.optim.lr, or resume from the last checkpoint with other data."
-                )
-            grad_norm = prepare_gradients(state.optimizer)
-            if not math.isfinite(grad_norm):
-                names = nonfinite_gradients(chunks)
-                raise UserError(
-                    f"{phase.name}: the gradient norm is {grad_norm} at step {state.step + 1}, with a "
-                    f"finite loss of {loss:.4g}; not finite: {', '.join(names[:3]) or 'their sum'}"
-                    f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}. No weight has changed. "
-                    "Lower model.optim.lr, or resume from the last checkpoint with other data."
-                )
-            step_with_gradients(state.optimizer, grad_norm)
-            lr = state.optimizer.param_groups[0]["lr"]
-            state.scheduler.step(increment=1)
-            state.step += 1
-            state.consumed_samples += batches.global_batch_size
+            metrics = _train_step(phase.name, chunks, state, batches)
             seconds = time.perf_counter() - started
-            speed = tokens / seconds
-            metrics = {
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "tokens_per_second": speed,
-                "consumed_samples": state.consumed_samples,
-            }
+            metrics["tokens_per_second"] = metrics.pop("tokens") / seconds
+            metrics["peak_memory_bytes"] = peak_memory_bytes()
             if _due(state.step, phase.val_check_interval):
                 metrics["validation_loss"] = validate()
-            log.metrics(phase.name, state.step, metrics)
-            note = f"loss {loss:.3f}  {speed:.0f} tokens/s"
-            progress.update(task, completed=state.step, note=note)
+            report.step(state.step, metrics)
             is_last = state.step == phase.max_steps
-            if phase.keeps_last_state if is_last else _due(state.step, phase.checkpoint_interval):
-                save(directory / f"step_{state.step:08d}")
+            minutes = (time.monotonic() - saved) / 60
+            is_late = 0 < phase.checkpoint_minutes <= minutes
+            number, late = largest_on_any_rank([request.number, is_late])
+            is_due = late or _due(state.step, phase.checkpoint_interval)
+            if phase.keeps_last_state if is_last else (is_due or number):
+                path = directory / f"step_{state.step:08d}"
+                with children_outlive_signals():
+                    save(path)
+                log.say(f"  {phase.name}: saved {path}")
+                saved = time.monotonic()
+                if phase.keep_last and is_main():
+                    delete_old_checkpoints(directory, phase.keep_last)
+            if number and not is_last:
+                raise Interrupted(
+                    f"{signal.Signals(number).name}: {phase.name} ended after step {state.step} of "
+                    f"{phase.max_steps} and saved {path}; the same command with "
+                    "exp_manager.resume_if_exists=true goes on from there.",
+                    number,
+                )
     QuantizerSchedule().apply_(chunks, phase.max_steps)
+
+
+def _train_step(
+    name: str, chunks: Sequence[Any], state: TrainingState, batches: Batches
+) -> dict[str, float]:
+    """One optimizer step; what was measured of it, with its number of `tokens`."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    microbatches = batches.microbatches(state.consumed_samples)
+    loss_sum, tokens = forward_backward(chunks, microbatches, step=state.step)
+    loss = loss_sum / max(tokens, 1)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"{name}: loss is {loss} at step {state.step + 1}. Lower "
+            "model.optim.lr, or resume from the last checkpoint with other data."
+        )
+    grad_norm = prepare_gradients(state.optimizer)
+    if not math.isfinite(grad_norm):
+        names = nonfinite_gradients(chunks)
+        raise UserError(
+            f"{name}: the gradient norm is {grad_norm} at step {state.step + 1}, with a "
+            f"finite loss of {loss:.4g}; not finite: {', '.join(names[:3]) or 'their sum'}"
+            f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}. No weight has changed. "
+            "Lower model.optim.lr, or resume from the last checkpoint with other data."
+        )
+    step_with_gradients(state.optimizer, grad_norm)
+    lr = state.optimizer.param_groups[0]["lr"]
+    state.scheduler.step(increment=1)
+    state.step += 1
+    state.consumed_samples += batches.global_batch_size
+    return {
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens": tokens,
+        "consumed_samples": state.consumed_samples,
+    }
 
 
 def _due(step: int, interval: int) -> bool:

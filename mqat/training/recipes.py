@@ -57,7 +57,10 @@ def _phase(plan: RunPlan, name: str, max_steps: int, *, quantized: bool) -> Phas
         max_steps,
         schedule=schedule if quantized else QuantizerSchedule(),
         val_check_interval=config.trainer.val_check_interval,
+        log_every_n_steps=config.trainer.log_every_n_steps,
         checkpoint_interval=config.exp_manager.checkpoint_interval,
+        checkpoint_minutes=config.exp_manager.checkpoint_minutes,
+        keep_last=config.exp_manager.keep_last,
         keeps_last_state=config.exp_manager.keeps_last_state and name != "pretrain",
     )
 
@@ -162,7 +165,7 @@ def _report(session: Session) -> None:
         session.log.say(f"\n{prompt!r}")
         for name, answer in answers.items():
             session.log.say(f"  {name:>16}: {answer!r}")
-    session.write_summary()
+    session.end()
 
 
 def _quantize(session: Session) -> None:

@@ -1,7 +1,7 @@
 """The run directory: an earlier run in it is continued, or put aside, but never mixed with a new one.
 
-A run goes on with the settings it had. What a user may want otherwise has rules: more steps, and data or
-a starting model that lie elsewhere now.
+A run goes on with the settings it had. What a user may want otherwise has rules: more steps, another
+learning rate, and data or a starting model that lie elsewhere now.
 """
 
 import json
@@ -44,33 +44,62 @@ _FILES = (
 def open_run_directory(directory: Path, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
     """Makes the directory ready for a run; call on one rank only.
 
-    Without `exp_manager.resume_if_exists` the files of an earlier run are moved to `run_0`, `run_1`, ...
+    An earlier run in it is continued where `exp_manager.resume_if_exists` is true, or is null and that
+    run was interrupted and had the same settings. Otherwise its files are moved to `run_0`, `run_1`, ...
     inside the directory, as NeMo's experiment manager does.
 
     Returns:
         The summary to go on from: empty, or that of the run that is resumed, where phases that are to
-        take more steps are no longer done. And a line for each setting that changed what is computed.
+        take more steps are no longer done. And lines for people: what became of an earlier run, and each
+        setting that changed what is computed.
 
     Raises:
-        UserError: The run to resume had other settings (names the first), its summary is damaged, or
-            a phase to prolong left no optimizer state.
+        UserError: The run to resume had other settings (names the first), its summary is damaged, a
+            phase to prolong left no optimizer state, or this run starts from files that it would move.
     """
-    if not config.exp_manager.resume_if_exists:
-        _put_aside(directory)
-    summary = _previous_summary(directory)
-    file = directory / "config.yaml"
+    resume, file = config.exp_manager.resume_if_exists, directory / "config.yaml"
     text = config_to_yaml(config)
+    settings = yaml.safe_load(text)
+    said = []
+    if resume is None:
+        resume = _is_interrupted(directory, settings)
+        if resume:
+            said.append(
+                f"{directory}: going on with the run that was interrupted here; "
+                "exp_manager.resume_if_exists=false starts anew"
+            )
+    if not resume:
+        said += _put_aside(directory, config)
+    summary = _previous_summary(directory)
     changes: dict[str, tuple[Any, Any]] = {}
-    if config.exp_manager.resume_if_exists and file.is_file():
-        changes = _changes(file, yaml.safe_load(file.read_text("utf-8")), yaml.safe_load(text))
+    if resume and file.is_file():
+        changes = _changes(file, _earlier_settings(file), settings)
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     if "trainer.max_steps" in changes:
         _reopen(directory, summary, took_steps=changes["trainer.max_steps"][0] > 0)
     write_whole(file, text)
-    said = [f"resumed with {key}={now}, it was {was}" for key, (was, now) in changes.items()]
+    said += [f"resumed with {key}={now}, it was {was}" for key, (was, now) in changes.items()]
     if "trainer.max_steps" in changes and config.model.optim.sched.name != "constant":
         said.append("the learning rate goes on as if the run had had so many steps from its start")
     return summary, said
+
+
+def _earlier_settings(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(file.read_text("utf-8"))
+    return found
+
+
+def _is_interrupted(directory: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a run with these settings began in the directory and did not come to its end."""
+    file = directory / "config.yaml"
+    if not file.is_file() or _previous_summary(directory)["finished"]:
+        return False
+    earlier = dict(_flat(_earlier_settings(file)))
+    current = dict(_flat(settings))
+    return all(
+        earlier.get(key) == current.get(key) or key.startswith(_MAY_CHANGE)
+        for key in earlier | current
+    )
 
 
 def _reopen(directory: Path, summary: dict[str, Any], *, took_steps: bool) -> None:
@@ -86,25 +115,44 @@ def _reopen(directory: Path, summary: dict[str, Any], *, took_steps: bool) -> No
                 "model.restore_from_path at this run's checkpoint."
             )
     summary["done"] = [step for step in summary["done"] if step not in finished]
+    summary["finished"] = False
     write_json(directory / "summary.json", summary)
 
 
-def _put_aside(directory: Path) -> None:
-    if not directory.is_dir():
-        return
+def _put_aside(directory: Path, config: RunConfig) -> list[str]:
+    """Moves what an earlier run left; says so."""
     earlier = [directory / name for name in _FILES if (directory / name).exists()]
     if not earlier:
-        return
+        return []
+    model = config.model
+    read = {
+        "model.restore_from_path": [model.restore_from_path] if model.restore_from_path else [],
+        "model.data.train": model.data.train,
+        "model.data.validation": model.data.validation,
+    }
+    for key, paths in read.items():
+        for path in map(Path, paths):
+            if any(path.resolve().is_relative_to(entry.resolve()) for entry in earlier):
+                raise UserError(
+                    f"{key}={path}: belongs to the earlier run in exp_manager.exp_dir={directory}, "
+                    "which a new run moves out of its way. Choose another exp_manager.exp_dir."
+                )
     number = 0
     while (directory / f"run_{number}").exists():
         number += 1
-    (directory / f"run_{number}").mkdir()
+    aside = directory / f"run_{number}"
+    aside.mkdir()
     for entry in earlier:
-        entry.rename(directory / f"run_{number}" / entry.name)
+        entry.rename(aside / entry.name)
+    return [
+        f"{directory}: the earlier run is in {aside.name}/ now (exp_manager.resume_if_exists=true would "
+        "have gone on with it)"
+    ]
 
 
 def _previous_summary(directory: Path) -> dict[str, Any]:
     fresh: dict[str, Any] = {
+        "finished": False,
         "done": [],
         "loss": {},
         "ppl": {},

@@ -43,6 +43,7 @@ from mqat.training.log import RunLog
 from mqat.training.loop import Phase, train_phase
 from mqat.training.optimizer import build_optimizer, wrap_for_training
 from mqat.training.run_directory import open_run_directory
+from mqat.training.run_lock import lock_run_directory
 
 
 @dataclass
@@ -70,6 +71,11 @@ class Session:
     def finish(self, step: str) -> None:
         """Records a finished step on disk."""
         self.summary["done"].append(step)
+        self.write_summary()
+
+    def end(self) -> None:
+        """Records that the run has come to its end."""
+        self.summary["finished"] = True
         self.write_summary()
 
     def write_summary(self) -> None:
@@ -192,7 +198,7 @@ class Session:
         )
         state = TrainingState(optimizer, scheduler)
         directory = self.checkpoints / phase.name
-        latest = latest_checkpoint(directory) if config.exp_manager.resume_if_exists else None
+        latest = latest_checkpoint(directory)  # none of a run that was put aside
         if latest is not None:
             load_checkpoint(latest, self.chunks, layers=self.plan.layers, training=state)
             self.log.say(f"  {phase.name}: resumed from {latest}")
@@ -225,8 +231,13 @@ def open_session(plan: RunPlan) -> Session:
             source=None if isinstance(plan.source, Path) else plan.source.tokenizer_source,
             checkpoint=plan.source if isinstance(plan.source, Path) else None,
         )
+
+    def take_directory() -> tuple[dict[str, Any], list[str]]:
+        lock_run_directory(plan.run_dir)
+        return open_run_directory(plan.run_dir, config)
+
     # Every rank knows afterwards that the directory exists.
-    summary, changes = decided_by_main(lambda: open_run_directory(plan.run_dir, config))
+    summary, said = decided_by_main(take_directory)
     with on_all_ranks():
         log = RunLog(
             plan.run_dir,
@@ -234,8 +245,8 @@ def open_session(plan: RunPlan) -> Session:
             tensorboard=config.exp_manager.create_tensorboard_logger,
         )
     log.say("  ".join(f"{key}: {value}" for key, value in describe(plan).items()))
-    for change in changes:
-        log.say(change)
+    for line in said:
+        log.say(line)
     # The model has one dtype; machines may differ in what `auto` means on them.
     dtype = decided_by_main(lambda: plan.dtype)
     if any_rank(plan.dtype != dtype):

@@ -178,6 +178,23 @@ def test_bad_text_stops_every_rank(tmp_path, content, message):
     assert done.returncode != 0 and message in done.stderr
 
 
+def test_the_command_starts_its_processes_and_nothing_follows_their_one_line(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("four tokens")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "mqat.cli", "sft", "--config", str(ROOT / "conf" / "sft_tiny.yaml"),
+            "--nproc-per-node", "2", f"exp_manager.exp_dir={tmp_path}/run", "model.data.packaged=null",
+            f"model.data.train=[{text}]", f"model.data.validation=[{text}]",
+        ],
+        env=environment(1) | {"PYTHONPATH": str(ROOT)},
+        check=False, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: 1 documents have")
+
+
 def test_a_full_disk_ends_all_ranks_and_leaves_no_checkpoint(tmp_path):
     done = torchrun(
         2, SFT, "trainer.max_steps=2", "exp_manager.checkpoint_interval=1",
@@ -190,14 +207,13 @@ def test_a_full_disk_ends_all_ranks_and_leaves_no_checkpoint(tmp_path):
     assert list((tmp_path / "checkpoints" / "sft").iterdir()) == []
 
 
-def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):
+def test_training_ended_at_random_goes_on_to_the_same_losses(tmp_path):
     variables = environment(1) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def command(run: str) -> list[str]:
         return [
             sys.executable, str(SFT), "trainer.max_steps=8", "exp_manager.checkpoint_interval=1",
-            "exp_manager.resume_if_exists=true", "trainer.limit_val_samples=4",
-            f"exp_manager.exp_dir={tmp_path / run}",
+            "trainer.limit_val_samples=4", f"exp_manager.exp_dir={tmp_path / run}",
         ]  # fmt: skip
 
     def finish(run: str) -> str:
@@ -215,17 +231,21 @@ def test_training_killed_at_random_resumes_to_the_same_losses(tmp_path):
 
     finish("whole")
     moment = random.Random(0)
-    for _ in range(2):
+    for number in (signal.SIGKILL, signal.SIGTERM):
         before, start = checkpoints(), time.monotonic()
         process = subprocess.Popen(
-            command("killed"), env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command("killed"), env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         while len(checkpoints() - before) < 1:
             assert time.monotonic() - start < 100 and process.poll() is None
             time.sleep(0.02)
         time.sleep(moment.uniform(0.0, 1.0))  # within a step or while the next one is written
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(number)
+        _, said = process.communicate()
+    # The last one was asked, not killed: it finished its step, saved, and said so.
+    (step,) = re.findall(rb"interrupted by SIGTERM: sft ended after step (\d) of 8 and saved", said)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert max(checkpoints()) == f"step_{int(step):08d}" and len(checkpoints()) == 2  # keep_last
     assert "resumed from" in finish("killed")  # it went on, it did not start over
     losses = {run: [(s["step"], s["loss"]) for s in steps(run)] for run in ("killed", "whole")}
     assert losses["killed"] == losses["whole"]  # each step once, in order

@@ -11,20 +11,9 @@ from mqat.errors import UserError
 from tests.unit.model_fixtures import microbatches
 
 
-class _Quiet:
-    """A run's log that says nothing."""
-
-    def progress(self):
-        from rich.progress import Progress
-
-        return Progress(disable=True)
-
-    def metrics(self, *_):
-        pass
-
-
 def train(chunks, steps, tmp_path):
     from mqat.checkpoints.dist_checkpoint import TrainingState
+    from mqat.training.log import RunLog
     from mqat.training.loop import Phase, train_phase
     from mqat.training.optimizer import build_optimizer
 
@@ -34,7 +23,7 @@ def train(chunks, steps, tmp_path):
     state = TrainingState(optimizer, scheduler)
     batches = SimpleNamespace(microbatches=lambda _: microbatches(), global_batch_size=4)
     train_phase(
-        Phase("qat", steps), chunks, state, batches, _Quiet(),
+        Phase("qat", steps), chunks, state, batches, RunLog(tmp_path, enabled=False, tensorboard=False),
         validate=lambda: 0.0, save=lambda _: None, directory=tmp_path,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mqat.training.log import RunLog
+from mqat.training.log import LossTrend, RunLog
 
 
 def steps(directory):
@@ -46,3 +46,30 @@ def test_a_line_cut_by_a_kill_is_dropped_and_a_damaged_one_named(tmp_path):
         pytest.raises(ValueError, match=r"metrics\.jsonl:2: damaged"),
     ):
         log.drop_steps_after("qat", 1)
+
+
+def test_without_a_terminal_a_phase_prints_a_line_every_few_steps(tmp_path, capsys):
+    values = {
+        "lr": 1e-5,
+        "grad_norm": 0.5,
+        "tokens_per_second": 812.4,
+        "peak_memory_bytes": 3 << 30,
+    }
+    with RunLog(tmp_path, enabled=True, tensorboard=False) as log:
+        with log.steps("qat", 25, 4, every_n_steps=10) as report:
+            for number in range(5, 26):
+                report.step(number, values | {"loss": 2.5})
+        report.step(25, values | {"loss": 2.5, "validation_loss": 2.75})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:4]] == ["5/25", "10/25", "20/25", "25/25"]
+    assert "loss 2.5000  lr 1e-05  grad norm 0.5  812 tokens/s  0:00:00 left  3.0 GiB" in lines[0]
+    assert lines[5] == "  qat 25/25  validation loss 2.7500"
+    assert len(steps(tmp_path)) == 22
+
+
+def test_a_loss_that_rises_for_good_is_said_once_and_noise_never():
+    noise = LossTrend()
+    assert not any(noise.begins_to_diverge(3.0 + (-1) ** n) for n in range(200))
+    trend = LossTrend()
+    said = [trend.begins_to_diverge(3.0 if n < 50 else 3.0 + 0.1 * (n - 50)) for n in range(80)]
+    assert sum(said) == 1 and 50 < said.index(True) < 65

@@ -12,12 +12,13 @@ def config(**exp_manager):
     return load_config(None, [f"exp_manager.{key}={value}" for key, value in exp_manager.items()])
 
 
-def finished_run(directory):
+def finished_run(directory, **summary):
+    summary = {"finished": True} | summary
     open_run_directory(directory, config())
     (directory / "checkpoints" / "step_00000004").mkdir()
     (directory / "metrics.jsonl").write_text("{}\n")
     (directory / "quality").mkdir()
-    (directory / "summary.json").write_text(json.dumps({"done": ["qat"], "seconds": 7.0}))
+    (directory / "summary.json").write_text(json.dumps({"done": ["qat"], "seconds": 7.0} | summary))
 
 
 def test_a_new_run_moves_an_earlier_one_aside_whole(tmp_path):
@@ -30,8 +31,33 @@ def test_a_new_run_moves_an_earlier_one_aside_whole(tmp_path):
     }  # fmt: skip
     assert (tmp_path / "run_0" / "checkpoints" / "step_00000004").is_dir()
     assert list((tmp_path / "checkpoints").iterdir()) == []
-    open_run_directory(tmp_path, config())
+    open_run_directory(tmp_path, config(resume_if_exists="false"))
     assert (tmp_path / "run_0").is_dir() and (tmp_path / "run_1").is_dir()
+
+
+def test_an_interrupted_run_with_the_same_settings_goes_on_unasked(tmp_path):
+    finished_run(tmp_path, finished=False)
+    summary, said = open_run_directory(tmp_path, config(checkpoint_interval=3))
+    assert summary["done"] == ["qat"] and "going on with the run that was interrupted" in said[0]
+    other = load_config(
+        None, ["model.optim.lr=0.5"]
+    )  # control: a run with other settings is put aside
+    summary, said = open_run_directory(tmp_path, other)
+    assert summary["done"] == [] and "the earlier run is in run_0/ now" in said[0]
+    summary, said = open_run_directory(
+        tmp_path, load_config(None, ["model.optim.lr=0.5", "exp_manager.resume_if_exists=false"])
+    )
+    assert "run_1/" in said[0]
+
+
+@pytest.mark.parametrize("key", ["model.restore_from_path", "model.data.train"])
+def test_a_run_does_not_move_away_what_it_starts_from(tmp_path, key):
+    finished_run(tmp_path)
+    path = tmp_path / "checkpoints" / "step_00000004"
+    value = f"[{path}]" if key.endswith("train") else path
+    with pytest.raises(ValueError, match=rf"{key}=.*belongs to the earlier run"):
+        open_run_directory(tmp_path, load_config(None, [f"{key}={value}"]))
+    assert path.is_dir() and not (tmp_path / "run_0").exists()
 
 
 def test_a_resumed_run_goes_on_from_its_summary(tmp_path):
