@@ -277,8 +277,12 @@ def swiglu_encode(
 def swiglu_backward(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """`reference.swiglu_backward`."""
     cols = x.shape[-1] // 2
-    if not _serves_floats(x, grad) or (mask is not None and cols % 8):
+    if not _serves_floats(x, grad):
         return reference.swiglu_backward(grad, x, mask)
+    if mask is not None and cols % 8:  # rows share bytes of the mask
+        grad = grad.clone()
+        apply_mask_(grad, mask, None)
+        mask = None
     out = torch.empty_like(x)
     _call("swiglu_backward", x.dtype, grad, x, mask, x.numel() // x.shape[-1], cols, out)
     return out
