@@ -1,6 +1,5 @@
 """linear_fc2 with SwiGLU inside against a module each: the same bits; and who still sees the values."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,7 +17,7 @@ from mqat.quant.algorithm import named_scheme
 from mqat.quant.formats import FORMATS
 from mqat.specs.backend import gpt_layer_spec
 from mqat.specs.gpt import quantize_layer_spec
-from mqat.specs.slots import spec_slot
+from mqat.specs.slots import spec_slot, with_slots
 from tests.unit.model_fixtures import MODEL, microbatches, switch_off
 from tests.unit.parallel.test_fast_path import loss_and_gradients
 
@@ -255,9 +254,8 @@ def test_other_activations_in_the_spec_stay_where_they_are():
     schemes = {FC2.name: named_scheme("int8")}
     for activation, expected in ((None, ActivatedRowParallelLinear), (OwnSwiglu, None)):
         spec = gpt_layer_spec(DENSE_NORMS)
-        mlp = spec.submodules.mlp
         if activation is not None:
-            mlp.submodules = replace(mlp.submodules, activation_func=activation)
+            spec = with_slots(spec, {FC2.activation: activation})
         made = quantize_layer_spec(spec, schemes, layer=0, num_shards=1)
         slot = spec_slot(made, FC2.name).module
         assert slot is (expected or QuantRowParallelLinear)
