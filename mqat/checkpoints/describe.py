@@ -22,6 +22,7 @@ from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.structure import (
     CORE_ATTENTION,
     EMBEDDING,
+    FC2,
     FINAL_NORM,
     KEY_NORM,
     OUTPUT_LAYER,
@@ -183,6 +184,7 @@ def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
         elif norm in described.norms:
             yield from (f"{where}: {text}" for text in _norm_differences(layer, norm, described))
     attention, activation = layer.self_attention, getattr(layer.mlp, "activation_func", None)
+    activation = _at(layer, f"{FC2.name}.activation") or activation  # inside of a linear
     if attention.attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
         yield f"{where}: attn_mask_type={attention.attn_mask_type}, must be causal"
     core = _at(layer, CORE_ATTENTION.name)

@@ -107,6 +107,13 @@ def swiglu(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
+def swiglu_encode(
+    x: Tensor, scale: Tensor, format_name: str, ste_clip_range: float | None, with_mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.swiglu_encode`."""
+    return encode(swiglu(x), scale, None, format_name, "tensor", ste_clip_range, with_mask)
+
+
+def swiglu_backward(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """`reference.swiglu_backward`."""
     return x.new_empty(x.shape)

@@ -60,6 +60,7 @@ stochastic_columns = _operator(reference.stochastic_columns)
 rms_norm = _operator(reference.rms_norm)
 rms_norm_backward = _operator(reference.rms_norm_backward)
 swiglu = _operator(reference.swiglu)
+_swiglu_encode = _operator(reference.swiglu_encode)
 swiglu_backward = _operator(reference.swiglu_backward)
 
 
@@ -97,6 +98,22 @@ def encode(
     codes, marked, mask = _encode(
         x, scale, zero_point, fmt.name, str(granularity), ste_clip_range, with_mask
     )
+    return Encoded(codes, marked, mask if with_mask else None)
+
+
+def swiglu_encode(
+    x: Tensor,
+    scale: Tensor,
+    fmt: QuantFormat,
+    *,
+    with_mask: bool,
+    ste_clip_range: float | None = None,
+) -> Encoded:
+    """`encode(swiglu(x), scale, fmt, PerTensor())`, the same bits, of [..., gate | up].
+
+    What `swiglu` returns is rounded to the dtype of `x`, but written nowhere.
+    """
+    codes, marked, mask = _swiglu_encode(x, scale, fmt.name, ste_clip_range, with_mask)
     return Encoded(codes, marked, mask if with_mask else None)
 
 

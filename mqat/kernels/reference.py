@@ -308,8 +308,18 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of `swiglu` for `x`."""
+def swiglu_encode(
+    x: Tensor, scale: Tensor, format_name: str, ste_clip_range: float | None, with_mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`operators.swiglu_encode`; the mask is empty where none is asked for."""
+    return encode(swiglu(x), scale, None, format_name, "tensor", ste_clip_range, with_mask)
+
+
+def swiglu_backward(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Gradient of `swiglu` for `x`, from `grad` where its bit in the mask is 1 and 0 elsewhere."""
+    if mask is not None:
+        grad = grad.clone()
+        apply_mask_(grad, mask, None)
     gate, up = x.chunk(2, dim=-1)
     dgate = torch.ops.aten.silu_backward(grad * up, gate)
     return torch.cat([dgate, grad * F.silu(gate)], dim=-1)

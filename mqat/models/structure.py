@@ -65,6 +65,7 @@ class Linear:
         parts: Fused along the output features.
         norm: Norm of the layer whose output it reads; None: it reads another linear's channels,
         fed_by: (name, part number) of that linear.
+        activation: Module of the layer in between, whose output it reads; None: none.
         is_by_query_group: Rows go query group by query group, each group's rows part by part (Megatron's
             qkv: its query heads, key head, value head); otherwise part by part.
         experts: Number of copies that checkpoints stack before the output features; 0: not an expert.
@@ -76,6 +77,7 @@ class Linear:
     parts: tuple[Part, ...]
     norm: str | None = None
     fed_by: tuple[str, int] | None = None
+    activation: str | None = None
     is_by_query_group: bool = False
     experts: int = 0
 
@@ -248,6 +250,7 @@ PROJ = Linear(
     (Part("hidden", "self_attn.o_proj", "attn_output", "attention.dense"),),
     fed_by=(QKV.name, 2),
 )
+ACTIVATION = "mlp.activation_func"
 # TensorRT-LLM's `fc` is the activated (gate) branch and its `gate` the linear (up) branch.
 FC1 = Linear(
     "mlp.linear_fc1",
@@ -265,6 +268,7 @@ FC2 = Linear(
     "intermediate",
     (Part("hidden", "mlp.down_proj", "ffn_down", "mlp.proj"),),
     fed_by=(FC1.name, 1),
+    activation=ACTIVATION,
 )
 
 EMBEDDING = Table(

@@ -216,6 +216,10 @@ class QuantizedLinear(QuantizedModule):
             output = packed_matmul(input, steps, self.packed_weight)
         return output if bias is None else output + bias
 
+    def takes_gate_and_up(self, x: Tensor) -> bool:
+        """Whether `x` is to be activated first (`ActivatedRowParallelLinear`)."""
+        return False
+
     def _is_fast(self) -> bool:
         """Whether codes of the scheme's format exist for all operands: quantization on, scales final."""
         return (
@@ -279,6 +283,7 @@ class QuantizedLinear(QuantizedModule):
             rounding=noise.next_rounding() if noise is not None and keeps_graph else None,
             fuses=gradient_accumulation_fusion,
             deferred=deferred,
+            activates=self.takes_gate_and_up(input),
         )
         output = quantized_matmul(input, weight, steps, used, gemm)
         return output if bias is None else output + bias

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mqat.kernels.operators import decode, encode, fake_quantize_with_mask
+from mqat.kernels.operators import decode, encode, fake_quantize_with_mask, swiglu_encode
 from mqat.parallel.step_weights import encodes_input
 from mqat.quant.granularity import Granularity, PerToken
 from mqat.quant.scheme import TensorScheme
@@ -79,6 +79,10 @@ class Operand:
         ]
 
 
+def _clips(scheme: TensorScheme) -> bool:
+    return scheme.ste_clip_range is None or math.isfinite(scheme.ste_clip_range)
+
+
 def encode_input(
     x: Tensor,
     scale: Tensor | None,
@@ -92,15 +96,27 @@ def encode_input(
     Second: the mask of its gradient where it may be clipped.
     """
     assert scale is not None, "a quantized input has a scale"
-    clips = scheme.ste_clip_range is None or math.isfinite(scheme.ste_clip_range)
+    with_mask = wants_dx and _clips(scheme)
     if not encodes_input(scheme):
         values, mask = fake_quantize_with_mask(
             x, scale, scheme.format, scheme.granularity, ste_clip_range=scheme.ste_clip_range,
-            with_mask=wants_dx and clips,
+            with_mask=with_mask,
         )  # fmt: skip
         return Operand(values), mask
     encoded = encode(
         x, scale, scheme.format, scheme.granularity,
-        with_mask=wants_dx and clips, zero_point=zero_point, ste_clip_range=scheme.ste_clip_range,
+        with_mask=with_mask, zero_point=zero_point, ste_clip_range=scheme.ste_clip_range,
     )  # fmt: skip
     return Operand(encoded.codes, encoded.scale, zero_point, scheme.granularity), encoded.mask
+
+
+def encode_activated(
+    x: Tensor, scale: Tensor | None, scheme: TensorScheme | None, *, wants_dx: bool
+) -> tuple[Operand, Tensor | None]:
+    """`encode_input` of what SwiGLU makes of [..., gate | up], by one kernel; one static step."""
+    assert scale is not None and scheme is not None, "fuses_activation() holds"
+    encoded = swiglu_encode(
+        x, scale, scheme.format,
+        with_mask=wants_dx and _clips(scheme), ste_clip_range=scheme.ste_clip_range,
+    )  # fmt: skip
+    return Operand(encoded.codes, encoded.scale, None, scheme.granularity), encoded.mask

@@ -4,7 +4,8 @@ What is multiplied, by scheme: `step_weights.py`; the gradients: `linear_gradien
 backward of an input in 8 bits: its codes and one bit per element (none per token, where nothing is
 clipped), never a float copy. Inputs on other grids are quantized in here too (`operands.encode_input`),
 but multiplied and kept as floats in the input's dtype. Only asymmetric ones that are not kept as codes
-come as floats, from their quantizer, whose gradient is its own.
+come as floats, from their quantizer, whose gradient is its own. A SwiGLU in front is computed in here
+where its result would only be read to be encoded (`activated_linear.py`); then its input is kept, too.
 
 Collectives, with local shapes (column-parallel; row-parallel linears have none in here):
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from mqat.errors import UserError
 from mqat.kernels.gemm import compute_dtype, float_matmul
-from mqat.kernels.operators import apply_mask_, scaled_matmul
+from mqat.kernels.operators import apply_mask_, scaled_matmul, swiglu_backward
 from mqat.parallel.linear_gradients import (
     Rounding,
     accumulates,
@@ -37,7 +38,7 @@ from mqat.parallel.linear_gradients import (
     returned,
     weight_gradient,
 )
-from mqat.parallel.operands import Operand, encode_input
+from mqat.parallel.operands import Operand, encode_activated, encode_input
 from mqat.parallel.step_weights import GemmKind, StepWeight, WeightCache
 from mqat.quant.granularity import PerToken
 from mqat.quant.scheme import TensorScheme
@@ -58,6 +59,7 @@ class Gemm:
         rounding: Of the output's gradient, for 8-bit GEMMs; None: exact gradients.
         fuses: `gradient_accumulation_fusion`: add the weight's gradient in Megatron's kernel.
         deferred: Megatron computes the weight's gradient later, from these two lists.
+        activates: The input is [..., gate | up], of which SwiGLU is multiplied.
     """
 
     kind: GemmKind
@@ -70,6 +72,7 @@ class Gemm:
     rounding: Rounding | None = None
     fuses: bool = False
     deferred: Deferred | None = None
+    activates: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,15 @@ class _QuantizedGemm(torch.autograd.Function):
         ctx.gemm, ctx.used, ctx.dtype, ctx.weight = gemm, used, x.dtype, weight
         ctx.scope_number = gemm.scope.number if gemm.scope is not None else None
         operand, mask = Operand(x), None
-        if gemm.input_scheme is not None:
+        if gemm.activates:
+            operand, mask = encode_activated(x, scale, gemm.input_scheme, wants_dx=wants_dx)
+        elif gemm.input_scheme is not None:
             operand, mask = encode_input(x, scale, zero_point, gemm.input_scheme, wants_dx=wants_dx)
         if gemm.deferred is not None and wants_dw:
             gemm.deferred.inputs[-1] = operand.values(ctx.dtype)
             wants_dw = False
         kept = (operand.x, operand.scale, operand.zero_point) if wants_dw else (None, None, None)
-        ctx.save_for_backward(*kept, mask)
+        ctx.save_for_backward(*kept, mask, x if gemm.activates and wants_dx else None)
         if gemm.sequence_parallel:
             operand, _ = operand.gathered(gemm.tp_group)
         ctx.tokens = operand.x.shape[:-1]
@@ -136,7 +141,7 @@ class _QuantizedGemm(torch.autograd.Function):
                 "backward: another quantized_step has begun since this forward, so its gradient belongs "
                 "to weights of an earlier step. Run backward before it opens."
             )
-        x, scale, zero_point, mask = ctx.saved_tensors
+        x, scale, zero_point, mask, gate_and_up = ctx.saved_tensors
         group = gemm.tp_group
         wants_dx, wants_dw = ctx.needs_input_grad[:2]
         scheme = gemm.input_scheme
@@ -164,7 +169,9 @@ class _QuantizedGemm(torch.autograd.Function):
             dw = _weight_gradient(ctx, grads[0], dy, operand)
         if sent is not None:
             sent.wait()
-        if dx_sum is not None and mask is not None:
+        if dx_sum is not None and gate_and_up is not None:
+            dx_sum = swiglu_backward(dx_sum, gate_and_up, mask)
+        elif dx_sum is not None and mask is not None:
             apply_mask_(dx_sum, mask, None)
         return dx_sum, dw, None, None, None, None
 
@@ -230,7 +237,7 @@ def quantized_matmul(
     """`x @ weight.T` of the quantized operands, differentiable in `x` and `weight`.
 
     Args:
-        x: Float [S/tp, B, I] under sequence parallelism, else [S, B, I].
+        x: Float [S/tp, B, I] under sequence parallelism, else [S, B, I]; [S, B, 2 I] to activate.
         weight: The parameter [O, I] that receives the gradient.
         input_qparams: float32 scale (1,), or [S/tp, B] per token; int32 zero point shaped like it or
             None. No scale leaves the input in floats.

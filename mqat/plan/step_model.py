@@ -18,6 +18,7 @@ import torch
 
 from mqat.models.schemes import linear_schemes
 from mqat.models.structure import in_layer
+from mqat.parallel.activated_linear import fuses_activation
 from mqat.parallel.step_weights import GemmKind, encodes_input, gemm_kind
 from mqat.plan.run import RunPlan
 from mqat.quant.formats import FP4_E2M1
@@ -59,6 +60,8 @@ _MASK_IN_PLACE = 2 * _VALUE + _BIT
 _ADD_TO_MAIN_GRAD = _VALUE + 2 * _GRAD_SUM
 _MASK_MAIN_GRAD = 2 * _GRAD_SUM + _BIT
 _TRANSPOSE = 2 * _CODE
+# Of SwiGLU, per element of its result.
+_SWIGLU, _SWIGLU_BACKWARD = 3 * _VALUE, 5 * _VALUE
 # Maxima of dynamic scales by torch's own reductions, of ranges both ends, and their launches: the
 # reductions, and what makes scales of them.
 _MAXIMA, _RANGES = (_VALUE, 9), (2 * _VALUE, 16)
@@ -107,11 +110,13 @@ class LinearKernels:
         once: Per optimizer step: the weight, and the mask of the sum of its gradients.
         forward: Per microbatch.
         backward: Per microbatch, the weight gradient's way into `main_grad` included.
+        activation: Those among both that are SwiGLU's alone.
     """
 
     once: Kernels
     forward: Kernels
     backward: Kernels
+    activation: Kernels = ()
 
     def step_seconds(self, microbatches: int, card: Card) -> float:
         """Of one optimizer step."""
@@ -172,9 +177,12 @@ class _InputKernels:
 
 
 def _input_kernels(
-    operand: TensorScheme | None, x: int, own: int, *, is_codes: bool
+    operand: TensorScheme | None, x: int, own: int, *, is_codes: bool, fuses: bool
 ) -> _InputKernels:
-    """`x` elements, of which this rank quantizes `own`; `is_codes`: codes are multiplied."""
+    """`x` elements, of which this rank quantizes `own`.
+
+    `is_codes`: codes are multiplied; `fuses`: they come out of SwiGLU, which is counted here.
+    """
     if operand is None:
         return _InputKernels()
     clips = not operand.is_dynamic
@@ -185,7 +193,9 @@ def _input_kernels(
         return _InputKernels((*maxima, *_values(operand, own, is_weight=False)), (), mask)
     decoded = (Kernel(_DECODE * x),)
     after = _small(1) * clips if is_codes else decoded
-    encoded = Kernel((_ENCODE + _BIT * clips) * own)
+    encoded = Kernel((_ENCODE + _BIT * clips + _VALUE * fuses) * own)
+    if fuses:
+        mask = (Kernel((_SWIGLU_BACKWARD + _BIT) * own),)
     return _InputKernels((*maxima, encoded, *after), decoded, mask)
 
 
@@ -197,6 +207,7 @@ def linear_kernels(
     *,
     backward: str = "bf16",
     sequence_shards: int = 1,
+    is_activated: bool = False,
 ) -> LinearKernels:
     """Kernels of one linear on one rank, on CUDA with Triton, parameters and activations in BF16.
 
@@ -208,7 +219,31 @@ def linear_kernels(
         backward: `bf16`, or `fp8` or `int8`: both gradients by GEMMs of 8 bits, for which the output
             gradient is quantized twice, along either of its dimensions.
         sequence_shards: The input is quantized and its gradient masked in that many parts, one a rank.
+        is_activated: Count the SwiGLU in front of it, too, which may be fused with encoding the input.
     """
+    operand = scheme.input if scheme is not None and gemm_kind(scheme) is not None else None
+    fuses = is_activated and fuses_activation(operand)
+    found = _linear_kernels(
+        scheme, tokens, outputs, inputs, backward=backward, sequence_shards=sequence_shards, fuses=fuses
+    )  # fmt: skip
+    if fuses or not is_activated:
+        return found
+    x = tokens * inputs
+    activation = Kernel(_SWIGLU * x), Kernel(_SWIGLU_BACKWARD * x)
+    forward = (activation[0], *found.forward)
+    return LinearKernels(found.once, forward, (*found.backward, activation[1]), activation)
+
+
+def _linear_kernels(
+    scheme: LinearScheme | None,
+    tokens: int,
+    outputs: int,
+    inputs: int,
+    *,
+    backward: str,
+    sequence_shards: int,
+    fuses: bool,
+) -> LinearKernels:
     x, w, y = tokens * inputs, outputs * inputs, tokens * outputs
     flops = 2.0 * tokens * outputs * inputs
     gemm = Kernel(_VALUE * (x + w + y), flops)
@@ -221,7 +256,7 @@ def linear_kernels(
     encoded = (Kernel((_ENCODE + _BIT) * w),)
     quantized = encoded if is_codes else _values(scheme.weight, w, is_weight=True)
     once = (*quantized, Kernel(_MASK_MAIN_GRAD * w))
-    own = _input_kernels(scheme.input, x, x // sequence_shards, is_codes=is_codes)
+    own = _input_kernels(scheme.input, x, x // sequence_shards, is_codes=is_codes, fuses=fuses)
     forward = (*own.forward, eight_bit if is_codes else gemm)
     if backward == "bf16" or not is_codes:
         decoded_w: Kernels = (Kernel(_DECODE * w),) if is_codes else ()
@@ -241,8 +276,8 @@ class StepEstimate:
 
     Attributes:
         ratio: Of whole steps.
-        forward: Of the linears' forward passes alone.
-        backward: Of the linears' backward passes alone.
+        forward: Of the linears' forward passes (with SwiGLU, where that was counted).
+        backward: Of their backward passes.
         once: What is done once per step, as a share of the whole BF16 step.
     """
 
@@ -263,7 +298,8 @@ def estimate(
 
     forward, backward = total(0, "forward"), total(0, "backward")
     plain_forward, plain_backward = total(1, "forward"), total(1, "backward")
-    step = microbatches * (plain_forward + plain_backward) / LINEAR_SHARE
+    others = total(1, "activation")
+    step = microbatches * (plain_forward + plain_backward - others) / LINEAR_SHARE
     once = total(0, "once")
     extra = once + microbatches * (forward + backward - plain_forward - plain_backward)
     return StepEstimate(
@@ -292,10 +328,12 @@ def modelled_step(plan: RunPlan, *, card: Card = H100) -> dict[str, str]:
         sizes = (tokens, outputs // tp, inputs) if is_column else (tokens, outputs, inputs // tp)
         names = (in_layer(i, linear.name) for i in range(model.num_layers))
         for scheme, count in Counter(map(schemes.get, names)).items():
+            activated = linear.activation is not None
             used = linear_kernels(
-                scheme, *sizes, backward=plan.config.quantization.backward, sequence_shards=shards
-            )
-            pairs += [(used, linear_kernels(None, *sizes))] * count
+                scheme, *sizes, backward=plan.config.quantization.backward, sequence_shards=shards,
+                is_activated=activated,
+            )  # fmt: skip
+            pairs += [(used, linear_kernels(None, *sizes, is_activated=activated))] * count
     found = estimate(pairs, microbatches, card)
     return {
         f"modelled step on {card.name}": f"{found.ratio:.2f} of BF16 (linears: forward "

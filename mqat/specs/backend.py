@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from mqat.errors import UserError
-from mqat.models.structure import CORE_ATTENTION, DENSE_NORMS
+from mqat.models.structure import ACTIVATION, CORE_ATTENTION, DENSE_NORMS
 from mqat.models.structure import Norm as NormOfLayer
 from mqat.parallel.context import own_chunks, whole_sequence
 from mqat.specs.causal import document_attention, masked_attention
@@ -139,5 +139,5 @@ def gpt_layer_spec(
     Megatron calls `Swiglu` where its config says `use_te_activation_func`, and its own otherwise.
     """
     slots: dict[str, Any] = {norm.name: Norm for norm in norms}
-    slots |= {CORE_ATTENTION.name: attention, "mlp.activation_func": Swiglu}
+    slots |= {CORE_ATTENTION.name: attention, ACTIVATION: Swiglu}
     return with_slots(get_gpt_layer_local_spec(normalization="RMSNorm"), slots)

@@ -28,11 +28,14 @@ from mqat.models.structure import (
     Norm,
     in_layer,
 )
+from mqat.parallel.activated_linear import ActivatedRowParallelLinear, fuses_activation
 from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
+from mqat.parallel.step_weights import gemm_kind
 from mqat.quant.scheme import LinearScheme
 from mqat.specs.config_check import check_config
+from mqat.specs.elementwise import ActivatedLater, Swiglu
 from mqat.specs.slots import spec_slot, with_slots
 from mqat.specs.transformer_engine import FUSED_LINEAR, adapt_layer_spec
 
@@ -76,6 +79,13 @@ def _check_core_attention(spec: ModuleSpec, config: Any) -> None:
         )
 
 
+def _fuses(spec: ModuleSpec, linear: Linear, scheme: LinearScheme | None) -> bool:
+    """Whether the linear is to have the activation in front of it inside."""
+    if linear.activation is None or scheme is None or gemm_kind(scheme) is None:
+        return False
+    return spec_slot(spec, linear.activation) is Swiglu and fuses_activation(scheme.input)
+
+
 def quantize_layer_spec(
     spec: ModuleSpec,
     schemes: Mapping[str, Scheme],
@@ -107,7 +117,7 @@ def quantize_layer_spec(
     """
     spec = adapt_layer_spec(spec, linears)
     _check_norms(spec, norms)
-    slots: dict[str, ModuleSpec] = {}
+    slots: dict[str, Any] = {}
     for linear in linears:
         scheme = schemes.get(linear.name)
         params: dict[str, Any] = {
@@ -118,7 +128,11 @@ def quantize_layer_spec(
         }
         if linear.separate_parts > 1:
             params["parts"] = linear.separate_parts
-        slots[linear.name] = ModuleSpec(module=_REPLACEMENTS[linear.parallel], params=params)
+        module: type = _REPLACEMENTS[linear.parallel]
+        if _fuses(spec, linear, params["scheme"]):
+            module, params["activation"] = ActivatedRowParallelLinear, Swiglu
+            slots[str(linear.activation)] = ActivatedLater
+        slots[linear.name] = ModuleSpec(module=module, params=params)
     cache = schemes.get(CORE_ATTENTION.name)
     if cache is not None:
         params = {

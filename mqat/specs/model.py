@@ -15,7 +15,7 @@ from mqat.config import ModelConfig
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, table_schemes
-from mqat.models.structure import EMBEDDING, OUTPUT_LAYER
+from mqat.models.structure import ACTIVATION, EMBEDDING, OUTPUT_LAYER
 from mqat.parallel.embedding import QuantVocabParallelEmbedding
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear
@@ -203,7 +203,7 @@ def build_model(
     """
     attention = core_attention() if settings.transformer_engine else SdpaAttention
     spec = layer_spec or gpt_layer_spec(model.norms, attention)
-    has_activation = spec_slot(spec, "mlp.activation_func") is not None
+    has_activation = spec_slot(spec, ACTIVATION) is not None
     config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)
     virtual = settings.virtual_pipeline_model_parallel_size
     chunks = []

@@ -5,7 +5,7 @@ import torch
 
 from mqat.kernels import operators, reference
 from mqat.kernels.triton import passes
-from mqat.quant.formats import INT8
+from mqat.quant.formats import FP8_E4M3, INT8
 from mqat.quant.granularity import PerChannel, PerTensor
 
 pytestmark = pytest.mark.gpu
@@ -47,6 +47,29 @@ def test_fp8_products(per_row):
     # Tensor cores keep 14 bits of a sum of 32 products before it is added in float32.
     largest = float(expected.abs().max())
     torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-9 * largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", [INT8, FP8_E4M3], ids=lambda f: f.name)
+def test_codes_out_of_swiglu_are_those_of_its_values_and_values_torchs(fmt, dtype):
+    x, grad = (normal(300, 2 * 1032) * 4).to(dtype).cuda(), normal(300, 1032).to(dtype).cuda()
+    scale, values = torch.tensor([0.05], device="cuda"), operators.swiglu(x)
+    found = operators.swiglu_encode(x, scale, fmt, with_mask=True)
+    expected = operators.encode(values, scale, fmt, PerTensor(), with_mask=True)
+    assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+    assert torch.equal(found.mask, expected.mask) and bool((found.mask != 255).any())
+    masked = grad.clone()
+    operators.apply_mask_(masked, found.mask, None)
+    dx = operators.swiglu_backward(grad, x, found.mask)
+    assert torch.equal(dx, operators.swiglu_backward(masked, x, None))
+    # Two roundings to the dtype, of values that torch's exponential may move across one.
+    limit = 1e-6 if dtype == torch.float32 else 2.0**-7
+    for ours, torchs in (
+        (values, reference.swiglu(x)),
+        (dx, reference.swiglu_backward(masked, x, None)),
+    ):
+        error = (ours.double() - torchs.double()).norm() / torchs.double().norm()
+        assert float(error) < limit
 
 
 def test_a_step_is_recorded_in_a_cuda_graph():

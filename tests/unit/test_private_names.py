@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mqat.parallel import activated_linear
+
 ROOT = Path(__file__).parents[2] / "mqat"
 
 
@@ -55,6 +57,28 @@ def _is_bool(function):
         assert isinstance(function(), bool)
 
     return check
+
+
+def _has_any_global_hook():
+    module = torch.nn.modules.module
+    assert not module._has_any_global_hook()
+    handle = module.register_module_forward_hook(lambda *_: None)
+    assert module._has_any_global_hook()
+    handle.remove()
+
+
+def _hooks_of_a_module():
+    module = torch.nn.Linear(1, 1)
+    registered = {
+        "_forward_pre_hooks": module.register_forward_pre_hook,
+        "_forward_hooks": module.register_forward_hook,
+        "_backward_pre_hooks": module.register_full_backward_pre_hook,
+        "_backward_hooks": module.register_full_backward_hook,
+    }
+    assert tuple(registered) == activated_linear._HOOKS
+    for name, register in registered.items():
+        register(print)
+        assert list(getattr(module, name).values()) == [print]
 
 
 def _fused_sdp_choice():
@@ -108,6 +132,8 @@ def _inheriting():  # what it tells is tested with a whole script, in tests/dist
 PRIVATE = {
     "sys._getframe": _getframe,
     "torch.distributed.distributed_c10d._abort_process_group": _abort_process_group,
+    "torch.nn.modules.module._has_any_global_hook": _has_any_global_hook,
+    "torch.nn.Module._forward_hooks": _hooks_of_a_module,  # and its like, by `getattr`
     "torch._C._will_engine_execute_node": _will_engine_execute_node,
     "torch._dynamo.config.recompile_limit": _recompile_limit,
     "torch._fused_sdp_choice": _fused_sdp_choice,
@@ -163,7 +189,7 @@ def private_names(source: str) -> set[str]:
 def test_the_table_has_every_private_name_in_use():
     sources = [path.read_text("utf-8") for path in sorted(ROOT.rglob("*.py"))]
     used = set().union(*map(private_names, sources))
-    by_string = {"multiprocessing.process._inheriting"}
+    by_string = {"multiprocessing.process._inheriting", "torch.nn.Module._forward_hooks"}
     assert any('"_inheriting"' in source for source in sources)
     assert used - OWN == set(PRIVATE) - by_string
 

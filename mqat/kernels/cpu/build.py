@@ -41,7 +41,8 @@ _SIGNATURES = {
     "stochastic_rows": (_P, _P, _P, _N, _N, _U, _I, _F, _P, _P, _I),
     "stochastic_columns": (_P, _P, _P, _N, _N, _U, _I, _F, _P, _P, _I),
     "swiglu": (_P, _N, _N, _P, _I),
-    "swiglu_backward": (_P, _P, _N, _N, _P, _I),
+    "swiglu_encode": (_P, _P, _N, _N, _P, _P, _P, _P, _I),
+    "swiglu_backward": (_P, _P, _P, _N, _N, _P, _I),
     "rms_norm": (_P, _P, _N, _N, _F, _P, _P, _I),
     "rms_norm_backward": (_P, _P, _P, _P, _N, _N, _P, _P, _I),
 }

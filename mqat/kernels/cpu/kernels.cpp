@@ -121,6 +121,27 @@ void mask_of(const float* ratio, int64_t count, const CodeRange& range, uint8_t*
 
 inline float clamp(float v, float low, float high) { return v < low ? low : (v > high ? high : v); }
 
+// Codes of at most kBlock ratios and, if asked for, their mask; whether any ratio is NaN.
+bool codes_of(const float* ratio, int64_t count, const CodeRange& range, float shift, int8_t* codes, uint8_t* mask) {
+  if (mask) mask_of(ratio, count, range, mask);
+  int32_t any = 0;
+#pragma omp simd reduction(| : any)
+  for (int64_t k = 0; k < count; ++k) any |= ratio[k] != ratio[k];
+  const float low = range.low - shift, high = range.high - shift;
+  if (range.is_float) {
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k)
+      codes[k] = static_cast<int8_t>(to_e4m3(clamp(ratio[k], low, high)));
+  } else {
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) {
+      const float code = clamp(std::rint(ratio[k]), low, high) + shift;
+      codes[k] = static_cast<int8_t>(static_cast<int32_t>(code));
+    }
+  }
+  return any != 0;
+}
+
 template <typename T>
 void encode(const T* x, const float* scale, const int32_t* zero, int64_t n, int64_t run, const CodeRange& range,
             int8_t* codes, uint8_t* mask, int32_t* nan, int threads) {
@@ -129,25 +150,9 @@ void encode(const T* x, const float* scale, const int32_t* zero, int64_t n, int6
     float ratio[kBlock];
     const int64_t count = end - begin;
     ratios(x + begin, scale[index], count, ratio);
-    if (mask) mask_of(ratio, count, range, mask + begin / 8);
-    int32_t any = 0;
-#pragma omp simd reduction(| : any)
-    for (int64_t k = 0; k < count; ++k) any |= ratio[k] != ratio[k];
-    if (any) __atomic_store_n(&found, 1, __ATOMIC_RELAXED);
-    int8_t* to = codes + begin;
     const float shift = zero ? static_cast<float>(zero[index]) : 0.0f;
-    const float low = range.low - shift, high = range.high - shift;
-    if (range.is_float) {
-#pragma omp simd
-      for (int64_t k = 0; k < count; ++k)
-        to[k] = static_cast<int8_t>(to_e4m3(clamp(ratio[k], low, high)));
-    } else {
-#pragma omp simd
-      for (int64_t k = 0; k < count; ++k) {
-        const float code = clamp(std::rint(ratio[k]), low, high) + shift;
-        to[k] = static_cast<int8_t>(static_cast<int32_t>(code));
-      }
-    }
+    if (codes_of(ratio, count, range, shift, codes + begin, mask ? mask + begin / 8 : nullptr))
+      __atomic_store_n(&found, 1, __ATOMIC_RELAXED);
   });
   *nan = found;
 }
@@ -381,32 +386,63 @@ inline float exponential(float v) {
   return p * power;
 }
 
+inline float sigmoid(float v) { return 1.0f / (1.0f + exponential(-v)); }
+
+template <typename T>
+inline float silu(float v) { return through<T>(v / (1.0f + exponential(-v))); }
+
 template <typename T>
 void swiglu(const T* x, int64_t rows, int64_t cols, T* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < rows; ++row) {
     const T *gate = x + row * 2 * cols, *up = gate + cols;
 #pragma omp simd
-    for (int64_t k = 0; k < cols; ++k) {
-      const float g = load(gate[k]);
-      store(out + row * cols + k, through<T>(g / (1.0f + exponential(-g))) * load(up[k]));
-    }
+    for (int64_t k = 0; k < cols; ++k)
+      store(out + row * cols + k, silu<T>(load(gate[k])) * load(up[k]));
   }
 }
 
 template <typename T>
-void swiglu_backward(const T* grad, const T* x, int64_t rows, int64_t cols, T* out, int threads) {
+void swiglu_encode(const T* x, const float* scale, int64_t rows, int64_t cols, const CodeRange& range, int8_t* codes,
+                   uint8_t* mask, int32_t* nan, int threads) {
+  const float step = *scale;
+  int32_t found = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < rows; ++row) {
-    const T *gate = x + row * 2 * cols, *up = gate + cols, *dy = grad + row * cols;
-    T *dgate = out + row * 2 * cols, *dup = dgate + cols;
+    for (int64_t first = 0; first < cols; first += kBlock) {
+      const int64_t count = smaller(kBlock, cols - first), begin = row * cols + first;
+      const T *gate = x + row * 2 * cols + first, *up = gate + cols;
+      float ratio[kBlock];
 #pragma omp simd
-    for (int64_t k = 0; k < cols; ++k) {
-      const float g = load(gate[k]), d = load(dy[k]);
-      const float sigmoid = 1.0f / (1.0f + exponential(-g));
-      const float dsilu = through<T>(d * load(up[k]));
-      store(dup + k, d * through<T>(g / (1.0f + exponential(-g))));
-      store(dgate + k, dsilu * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+      for (int64_t k = 0; k < count; ++k)
+        ratio[k] = through<T>(silu<T>(load(gate[k])) * load(up[k])) / step;
+      if (codes_of(ratio, count, range, 0.0f, codes + begin, mask ? mask + begin / 8 : nullptr))
+        __atomic_store_n(&found, 1, __ATOMIC_RELAXED);
+    }
+  }
+  *nan = found;
+}
+
+template <typename T>
+void swiglu_backward(const T* grad, const T* x, const uint8_t* mask, int64_t rows, int64_t cols, T* out,
+                     int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t first = 0; first < cols; first += kBlock) {
+      const int64_t count = smaller(kBlock, cols - first), begin = row * cols + first;
+      const T *gate = x + row * 2 * cols + first, *up = gate + cols, *dy = grad + begin;
+      T *dgate = out + row * 2 * cols + first, *dup = dgate + cols;
+      uint8_t keep[kBlock];
+      std::memset(keep, 1, sizeof keep);
+      if (mask)
+        for (int64_t k = 0; k < count; k += 8) unpack_byte(mask[(begin + k) / 8], keep + k);
+#pragma omp simd
+      for (int64_t k = 0; k < count; ++k) {
+        const float g = load(gate[k]), s = sigmoid(g), upstream = load(dy[k]);
+        const float d = keep[k] ? upstream : 0.0f;
+        store(dup + k, d * silu<T>(g));
+        store(dgate + k, through<T>(d * load(up[k])) * s * (1.0f + g * (1.0f - s)));
+      }
     }
   }
 }
@@ -517,9 +553,16 @@ FOR_BOTH(stochastic_columns, STOCHASTIC_COLUMNS)
   (const T* x, int64_t rows, int64_t cols, T* out, int threads) { swiglu(x, rows, cols, out, threads); }
 FOR_BOTH(swiglu, SWIGLU)
 
+#define SWIGLU_ENCODE(T)                                                                                     \
+  (const T* x, const float* scale, int64_t rows, int64_t cols, const CodeRange* range, int8_t* codes,       \
+   uint8_t* mask, int32_t* nan, int threads) {                                                              \
+    swiglu_encode(x, scale, rows, cols, *range, codes, mask, nan, threads);                                  \
+  }
+FOR_BOTH(swiglu_encode, SWIGLU_ENCODE)
+
 #define SWIGLU_BACKWARD(T)                                                                                   \
-  (const T* grad, const T* x, int64_t rows, int64_t cols, T* out, int threads) {                            \
-    swiglu_backward(grad, x, rows, cols, out, threads);                                                      \
+  (const T* grad, const T* x, const uint8_t* mask, int64_t rows, int64_t cols, T* out, int threads) {       \
+    swiglu_backward(grad, x, mask, rows, cols, out, threads);                                                \
   }
 FOR_BOTH(swiglu_backward, SWIGLU_BACKWARD)
 

@@ -256,10 +256,33 @@ def swiglu(x: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
+def swiglu_encode(
+    x: Tensor, scale: Tensor, format_name: str, ste_clip_range: float | None, with_mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.swiglu_encode`, from the values of this backend's `swiglu`."""
+    cols = x.shape[-1] // 2
+    if cols % 8 or not _encodable_run(x, format_name, "tensor"):
+        return encode(swiglu(x), scale, None, format_name, "tensor", ste_clip_range, with_mask)
+    codes = torch.empty(*x.shape[:-1], cols, dtype=torch.int8, device=x.device)
+    mask = torch.empty(codes.numel() // 8 if with_mask else 0, dtype=torch.uint8, device=x.device)
+    nan = torch.zeros(1, dtype=torch.int32, device=x.device)
+    _call(
+        "swiglu_encode", x.dtype, x, _float32(scale), x.numel() // x.shape[-1], cols,
+        ctypes.byref(_code_range(format_name, ste_clip_range)), codes, mask if with_mask else None, nan,
+    )  # fmt: skip
+    marked = torch.where(nan.bool(), torch.nan, scale)
+    return codes.view(FORMATS[format_name].storage_dtype), marked, mask
+
+
+def swiglu_backward(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """`reference.swiglu_backward`."""
+    cols = x.shape[-1] // 2
     if not _serves_floats(x, grad):
-        return reference.swiglu_backward(grad, x)
+        return reference.swiglu_backward(grad, x, mask)
+    if mask is not None and cols % 8:  # rows share bytes of the mask
+        grad = grad.clone()
+        apply_mask_(grad, mask, None)
+        mask = None
     out = torch.empty_like(x)
-    _call("swiglu_backward", x.dtype, grad, x, x.numel() // x.shape[-1], x.shape[-1] // 2, out)
+    _call("swiglu_backward", x.dtype, grad, x, mask, x.numel() // x.shape[-1], cols, out)
     return out

@@ -62,6 +62,12 @@ def _store_mask(mask, byte, is_byte, ratio, is_element, first, last):
 
 
 @triton.jit
+def _mark_nan(nan, byte, ratio, is_element):
+    has_nan = tl.max(((ratio != ratio) & is_element).to(tl.int32), axis=1) != 0
+    tl.store(nan + tl.zeros_like(byte), float("nan"), mask=has_nan)
+
+
+@triton.jit
 def _kept(mask, byte, is_byte):
     """Mask bytes of a tile, 255 beyond the end."""
     return tl.load(mask + byte, mask=is_byte, other=255).to(tl.int32)
@@ -96,8 +102,7 @@ def encode(
     ratio = tl.div_rn(value, _per_byte(scale, byte, is_byte, run, per_tensor))
     if mask is not None:
         _store_mask(mask, byte, is_byte, ratio, is_element, first, last)
-    has_nan = tl.max(((ratio != ratio) & is_element).to(tl.int32), axis=1) != 0
-    tl.store(nan + tl.zeros_like(byte), float("nan"), mask=has_nan)
+    _mark_nan(nan, byte, ratio, is_element)
     if is_float:
         code = _clamped(ratio, low, high).to(codes.dtype.element_ty)
     else:
@@ -190,3 +195,83 @@ def accumulate(total, x, mask, scale, n, tile: tl.constexpr):
         value = tl.where(_is_set(_kept(mask, byte, is_byte)), value, 0.0)
     sum_ = tl.load(total + begin + at, mask=is_element) + value
     tl.store(total + begin + at, sum_, mask=is_element)
+
+
+@triton.jit
+def _exponential(v):
+    """Of clamped |v| < 2**7, as cpu/kernels.cpp has it: the same bits, relative error below 2**-22."""
+    x = _clamped(v, -87.0, 88.0)
+    k = _rounded(x * 1.44269504)
+    r = (x - k * 0.693359375) + k * 2.12194440e-4
+    p = r * 1.3888889e-3 + 8.3333333e-3
+    p = p * r + 4.1666667e-2
+    p = p * r + 1.6666667e-1
+    p = p * r + 0.5
+    p = p * r + 1.0
+    p = p * r + 1.0
+    return p * ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _gated(x, n, row_bytes, tile: tl.constexpr):
+    """A tile of n activated elements: bytes, elements, where their gates are, gates, ups, silu(gates).
+
+    Rows of x are [gate | up], `row_bytes` times 8 elements each, so eight elements are of one row.
+    """
+    byte, is_byte, begin, at, is_element = _tile(n, tile)
+    gates = begin + at + ((byte // row_bytes).to(tl.int64) * row_bytes * 8)[:, None]
+    gate = tl.load(x + gates, mask=is_element, other=0.0).to(tl.float32)
+    up = tl.load(x + gates + row_bytes * 8, mask=is_element, other=0.0).to(tl.float32)
+    silu = tl.div_rn(gate, 1.0 + _exponential(-gate)).to(x.dtype.element_ty).to(tl.float32)
+    return byte, is_byte, begin + at, is_element, gates, gate, up, silu
+
+
+@triton.jit
+def swiglu(x, out, n, row_bytes, tile: tl.constexpr):
+    """`reference.swiglu`."""
+    _, _, at, is_element, _, _, up, silu = _gated(x, n, row_bytes, tile)
+    tl.store(out + at, (silu * up).to(out.dtype.element_ty), mask=is_element)
+
+
+@triton.jit
+def swiglu_encode(
+    x,
+    scale,
+    codes,
+    mask,
+    nan,
+    n,
+    row_bytes,
+    low,
+    high,
+    first,
+    last,
+    is_float: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """`reference.swiglu_encode`: `swiglu`, then `encode` of one step."""
+    byte, is_byte, at, is_element, _, _, up, silu = _gated(x, n, row_bytes, tile)
+    value = (silu * up).to(x.dtype.element_ty).to(tl.float32)
+    ratio = tl.div_rn(value, tl.load(scale))
+    if mask is not None:
+        _store_mask(mask, byte, is_byte, ratio, is_element, first, last)
+    _mark_nan(nan, byte, ratio, is_element)
+    if is_float:
+        code = _clamped(ratio, low, high).to(codes.dtype.element_ty)
+    else:
+        code = _rounded(_clamped(ratio, low, high)).to(tl.int32).to(codes.dtype.element_ty)
+    tl.store(codes + at, code, mask=is_element)
+
+
+@triton.jit
+def swiglu_backward(grad, x, mask, out, n, row_bytes, tile: tl.constexpr):
+    """`reference.swiglu_backward`."""
+    byte, is_byte, at, is_element, gates, gate, up, silu = _gated(x, n, row_bytes, tile)
+    upstream = tl.load(grad + at, mask=is_element, other=0.0).to(tl.float32)
+    if mask is not None:
+        upstream = tl.where(_is_set(_kept(mask, byte, is_byte)), upstream, 0.0)
+    tl.store(out + gates + row_bytes * 8, (upstream * silu).to(x.dtype.element_ty), mask=is_element)
+    sigmoid = tl.div_rn(tl.full(gate.shape, 1.0, tl.float32), 1.0 + _exponential(-gate))
+    dsilu = (upstream * up).to(x.dtype.element_ty).to(tl.float32)
+    dgate = dsilu * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    tl.store(out + gates, dgate.to(x.dtype.element_ty), mask=is_element)

@@ -1,8 +1,8 @@
 """The operators on CUDA: each reads and writes memory once, torch's code five to twenty times.
 
 They compute the same codes, masks and roundings as `reference`, which serves what the kernels do not:
-other dtypes, shapes and layouts, older GPUs, or everything where Triton is missing. RMSNorm and SwiGLU
-have no kernel here: models use torch's and Megatron's on CUDA (`specs/elementwise.py`).
+other dtypes, shapes and layouts, older GPUs, or everything where Triton is missing. RMSNorm has no
+kernel here: models use torch's on CUDA (`specs/elementwise.py`).
 
 Triton is imported at the first call with a CUDA tensor, not before: machines without a GPU need none of
 it. Nothing here waits for the device or depends on what a tensor holds, so CUDA graphs can record it.
@@ -212,6 +212,53 @@ def decode(
         codes.numel(), int(run), per_tensor=_is_per_tensor(granularity_name),
     )  # fmt: skip
     return values
+
+
+def _row_bytes(x: Tensor, *others: Tensor) -> int:
+    """Bytes of mask of a row that SwiGLU makes of [..., gate | up]; 0: no kernel serves it."""
+    cols = x.shape[-1] // 2
+    is_served = cols % 8 == 0 and x.dtype in _FLOATS and all(y.dtype == x.dtype for y in others)
+    return cols // 8 if is_served and _serves(x, *others) else 0
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`reference.swiglu`."""
+    row_bytes = _row_bytes(x)
+    if not row_bytes:
+        return reference.swiglu(x)
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    _launch("swiglu", out, x, out, out.numel(), row_bytes)
+    return out
+
+
+def swiglu_encode(
+    x: Tensor, scale: Tensor, format_name: str, ste_clip_range: float | None, with_mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.swiglu_encode`, from the values of this backend's `swiglu`."""
+    fmt, row_bytes = FORMATS[format_name], _row_bytes(x)
+    is_integer = not fmt.is_float and fmt.storage_dtype in _INTEGERS
+    if not (row_bytes and (is_integer or (fmt == FP8_E4M3 and has_fp8_units(x.device)))):
+        return encode(swiglu(x), scale, None, format_name, "tensor", ste_clip_range, with_mask)
+    codes = x.new_empty(*x.shape[:-1], x.shape[-1] // 2, dtype=fmt.storage_dtype)
+    mask = x.new_empty(codes.numel() // 8 if with_mask else 0, dtype=torch.uint8)
+    nan = torch.zeros((), dtype=torch.float32, device=x.device)
+    _launch(
+        "swiglu_encode", codes,
+        x, _step(scale), codes, mask if with_mask else None, nan, codes.numel(), row_bytes,
+        *_code_range(format_name, ste_clip_range), is_float=fmt.is_float,
+    )  # fmt: skip
+    return codes, (scale + nan).to(scale.dtype), mask
+
+
+def swiglu_backward(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """`reference.swiglu_backward`."""
+    grad = grad.contiguous()
+    row_bytes = _row_bytes(x, grad)
+    if not row_bytes:
+        return reference.swiglu_backward(grad, x, mask)
+    out = torch.empty_like(x)
+    _launch("swiglu_backward", grad, grad, x, mask, out, grad.numel(), row_bytes)
+    return out
 
 
 def _tiles(rows: int, cols: int, device: torch.device) -> dict[str, int]:

@@ -248,6 +248,62 @@ def test_masked_gradients(dtype, scale, launched):
     assert launched.count("accumulate") == 2 and launched.count("apply_mask") >= 2
 
 
+def gates_and_ups(rows, cols, dtype):
+    """Gates beyond where exponentials end, infinite and NaN ones; ups that clip."""
+    x = normal(rows, 3, 2 * cols) * 4
+    wild = torch.tensor(
+        [-1e4, -100.0, -88.0, -87.5, 88.0, 88.7, 1e4, torch.inf, -torch.inf, torch.nan]
+    )
+    x[0, 0, : len(wild)] = wild
+    x[0, 1, cols : cols + 5] = torch.tensor([torch.inf, -torch.inf, -0.0, 1e-40, 3e38])
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", [INT8, INT8_MIN128, FP8_E4M3], ids=lambda f: f.name)
+def test_swiglu_and_its_codes_equal_the_cpus(fmt, dtype, launched):
+    """The C++ library's exponential, which torch's is not to the last bit."""
+    from mqat.kernels.cpu import passes as cpu
+
+    assert cpu.library() is not None
+    x, scale = gates_and_ups(7, 264, dtype), torch.tensor([0.05])
+    clean = x.clone()
+    clean[0] = 1.0
+    assert_same([passes.swiglu(x)], [cpu.swiglu(x)])
+    torch.testing.assert_close(passes.swiglu(clean), reference.swiglu(clean), rtol=2**-7, atol=0)
+    for given in (x, clean):
+        codes = passes.swiglu_encode(given, scale, fmt.name, None, True)
+        assert_same(codes[1:], cpu.swiglu_encode(given, scale, fmt.name, None, True)[1:])
+        assert bool(codes[1].isnan()) == (given is x)
+    both_ways = [
+        codes,
+        cpu.swiglu_encode(clean, scale, fmt.name, None, True),
+        passes.encode(passes.swiglu(clean), scale, None, fmt.name, "tensor", None, True),
+    ]
+    for other in both_ways[1:]:
+        assert_same(codes, other)
+    assert bool((codes[2] != 255).any())  # control: masks are not all ones
+    grad = normal(7, 3, 264, seed=2).to(dtype)
+    masked = grad.clone()
+    passes.apply_mask_(masked, codes[2], None)
+    for given, mask, upstream in ((x, None, grad), (clean, codes[2], masked)):
+        dx = passes.swiglu_backward(grad, given, mask)
+        assert_same([dx], [cpu.swiglu_backward(grad, given, mask)])
+        assert_same([dx], [passes.swiglu_backward(upstream, given, None)])
+    assert not torch.equal(dx, passes.swiglu_backward(grad, clean, None))  # control
+    kernels = {"swiglu", "swiglu_encode", "encode", "apply_mask", "swiglu_backward"}
+    assert set(launched) == kernels
+
+
+def test_swiglu_of_other_widths_is_the_references(launched):
+    x = normal(5, 36)  # 18 columns: rows share bytes of the mask
+    assert_same(*both("swiglu", x))
+    assert_same(*both("swiglu_encode", x, torch.tensor([0.05]), "int8", None, True))
+    mask = reference.pack_mask(torch.rand(5, 18) > 0.3)
+    assert_same(*both("swiglu_backward", normal(5, 18), x, mask))
+    assert set(launched) == {"encode"}
+
+
 def codes(*shape, seed=0):
     return torch.randint(
         -128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed)

@@ -74,6 +74,37 @@ def test_tokens_with_zero_points_are_the_same_bits():
     assert_same(*both("decode", codes, scale, zero, "token", torch.float32))
 
 
+# Of 2 blocks in a row and some, of one, and where a byte of the mask belongs to two rows.
+@pytest.mark.parametrize("cols", [2056, 64, 36])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", [INT8, INT8_MIN128, FP8_E4M3], ids=lambda f: f.name)
+def test_codes_out_of_swiglu_are_those_of_its_values(backend, fmt, dtype, cols):
+    x, grad = (normal(10, 4, 2 * cols) * 4).to(dtype), normal(10, 4, cols, seed=1).to(dtype)
+    x[0, 0, :2] = torch.tensor([float("inf"), -0.0])
+    scale = torch.tensor([0.05])
+    values = operators.swiglu(x)
+    for ste_clip_range in (None, 4.0, float("inf")):
+        found = operators.swiglu_encode(
+            x, scale, fmt, with_mask=True, ste_clip_range=ste_clip_range
+        )
+        expected = operators.encode(
+            values, scale, fmt, PerTensor(), with_mask=True, ste_clip_range=ste_clip_range
+        )
+        assert_same([found.codes.view(torch.uint8)], [expected.codes.view(torch.uint8)])
+        assert_same([found.scale, found.mask], [expected.scale, expected.mask])
+        assert bool((found.mask[: cols // 8] != 255).any()) == (ste_clip_range != float("inf"))
+        masked = grad.clone()
+        operators.apply_mask_(masked, found.mask, None)
+        dx = operators.swiglu_backward(grad, x, found.mask)
+        assert_same([dx], [operators.swiglu_backward(masked, x, None)])
+        unmasked = operators.swiglu_backward(grad, x, None)
+        assert torch.equal(dx[1:], unmasked[1:]) == (ste_clip_range == float("inf"))  # control
+    assert operators.swiglu_encode(x, scale, fmt, with_mask=False).mask is None
+    x[3, 1, 5] = float("nan")
+    marked = operators.swiglu_encode(x, scale, fmt, with_mask=False).scale
+    assert bool(marked.isnan().all()) and bool(found.scale.isfinite().all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_scaled_products_and_masked_gradients_are_the_same_bits(dtype, per_row):
@@ -126,7 +157,10 @@ def test_several_threads_give_the_same_bits():
         torch.set_num_threads(count)
         e = operators.encode(x, scale, INT8_MIN128, PerTensor(), with_mask=True)
         norm = operators.rms_norm(x, x[0], 1e-5)
-        results.append((e.codes, e.mask, operators.swiglu(x), *norm))
+        gated = operators.swiglu_encode(x, scale, INT8_MIN128, with_mask=True)
+        dx = operators.swiglu_backward(x[:, :256].contiguous(), x, gated.mask)
+        values = (operators.swiglu(x), gated.codes, gated.mask, dx)
+        results.append((e.codes, e.mask, *values, *norm))
     torch.set_num_threads(threads)
     assert_same(*results)
 
@@ -245,7 +279,10 @@ def calls(dtype=torch.bfloat16):
         ("rms_norm", (x, weight, 1e-5)),
         ("rms_norm_backward", (x, x, weight, torch.ones(8, 3))),
         ("swiglu", (x,)),
-        ("swiglu_backward", (x[..., :16].contiguous(), x)),
+        ("swiglu_encode", (x, scale, "int8", None, True)),
+        ("swiglu_encode", (x, scale, "fp8_e4m3", 4.0, False)),
+        ("swiglu_backward", (x[..., :16].contiguous(), x, None)),
+        ("swiglu_backward", (x[..., :16].contiguous(), x, mask[:48])),
     ]
 
 

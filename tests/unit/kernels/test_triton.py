@@ -119,6 +119,9 @@ def launches(with_fp8):
     def decode(name):
         return lambda: passes.decode(codes[name], steps, None, "channel", torch.bfloat16)
 
+    def swiglu_encode(name):
+        return lambda: passes.swiglu_encode(x, one, name, None, True)
+
     def stochastic(name, function):
         wide = torch.ones(256, 512, dtype=torch.bfloat16)
         columns = torch.arange(512, dtype=torch.int32)
@@ -133,6 +136,10 @@ def launches(with_fp8):
         "fake quantize fp8, group": fake_quantize("fp8_e4m3"),
         "decode int8, channel": decode("int8"),
         "decode fp8, channel": decode("fp8"),
+        "swiglu": lambda: passes.swiglu(x),
+        "swiglu, encode int8": swiglu_encode("int8"),
+        "swiglu, encode fp8": swiglu_encode("fp8_e4m3"),
+        "swiglu, backward": lambda: passes.swiglu_backward(x[:, :64].contiguous(), x, bits[:512]),
         "apply mask": lambda: passes.apply_mask_(x, bits, None),
         "accumulate": lambda: passes.accumulate_(total, x, bits, one),
         "stochastic int8, rows": stochastic("int8", passes.stochastic_rows),
@@ -180,7 +187,9 @@ def test_kernels_compile_without_spills_and_multiply_on_tensor_cores(arch, compi
         shown = ", ".join(f"{n} {key}" for key, n in products.items())
         print(f"{name:26} {registers:9} {spilled:14}  {shown}")
         assert spilled == 0, name
-        assert "div.full" not in kernel.asm["ptx"] and "fma" not in kernel.asm["ptx"], name
+        # sm_80 spells the product of two bfloat16 numbers, exact before it is rounded, a * b + -0.
+        fused = re.search(r"fma\.rn\.(?!bf16)", kernel.asm["ptx"])
+        assert "div.full" not in kernel.asm["ptx"] and fused is None, name
 
 
 @needs_triton
@@ -270,7 +279,7 @@ def test_cuda_has_these_kernels_and_the_reference_for_the_rest():
         operator = getattr(operators.torch.ops.mqat, name).default
         return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CUDA)
 
-    assert is_own("encode") and is_own("scaled_matmul") and not is_own("rms_norm")
+    assert is_own("encode") and is_own("swiglu_encode") and not is_own("rms_norm")
 
 
 def test_the_backend_is_imported_where_triton_is_missing():

@@ -22,10 +22,11 @@ LAYER = ((6144, SIZE), (SIZE, SIZE), (22528, SIZE), (SIZE, 11264))
 def modelled(algorithm, shapes=LAYER, card=H100, **options):
     pairs = [
         (
-            linear_kernels(named_scheme(algorithm), TOKENS, *shape, **options),
-            linear_kernels(None, TOKENS, *shape),
+            linear_kernels(named_scheme(algorithm), TOKENS, *shape, is_activated=last, **options),
+            linear_kernels(None, TOKENS, *shape, is_activated=last),
         )
         for shape in shapes
+        for last in (shape == LAYER[-1],)
     ]
     return estimate(pairs, MICROBATCHES, card)
 
@@ -52,6 +53,22 @@ def test_an_int8_linears_passes_by_hand():
     assert [k.num_bytes for k in found.once] == [3.125 * w, 8.125 * w]
     beside = [k.num_bytes for k in (*found.forward, *found.backward) if not k.flops]
     assert sorted(beside) == sorted([3.125 * x, 0, 3 * w, 3 * x, 10 * w, 4.125 * x])
+
+
+def test_swiglu_is_counted_once_where_it_encodes_and_beside_the_linear_where_it_does_not():
+    x = TOKENS * SIZE
+
+    def bytes_of(algorithm, part):
+        scheme = named_scheme(algorithm)
+        both = linear_kernels(scheme, TOKENS, SIZE, SIZE, is_activated=True)
+        alone = linear_kernels(scheme, TOKENS, SIZE, SIZE)
+        return beside(getattr(both, part))[1] - beside(getattr(alone, part))[1]
+
+    # Reads gate and up, and the gradient; writes values, and gradients of both.
+    assert (bytes_of("null", "forward"), bytes_of("null", "backward")) == (6 * x, 10 * x)
+    assert bytes_of("int8_pc_pt", "forward") == 6 * x
+    assert (bytes_of("int8", "forward"), bytes_of("int8", "backward")) == (2 * x, 6 * x)
+    assert modelled("null").ratio == 1
 
 
 @pytest.mark.parametrize("algorithm", ["int8", "fp8"])
