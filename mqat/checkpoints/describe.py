@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -19,12 +18,12 @@ from torch import Tensor
 
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES, DecoderConfig
+from mqat.models.family import Family
 from mqat.models.structure import (
     CORE_ATTENTION,
-    EMBEDDING,
-    FINAL_NORM,
+    DENSE_LINEARS,
     KEY_NORM,
-    OUTPUT_LAYER,
+    OUTPUT_NORMS,
     QUERY_NORM,
     Norm,
     is_in_layer,
@@ -32,12 +31,13 @@ from mqat.models.structure import (
 )
 from mqat.parallel.layout import shard_count
 from mqat.parallel.quantized_module import unwrapped
+from mqat.specs.activations import FUNCTIONS, activation_of, find_activation
 from mqat.specs.config_check import (
     MEGATRON_ROPE,
     SIZES,
     config_differences,
-    is_silu,
     is_softmax_scale,
+    position_word,
     refuse,
 )
 
@@ -66,20 +66,40 @@ def describe_model(model: Any) -> DecoderConfig:
         "max_position_embeddings": int(chunk.max_sequence_length),
         "tie_word_embeddings": bool(chunk.share_embeddings_and_output_weights),
     } | {name: getattr(config, field) for name, field in SIZES.items()}
-    for family in FAMILIES.values():
-        names = [linear.name for linear in family.linears]
-        biases = tuple(
-            n for n in names if any(_at(layer, f"{n}.bias") is not None for layer in layers)
+    names = [linear.name for linear in DENSE_LINEARS]
+    biases = tuple(n for n in names if any(_at(layer, f"{n}.bias") is not None for layer in layers))
+    families = [
+        family
+        for family in FAMILIES.values()
+        if has_norms == (QUERY_NORM in family.norms) and family.may_have(biases)
+    ]
+    if not families:
+        raise UserError(
+            f"model: no family has biases on {list(biases)} and {'' if has_norms else 'no '}norms of "
+            f"query and key heads; known are {', '.join(FAMILIES)}."
         )
-        if has_norms != (QUERY_NORM in family.norms) or not family.may_have(biases):
-            continue
-        described = DecoderConfig(**sizes, family=family.name, biases=biases)
-        check_description(model, described)
-        return described
-    raise UserError(
-        f"model: no family has biases on {list(biases)} and {'' if has_norms else 'no '}norms of query "
-        f"and key heads; known are {', '.join(FAMILIES)}."
+    # Where none computes the same, the first one's differences are told.
+    family = next((family for family in families if _computes(chunk, family)), families[0])
+    described = DecoderConfig(**sizes, family=family.name, biases=biases)
+    check_description(model, described)
+    return described
+
+
+def _computes(chunk: Any, family: Family) -> bool:
+    """Whether a GPTModel has the family's norms, activation and positions."""
+    config, layers = chunk.config, list(chunk.decoder.layers)
+    output_norms = any(
+        _at(layer, norm.name) is not None for layer in layers for norm in OUTPUT_NORMS
     )
+    found = (
+        config.normalization, config.layernorm_zero_centered_gamma, config.gated_linear_unit,
+        find_activation(config), chunk.position_embedding_type,
+        getattr(chunk, "embedding_scale", 1.0) != 1, output_norms,
+    )  # fmt: skip
+    return found == (
+        family.normalization, family.zero_centered_gamma, family.is_gated, family.activation,
+        position_word(family), family.scales_embedding, bool({*family.norms} & {*OUTPUT_NORMS}),
+    )  # fmt: skip
 
 
 def check_description(model: Any, described: DecoderConfig) -> None:
@@ -100,11 +120,17 @@ def check_description(model: Any, described: DecoderConfig) -> None:
 
 def _chunk_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
     """Arguments, modules and tensors of one GPTModel."""
-    kind = getattr(chunk, "position_embedding_type", None)
-    if kind != "rope":
-        yield f"position_embedding_type={kind!r}, must be 'rope'"
-    else:
+    kind, wanted = (
+        getattr(chunk, "position_embedding_type", None),
+        position_word(described.architecture),
+    )
+    if kind != wanted:
+        yield f"position_embedding_type={kind!r}, must be {wanted!r}"
+    elif kind == "rope":
         yield from _rotary_differences(chunk.rotary_pos_emb, described)
+    scale, of_family = getattr(chunk, "embedding_scale", 1.0), described.embedding_scale
+    if abs(scale - of_family) > 0.01 * of_family:  # rounded to a dtype
+        yield f"embedding_scale={scale}, must be {of_family}"
     vocab, tied = described.vocab_size, described.tie_word_embeddings
     padding = shard_count(described) + 128 * chunk.config.tensor_model_parallel_size
     true = getattr(chunk, "true_vocab_size", None)
@@ -116,10 +142,11 @@ def _chunk_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
         yield "mtp_block_spec: multi-token prediction has no place in a description"
     for layer in chunk.decoder.layers:
         yield from _layer_differences(layer, described)
+    last = described.architecture.final_norm
     if getattr(chunk.decoder, "final_layernorm", None) is not None:
-        yield from _norm_differences(chunk, FINAL_NORM, described)
+        yield from _norm_differences(chunk, last, described)
     elif chunk.post_process:
-        yield f"{FINAL_NORM.name} is missing"
+        yield f"{last.name} is missing"
     yield from _state_differences(chunk, described)
 
 
@@ -177,9 +204,10 @@ def _at(owner: Any, name: str) -> Any:
 
 def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
     where = f"layer {layer.layer_number - 1}"
-    for norm in dict.fromkeys((*described.norms, *_HEAD_NORMS)):
+    for norm in dict.fromkeys((*described.norms, *_HEAD_NORMS, *OUTPUT_NORMS)):
         if norm not in described.norms and _at(layer, norm.name) is not None:
-            yield f"{where}: {norm.name} (q/k norm), which a {described.family} does not have"
+            kind = "q/k norm" if norm in _HEAD_NORMS else "norm of what is added"
+            yield f"{where}: {norm.name} ({kind}), which a {described.family} does not have"
         elif norm in described.norms:
             yield from (f"{where}: {text}" for text in _norm_differences(layer, norm, described))
     attention, activation = layer.self_attention, getattr(layer.mlp, "activation_func", None)
@@ -189,32 +217,42 @@ def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
     scale = getattr(getattr(core, "attention", core), "softmax_scale", None)
     if not is_softmax_scale(scale, described) and not layer.config.apply_query_key_layer_scaling:
         yield f"{where}: softmax_scale={scale}, must be 1/sqrt({described.head_dim})"
+    wanted = described.architecture.activation
     if layer.config.use_te_activation_func and activation is not None:
         device = next(layer.parameters()).device
         x = torch.linspace(-3, 3, 32, device=device, dtype=layer.config.params_dtype)
         gate, up = x.float().chunk(2)
-        if not torch.allclose(activation(x).float(), F.silu(gate) * up, rtol=0.05, atol=0.05):
-            yield f"{where}: mlp.activation_func does not compute SwiGLU"
-    elif not is_silu(activation):
-        yield f"{where}: mlp.activation_func={getattr(activation, '__name__', activation)}, must be silu"
+        if not torch.allclose(
+            activation(x).float(), FUNCTIONS[wanted](gate) * up, rtol=0.05, atol=0.05
+        ):
+            yield f"{where}: mlp.activation_func does not compute {wanted} with a gate"
+    elif activation_of(activation, layer.config) != wanted:
+        name = getattr(activation, "__name__", activation)
+        yield f"{where}: mlp.activation_func={name}, must be {wanted}"
 
 
 @torch.no_grad()
 def _norm_differences(owner: Any, norm: Norm, described: DecoderConfig) -> Iterator[str]:
-    """A norm that computes something else than x / sqrt(mean(x^2) + eps) * weight."""
+    """A norm that computes something else than its family's, with its weight and bias."""
     module = _at(owner, norm.name)
     if module is None:
         return  # inside a linear of Transformer Engine, where the configuration says what it is
-    weight, eps = module.weight, described.rms_norm_eps
+    family, weight, eps = described.architecture, module.weight, described.rms_norm_eps
     generator = torch.Generator().manual_seed(0)
     # Of eps's own size and off centre, so that another eps or LayerNorm's mean shows.
     x = (torch.randn(1, 1, len(weight), generator=generator) + 0.5) * math.sqrt(eps)
     x = x.to(weight)
-    wanted = x.float() * (x.float().pow(2).mean() + eps).rsqrt() * weight.float()
+    found, bias = x.float(), getattr(module, "bias", None)
+    if family.normalization == "LayerNorm":
+        found = found - found.mean()
+    wanted = found * (found.pow(2).mean() + eps).rsqrt()
+    wanted = wanted * (weight.float() + family.zero_centered_gamma)
+    wanted = wanted if bias is None else wanted + bias.float()
     error = (module(x).float() - wanted).norm() / wanted.norm().clamp_min(1e-30)
     if error > 0.02:  # rounding of bfloat16 is 0.004
+        kind = "zero-centred " * family.zero_centered_gamma + family.normalization
         yield (
-            f"{norm.name} ({type(module).__name__}) does not compute RMSNorm with eps={eps} and its "
+            f"{norm.name} ({type(module).__name__}) does not compute {kind} with eps={eps} and its "
             f"weight (off by {float(error):.1%})"
         )
 
@@ -231,9 +269,11 @@ def _state_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
             yield f"tensor {key} is {shape}, described as {place}"
         found.add(key)
     expected = {key for key in places if is_in_layer(key) and len(chunk.decoder.layers)}
-    expected |= {EMBEDDING.key} if chunk.pre_process else set()
+    family, last = described.architecture, described.architecture.final_norm
+    if chunk.pre_process:
+        expected |= {table.key for table in family.tables if table != family.output_layer}
     if chunk.post_process:
-        expected |= {FINAL_NORM.key} | ({OUTPUT_LAYER.key} & places.keys())
+        expected |= {last.key, last.bias_key, family.output_layer.key} & places.keys()
     yield from (f"tensor {key} is missing" for key in sorted(expected - found))
 
 

@@ -20,8 +20,11 @@ _OUTSIDE = ("general", "tokenizer", "split", "quantize", "mradermacher", "GGUF")
 _UNDERSTOOD = {
     "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count",
-    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base",
-    "rope.scaling.type", "vocab_size",
+    "attention.sliding_window", "rope.freq_base", "rope.scaling.type", "vocab_size",
+}  # fmt: skip
+# The same, by what the norms compute.
+_EPSILON = {
+    "RMSNorm": "attention.layer_norm_rms_epsilon", "LayerNorm": "attention.layer_norm_epsilon",
 }  # fmt: skip
 # Inside the architecture: changes what is computed with any other value.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -106,7 +109,7 @@ def architecture(metadata: Metadata) -> Family:
     # Mistral's files say `llama`: the first family of an architecture stands for all.
     family = next((f for f in FAMILIES.values() if f.gguf_architecture == name), None)
     if family is None:
-        known = sorted({f.gguf_architecture for f in FAMILIES.values()})
+        known = sorted({f.gguf_architecture for f in FAMILIES.values() if f.gguf_architecture})
         raise UserError(f"{metadata.path}: architecture {name!r}; known are {known}.")
     return family
 
@@ -124,7 +127,7 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
     """
     family = architecture(metadata)
     prefix = f"{family.gguf_architecture}."
-    _check_keys(metadata, prefix)
+    _check_keys(metadata, prefix, _UNDERSTOOD | {_EPSILON[family.normalization]})
     context = metadata.whole(f"{prefix}context_length")
     # Few converters write the key: a file without it is taken to have no window.
     check_window(metadata.whole(f"{prefix}attention.sliding_window", context), context)
@@ -148,7 +151,7 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
         num_attention_heads=heads,
         num_query_groups=metadata.whole(f"{prefix}attention.head_count_kv", heads),
         head_dim=head_dim,
-        rms_norm_eps=metadata.positive(f"{prefix}attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=metadata.positive(f"{prefix}{_EPSILON[family.normalization]}"),
         rope_theta=metadata.positive(f"{prefix}rope.freq_base", 10000.0),
         max_position_embeddings=context,
         tie_word_embeddings=f"{OUTPUT_LAYER.gguf}.weight" not in shapes,
@@ -162,12 +165,12 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
     )
 
 
-def _check_keys(metadata: Metadata, prefix: str) -> None:
+def _check_keys(metadata: Metadata, prefix: str, understood: set[str]) -> None:
     """Refuses what llama.cpp may read and no line of this module knows."""
     for key in metadata.keys():
         if key.startswith(prefix):
             inside = key.removeprefix(prefix)
-            if inside in _UNDERSTOOD | _HARMLESS or metadata.value(key) in _NEUTRAL.get(inside, ()):
+            if inside in understood | _HARMLESS or metadata.value(key) in _NEUTRAL.get(inside, ()):
                 continue
         elif key.split(".")[0] in _OUTSIDE and not key.startswith("general.tensor_extra."):
             continue

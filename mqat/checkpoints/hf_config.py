@@ -1,7 +1,7 @@
 """A Hugging Face `config.json` read as a decoder; what it says and mqat does not honour is refused.
 
 Sources: transformers 5.24 and 4.57, `configuration_utils.py`, `modeling_rope_utils.py` and
-`models/{llama,mistral,qwen2,qwen3}`. What the two versions read differently is refused.
+`models/*/configuration_*.py`. What the two versions read differently is refused.
 """
 
 import math
@@ -78,11 +78,12 @@ def decoder_config(hf: Any) -> DecoderConfig:
             "LlamaForCausalLM if it is equivalent."
         )
     _check_keys(hf, family)
+    hf = _Told(family, hf)
     heads = _whole(hf, "num_attention_heads")
     hidden, layers = _whole(hf, "hidden_size"), _whole(hf, "num_hidden_layers")
     longest = _whole(hf, "max_position_embeddings")
     # null means the default of Llama; where the key is absent, others have defaults of their own.
-    optional = family.name == "llama"
+    optional = family.may_omit_groups
     groups = _whole(hf, "num_key_value_heads", heads, may_be_absent=optional)
     head_dim = _whole(hf, "head_dim", None if family.head_dim_is_stated else hidden // heads)
     _check_window(family, hf, layers, longest)
@@ -107,6 +108,28 @@ def decoder_config(hf: Any) -> DecoderConfig:
     )
 
 
+class _Told(dict[str, Any]):
+    """A `config.json` under Llama's keys, with what the family means by absent ones.
+
+    Attributes:
+        keys_of_family: Llama's key -> the family's; None: it has none.
+    """
+
+    def __init__(self, family: Family, hf: Mapping[str, Any]) -> None:
+        told = {**family.hf_defaults, **hf}
+        super().__init__(told)
+        self.keys_of_family = family.hf_keys
+        for key, own in family.hf_keys.items():
+            self.pop(key, None)
+            if own in told:
+                self[key] = told[own]
+
+
+def _key(given: Mapping[str, Any], key: str) -> str:
+    """What the file calls a key of Llama's."""
+    return (given.keys_of_family.get(key) if isinstance(given, _Told) else None) or key
+
+
 def token_ids(given: Mapping[str, Any], vocab_size: int) -> dict[str, int | list[int]]:
     """The ids with which a model begins, ends and pads, as far as `given` has them; -1 means none.
 
@@ -128,11 +151,12 @@ def token_ids(given: Mapping[str, Any], vocab_size: int) -> dict[str, int | list
 def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
     """Refuses what no line of this module, and no model in transformers, knows to be harmless."""
     window = family.window
-    own: set[str | None] = {*family.bias_switches}
+    own: set[str | None] = {*family.bias_switches, *family.hf_keys.values(), *family.hf_harmless}
+    understood = _UNDERSTOOD - family.hf_keys.keys()
     if window is not None:
         own |= {"sliding_window", window.switch}
     for key, value in hf.items():
-        if value is None or key in _UNDERSTOOD or key in own or key in _HARMLESS:
+        if value is None or key in understood or key in own or key in _HARMLESS:
             continue
         if not any(value == neutral for neutral in _NEUTRAL.get(key, ())):
             usual = " or ".join(map(repr, _NEUTRAL.get(key, ()))) or "its absence"
@@ -145,8 +169,13 @@ def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
         raise UserError(
             f"config.json: architectures={names!r}, model_type={family.name!r}: only {wanted} is read."
         )
-    if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is supported.")
+    word = family.hf_keys.get("hidden_act", "hidden_act") or "hidden_act"
+    activation = hf.get(word, family.hf_activations[0])
+    if activation not in family.hf_activations:
+        known = " and ".join(map(repr, family.hf_activations))
+        raise UserError(
+            f"{word}={activation!r}: only {known} is supported for a {family.name} model."
+        )
 
 
 def _check_window(family: Family, hf: Mapping[str, Any], layers: int, longest: int) -> None:
@@ -238,7 +267,9 @@ def _whole(
         value = default
     if not is_whole(value, least):
         found = repr(value) if key in hf else "missing"
-        raise UserError(f"config.json: {key} is {found}, must be an integer of at least {least}.")
+        raise UserError(
+            f"config.json: {_key(hf, key)} is {found}, must be an integer of at least {least}."
+        )
     return value
 
 
@@ -248,7 +279,8 @@ def _positive(
     value = given.get(key)
     if not isinstance(value, kinds) or not is_positive(value):
         found = repr(value) if key in given else "missing"
-        raise UserError(f"config.json: {prefix}{key} is {found}, must be a positive number.")
+        name = _key(given, key)
+        raise UserError(f"config.json: {prefix}{name} is {found}, must be a positive number.")
     return float(value)
 
 

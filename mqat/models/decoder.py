@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mqat.errors import UserError
+from mqat.models.families.gemma import GEMMA
 from mqat.models.families.llama import LLAMA
 from mqat.models.families.mistral import MISTRAL
 from mqat.models.families.qwen2 import QWEN2
 from mqat.models.families.qwen3 import QWEN3
-from mqat.models.structure import (
-    EMBEDDING,
-    FINAL_NORM,
-    HF_LAYER,
-    OUTPUT_LAYER,
-    Axis,
-    Linear,
-    Norm,
-    by_name,
-)
+from mqat.models.family import Family
+from mqat.models.structure import Axis, Linear, Norm, Table, by_name
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)}
 
 
 @dataclass(frozen=True)
@@ -67,14 +61,30 @@ class DecoderConfig:
             )
 
     @property
+    def architecture(self) -> Family:
+        """What the family says of every model of it."""
+        return FAMILIES[self.family]
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         """Of every layer, in the order of the forward pass."""
-        return FAMILIES[self.family].linears
+        return self.architecture.linears
 
     @property
     def norms(self) -> tuple[Norm, ...]:
         """Of every layer."""
-        return FAMILIES[self.family].norms
+        return self.architecture.norms
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """In the order of the forward pass; a tied head has none of its own."""
+        tables = self.architecture.tables
+        return tables[:-1] if self.tie_word_embeddings else tables
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the embedding is multiplied by, before it is rounded to the model's dtype."""
+        return math.sqrt(self.hidden_size) if self.architecture.scales_embedding else 1.0
 
     def linear(self, name: str) -> Linear:
         """The linear of a name in a layer.
@@ -96,6 +106,7 @@ class DecoderConfig:
             "key_value": self.num_query_groups * self.head_dim,
             "head": self.head_dim,
             "vocab": self.vocab_size,
+            "positions": self.max_position_embeddings,
         }
         return sizes[axis]
 
@@ -108,18 +119,18 @@ class DecoderConfig:
 
         Megatron stacks the layers of a model in one tensor, whose first dimension is the layer.
         """
-        table = (self.vocab_size, self.hidden_size)
         shapes: dict[str, tuple[int, ...]] = {
-            EMBEDDING.key: table,
-            FINAL_NORM.key: (self.size(FINAL_NORM.size),),
+            table.key: (self.size(table.rows), self.hidden_size) for table in self.tables
         }
-        if not self.tie_word_embeddings:
-            shapes[OUTPUT_LAYER.key] = table
         for linear in self.linears:
             shapes[linear.key] = linear.stacked_shape(self, self.num_layers)
             if linear.name in self.biases:
                 shapes[linear.bias_key] = shapes[linear.key][:-1]
-        return shapes | {norm.key: (self.num_layers, self.size(norm.size)) for norm in self.norms}
+        last, has_bias = self.architecture.final_norm, "bias" in self.architecture.norm_kinds
+        for norm, lead in ((last, ()), *((norm, (self.num_layers,)) for norm in self.norms)):
+            for key in (norm.key, norm.bias_key)[: 1 + has_bias]:
+                shapes[key] = (*lead, self.size(norm.size))
+        return shapes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form, as stored in `mqat.json`."""
@@ -143,11 +154,8 @@ class DecoderConfig:
         Args:
             dtype: Of unquantized tensors, such as `bfloat16`.
         """
-        family = FAMILIES[self.family]
-        return {
-            "architectures": [family.hf_architecture],
-            "model_type": family.name,
-            "torch_dtype": dtype,
+        family = self.architecture
+        values = {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -155,11 +163,18 @@ class DecoderConfig:
             "num_attention_heads": self.num_attention_heads,
             "num_key_value_heads": self.num_query_groups,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
+            "hidden_act": family.hf_activations[0],
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling,
             "max_position_embeddings": self.max_position_embeddings,
+        }
+        own = ((family.hf_keys.get(key, key), value) for key, value in values.items())
+        return {
+            "architectures": [family.hf_architecture],
+            "model_type": family.name,
+            "torch_dtype": dtype,
+            **{key: value for key, value in own if key is not None},
             **family.switches_of(self.biases),
             **family.hf_extra,
             "tie_word_embeddings": self.tie_word_embeddings,
@@ -180,21 +195,27 @@ def check_window(window: int | None, longest: int) -> None:
 
 def hf_shapes(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a Hugging Face directory of this model, in model order."""
-    table = (model.vocab_size, model.hidden_size)
+    family = model.architecture
     in_layer: dict[str, tuple[int, ...]] = {
-        f"{norm.hf}.weight": (model.size(norm.size),) for norm in model.norms
+        f"{norm.hf}.{kind}": (model.size(norm.size),)
+        for norm in model.norms
+        for kind in family.norm_kinds
     }
     for linear in model.linears:
-        for part in linear.parts:
-            rows = model.size(part.rows)
-            in_layer[f"{part.hf}.weight"] = (rows, model.size(linear.columns))
+        for module, parts in linear.hf_modules().items():
+            rows, columns = linear.rows_of(model, parts), model.size(linear.columns)
+            weight = (columns, rows) if linear.is_transposed_in_hf else (rows, columns)
+            in_layer[f"{module}.weight"] = weight
             if linear.name in model.biases:
-                in_layer[f"{part.hf}.bias"] = (rows,)
-    shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING.hf}.weight": table}
+                in_layer[f"{module}.bias"] = (rows,)
+    tables = {
+        f"{table.hf}.weight": (model.size(table.rows), model.hidden_size) for table in model.tables
+    }
+    head = f"{family.output_layer.hf}.weight"
+    shapes = {name: shape for name, shape in tables.items() if name != head}
     for layer in range(model.num_layers):
-        prefix = HF_LAYER.format(i=layer)
+        prefix = family.hf_layer.format(i=layer)
         shapes |= {prefix + name: shape for name, shape in in_layer.items()}
-    shapes[f"{FINAL_NORM.hf}.weight"] = (model.size(FINAL_NORM.size),)
-    if not model.tie_word_embeddings:
-        shapes[f"{OUTPUT_LAYER.hf}.weight"] = table
-    return shapes
+    last = family.final_norm
+    shapes |= {f"{last.hf}.{kind}": (model.size(last.size),) for kind in family.norm_kinds}
+    return shapes | tables  # the head, where it is another table, comes last

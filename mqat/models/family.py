@@ -1,16 +1,32 @@
-"""What tells one family of Llama-like decoders from another, as data.
+"""What tells one family of decoders from another, as data.
 
-All of them normalize with RMSNorm, rotate half of each head's channels against the other half, and have
-a gated MLP. A further family is a further file in `families/` like `qwen2.py`, its name in
-`decoder.FAMILIES`, and, as a second opinion, a file in `verify/facts/`.
+A further family is a further file in `families/` like `qwen2.py`, its name in `decoder.FAMILIES`, and, as
+a second opinion, a file in `verify/facts/`. What a family computes is said in columns, and code asks for
+these, never for the family's name.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mqat.errors import UserError
-from mqat.models.structure import DENSE_LINEARS, DENSE_NORMS, Linear, Norm
+from mqat.models.structure import (
+    DENSE_LINEARS,
+    DENSE_NORMS,
+    EMBEDDING,
+    FC1,
+    FINAL_NORM,
+    HF_LAYER,
+    OUTPUT_LAYER,
+    QKV,
+    Linear,
+    Norm,
+    Table,
+    by_name,
+)
+
+# `gelu_tanh`: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); `relu2`: max(x, 0)^2.
+Activation = Literal["silu", "gelu_tanh", "relu2"]
 
 
 @dataclass(frozen=True)
@@ -42,28 +58,78 @@ class Family:
         decoder_types: Values of `decoder_type` that mean it, as in NeMo and ModelOpt.
         linears: Of every layer, in the order of the forward pass.
         norms: Of every layer.
+        final_norm: The last one of the model.
+        embedding: Table of the vocabulary.
+        output_layer: The same, for the logits.
+        positions: Table of learned positions; None: rotary ones.
+        normalization: What all norms compute, in Megatron's word; LayerNorm has biases.
+        zero_centered_gamma: Norms multiply by 1 + weight.
+        activation: Of the MLP; gated where `FC1` has two parts.
+        scales_embedding: Hidden states begin as sqrt(hidden_size) times the embedding.
         biased: Names of linears that always have a bias.
         bias_switches: Key of the Hugging Face `config.json` -> names of linears that it gives biases.
         head_dim_is_stated: transformers has a default of its own for `head_dim`.
         window: How a sliding window is declared; None: there is none.
+        hf_layer: Prefix of a layer's tensors there, with its number as `{i}`.
+        hf_keys: Key of Llama's `config.json` -> this family's; None: it has none.
+        hf_defaults: What an absent key (of this family) means.
+        may_omit_groups: Without a number of key/value heads there are as many as query heads.
+        hf_activations: What it calls the activation; the first is written.
+        hf_harmless: Further keys that change nothing here.
         hf_extra: Further keys of the Hugging Face `config.json`.
+        trtllm_activation: What TensorRT-LLM calls the activation.
+        trtllm_biases: Key of its `config.json` -> linear whose biases it stands for.
         trtllm_extra: Further keys of TensorRT-LLM's.
     """
 
     name: str
     hf_architecture: str
-    gguf_architecture: str
+    gguf_architecture: str | None
     is_interleaved_in_gguf: bool
-    trtllm_architecture: str
+    trtllm_architecture: str | None
     decoder_types: tuple[str, ...]
     linears: tuple[Linear, ...] = DENSE_LINEARS
     norms: tuple[Norm, ...] = DENSE_NORMS
+    final_norm: Norm = FINAL_NORM
+    embedding: Table = EMBEDDING
+    output_layer: Table = OUTPUT_LAYER
+    positions: Table | None = None
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    zero_centered_gamma: bool = False
+    activation: Activation = "silu"
+    scales_embedding: bool = False
     biased: tuple[str, ...] = ()
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head_dim_is_stated: bool = False
     window: SlidingWindow | None = None
+    hf_layer: str = HF_LAYER
+    hf_keys: Mapping[str, str | None] = field(default_factory=dict)
+    hf_defaults: Mapping[str, Any] = field(default_factory=dict)
+    may_omit_groups: bool = False
+    hf_activations: tuple[str, ...] = ("silu",)
+    hf_harmless: tuple[str, ...] = ()
     hf_extra: Mapping[str, Any] = field(default_factory=dict)
+    trtllm_activation: str = "silu"
+    trtllm_biases: Mapping[str, str] = field(
+        default_factory=lambda: {"attn_bias": QKV.name, "mlp_bias": FC1.name}
+    )
     trtllm_extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP multiplies its activated branch by another one."""
+        return len(by_name(self.linears)[FC1.name].parts) == 2
+
+    @property
+    def norm_kinds(self) -> tuple[str, ...]:
+        """Parameters of every norm."""
+        return ("weight", "bias") if self.normalization == "LayerNorm" else ("weight",)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """In the order of the forward pass, with a head of its own."""
+        positions = () if self.positions is None else (self.positions,)
+        return (self.embedding, *positions, self.output_layer)
 
     def biases_of(self, hf: Mapping[str, Any]) -> tuple[str, ...]:
         """Linears with a bias, as a Hugging Face `config.json` says."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from mqat.errors import UserError
-from mqat.models.structure import CORE_ATTENTION, DENSE_NORMS
+from mqat.models.structure import CORE_ATTENTION, DENSE_NORMS, OUTPUT_NORMS
 from mqat.models.structure import Norm as NormOfLayer
 from mqat.parallel.context import own_chunks, whole_sequence
 from mqat.specs.causal import document_attention, masked_attention
-from mqat.specs.elementwise import Norm, Swiglu
+from mqat.specs.elementwise import Norm, OutputNorm, Swiglu
 from mqat.specs.slots import with_slots
 
 
@@ -132,12 +133,33 @@ class SdpaAttention(nn.Module):
 
 
 def gpt_layer_spec(
-    norms: Sequence[NormOfLayer] = DENSE_NORMS, attention: type[nn.Module] = SdpaAttention
+    norms: Sequence[NormOfLayer] = DENSE_NORMS,
+    attention: type[nn.Module] = SdpaAttention,
+    config: Any = None,
 ) -> ModuleSpec:
     """Megatron's local GPT layer spec with `Norm`, a core attention and `Swiglu`.
 
     Megatron calls `Swiglu` where its config says `use_te_activation_func`, and its own otherwise.
+
+    Args:
+        norms: Of a layer.
+        attention: The core attention.
+        config: Megatron's, which norms of what attention and MLP add (`OUTPUT_NORMS`) need.
     """
-    slots: dict[str, Any] = {norm.name: Norm for norm in norms}
+    inner = [norm for norm in norms if norm not in OUTPUT_NORMS]
+    slots: dict[str, Any] = {norm.name: Norm for norm in inner}
     slots |= {CORE_ATTENTION.name: attention, "mlp.activation_func": Swiglu}
-    return with_slots(get_gpt_layer_local_spec(normalization="RMSNorm"), slots)
+    spec = with_slots(get_gpt_layer_local_spec(normalization="RMSNorm"), slots)
+    outer = [norm for norm in norms if norm in OUTPUT_NORMS]
+    if not outer:
+        return spec
+    if config is None:
+        raise UserError(
+            f"gpt_layer_spec: {outer[0].name} needs Megatron's configuration; give config=, too."
+        )
+    keys = dict(spec.submodules.sharded_state_dict_keys_map)
+    for norm in outer:
+        keys[f"{norm.name}."] = norm.stem
+        slot = norm.name.partition(".")[0]
+        spec = with_slots(spec, {slot: ModuleSpec(OutputNorm, params={"config": config})})
+    return replace(spec, submodules=replace(spec.submodules, sharded_state_dict_keys_map=keys))

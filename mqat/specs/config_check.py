@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-import torch
-import torch.nn.functional as F  # noqa: N812
-
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
+from mqat.models.family import Family
 from mqat.models.structure import QUERY_NORM
+from mqat.specs.activations import find_activation
 
 # What Megatron's RotaryEmbedding._apply_scaling hard-codes besides the factor.
 MEGATRON_ROPE = {
@@ -25,8 +24,6 @@ MEGATRON_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# Fields whose value is not that of a plain decoder with RMSNorm and SwiGLU by default.
-_PLAIN = {"normalization": "RMSNorm", "gated_linear_unit": True}
 # Fields that change no result but its rounding, its random numbers or its speed; or that only count when
 # a switch is on which is not in this list (`num_moe_experts`, `fp8`, `fp4`, `mtp_num_layers`, ...).
 _HARMLESS_PREFIXES = (
@@ -96,13 +93,20 @@ def refuse(found: Sequence[str]) -> None:
 
 def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
     """Fields of a `TransformerConfig` that the description does not account for."""
-    wanted = {field: getattr(described, name) for name, field in SIZES.items()} | _PLAIN
+    wanted = {field: getattr(described, name) for name, field in SIZES.items()}
     wanted["qk_layernorm"] = QUERY_NORM in described.norms
+    family = described.architecture
+    wanted |= {
+        "normalization": family.normalization,
+        "layernorm_zero_centered_gamma": family.zero_centered_gamma,
+        "gated_linear_unit": family.is_gated,
+    }
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
         if name == "activation_func":
-            if not is_silu(value):
-                yield f"activation_func={getattr(value, '__name__', value)}, must be silu (SwiGLU)"
+            if find_activation(config) != family.activation:
+                name = getattr(value, "__name__", value)
+                yield f"activation_func={name}, must be {family.activation}"
         elif name == "softmax_scale":
             if not is_softmax_scale(value, described):
                 yield f"softmax_scale={value}, must be None or 1/sqrt({described.head_dim})"
@@ -130,10 +134,6 @@ def is_softmax_scale(value: float | None, described: DecoderConfig) -> bool:
     return value is None or math.isclose(value, described.head_dim**-0.5, rel_tol=1e-6)
 
 
-def is_silu(function: Any) -> bool:
-    """Whether it computes SiLU, whatever its name."""
-    x = torch.linspace(-4, 4, 16)
-    try:
-        return torch.allclose(function(x), F.silu(x), atol=1e-5)
-    except (TypeError, ValueError, RuntimeError):
-        return False
+def position_word(family: Family) -> str:
+    """Megatron's word for how a family tells positions apart."""
+    return "rope" if family.positions is None else "learned_absolute"

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -20,8 +19,9 @@ from mqat.parallel.embedding import QuantVocabParallelEmbedding
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear
 from mqat.quant.scheme import LinearScheme
+from mqat.specs.activations import FUNCTIONS
 from mqat.specs.backend import SdpaAttention, gpt_layer_spec
-from mqat.specs.config_check import MEGATRON_ROPE
+from mqat.specs.config_check import MEGATRON_ROPE, position_word
 from mqat.specs.gpt import quantize_block_spec
 from mqat.specs.megatron_options import check_switches
 from mqat.specs.slots import spec_slot
@@ -40,6 +40,7 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
     Args:
         *args: As for `GPTModel`.
         true_vocab_size: Without padding.
+        embedding_scale: Hidden states begin as this times the embedding.
         tables: Name of a quantized table -> scheme.
         num_shards: Largest tensor-parallel size of the model.
         **kwargs: As for `GPTModel`.
@@ -49,12 +50,15 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
         self,
         *args: Any,
         true_vocab_size: int,
+        embedding_scale: float,
         tables: Mapping[str, LinearScheme],
         num_shards: int,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.true_vocab_size = true_vocab_size
+        # As models are trained: rounded to the dtype of what it multiplies.
+        self.embedding_scale = float(torch.tensor(embedding_scale, dtype=self.config.params_dtype))
         common = {"config": self.config, "tp_group": self.pg_collection.tp}
         if self.pre_process and EMBEDDING.name in tables:
             scatters = self.embedding.reduce_scatter_embeddings
@@ -83,6 +87,10 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
             )
         if tables and (self.pre_process or self.post_process):
             self.setup_embeddings_and_output_layer()
+        if self.pre_process and self.position_embedding_type == "learned_absolute":
+            self.embedding.position_embeddings.to(self.embedding.word_embeddings.weight)
+        if self.pre_process and embedding_scale != 1:
+            self.embedding.register_forward_hook(lambda _, __, out: out * self.embedding_scale)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Per-token loss [b, s] from this rank's logits [s, b, Vp/tp]."""
@@ -142,6 +150,7 @@ def transformer_config(
             `settings.megatron` that is not handed on or that Megatron refuses.
     """
     _check_rope(model)
+    family = model.architecture
     granularity = settings.activations_checkpoint_granularity
     full = granularity == "full"
     virtual = settings.virtual_pipeline_model_parallel_size
@@ -152,11 +161,12 @@ def transformer_config(
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
         kv_channels=model.head_dim,
-        normalization="RMSNorm",
+        normalization=family.normalization,
+        layernorm_zero_centered_gamma=family.zero_centered_gamma,
         layernorm_epsilon=model.rms_norm_eps,
         qk_layernorm=any(norm.size == "head" for norm in model.norms),
-        gated_linear_unit=True,
-        activation_func=F.silu,
+        gated_linear_unit=family.is_gated,
+        activation_func=FUNCTIONS[family.activation],
         use_te_activation_func=spec_has_activation,
         add_bias_linear=False,
         hidden_dropout=0.0,
@@ -201,10 +211,13 @@ def build_model(
         dtype: Of parameters and activations.
         layer_spec: In the place of `gpt_layer_spec()`.
     """
+    family = model.architecture
     attention = core_attention() if settings.transformer_engine else SdpaAttention
-    spec = layer_spec or gpt_layer_spec(model.norms, attention)
-    has_activation = spec_slot(spec, "mlp.activation_func") is not None
+    has_activation = family.activation == "silu" and family.is_gated
+    if layer_spec is not None:
+        has_activation = spec_slot(layer_spec, "mlp.activation_func") is not None
     config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)
+    spec = layer_spec or gpt_layer_spec(model.norms, attention, config)
     virtual = settings.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(virtual) if virtual else [None]:
@@ -225,12 +238,13 @@ def build_model(
             pre_process=parallel_state.is_pipeline_first_stage(**stage),
             post_process=parallel_state.is_pipeline_last_stage(**stage),
             share_embeddings_and_output_weights=model.tie_word_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type=position_word(family),
             rotary_base=model.rope_theta,
             rope_scaling=model.rope_scaling is not None,
             rope_scaling_factor=(model.rope_scaling or {}).get("factor", 8.0),
             vp_stage=vp_stage,
             true_vocab_size=model.vocab_size,
+            embedding_scale=model.embedding_scale,
             tables=table_schemes(layers),
             num_shards=shard_count(model),
         )

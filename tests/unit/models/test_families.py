@@ -50,7 +50,7 @@ def test_a_config_says_which_linears_have_biases(told, biases):
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        ({"model_type": "gemma"}, "model_type='gemma': supported are llama, mistral, qwen2"),
+        ({"model_type": "opt"}, "model_type='opt': supported are llama, mistral, qwen2"),
         ({"model_type": "mistral"}, "sliding_window=4096"),  # the default of transformers
         ({"model_type": "mistral", "sliding_window": 512}, "set max_position_embeddings to 512"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
