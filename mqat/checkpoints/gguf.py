@@ -28,7 +28,8 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
 def gguf_names(model: DecoderConfig) -> dict[str, str]:
     """Hugging Face name of every tensor that a file of this model may hold -> llama.cpp's."""
     family = model.architecture
-    top = {entry.hf: entry.gguf for entry in (*family.tables, family.final_norm)}
+    top = {table.hf: table.gguf for table in family.tables}
+    top[family.final_norm.hf] = family.final_norm.gguf
     inside = {norm.hf: norm.gguf for norm in model.norms}
     inside |= {part.hf: part.gguf for linear in model.linears for part in linear.parts}
     for layer in range(model.num_layers):

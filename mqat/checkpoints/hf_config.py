@@ -172,9 +172,9 @@ def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
     word = family.hf_keys.get("hidden_act", "hidden_act") or "hidden_act"
     activation = hf.get(word, family.hf_activations[0])
     if activation not in family.hf_activations:
-        known = " and ".join(map(repr, family.hf_activations))
+        words = " and ".join(map(repr, family.hf_activations))
         raise UserError(
-            f"{word}={activation!r}: only {known} is supported for a {family.name} model."
+            f"{word}={activation!r}: only {words} is supported for a {family.name} model."
         )
 
 

@@ -208,7 +208,7 @@ def hf_shapes(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
             in_layer[f"{module}.weight"] = weight
             if linear.name in model.biases:
                 in_layer[f"{module}.bias"] = (rows,)
-    tables = {
+    tables: dict[str, tuple[int, ...]] = {
         f"{table.hf}.weight": (model.size(table.rows), model.hidden_size) for table in model.tables
     }
     head = f"{family.output_layer.hf}.weight"

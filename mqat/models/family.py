@@ -1,8 +1,8 @@
 """What tells one family of decoders from another, as data.
 
-A further family is a further file in `families/` like `qwen2.py`, its name in `decoder.FAMILIES`, and, as
-a second opinion, a file in `verify/facts/`. What a family computes is said in columns, and code asks for
-these, never for the family's name.
+A further family is a further file in `families/` like `qwen2.py`, its name in `decoder.FAMILIES`, and,
+as a second opinion, a file in `verify/facts/`. What a family computes is said in columns, and code asks
+for these, never for the family's name.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mqat.errors import UserError
 from mqat.models.structure import (
+    CORE_ATTENTION,
     DENSE_LINEARS,
     DENSE_NORMS,
     EMBEDDING,
@@ -19,6 +20,7 @@ from mqat.models.structure import (
     HF_LAYER,
     OUTPUT_LAYER,
     QKV,
+    Cache,
     Linear,
     Norm,
     Table,
@@ -61,6 +63,7 @@ class Family:
         final_norm: The last one of the model.
         embedding: Table of the vocabulary.
         output_layer: The same, for the logits.
+        cache: Of keys and values.
         positions: Table of learned positions; None: rotary ones.
         normalization: What all norms compute, in Megatron's word; LayerNorm has biases.
         zero_centered_gamma: Norms multiply by 1 + weight.
@@ -93,6 +96,7 @@ class Family:
     final_norm: Norm = FINAL_NORM
     embedding: Table = EMBEDDING
     output_layer: Table = OUTPUT_LAYER
+    cache: Cache = CORE_ATTENTION
     positions: Table | None = None
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     zero_centered_gamma: bool = False

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from mqat.verify.activations import ACTIVATIONS, NORMS
 from mqat.verify.agreement import add_noise
 from mqat.verify.export import Export, Rank
 from mqat.verify.reference_quant import quantize_input
@@ -70,12 +71,18 @@ class Decoder:
 
     def _norm(self, rank: Rank, layer: int, role: str, x: Tensor) -> Tensor:
         name = self.model.facts.norms[role][self.model.form]
-        return self._rms_norm(rank, f"{self.model.prefix(layer)}{name}", x)
+        return self._normed(rank, f"{self.model.prefix(layer)}{name}", x)
 
-    def _rms_norm(self, rank: Rank, name: str, x: Tensor) -> Tensor:
-        """X / rms(x) * weight, along the last dimension."""
-        rms = (x.pow(2).mean(-1, keepdim=True) + float(self.model.value("rms_norm_eps"))).rsqrt()
-        return x * rms * rank.tensor(f"{name}.weight").float()
+    def _normed(self, rank: Rank, name: str, x: Tensor) -> Tensor:
+        """A norm along the last dimension, by its full name."""
+        model, facts = self.model, self.model.facts
+        weight = rank.tensor(f"{name}.weight").float() + (model.form in facts.one_less)
+        normed = NORMS[facts.norm](x, float(model.value("rms_norm_eps"))) * weight
+        return normed + rank.tensor(f"{name}.bias").float() if facts.norm == "layer" else normed
+
+    def _added(self, rank: Rank, layer: int, role: str, x: Tensor) -> Tensor:
+        """What attention or MLP adds to the hidden states, normalized where the model does that."""
+        return self._norm(rank, layer, role, x) if role in self.model.facts.norms else x
 
     def _attention(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
         """One rank's heads, causal, before the output's linear; keys are cached after rotation."""
@@ -84,7 +91,7 @@ class Decoder:
             part = features.unflatten(-1, (-1, self.model.on_rank["head"])).transpose(1, 2)
             if f"{role}_norm" in self.model.facts.norms:  # of each head
                 part = self._norm(rank, layer, f"{role}_norm", part)
-            if role != "value":
+            if role != "value" and "positions" not in self.model.names:
                 part = rotate(part, float(self.model.value("rope_theta")), self.model.rope_scaling)
             if cache is not None and role in cache.names:
                 step = rank.tensor(self.model.prefix(layer) + cache.names[role])
@@ -96,8 +103,11 @@ class Decoder:
         return context.transpose(1, 2).flatten(2)
 
     def _mlp(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
-        gate, up = self._inner(rank, layer, ("gate", "up"), x)
-        return F.silu(gate) * up
+        facts = self.model.facts
+        activate = ACTIVATIONS[facts.activation]
+        roles = ("gate", "up") if "gate" in facts.parts else ("up",)
+        first, *others = self._inner(rank, layer, roles, x)
+        return activate(first) * others[0] if others else activate(first)
 
     def modules(self, number: int) -> list[Module]:
         """The linears of a layer, by its global number."""
@@ -122,10 +132,12 @@ class Decoder:
         ranks = self.export.stages[stage]
         normed = self._norm(ranks[0], layer, "attention_norm", x)
         inner = [self._attention(rank, layer, normed) for rank in ranks]
-        x = x + self._sum(ranks, layer, "output", inner)
+        output = self._sum(ranks, layer, "output", inner)
+        x = x + self._added(ranks[0], layer, "attention_output_norm", output)
         normed = self._norm(ranks[0], layer, "mlp_norm", x)
         inner = [self._mlp(rank, layer, normed) for rank in ranks]
-        return x + self._sum(ranks, layer, "down", inner)
+        output = self._sum(ranks, layer, "down", inner)
+        return x + self._added(ranks[0], layer, "mlp_output_norm", output)
 
     @torch.no_grad()
     def linears(self, number: int, role: str, x: Tensor) -> dict[str, Tensor]:
@@ -153,14 +165,16 @@ class Decoder:
         With `noise`, of that relative size on the input of every linear: its answer to rounding.
         """
         model, stages = self.model, self.export.stages
-        x = self.export.table("embedding", 0)[tokens].float()
+        x = self.export.table("embedding", 0)[tokens].float() * model.embedding_scale
+        if "positions" in model.names:
+            x = x + self.export.table("positions", 0)[: tokens.shape[1]].float()
         self._noise, self._generator = noise, torch.Generator().manual_seed(0)
         try:
             for number in range(model.layers_per_stage * model.pp):
                 x = self.layer(number, x)
         finally:
             self._noise = 0.0
-        x = self._rms_norm(stages[-1][0], model.names["final_norm"], x)
+        x = self._normed(stages[-1][0], model.names["final_norm"], x)
         role, stage = ("embedding", 0) if model.is_tied else ("lm_head", -1)
         return x @ self.export.table(role, stage).float().t()
 

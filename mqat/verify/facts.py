@@ -36,6 +36,16 @@ class Facts:
     modules: Mapping[str, Mapping[str, tuple[str, ...]]]  # format -> module -> roles in row order
     cache: Mapping[str, Any]
     biases: Mapping[str, Mapping[str, str | bool]]
+    keys: Mapping[str, Mapping[str, str]]  # format -> what it calls a key of Llama's
+    norm: str  # of `activations.NORMS`; `layer` has biases
+    one_less: tuple[str, ...]  # formats, and `checkpoint`, whose norms are stored less one
+    activation: str  # of `activations.ACTIVATIONS`; gated where there is a part `gate`
+    scales_embedding: bool  # by sqrt(hidden), rounded to the model's dtype
+    transposed: tuple[str, ...]  # formats that hold unquantized weights as (in, out)
+
+    def norm_tensors(self) -> tuple[str, ...]:
+        """Parameters of a norm."""
+        return ("weight", "bias") if self.norm == "layer" else ("weight",)
 
     def key(self, name: str) -> str:
         """Checkpoint key of a tensor that is stacked over layers."""
@@ -58,7 +68,7 @@ def _read_raw(family: str) -> dict[str, Any]:
 
 def read_facts(family: str) -> Facts:
     """The facts of a family whose file exists."""
-    raw = {"biases": {}} | _read_raw(family)
+    raw = {"biases": {}, "keys": {}, "one_less": (), "transposed": ()} | _read_raw(family)
     modules: dict[str, dict[str, tuple[str, ...]]] = {"hf": {}, "trtllm": {}}
     parts = {}
     for role, entry in raw.pop("linears").items():

@@ -1,9 +1,12 @@
 """The model that a `config.json` describes, and the checks of its keys that all formats share."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mqat.verify.facts import Facts
 
@@ -44,6 +47,11 @@ class ServedModel:
         self.is_tied = bool(self.value("tie_word_embeddings"))
         self.layers_per_stage = self.value("num_layers") // pp
         self.copies = max(tp // groups, 1)
+        dtype, scale = getattr(torch, self.value("dtype")), math.sqrt(self.value("hidden_size"))
+        # As the model was trained: rounded to the dtype of the embedding.
+        self.embedding_scale = (
+            float(torch.tensor(scale, dtype=dtype)) if facts.scales_embedding else 1
+        )
         self.on_rank: dict[str, int] = {
             "hidden": self.value("hidden_size"),
             "head": (d := self.value("head_dim")),
@@ -51,11 +59,24 @@ class ServedModel:
             "query": heads // tp * d,
             "key_value": max(groups // tp, 1) * d,
             "vocab": -(-self.value("vocab_size") // tp),
+            "positions": -(-self.value("max_position_embeddings") // tp),
         }
 
     def value(self, name: str) -> Any:
         """Of `config.json`, by a name of `keys`; None where the format has no such key."""
-        return self.raw.get(self.keys.get(name, ""))
+        if self.keys.get(name) is not None:
+            return self.raw.get(self.keys[name])
+        heads = self.raw.get(self.keys["num_attention_heads"])
+        hidden = self.raw.get(self.keys["hidden_size"])
+        # What a format without these keys means.
+        return {"num_query_groups": heads, "head_dim": hidden and heads and hidden // heads}.get(
+            name
+        )
+
+    def rows(self, role: str) -> int:
+        """Of a table, without padding."""
+        size = self.value("max_position_embeddings" if role == "positions" else "vocab_size")
+        return int(size)
 
     def prefix(self, layer: int) -> str:
         """Of a layer's names; layers count from 0 in every stage."""
@@ -65,6 +86,12 @@ class ServedModel:
         """Full names of a stage's linears."""
         modules = self.facts.modules[self.form]
         return [self.prefix(i) + name for i in range(self.layers_per_stage) for name in modules]
+
+
+def own_keys(keys: Keys, facts: Facts, form: str) -> dict[str, str]:
+    """`keys` of a format in the family's words; those that it has none for are left out."""
+    own = facts.keys.get(form, {})
+    return {name: own.get(name, key) for name, key in keys.items() if own.get(name, key)}
 
 
 def read_json(file: Path, problems: list[str]) -> dict[str, Any]:
@@ -87,10 +114,10 @@ def is_positive(value: Any, kind: Any = int) -> bool:
 
 def model_problems(raw: Raw, keys: Keys, fixed: Mapping[str, list[Any]]) -> Iterator[str]:
     """What is wrong with the keys that describe the model; `fixed`: key -> allowed values."""
-    for key in (keys[name] for name in (*SIZES, "head_dim")):
+    for key in (keys[name] for name in (*SIZES, "head_dim") if name in keys):
         if not is_positive(raw.get(key)):
             yield f"{key}={raw.get(key)!r}, expected a positive integer"
-    for key in (keys[name] for name in NUMBERS):
+    for key in (keys[name] for name in NUMBERS if name in keys):
         if not is_positive(raw.get(key), int | float):
             yield f"{key}={raw.get(key)!r}, expected a positive number"
     for key, allowed in {**fixed, keys["dtype"]: list(DTYPES)}.items():
@@ -98,7 +125,7 @@ def model_problems(raw: Raw, keys: Keys, fixed: Mapping[str, list[Any]]) -> Iter
         is_allowed = key in raw and value in allowed
         if not is_allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
             yield f"{key}={value!r}, expected one of {allowed}"
-    where, kind = keys["rope_scaling"], keys["rope_type"]
+    where, kind = keys.get("rope_scaling", ""), keys["rope_type"]
     scaling = raw.get(where)
     if scaling is None:
         return

@@ -43,6 +43,7 @@ class TensorRtLlmExporter:
             raise UserError(
                 "export.format=trtllm: every inference rank has one file; leave out --max-shard-gb."
             )
+        _check_family(model)
         _check_layout(model, tp, options.pipeline_parallel)
         TENSORS.check(model, schemes)
         _check_requantized(layers, options.allow_requantization)
@@ -80,6 +81,21 @@ class TensorRtLlmExporter:
         if options.archive is not None:
             texts |= qnemo.tokenizer_texts(tokenizer)
         return DirectoryContents(weights, texts, as_tar=options.archive == "tar")
+
+
+def _check_family(model: DecoderConfig) -> None:
+    """Refuses models of which TensorRT-LLM has no class, or no switch for their biases."""
+    family = model.architecture
+    if family.trtllm_architecture is None:
+        raise UserError(
+            f"export.format=trtllm: TensorRT-LLM has no {family.name} models; use export.format=hf."
+        )
+    is_one_switch = len(family.trtllm_biases) == 1
+    if is_one_switch and len(model.biases) not in (0, len(model.linears)):
+        raise UserError(
+            f"biases on {list(model.biases)}: TensorRT-LLM's {family.trtllm_architecture} has them on "
+            "all linears or on none; use export.format=hf."
+        )
 
 
 def _check_layout(model: DecoderConfig, tp: int, pp: int) -> None:
