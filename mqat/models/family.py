@@ -12,6 +12,14 @@ from typing import Any
 from mqat.errors import UserError
 from mqat.models.structure import DENSE_LINEARS, DENSE_NORMS, Linear, Norm
 
+# Key of a Hugging Face `config.json` -> field of `DecoderConfig`.
+HF_ATTENTION = {
+    "query_pre_attn_scalar": "attention_scale",  # to the power of -1/2
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "logit_softcap",
+    "rope_local_base_freq": "windowed_rope_theta",
+}
+
 
 @dataclass(frozen=True)
 class SlidingWindow:
@@ -20,12 +28,21 @@ class SlidingWindow:
     Attributes:
         default: Value of `sliding_window` where the key is absent.
         switch: Key that turns it on, false where absent; None: it is always on.
-        first_layer: Key of the first layer that has it, with its value where absent; None: all have.
+        first_layer: Key of the first layer that has it, with its value where absent.
+        every: Key and value where absent of a number n: each n-th layer has none.
+
+    `layer_types` goes before `first_layer` and `every`; without these, all layers have the window.
     """
 
     default: int
     switch: str | None = None
     first_layer: tuple[str, int] | None = None
+    every: tuple[str, int] | None = None
+
+    @property
+    def is_of_all_layers(self) -> bool:
+        """Whether no key can take it from a layer."""
+        return self.first_layer is None and self.every is None
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,10 @@ class Family:
         bias_switches: Key of the Hugging Face `config.json` -> names of linears that it gives biases.
         head_dim_is_stated: transformers has a default of its own for `head_dim`.
         window: How a sliding window is declared; None: there is none.
+        rotary_fraction: Of a head's channels that are rotated, where `partial_rotary_factor` is absent;
+            None: always all.
+        is_rotary_interleaved: Neighbouring channels are rotated against each other, not halves.
+        attention: Keys of `HF_ATTENTION` that its `config.json` has, with their values where absent.
         hf_extra: Further keys of the Hugging Face `config.json`.
         trtllm_extra: Further keys of TensorRT-LLM's.
     """
@@ -62,6 +83,9 @@ class Family:
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head_dim_is_stated: bool = False
     window: SlidingWindow | None = None
+    rotary_fraction: float | None = None
+    is_rotary_interleaved: bool = False
+    attention: Mapping[str, float | None] = field(default_factory=dict)
     hf_extra: Mapping[str, Any] = field(default_factory=dict)
     trtllm_extra: Mapping[str, Any] = field(default_factory=dict)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mqat.config import ModelConfig
 from mqat.errors import UserError
-from mqat.models.decoder import DecoderConfig
+from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.schemes import Scheme, table_schemes
 from mqat.models.structure import EMBEDDING, OUTPUT_LAYER
 from mqat.parallel.embedding import QuantVocabParallelEmbedding
@@ -21,15 +21,16 @@ from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear
 from mqat.quant.scheme import LinearScheme
 from mqat.specs.backend import SdpaAttention, gpt_layer_spec
-from mqat.specs.config_check import MEGATRON_ROPE
 from mqat.specs.gpt import quantize_block_spec
 from mqat.specs.megatron_options import check_switches
+from mqat.specs.rope import DecoderRotary, attention_factor, set_attention_factor_
 from mqat.specs.slots import spec_slot
 from mqat.specs.transformer_engine import core_attention
+from mqat.specs.window import window_fields
 
 
 class DecoderModel(GPTModel):  # type: ignore[misc]
-    """`GPTModel` that keeps vocabulary padding out of the softmax.
+    """`GPTModel` with a model's own rotary positions, and vocabulary padding kept out of the softmax.
 
     The table is padded so that any valid TP size cuts it evenly; without the mask, padded rows would
     take probability and the loss would differ from the unpadded model's.
@@ -39,7 +40,7 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
 
     Args:
         *args: As for `GPTModel`.
-        true_vocab_size: Without padding.
+        model: Its description; the vocabulary is without padding there.
         tables: Name of a quantized table -> scheme.
         num_shards: Largest tensor-parallel size of the model.
         **kwargs: As for `GPTModel`.
@@ -48,13 +49,16 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
     def __init__(
         self,
         *args: Any,
-        true_vocab_size: int,
+        model: DecoderConfig,
         tables: Mapping[str, LinearScheme],
         num_shards: int,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.true_vocab_size = true_vocab_size
+        self.true_vocab_size, self.logit_softcap = model.vocab_size, model.logit_softcap
+        if self.position_embedding_type == "rope":
+            group = self.pg_collection.cp
+            self.rotary_pos_emb: Any = DecoderRotary(model, self.config, group)
         common = {"config": self.config, "tp_group": self.pg_collection.tp}
         if self.pre_process and EMBEDDING.name in tables:
             scatters = self.embedding.reduce_scatter_embeddings
@@ -84,8 +88,29 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
         if tables and (self.pre_process or self.post_process):
             self.setup_embeddings_and_output_layer()
 
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As `GPTModel`: per-token loss [b, s] of labels, else logits [b, s, Vp/tp] or hidden states."""
+        output: Tensor = super().forward(
+            input_ids, position_ids, attention_mask, decoder_input, labels, *args, **kwargs
+        )
+        return self._capped(output) if self.post_process and labels is None else output
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Per-token loss [b, s] from this rank's logits [s, b, Vp/tp]."""
+        logits = self._capped(logits)
         columns = logits.shape[-1]
         first = self.pg_collection.tp.rank() * columns
         if first + columns > self.true_vocab_size:
@@ -101,14 +126,14 @@ def padded_vocab_size(model: DecoderConfig) -> int:
     return -(-model.vocab_size // multiple) * multiple
 
 
-def _check_rope(model: DecoderConfig) -> None:
-    for key, value in MEGATRON_ROPE.items():
-        given = (model.rope_scaling or {}).get(key, value)
-        if given != value:
-            raise UserError(
-                f"rope_scaling.{key}={given}: Megatron-Core has {value} built in, so this "
-                "model's positions would be wrong."
-            )
+def _check_fusion(model: DecoderConfig, switches: Mapping[str, Any]) -> None:
+    fused = [key for key in ("apply_rope_fusion", "fused_single_qkv_rope") if switches.get(key)]
+    if fused and attention_factor(model) != 1:
+        raise UserError(
+            f"config: model.megatron.{fused[0]}=true: fused kernels do not multiply what they rotate, "
+            f"by {attention_factor(model):.4g} as this model asks for (rope_scaling="
+            f"{(model.rope_scaling or {}).get('rope_type')}); leave it out."
+        )
 
 
 def _switches(virtual: int | None) -> dict[str, Any]:
@@ -138,10 +163,10 @@ def transformer_config(
     `spec_has_activation`: the layer spec says what computes SwiGLU, not Megatron's MLP.
 
     Raises:
-        UserError: RoPE scaling that Megatron's rotary embedding cannot express, or an option of
-            `settings.megatron` that is not handed on or that Megatron refuses.
+        UserError: An option of `settings.megatron` that is not handed on, that Megatron refuses, or that
+            does not fit the model's positions.
     """
-    _check_rope(model)
+    _check_fusion(model, settings.megatron)
     granularity = settings.activations_checkpoint_granularity
     full = granularity == "full"
     virtual = settings.virtual_pipeline_model_parallel_size
@@ -164,6 +189,9 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        rotary_interleaved=FAMILIES[model.family].is_rotary_interleaved,
+        softmax_scale=model.attention_scale,
+        **window_fields(model),
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
@@ -177,11 +205,13 @@ def transformer_config(
     )
     check_switches(settings.megatron, settings.ddp)
     try:
-        return TransformerConfig(**arguments | _switches(virtual) | settings.megatron)
+        config = TransformerConfig(**arguments | _switches(virtual) | settings.megatron)
     except (AssertionError, TypeError, ValueError) as error:  # Megatron's own checks
         if not settings.megatron:
             raise
         raise UserError(f"config: model.megatron={settings.megatron}: {error}") from error
+    set_attention_factor_(config, attention_factor(model))
+    return config
 
 
 def build_model(
@@ -226,11 +256,10 @@ def build_model(
             post_process=parallel_state.is_pipeline_last_stage(**stage),
             share_embeddings_and_output_weights=model.tie_word_embeddings,
             position_embedding_type="rope",
+            rotary_percent=model.rotary_fraction,
             rotary_base=model.rope_theta,
-            rope_scaling=model.rope_scaling is not None,
-            rope_scaling_factor=(model.rope_scaling or {}).get("factor", 8.0),
             vp_stage=vp_stage,
-            true_vocab_size=model.vocab_size,
+            model=model,
             tables=table_schemes(layers),
             num_shards=shard_count(model),
         )
