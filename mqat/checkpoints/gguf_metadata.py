@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mqat.checkpoints.hf_config import is_positive, is_whole, token_ids
+from mqat.checkpoints.hf_config import token_ids
+from mqat.checkpoints.values import is_positive, is_whole
 from mqat.errors import UserError
-from mqat.models.decoder import FAMILIES, DecoderConfig, check_window
+from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.family import Family
 from mqat.models.structure import EMBEDDING, GGUF_LAYER, OUTPUT_LAYER
 
@@ -130,7 +131,12 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
     _check_keys(metadata, prefix, _UNDERSTOOD | {_EPSILON[family.normalization]})
     context = metadata.whole(f"{prefix}context_length")
     # Few converters write the key: a file without it is taken to have no window.
-    check_window(metadata.whole(f"{prefix}attention.sliding_window", context), context)
+    window = metadata.whole(f"{prefix}attention.sliding_window", context)
+    if window < context:
+        raise UserError(
+            f"{metadata.path}: sliding_window={window} of a {family.name} model, of whose sequences of "
+            f"up to {context} tokens llama.cpp attends to all; use the Hugging Face directory."
+        )
     heads = metadata.whole(f"{prefix}attention.head_count")
     hidden = metadata.whole(f"{prefix}embedding_length")
     head_dim = metadata.whole(f"{prefix}attention.key_length", hidden // heads)

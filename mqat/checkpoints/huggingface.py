@@ -13,6 +13,7 @@ from mqat.checkpoints.stored_tensors import check_layer_count, check_tensors, fi
 from mqat.data.strict_json import parse_json
 from mqat.errors import UserError
 from mqat.models.decoder import hf_shapes
+from mqat.models.family import Family
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # safetensors' name of each dtype that holds weights as they are; others are codes of quantized ones.
@@ -48,18 +49,19 @@ class HuggingFaceCheckpoint:
                     )
                 self._files[name], shapes[name], dtypes[name] = file, shape, dtype
         self._check_index()
-        # Tables of rotary frequencies, once saved by transformers, are computed from config.json.
-        shapes = {
-            name: s for name, s in shapes.items() if not name.endswith(".rotary_emb.inv_freq")
-        }
+        # Tables of rotary frequencies, masks, once saved by transformers, are computed from config.json.
         family = self.config.architecture
+        self._stored = {_full_name(name, family): name for name in shapes}
+        kept = {n: own for n, own in self._stored.items() if not n.endswith(family.hf_buffers)}
+        shapes = {name: shapes[own] for name, own in kept.items()}
+        dtypes = {name: dtypes[own] for name, own in kept.items()}
         table, head = f"{family.embedding.hf}.weight", f"{family.output_layer.hf}.weight"
         has_copy = self.config.tie_word_embeddings and head in shapes
         told = (path, shapes, self.config, "config.json")
         check_layer_count(*told, layer=family.hf_layer)
         wanted = hf_shapes(self.config)
         check_tensors(*told, wanted | ({head: wanted[table]} if has_copy else {}))
-        self._check_dtypes({name: dtypes[name] for name in shapes})
+        self._check_dtypes(dtypes)
         if has_copy:
             self._check_tied(table, head)
 
@@ -140,10 +142,11 @@ class HuggingFaceCheckpoint:
         Raises:
             UserError: An element is NaN or infinite.
         """
-        if name not in self._files:
+        own = self._stored.get(name)
+        if own is None:
             raise UserError(f"{self.path}: tensor {name!r} is missing from the checkpoint.")
-        with safe_open(self._files[name], framework="pt") as handle:
-            view = handle.get_slice(name)
+        with safe_open(self._files[own], framework="pt") as handle:
+            view = handle.get_slice(own)
             return finite(self.path, name, view[rows] if cols is None else view[rows, cols])
 
 
@@ -156,6 +159,12 @@ _OTHERS = {
     ".pth": "Pickled weights (*.pth) are not read, because unpickling can run code; convert them with "
     "transformers' convert_llama_weights_to_hf.py.",
 }
+
+
+def _full_name(name: str, family: Family) -> str:
+    """As transformers saves whole models; some files are of the model inside."""
+    base, head = family.hf_base, family.output_layer.hf
+    return name if name.startswith((base, f"{head}.")) else base + name
 
 
 def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:

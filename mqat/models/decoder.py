@@ -9,14 +9,24 @@ from typing import Any
 
 from mqat.errors import UserError
 from mqat.models.families.gemma import GEMMA
+from mqat.models.families.gpt2 import GPT2
 from mqat.models.families.llama import LLAMA
 from mqat.models.families.mistral import MISTRAL
+from mqat.models.families.nemotron import NEMOTRON
+from mqat.models.families.phi3 import PHI3
 from mqat.models.families.qwen2 import QWEN2
 from mqat.models.families.qwen3 import QWEN3
-from mqat.models.family import Family
+from mqat.models.families.starcoder2 import STARCODER2
+from mqat.models.family import HF_ATTENTION, Family
 from mqat.models.structure import Axis, Linear, Norm, Table, by_name
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)}
+_FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, NEMOTRON, STARCODER2, PHI3, GPT2)
+FAMILIES = {family.name: family for family in _FAMILIES}
+# Fields that a family may have no keys for.
+_ATTENTION = (
+    "rotary_fraction", "sliding_window", "windowed_layers", "windowed_rope_theta", "attention_scale",
+    "attention_softcap", "logit_softcap",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,26 +49,77 @@ class DecoderConfig:
     biases: tuple[str, ...] = ()  # names of linears
     # What a Hugging Face config.json says of them: `bos_token_id`, `eos_token_id`, `pad_token_id`.
     token_ids: dict[str, int | list[int]] = field(default_factory=dict)
+    # Positions and attention. A token of a windowed layer attends to `sliding_window` tokens, itself
+    # included; such layers may have a rotary base of their own, which is never scaled.
+    rotary_fraction: float = 1.0  # of a head's channels, from the first on
+    sliding_window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
+    windowed_rope_theta: float | None = None
+    attention_scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # scores s become c tanh(s / c)
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that no layout can make work, and biases that none has."""
         if self.family not in FAMILIES:
             raise UserError(f"model.family={self.family!r}: must be one of {', '.join(FAMILIES)}.")
         object.__setattr__(self, "biases", tuple(self.biases))  # a list where it comes from JSON
-        FAMILIES[self.family].switches_of(self.biases)
+        self.architecture.switches_of(self.biases)
         for size in fields(self):
             value = getattr(self, size.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise UserError(f"model.{size.name}={value}: must be at least 1.")
-        if self.head_dim % 2:
-            raise UserError(
-                f"head_dim={self.head_dim}: rotary positions turn pairs; it must be even."
-            )
+        object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))  # likewise
+        self._check_positions()
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.num_query_groups} (num_key_value_heads in Hugging Face)."
             )
+
+    def _check_positions(self) -> None:
+        """Refuses what no attention can compute, and what the family has no keys for."""
+        family, layers = self.architecture, self.windowed_layers
+        if self.rotary_channels % 2 or self.rotary_channels < 2:
+            raise UserError(
+                f"head_dim={self.head_dim}, of which {self.rotary_fraction:g} are rotated: rotary "
+                f"positions turn pairs; {self.rotary_channels} channels must be even, and some."
+            )
+        wrong = any(not 0 <= layer < self.num_layers for layer in layers)
+        if wrong or sorted(set(layers)) != [*layers] or bool(layers) != bool(self.sliding_window):
+            raise UserError(
+                f"model.windowed_layers={[*layers]}, sliding_window={self.sliding_window}: must be "
+                f"increasing numbers of {self.num_layers} layers where there is a window, else none."
+            )
+        if self.windowed_rope_theta is not None and not layers:
+            raise UserError("model.windowed_rope_theta: no layer has a window.")
+        if wanted := self._unsaid(family):
+            raise UserError(
+                f"model.{wanted}={getattr(self, wanted)!r}: the config.json of a {family.name} model "
+                "cannot say that."
+            )
+
+    def _unsaid(self, family: Family) -> str | None:
+        """A field of positions and attention that a family's config.json has no keys for."""
+        said = {HF_ATTENTION[key] for key in family.attention}
+        if family.rotary_fraction is not None:
+            said.add("rotary_fraction")
+        if family.window is not None:
+            every = not self.windowed_layers or len(self.windowed_layers) == self.num_layers
+            said |= {"sliding_window"}
+            said |= {"windowed_layers"} if every or not family.window.is_of_all_layers else set()
+        plain = {known.name: known.default for known in fields(self)}
+        return next((f for f in _ATTENTION if f not in said and getattr(self, f) != plain[f]), None)
+
+    @property
+    def rotary_channels(self) -> int:
+        """Of each head; the others are not rotated."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.attention_scale or 1.0 / math.sqrt(self.head_dim)
 
     @property
     def architecture(self) -> Family:
@@ -165,9 +226,8 @@ class DecoderConfig:
             "head_dim": self.head_dim,
             "hidden_act": family.hf_activations[0],
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": self.rope_scaling,
             "max_position_embeddings": self.max_position_embeddings,
+            **self._positions_to_hf(),
         }
         own = ((family.hf_keys.get(key, key), value) for key, value in values.items())
         return {
@@ -182,15 +242,30 @@ class DecoderConfig:
             **self.token_ids,
         }
 
-
-def check_window(window: int | None, longest: int) -> None:
-    """Raises ValueError for a sliding window of fewer tokens than a sequence may have."""
-    if window is not None and window < longest:
-        raise UserError(
-            f"sliding_window={window}: attention over a window is not built, and sequences of this "
-            f"model may be longer (max_position_embeddings={longest}). Up to {window} tokens a window "
-            f"changes nothing: set max_position_embeddings to {window} in config.json if that is enough."
-        )
+    def _positions_to_hf(self) -> dict[str, Any]:
+        """Keys of positions and attention."""
+        family, window = self.architecture, self.architecture.window
+        keys: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
+        if (self.rope_scaling or {}).get("rope_type") == "longrope":  # transformers 4 reads it here
+            name = "original_max_position_embeddings"
+            keys[name] = (self.rope_scaling or {})[name]
+        if family.rotary_fraction is not None:
+            keys["partial_rotary_factor"] = self.rotary_fraction
+        if window is not None:
+            keys["sliding_window"] = self.sliding_window
+            if window.switch is not None:
+                keys[window.switch] = self.sliding_window is not None
+            if self.sliding_window is not None and not window.is_of_all_layers:
+                keys["layer_types"] = [
+                    ("sliding" if layer in self.windowed_layers else "full") + "_attention"
+                    for layer in range(self.num_layers)
+                ]
+            if self.sliding_window is not None and window.first_layer is not None:
+                keys[window.first_layer[0]] = self.windowed_layers[0]
+        for key in family.attention:
+            value = getattr(self, HF_ATTENTION[key])
+            keys[key] = round(self.score_scale**-2) if key == "query_pre_attn_scalar" else value
+        return keys
 
 
 def hf_shapes(model: DecoderConfig) -> dict[str, tuple[int, ...]]:

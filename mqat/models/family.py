@@ -30,20 +30,37 @@ from mqat.models.structure import (
 # `gelu_tanh`: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); `relu2`: max(x, 0)^2.
 Activation = Literal["silu", "gelu_tanh", "relu2"]
 
+# Key of a Hugging Face `config.json` -> field of `DecoderConfig`.
+HF_ATTENTION = {
+    "query_pre_attn_scalar": "attention_scale",  # to the power of -1/2
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "logit_softcap",
+    "rope_local_base_freq": "windowed_rope_theta",
+}
+
 
 @dataclass(frozen=True)
 class SlidingWindow:
     """How a Hugging Face `config.json` says that tokens attend to near ones only.
 
     Attributes:
-        default: Value of `sliding_window` where the key is absent.
+        default: Value of `sliding_window` where the key is absent; None: no window.
         switch: Key that turns it on, false where absent; None: it is always on.
-        first_layer: Key of the first layer that has it, with its value where absent; None: all have.
+        first_layer: Key of the first layer that has it, with its value where absent.
+        every: Key and value where absent of a number n: each n-th layer has none.
+
+    `layer_types` goes before `first_layer` and `every`; without these, all layers have the window.
     """
 
-    default: int
+    default: int | None
     switch: str | None = None
     first_layer: tuple[str, int] | None = None
+    every: tuple[str, int] | None = None
+
+    @property
+    def is_of_all_layers(self) -> bool:
+        """Whether no key can take it from a layer."""
+        return self.first_layer is None and self.every is None
 
 
 @dataclass(frozen=True)
@@ -73,9 +90,16 @@ class Family:
         bias_switches: Key of the Hugging Face `config.json` -> names of linears that it gives biases.
         head_dim_is_stated: transformers has a default of its own for `head_dim`.
         window: How a sliding window is declared; None: there is none.
+        rotary_fraction: Of a head's channels that are rotated, where `partial_rotary_factor` is absent;
+            None: always all.
+        is_rotary_interleaved: Neighbouring channels are rotated against each other, not halves.
+        attention: Keys of `HF_ATTENTION` that its `config.json` has, with their values where absent.
         hf_layer: Prefix of a layer's tensors there, with its number as `{i}`.
+        hf_base: What some files leave out before all names but the head's.
+        hf_buffers: Ends of names that are no weights: what is computed from config.json.
         hf_keys: Key of Llama's `config.json` -> this family's; None: it has none.
         hf_defaults: What an absent key (of this family) means.
+        inner_factor: An MLP whose width is null is so many times as wide as the model; 0: none is.
         may_omit_groups: Without a number of key/value heads there are as many as query heads.
         hf_activations: What it calls the activation; the first is written.
         hf_harmless: Further keys that change nothing here.
@@ -106,9 +130,15 @@ class Family:
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head_dim_is_stated: bool = False
     window: SlidingWindow | None = None
+    rotary_fraction: float | None = None
+    is_rotary_interleaved: bool = False
+    attention: Mapping[str, float | None] = field(default_factory=dict)
     hf_layer: str = HF_LAYER
+    hf_base: str = ""
+    hf_buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     hf_keys: Mapping[str, str | None] = field(default_factory=dict)
     hf_defaults: Mapping[str, Any] = field(default_factory=dict)
+    inner_factor: int = 0
     may_omit_groups: bool = False
     hf_activations: tuple[str, ...] = ("silu",)
     hf_harmless: tuple[str, ...] = ()
@@ -118,6 +148,10 @@ class Family:
         default_factory=lambda: {"attn_bias": QKV.name, "mlp_bias": FC1.name}
     )
     trtllm_extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def inner_default(self, hidden: int) -> int | None:
+        """Width of the MLP where it is null; None: it must be stated."""
+        return self.inner_factor * hidden if self.inner_factor else None
 
     @property
     def is_gated(self) -> bool:

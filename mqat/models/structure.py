@@ -70,6 +70,7 @@ class Linear:
         is_by_query_group: Rows go query group by query group, each group's rows part by part (Megatron's
             qkv: its query heads, key head, value head); otherwise part by part.
         experts: Number of copies that checkpoints stack before the output features; 0: not an expert.
+        trtllm_order: Of its parts in TensorRT-LLM's modules, where that is not the table's.
         is_transposed_in_hf: Hugging Face stores its weight as (in, out), as GPT-2's `Conv1D` does.
     """
 
@@ -81,6 +82,7 @@ class Linear:
     fed_by: tuple[str, int] | None = None
     is_by_query_group: bool = False
     experts: int = 0
+    trtllm_order: tuple[int, ...] | None = None
     is_transposed_in_hf: bool = False
 
     @property
@@ -130,17 +132,18 @@ class Linear:
 
     def hf_modules(self) -> dict[str, list[int]]:
         """Hugging Face module -> numbers of the parts in it, in row order."""
-        return _grouped(part.hf for part in self.parts)
+        return _grouped((number, part.hf) for number, part in enumerate(self.parts))
 
     def trtllm_modules(self) -> dict[str, list[int]]:
         """TensorRT-LLM module -> numbers of the parts in it, in row order."""
-        return _grouped(part.trtllm for part in self.parts)
+        order = self.trtllm_order or range(len(self.parts))
+        return _grouped((number, self.parts[number].trtllm) for number in order)
 
 
-def _grouped(modules: Iterable[str]) -> dict[str, list[int]]:
+def _grouped(parts: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
     """Module -> numbers of the parts that name it."""
     found: dict[str, list[int]] = {}
-    for number, module in enumerate(modules):
+    for number, module in parts:
         found.setdefault(module, []).append(number)
     return found
 

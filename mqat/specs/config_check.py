@@ -17,13 +17,9 @@ from mqat.models.decoder import DecoderConfig
 from mqat.models.family import Family
 from mqat.models.structure import QUERY_NORM
 from mqat.specs.activations import find_activation
+from mqat.specs.rope import attention_factor, built_attention_factor
+from mqat.specs.window import built_windows
 
-# What Megatron's RotaryEmbedding._apply_scaling hard-codes besides the factor.
-MEGATRON_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 # Fields that change no result but its rounding, its random numbers or its speed; or that only count when
 # a switch is on which is not in this list (`num_moe_experts`, `fp8`, `fp4`, `mtp_num_layers`, ...).
 _HARMLESS_PREFIXES = (
@@ -47,7 +43,7 @@ _HARMLESS = {
     "apply_query_key_layer_scaling", "disable_bf16_reduced_precision_matmul", "bias_activation_fusion",
     "masked_softmax_fusion", "persist_layer_norm", "memory_efficient_layer_norm", "bias_dropout_fusion",
     "apply_rope_fusion", "fused_single_qkv_rope", "distribute_saved_activations",
-    "window_attn_skip_freq", "enable_cuda_graph", "external_cuda_graph",
+    "enable_cuda_graph", "external_cuda_graph",
     "clone_scatter_output_in_embedding",
     "disable_parameter_transpose_cache", "config_logger_dir", "flash_decode", "use_te_activation_func",
     "symmetric_ar_type", "use_mamba_mem_eff_path", "mlp_chunks_for_prefill", "transformer_impl",
@@ -100,7 +96,10 @@ def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
         "normalization": family.normalization,
         "layernorm_zero_centered_gamma": family.zero_centered_gamma,
         "gated_linear_unit": family.is_gated,
+        "rotary_interleaved": family.is_rotary_interleaved,
     }
+    if (factor := built_attention_factor(config)) != attention_factor(described):
+        yield f"an attention factor (YaRN's) of {factor}, must be {attention_factor(described)}"
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
         if name == "activation_func":
@@ -109,7 +108,11 @@ def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
                 yield f"activation_func={name}, must be {family.activation}"
         elif name == "softmax_scale":
             if not is_softmax_scale(value, described):
-                yield f"softmax_scale={value}, must be None or 1/sqrt({described.head_dim})"
+                yield f"softmax_scale={value}, must be {scale_text(described)}"
+        elif name == "window_size":
+            yield from _window_differences(config, described)
+        elif name == "window_attn_skip_freq":
+            continue  # with window_size
         elif name in wanted:
             if value != wanted[name]:
                 yield f"{name}={value}, but it is described with {wanted[name]}"
@@ -129,9 +132,25 @@ def changes_no_result(name: str) -> bool:
     return name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES)
 
 
+def _window_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
+    size, layers = built_windows(config)
+    wanted = described.sliding_window, described.windowed_layers
+    if (size, layers) != wanted:
+        yield (
+            f"window_size={config.window_size}, a window of {size} tokens in the layers {[*layers]}, "
+            f"but it is described with {wanted[0]} in {[*wanted[1]]}"
+        )
+
+
 def is_softmax_scale(value: float | None, described: DecoderConfig) -> bool:
-    """Whether scores are scaled by 1 / sqrt(head_dim); None: by default."""
-    return value is None or math.isclose(value, described.head_dim**-0.5, rel_tol=1e-6)
+    """Whether scores are scaled as described; None: by 1 / sqrt(head_dim)."""
+    found = described.head_dim**-0.5 if value is None else value
+    return math.isclose(found, described.score_scale, rel_tol=1e-6)
+
+
+def scale_text(described: DecoderConfig) -> str:
+    """What the scale of scores must be."""
+    return str(described.attention_scale or f"None or 1/sqrt({described.head_dim})")
 
 
 def position_word(family: Family) -> str:
