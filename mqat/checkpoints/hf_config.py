@@ -53,7 +53,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,), "mlp_bias": (False,), "bias": (False,), "qkv_bias": (False,),
     "use_sliding_window": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,), "pruned_heads": ({},), "chunk_size_feed_forward": (0,),
-    "qk_layernorm": (False,), "use_qk_norm": (False,),
+    "qk_layernorm": (False,), "use_qk_norm": (False,), "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,), "norm_type": ("layer_norm",), "mlp_type": ("default",),
+    "use_bidirectional_attention": (False,),
 }  # fmt: skip
 _WAYS_OUT = {
     "quantization_config": "the weights are quantized; import the unquantized model",

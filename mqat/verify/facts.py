@@ -69,6 +69,7 @@ def _read_raw(family: str) -> dict[str, Any]:
 def read_facts(family: str) -> Facts:
     """The facts of a family whose file exists."""
     raw = {"biases": {}, "keys": {}, "one_less": (), "transposed": ()} | _read_raw(family)
+    order = raw.pop("row_order", {})
     modules: dict[str, dict[str, tuple[str, ...]]] = {"hf": {}, "trtllm": {}}
     parts = {}
     for role, entry in raw.pop("linears").items():
@@ -76,6 +77,8 @@ def read_facts(family: str) -> Facts:
             name = entry.pop(form)
             found[name] = (*found.get(name, ()), role)
         parts[role] = Part(role, **entry)
+    for form, found in order.items():
+        modules[form] |= {name: tuple(roles) for name, roles in found.items()}
     return Facts(parts=parts, modules=modules, **raw)
 
 

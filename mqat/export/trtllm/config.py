@@ -122,7 +122,9 @@ def _positions(model: DecoderConfig) -> dict[str, Any]:
         rotary_scaling = {"type": "llama3"} | {
             key: value for key, value in model.rope_scaling.items() if key != "rope_type"
         }
+    fraction = model.architecture.rotary_fraction
     return {
+        **({} if fraction is None else {"rotary_pct": model.rotary_fraction}),
         "position_embedding_type": "rope_gpt_neox",
         "rotary_base": model.rope_theta,
         "rotary_scaling": rotary_scaling,

@@ -1,7 +1,7 @@
-"""Nemotron-3 and -4, dense: LayerNorm1P, a squared ReLU without a gate, half of a head's channels rotated.
+"""Nemotron-3 and -4, dense: LayerNorm1P, a squared ReLU without a gate, heads rotated in part.
 
-Sources: transformers `models/nemotron`, llama.cpp `convert_hf_to_gguf.py` (`NemotronModel`), TensorRT-LLM
-`models/gpt/{config,convert,model}.py` (its norms always have biases and multiply by the weight).
+Sources: transformers `models/nemotron`, TensorRT-LLM `models/gpt/{config,convert,model}.py` (whose norms
+multiply by the weight).
 """
 
 from mqat.models.family import Family

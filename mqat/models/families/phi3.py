@@ -1,7 +1,7 @@
 """Phi-3 and Phi-3.5 mini, Phi-4: Llama whose query, key and value are one tensor, and gate and up.
 
-Sources: transformers `models/phi3`, TensorRT-LLM `models/phi3/{config,convert,model}.py` (whose `fc` holds
-the activated branch last).
+Sources: transformers `models/phi3`, TensorRT-LLM `models/phi3/{config,convert,model}.py` (whose `fc`
+holds the activated branch last).
 """
 
 from dataclasses import replace

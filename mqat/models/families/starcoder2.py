@@ -30,9 +30,8 @@ STARCODER2 = Family(
     hf_activations=("gelu_pytorch_tanh",),
     # Rates of dropout in pretraining, and names that the published files have beside those read.
     hf_harmless=(
-        "residual_dropout", "embedding_dropout", "attention_dropout", "norm_type", "mlp_type",
-        "activation_function", "layer_norm_epsilon", "scale_attn_weights",
-        "scale_attention_softmax_in_fp32",
+        "residual_dropout", "embedding_dropout", "attention_dropout", "activation_function",
+        "layer_norm_epsilon", "scale_attention_softmax_in_fp32",
     ),
     trtllm_activation="gelu",
     trtllm_biases={"bias": QKV.name},
