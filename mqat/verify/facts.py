@@ -36,6 +36,7 @@ class Facts:
     modules: Mapping[str, Mapping[str, tuple[str, ...]]]  # format -> module -> roles in row order
     cache: Mapping[str, Any]
     biases: Mapping[str, Mapping[str, str | bool]]
+    positions: Mapping[str, Mapping[str, Any]]  # format -> what of `positions.Positions` is where
 
     def key(self, name: str) -> str:
         """Checkpoint key of a tensor that is stacked over layers."""
@@ -58,7 +59,7 @@ def _read_raw(family: str) -> dict[str, Any]:
 
 def read_facts(family: str) -> Facts:
     """The facts of a family whose file exists."""
-    raw = {"biases": {}} | _read_raw(family)
+    raw = {"biases": {}, "positions": {}} | _read_raw(family)
     modules: dict[str, dict[str, tuple[str, ...]]] = {"hf": {}, "trtllm": {}}
     parts = {}
     for role, entry in raw.pop("linears").items():

@@ -55,7 +55,7 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
     facts = find_facts("hf", "model_type", raw.get("model_type"), problems) if raw else None
     if facts is None:
         return None
-    found = list(model_problems(raw, _KEYS, facts.config["hf"]))
+    found = list(model_problems(raw, _KEYS, facts, "hf"))
     if not found and raw["num_attention_heads"] % raw["num_key_value_heads"]:
         found = ["num_attention_heads is not a multiple of num_key_value_heads"]
     if not found:
