@@ -90,7 +90,7 @@ def describe_model(model: Any) -> DecoderConfig:
         try:
             described = DecoderConfig(**sizes, family=family.name, biases=biases)
         except UserError as error:
-            unsaid = error  # another family may have keys for it
+            unsaid = unsaid or error  # another family may have keys for it
             continue
         check_description(model, described)
         return described
@@ -169,10 +169,11 @@ def _built_positions(chunk: Any) -> dict[str, Any]:
     """Fields of a description: what our rotary embedding was built from, or Megatron's arguments."""
     rotary = getattr(chunk, "rotary_pos_emb", None)
     window, layers = built_windows(chunk.config)
+    scale, usual = chunk.config.softmax_scale, chunk.config.kv_channels**-0.5
     found: dict[str, Any] = {
         "sliding_window": window,
         "windowed_layers": layers,
-        "attention_scale": chunk.config.softmax_scale,
+        "attention_scale": None if scale is None or math.isclose(scale, usual) else scale,
         "attention_softcap": getattr(_core(chunk.decoder.layers[0]), "softcap", None)
         if len(chunk.decoder.layers)
         else None,

@@ -106,6 +106,7 @@ class Family:
         hf_extra: Further keys of the Hugging Face `config.json`.
         trtllm_activation: What TensorRT-LLM calls the activation.
         trtllm_biases: Key of its `config.json` -> linear whose biases it stands for.
+        trtllm_fraction: Its key for the part of a head that is rotated; None: always all.
         trtllm_extra: Further keys of TensorRT-LLM's.
     """
 
@@ -147,6 +148,7 @@ class Family:
     trtllm_biases: Mapping[str, str] = field(
         default_factory=lambda: {"attn_bias": QKV.name, "mlp_bias": FC1.name}
     )
+    trtllm_fraction: str | None = None
     trtllm_extra: Mapping[str, Any] = field(default_factory=dict)
 
     def inner_default(self, hidden: int) -> int | None:

@@ -133,7 +133,11 @@ def changes_no_result(name: str) -> bool:
 
 
 def _window_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
-    size, layers = built_windows(config)
+    try:
+        size, layers = built_windows(config)
+    except (TypeError, ValueError, IndexError) as error:
+        yield f"window_size={config.window_size}: {error}"
+        return
     wanted = described.sliding_window, described.windowed_layers
     if (size, layers) != wanted:
         yield (

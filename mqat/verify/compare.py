@@ -5,6 +5,7 @@ shifted, mis-scaled or mis-packed tensor cannot pass: codes must be those of the
 its frozen grid, and every scale the frozen one.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,8 +20,9 @@ from mqat.verify.check import same_bytes
 from mqat.verify.checkpoint_linear import CheckpointLinear
 from mqat.verify.export import Export, PlainTensor, Rank
 from mqat.verify.facts import Facts
+from mqat.verify.positions import Positions
 from mqat.verify.reference_quant import expand, w4a8_range_scale
-from mqat.verify.served_model import NUMBERS, ROPE_FACTORS, SIZES, ServedModel
+from mqat.verify.served_model import NUMBERS, SIZES, ServedModel
 from mqat.verify.storage import Storage, StoredLinear
 
 
@@ -50,15 +52,42 @@ def _compare_config(export: Export, checkpoint: CheckpointReader) -> Iterator[st
     names = [*SIZES, *numbers, "head_dim", *{"tie_word_embeddings"} & model.keys.keys()]
     pairs: list[tuple[str, Any, Any]] = [(n, model.value(n), getattr(trained, n)) for n in names]
     pairs.append(("family", model.facts.family, trained.family))
-    factors = trained.rope_scaling and {key: trained.rope_scaling[key] for key in ROPE_FACTORS}
-    pairs.append(("rope_scaling", model.rope_scaling, factors))
     for name, served, wanted in pairs:
         if served != wanted:
             key = model.keys.get(name, name)
             yield f"config.json: {key}={served!r}, but the checkpoint has {wanted!r}"
+    yield from _compare_positions(model.positions, checkpoint)
     caches = sorted({scheme.name.upper() for scheme in checkpoint.kv_cache.values()})
     if caches != ([str(export.cache)] if export.cache else []):
         yield f"config.json: kv_cache is {export.cache}, but the checkpoint has {caches}"
+
+
+def _compare_positions(served: Positions, checkpoint: CheckpointReader) -> Iterator[str]:
+    """Angles, windows and caps, by the checkpoint's names for them."""
+    trained = checkpoint.model
+    scaling = dict(trained.rope_scaling or {})
+    scaling = {"kind": scaling.pop("rope_type"), **scaling} if scaling else {}
+    window, windowed = trained.sliding_window, frozenset(trained.windowed_layers)
+    reaches_all = window is not None and window >= served.longest
+    if reaches_all and served.window is None and trained.windowed_rope_theta is None:
+        window, windowed = None, frozenset()
+    wanted: dict[str, tuple[Any, Any]] = {
+        "rope_scaling": (dict(served.scaling), scaling),
+        "rotary_fraction (channels)": (served.rotated, trained.rotary_channels),
+        "sliding_window": (served.window if served.windowed else None, window),
+        "windowed_layers": (sorted(served.windowed), sorted(windowed)),
+        "windowed_rope_theta": (served.windowed_base, trained.windowed_rope_theta),
+        "attention_softcap": (served.score_cap, trained.attention_softcap),
+        "logit_softcap": (served.logit_cap, trained.logit_softcap),
+    }
+    for name, (found, expected) in wanted.items():
+        if found != expected:
+            yield f"config.json: {name}={found!r}, but the checkpoint has {expected!r}"
+    if not math.isclose(served.score_scale, trained.score_scale, rel_tol=1e-6):
+        yield (
+            f"config.json: scores are scaled by {served.score_scale}, but the checkpoint has "
+            f"{trained.score_scale}"
+        )
 
 
 def _compare_plain(
@@ -74,12 +103,9 @@ def _compare_plain(
         whole, wanted = torch.cat(served)[real], checkpoint.read(key, (real,))
     elif plain.layer is None or plain.role in facts.norms:
         whole, wanted = served[0], _trained_norm(checkpoint, plain, facts)
-        if (
-            plain.kind == "weight"
-            and "checkpoint" in facts.one_less
-            and model.form not in facts.one_less
-        ):
-            wanted = wanted.float() + 1
+        less = ("checkpoint" in facts.one_less) - (model.form in facts.one_less)
+        if less and plain.kind == "weight":
+            wanted = wanted.float() + less
     else:
         module = facts.key(f"{plain.layer}.{facts.cache['checkpoint']}")
         scheme, whole = checkpoint.kv_cache.get(module), served[0].reshape(1)

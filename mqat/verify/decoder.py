@@ -3,15 +3,12 @@
 It computes what servers compute: rank by rank, with partial sums over tensor-parallel ranks and one
 pipeline stage after the other, activations quantized as served. A module is in memory at a time.
 
-Sources: TensorRT-LLM `layers/attention.py`, `layers/mlp.py`, `quantization/layers.py`; Llama 3's rotary
-scaling as in transformers' `modeling_rope_utils.py`.
+Sources: TensorRT-LLM `layers/attention.py`, `layers/mlp.py`, `quantization/layers.py`.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mqat.verify.activations import ACTIVATIONS, NORMS
@@ -23,23 +20,6 @@ from mqat.verify.storage import Module
 # On purpose (docs/export.md): W8A16 rounds weights again, and ranks take the steps of a token from their
 # own channels. Both are within the noise of 8 bits, relative.
 SERVED_OTHERWISE = 0.1
-
-
-def rotate(x: Tensor, base: float, scaling: Mapping[str, float] | None) -> Tensor:
-    """Rotates heads [b, h, s, d] by positions 0..s-1, half against half (GPT-NeoX).
-
-    `base` is that of the frequencies, `scaling` holds Llama 3's factors.
-    """
-    frequencies = 1 / base ** (torch.arange(0, x.shape[-1], 2).float() / x.shape[-1])
-    if scaling is not None:
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies
-    angles = torch.arange(x.shape[2]).float()[:, None] * frequencies
-    cos, sin = (f(torch.cat([angles, angles], dim=-1)) for f in (torch.cos, torch.sin))
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class Decoder:
@@ -84,22 +64,25 @@ class Decoder:
         """What attention or MLP adds to the hidden states, normalized where the model does that."""
         return self._norm(rank, layer, role, x) if role in self.model.facts.norms else x
 
-    def _attention(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
-        """One rank's heads, causal, before the output's linear; keys are cached after rotation."""
+    def _attention(self, rank: Rank, layer: int, number: int, x: Tensor) -> Tensor:
+        """One rank's heads, causal, before the output's linear; keys are cached after rotation.
+
+        `layer` counts in its stage, `number` in the model.
+        """
         heads, roles, cache = {}, ("query", "key", "value"), self.export.cache
         for role, features in zip(roles, self._inner(rank, layer, roles, x), strict=True):
             part = features.unflatten(-1, (-1, self.model.on_rank["head"])).transpose(1, 2)
             if f"{role}_norm" in self.model.facts.norms:  # of each head
                 part = self._norm(rank, layer, f"{role}_norm", part)
             if role != "value" and "positions" not in self.model.names:
-                part = rotate(part, float(self.model.value("rope_theta")), self.model.rope_scaling)
+                part = self.model.positions.rotate(part, number)
             if cache is not None and role in cache.names:
                 step = rank.tensor(self.model.prefix(layer) + cache.names[role])
                 part = quantize_input(part, "static fp8" if cache.is_float else "static int8", step)
             heads[role] = part
         q, k, v = (heads[role] for role in roles)
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-        context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        context = self.model.positions.attend(q, k, v, number)
         return context.transpose(1, 2).flatten(2)
 
     def _mlp(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
@@ -131,7 +114,7 @@ class Decoder:
         stage, layer = divmod(number, self.model.layers_per_stage)
         ranks = self.export.stages[stage]
         normed = self._norm(ranks[0], layer, "attention_norm", x)
-        inner = [self._attention(rank, layer, normed) for rank in ranks]
+        inner = [self._attention(rank, layer, number, normed) for rank in ranks]
         output = self._sum(ranks, layer, "output", inner)
         x = x + self._added(ranks[0], layer, "attention_output_norm", output)
         normed = self._norm(ranks[0], layer, "mlp_norm", x)
@@ -176,7 +159,7 @@ class Decoder:
             self._noise = 0.0
         x = self._normed(stages[-1][0], model.names["final_norm"], x)
         role, stage = ("embedding", 0) if model.is_tied else ("lm_head", -1)
-        return x @ self.export.table(role, stage).float().t()
+        return model.positions.capped(x @ self.export.table(role, stage).float().t())
 
 
 def _product(rank: Rank, module: Module, x: Tensor, *, quantizes: bool = True) -> Tensor:

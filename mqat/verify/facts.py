@@ -36,6 +36,7 @@ class Facts:
     modules: Mapping[str, Mapping[str, tuple[str, ...]]]  # format -> module -> roles in row order
     cache: Mapping[str, Any]
     biases: Mapping[str, Mapping[str, str | bool]]
+    positions: Mapping[str, Mapping[str, Any]]  # format -> what of `positions.Positions` is where
     keys: Mapping[str, Mapping[str, str]]  # format -> what it calls a key of Llama's
     norm: str  # of `activations.NORMS`; `layer` has biases
     one_less: tuple[str, ...]  # formats, and `checkpoint`, whose norms are stored less one
@@ -68,7 +69,8 @@ def _read_raw(family: str) -> dict[str, Any]:
 
 def read_facts(family: str) -> Facts:
     """The facts of a family whose file exists."""
-    raw = {"biases": {}, "keys": {}, "one_less": (), "transposed": ()} | _read_raw(family)
+    defaults = {"biases": {}, "positions": {}, "keys": {}, "one_less": (), "transposed": ()}
+    raw = defaults | _read_raw(family)
     order = raw.pop("row_order", {})
     modules: dict[str, dict[str, tuple[str, ...]]] = {"hf": {}, "trtllm": {}}
     parts = {}

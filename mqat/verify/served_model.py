@@ -9,10 +9,8 @@ from typing import Any
 import torch
 
 from mqat.verify.facts import Facts
+from mqat.verify.positions import position_problems, read_positions
 
-ROPE_FACTORS = (
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-)  # fmt: skip
 # Of unquantized tensors: name in config.json -> name in safetensors.
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Sizes, as checkpoints call them -> key; formats add what they call otherwise.
@@ -33,6 +31,7 @@ class ServedModel:
 
     Attributes:
         keys: What the format (`form`: `hf` or `trtllm`) calls `SIZES`, `NUMBERS`, and a few others.
+        positions: What attention does with them.
         copies: Consecutive tensor-parallel ranks that hold the same key/value head.
         on_rank: Features of one rank by axis; key/value heads are copied, vocabularies padded.
     """
@@ -41,8 +40,8 @@ class ServedModel:
         self.facts, self.form, self.keys, self.raw = facts, form, keys, raw
         self.tp, self.pp = tp, pp  # inference ranks and stages; 1 where files are whole
         heads, groups = self.value("num_attention_heads"), self.value("num_query_groups")
-        scaling = self.value("rope_scaling")
-        self.rope_scaling = scaling and {key: scaling[key] for key in ROPE_FACTORS}
+        told = facts.positions.get(form, {})
+        self.positions = read_positions(self.value, raw, told, keys["rope_type"])
         self.dtype, self.names = DTYPES[self.value("dtype")], facts.names[form]
         self.is_tied = bool(self.value("tie_word_embeddings"))
         self.layers_per_stage = self.value("num_layers") // pp
@@ -112,8 +111,9 @@ def is_positive(value: Any, kind: Any = int) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and bool(value > 0)
 
 
-def model_problems(raw: Raw, keys: Keys, fixed: Mapping[str, list[Any]]) -> Iterator[str]:
-    """What is wrong with the keys that describe the model; `fixed`: key -> allowed values."""
+def model_problems(raw: Raw, keys: Keys, facts: Facts, form: str) -> Iterator[str]:
+    """What is wrong with the keys that describe the model."""
+    fixed = facts.config[form]
     for key in (keys[name] for name in (*SIZES, "head_dim") if name in keys):
         if not is_positive(raw.get(key)):
             yield f"{key}={raw.get(key)!r}, expected a positive integer"
@@ -125,13 +125,5 @@ def model_problems(raw: Raw, keys: Keys, fixed: Mapping[str, list[Any]]) -> Iter
         is_allowed = key in raw and value in allowed
         if not is_allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
             yield f"{key}={value!r}, expected one of {allowed}"
-    where, kind = keys.get("rope_scaling", ""), keys["rope_type"]
-    scaling = raw.get(where)
-    if scaling is None:
-        return
-    known = isinstance(scaling, dict) and scaling.get(kind) == "llama3"
-    known = known and not set(scaling) - {"type", "rope_type", *ROPE_FACTORS}
-    if not known or not all(is_positive(scaling.get(key), int | float) for key in ROPE_FACTORS):
-        yield f"{where}={scaling!r}, expected null, or {kind} llama3 with positive {ROPE_FACTORS}"
-    elif scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        yield f"{where}.high_freq_factor must be above low_freq_factor"
+    scaling, kind = raw.get(keys.get("rope_scaling", "")), keys["rope_type"]
+    yield from position_problems(raw, scaling, facts.positions.get(form, {}), kind, form)

@@ -7,6 +7,7 @@ from mqat.errors import UserError
 from mqat.export.exporter import PRODUCER, ExportOptions
 from mqat.export.reshard import InferenceRank
 from mqat.export.trtllm.forms import FORMS, NAMING
+from mqat.export.trtllm.positions import position_fields
 from mqat.models.decoder import DecoderConfig
 from mqat.quant.scheme import LinearScheme
 
@@ -105,27 +106,10 @@ def config_json(
         "norm_epsilon": model.rms_norm_eps,
         "qk_layernorm": any(norm.size == "head" for norm in model.norms),
         **{key: linear in model.biases for key, linear in family.trtllm_biases.items()},
-        **_positions(model),
+        **position_fields(model),
         "use_parallel_embedding": tp > 1,
         "embedding_sharding_dim": 0,
         "share_embedding_table": False,
         "mapping": {"world_size": tp * pp, "tp_size": tp, "pp_size": pp},
         "quantization": quantization,
-    }
-
-
-def _positions(model: DecoderConfig) -> dict[str, Any]:
-    if model.architecture.positions is not None:
-        return {"position_embedding_type": "learned_absolute"}
-    rotary_scaling = None
-    if model.rope_scaling is not None:
-        rotary_scaling = {"type": "llama3"} | {
-            key: value for key, value in model.rope_scaling.items() if key != "rope_type"
-        }
-    fraction = model.architecture.rotary_fraction
-    return {
-        **({} if fraction is None else {"rotary_pct": model.rotary_fraction}),
-        "position_embedding_type": "rope_gpt_neox",
-        "rotary_base": model.rope_theta,
-        "rotary_scaling": rotary_scaling,
     }

@@ -16,6 +16,7 @@ from mqat.export.stream import TensorPlan
 from mqat.export.trtllm import qnemo
 from mqat.export.trtllm.config import config_json, is_mixed, quant_cfg_json, stage_schemes
 from mqat.export.trtllm.forms import FORMS, TENSORS, TrtllmForm
+from mqat.export.trtllm.positions import position_fields
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
 from mqat.models.structure import Linear, split_name
@@ -45,6 +46,7 @@ class TensorRtLlmExporter:
             )
         _check_family(model)
         _check_layout(model, tp, options.pipeline_parallel)
+        position_fields(model)
         TENSORS.check(model, schemes)
         _check_requantized(layers, options.allow_requantization)
         stage_schemes(model, layers, options.pipeline_parallel)

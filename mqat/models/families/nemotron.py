@@ -24,6 +24,7 @@ NEMOTRON = Family(
     hf_keys={"rms_norm_eps": "norm_eps"},
     hf_activations=("relu2",),
     trtllm_activation="squared-relu",
+    trtllm_fraction="rotary_pct",
     trtllm_biases={"bias": QKV.name},
     trtllm_extra={"gpt_variant": "nemotron"},
 )

@@ -32,5 +32,6 @@ PHI3 = Family(
     # Rates of dropout in pretraining.
     hf_harmless=("resid_pdrop", "embd_pdrop", "attention_dropout"),
     trtllm_activation="swiglu",
+    trtllm_fraction="rotary_pct",
     trtllm_biases={},
 )

@@ -63,7 +63,7 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
     if facts is None:
         return None
     keys = own_keys(_KEYS, facts, "hf")
-    found = list(model_problems(raw, keys, facts.config["hf"]))
+    found = list(model_problems(raw, keys, facts, "hf"))
     if not found:
         model = ServedModel(facts, "hf", keys, raw, 1, 1)
         if model.value("num_attention_heads") % model.value("num_query_groups"):

@@ -66,8 +66,9 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
         return None
     keys = own_keys(_KEYS, facts, "trtllm")
     known = {*keys.values(), *facts.config["trtllm"], *_OTHER} - {keys["rope_type"]}
+    known |= {*map(str, facts.positions.get("trtllm", {}).values())}
     found = [f"unknown key {key!r}" for key in sorted(set(raw) - known)]
-    found += [*model_problems(raw, keys, facts.config["trtllm"]), *_mapping_problems(raw)]
+    found += [*model_problems(raw, keys, facts, "trtllm"), *_mapping_problems(raw)]
     found += _quantization_problems(raw.get("quantization"), facts.names["trtllm"])
     if not found:
         tp, pp = raw["mapping"]["tp_size"], raw["mapping"]["pp_size"]
