@@ -106,7 +106,7 @@ def architecture(metadata: Metadata) -> Family:
     # Mistral's files say `llama`: the first family of an architecture stands for all.
     family = next((f for f in FAMILIES.values() if f.gguf_architecture == name), None)
     if family is None:
-        known = sorted({f.gguf_architecture for f in FAMILIES.values()})
+        known = sorted({f.gguf_architecture for f in FAMILIES.values() if f.gguf_architecture})
         raise UserError(f"{metadata.path}: architecture {name!r}; known are {known}.")
     return family
 

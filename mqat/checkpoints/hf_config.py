@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES, DecoderConfig, check_window
-from mqat.models.family import Family
+from mqat.models.family import Family, Mixture
 
 # Read by the functions below.
 _UNDERSTOOD = {
@@ -19,6 +19,9 @@ _UNDERSTOOD = {
     "rope_scaling", "rope_parameters", "max_position_embeddings", "tie_word_embeddings", "layer_types",
     "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
+# Of mixtures of experts.
+_MIXTURE = {"num_experts_per_tok", "router_aux_loss_coef"}
+_COUNTS = ("num_experts", "num_local_experts")  # transformers 5 takes either for all families
 # No model here computes anything with them.
 _HARMLESS = {
     # configuration_utils.PreTrainedConfig: where a file comes from, what a call returns, kinds of tasks
@@ -49,6 +52,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,), "pruned_heads": ({},), "chunk_size_feed_forward": (0,),
     "qk_layernorm": (False,), "use_qk_norm": (False,),
+    "router_jitter_noise": (0,), "output_router_logits": (False,),
 }  # fmt: skip
 _WAYS_OUT = {
     "quantization_config": "the weights are quantized; import the unquantized model",
@@ -104,6 +108,7 @@ def decoder_config(hf: Any) -> DecoderConfig:
         family=family.name,
         biases=family.biases_of({key: _flag(hf, key) for key in family.bias_switches}),
         token_ids=token_ids(hf, vocab),
+        **_experts(family, hf),
     )
 
 
@@ -131,6 +136,11 @@ def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
     own: set[str | None] = {*family.bias_switches}
     if window is not None:
         own |= {"sliding_window", window.switch}
+    mixture = family.mixture
+    if mixture is not None:
+        own |= {*_COUNTS, mixture.size, mixture.normalizes, *_MIXTURE}
+        _check_everywhere(hf, mixture)
+        own |= mixture.is_everywhere.keys()
     for key, value in hf.items():
         if value is None or key in _UNDERSTOOD or key in own or key in _HARMLESS:
             continue
@@ -147,6 +157,38 @@ def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
         )
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is supported.")
+
+
+def _check_everywhere(hf: Mapping[str, Any], mixture: Mixture) -> None:
+    for key, value in mixture.is_everywhere.items():
+        if hf.get(key, value) not in (value, None):
+            raise UserError(
+                f"config.json: {key}={hf[key]!r} leaves layers without experts; only models with experts "
+                f"in every layer are built ({key}={value!r})."
+            )
+
+
+def _experts(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The description's fields about experts; empty for dense models."""
+    mixture = family.mixture
+    if mixture is None:
+        return {}
+    normalizes = True
+    if mixture.normalizes is not None:
+        normalizes = _flag(hf, mixture.normalizes)
+    counts = {key: hf[key] for key in _COUNTS if hf.get(key) is not None}
+    if len(set(map(str, counts.values()))) > 1:
+        raise UserError(f"config.json: {counts} contradict each other; keep the one that is meant.")
+    coefficient = hf.get("router_aux_loss_coef", 0.0)
+    if coefficient != 0:
+        coefficient = _positive(hf, "router_aux_loss_coef")
+    return {
+        "num_experts": _whole(hf, next(iter(counts), mixture.count)),
+        "experts_per_token": _whole(hf, "num_experts_per_tok"),
+        "expert_intermediate_size": _whole(hf, mixture.size),
+        "normalizes_expert_weights": normalizes,
+        "router_aux_loss_coef": float(coefficient),
+    }
 
 
 def _check_window(family: Family, hf: Mapping[str, Any], layers: int, longest: int) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from mqat.errors import UserError
 from mqat.models.families.llama import LLAMA
 from mqat.models.families.mistral import MISTRAL
+from mqat.models.families.mixtral import MIXTRAL
 from mqat.models.families.qwen2 import QWEN2
 from mqat.models.families.qwen3 import QWEN3
+from mqat.models.families.qwen3_moe import QWEN3_MOE
 from mqat.models.structure import (
     EMBEDDING,
     FINAL_NORM,
@@ -19,10 +22,14 @@ from mqat.models.structure import (
     Axis,
     Linear,
     Norm,
+    Router,
     by_name,
+    expert_linears,
 )
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE)}
+
+_OF_EXPERTS = ("num_experts", "experts_per_token", "expert_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,14 @@ class DecoderConfig:
     biases: tuple[str, ...] = ()  # names of linears
     # What a Hugging Face config.json says of them: `bos_token_id`, `eos_token_id`, `pad_token_id`.
     token_ids: dict[str, int | list[int]] = field(default_factory=dict)
+    # Of mixtures of experts; 0: a dense model.
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    # Whether a token's weights for its experts add up to one: a softmax over their scores alone.
+    normalizes_expert_weights: bool = True
+    # Of the load-balancing loss that Hugging Face adds if it is asked for (`output_router_logits`).
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that no layout can make work, and biases that none has."""
@@ -54,22 +69,49 @@ class DecoderConfig:
         FAMILIES[self.family].switches_of(self.biases)
         for size in fields(self):
             value = getattr(self, size.name)
+            if size.name in _OF_EXPERTS and self.num_experts == value == 0:
+                continue
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise UserError(f"model.{size.name}={value}: must be at least 1.")
         if self.head_dim % 2:
             raise UserError(
                 f"head_dim={self.head_dim}: rotary positions turn pairs; it must be even."
             )
+        self._check_experts()
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.num_query_groups} (num_key_value_heads in Hugging Face)."
             )
 
+    def _check_experts(self) -> None:
+        has_experts = FAMILIES[self.family].mixture is not None
+        if has_experts != bool(self.num_experts):
+            raise UserError(
+                f"num_experts={self.num_experts}: a {self.family} model has "
+                f"{'experts in every layer' if has_experts else 'none'}."
+            )
+        if self.experts_per_token > self.num_experts:
+            raise UserError(
+                f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}: a token "
+                "cannot go to more experts than there are."
+            )
+        if self.experts_per_token == 1 and self.normalizes_expert_weights:
+            raise UserError(
+                "experts_per_token=1 with normalized weights: the one expert's weight is always 1, so "
+                "the router could not learn, and Megatron-Core refuses it."
+            )
+
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Of every layer, in the order of the forward pass."""
-        return FAMILIES[self.family].linears
+        """Of every layer, in the order of the forward pass; those of experts one by one."""
+        return tuple(_linears_by_name(self.family, self.num_experts).values())
+
+    @property
+    def router(self) -> Router | None:
+        """Of every layer; None: there are no experts."""
+        mixture = FAMILIES[self.family].mixture
+        return None if mixture is None else mixture.experts.router
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -82,9 +124,9 @@ class DecoderConfig:
         Raises:
             UserError: This model has none of that name; says which it has.
         """
-        known = by_name(self.linears)
+        known = _linears_by_name(self.family, self.num_experts)
         if name not in known:
-            raise UserError(f"{name}: not a linear of this model; known are {list(known)}.")
+            raise UserError(f"{name}: not a linear of this model; known are {list(known)[:16]}.")
         return known[name]
 
     def size(self, axis: Axis) -> int:
@@ -96,6 +138,8 @@ class DecoderConfig:
             "key_value": self.num_query_groups * self.head_dim,
             "head": self.head_dim,
             "vocab": self.vocab_size,
+            "experts": self.num_experts,
+            "expert_intermediate": self.expert_intermediate_size,
         }
         return sizes[axis]
 
@@ -119,6 +163,8 @@ class DecoderConfig:
             shapes[linear.key] = linear.stacked_shape(self, self.num_layers)
             if linear.name in self.biases:
                 shapes[linear.bias_key] = shapes[linear.key][:-1]
+        if self.router is not None:
+            shapes[self.router.key] = (self.num_layers, self.num_experts, self.hidden_size)
         return shapes | {norm.key: (self.num_layers, self.size(norm.size)) for norm in self.norms}
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,6 +190,17 @@ class DecoderConfig:
             dtype: Of unquantized tensors, such as `bfloat16`.
         """
         family = FAMILIES[self.family]
+        mixture, of_experts = family.mixture, dict[str, Any]()
+        if mixture is not None:
+            of_experts = {
+                mixture.count: self.num_experts,
+                "num_experts_per_tok": self.experts_per_token,
+                mixture.size: self.expert_intermediate_size,
+                "router_aux_loss_coef": self.router_aux_loss_coef,
+                **mixture.is_everywhere,
+            }
+            if mixture.normalizes is not None:
+                of_experts[mixture.normalizes] = self.normalizes_expert_weights
         return {
             "architectures": [family.hf_architecture],
             "model_type": family.name,
@@ -162,10 +219,19 @@ class DecoderConfig:
             "max_position_embeddings": self.max_position_embeddings,
             **family.switches_of(self.biases),
             **family.hf_extra,
+            **of_experts,
             "tie_word_embeddings": self.tie_word_embeddings,
             "use_cache": True,
             **self.token_ids,
         }
+
+
+@cache
+def _linears_by_name(family: str, num_experts: int) -> dict[str, Linear]:
+    """The linears of a layer; a model may have hundreds of experts and be asked thousands of times."""
+    mixture = FAMILIES[family].mixture
+    experts = () if mixture is None else expert_linears(mixture.experts, num_experts)
+    return by_name((*FAMILIES[family].linears, *experts))
 
 
 def check_window(window: int | None, longest: int) -> None:
@@ -190,6 +256,8 @@ def hf_shapes(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
             in_layer[f"{part.hf}.weight"] = (rows, model.size(linear.columns))
             if linear.name in model.biases:
                 in_layer[f"{part.hf}.bias"] = (rows,)
+    if model.router is not None:
+        in_layer[f"{model.router.hf}.weight"] = (model.num_experts, model.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING.hf}.weight": table}
     for layer in range(model.num_layers):
         prefix = HF_LAYER.format(i=layer)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mqat.errors import UserError
-from mqat.models.structure import DENSE_LINEARS, DENSE_NORMS, Linear, Norm
+from mqat.models.structure import DENSE_LINEARS, DENSE_NORMS, Experts, Linear, Norm
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,29 @@ class SlidingWindow:
         first_layer: Key of the first layer that has it, with its value where absent; None: all have.
     """
 
-    default: int
+    default: int | None
     switch: str | None = None
     first_layer: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a family, and how a Hugging Face `config.json` describes them.
+
+    Attributes:
+        experts: Their names.
+        count: Key of their number.
+        size: Key of their intermediate size.
+        normalizes: Key that says whether a token's weights for its experts add up to one; None: they
+            always do.
+        is_everywhere: Keys that could leave layers without experts, with the values that do not.
+    """
+
+    experts: Experts
+    count: str
+    size: str
+    normalizes: str | None = None
+    is_everywhere: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,24 +55,25 @@ class Family:
     Attributes:
         name: `model_type` of Hugging Face.
         hf_architecture: Class there.
-        gguf_architecture: `general.architecture` of llama.cpp.
+        gguf_architecture: `general.architecture` of llama.cpp; None: not read from its files.
         is_interleaved_in_gguf: llama.cpp stores query and key rows with the halves of a head
             interleaved.
         trtllm_architecture: Of TensorRT-LLM's `config.json`.
         decoder_types: Values of `decoder_type` that mean it, as in NeMo and ModelOpt.
-        linears: Of every layer, in the order of the forward pass.
+        linears: Of every layer, in the order of the forward pass; without those of experts.
         norms: Of every layer.
         biased: Names of linears that always have a bias.
         bias_switches: Key of the Hugging Face `config.json` -> names of linears that it gives biases.
         head_dim_is_stated: transformers has a default of its own for `head_dim`.
         window: How a sliding window is declared; None: there is none.
+        mixture: In the place of a dense MLP; None: there is none.
         hf_extra: Further keys of the Hugging Face `config.json`.
         trtllm_extra: Further keys of TensorRT-LLM's.
     """
 
     name: str
     hf_architecture: str
-    gguf_architecture: str
+    gguf_architecture: str | None
     is_interleaved_in_gguf: bool
     trtllm_architecture: str
     decoder_types: tuple[str, ...]
@@ -62,6 +83,7 @@ class Family:
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head_dim_is_stated: bool = False
     window: SlidingWindow | None = None
+    mixture: Mixture | None = None
     hf_extra: Mapping[str, Any] = field(default_factory=dict)
     trtllm_extra: Mapping[str, Any] = field(default_factory=dict)
 

@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from mqat.errors import UserError
-from mqat.models.structure import CORE_ATTENTION, DENSE_NORMS
+from mqat.models.structure import CORE_ATTENTION, DENSE_NORMS, EXPERTS
 from mqat.models.structure import Norm as NormOfLayer
 from mqat.parallel.context import own_chunks, whole_sequence
 from mqat.specs.causal import document_attention, masked_attention
@@ -132,12 +132,18 @@ class SdpaAttention(nn.Module):
 
 
 def gpt_layer_spec(
-    norms: Sequence[NormOfLayer] = DENSE_NORMS, attention: type[nn.Module] = SdpaAttention
+    norms: Sequence[NormOfLayer] = DENSE_NORMS,
+    attention: type[nn.Module] = SdpaAttention,
+    *,
+    num_experts: int = 0,
 ) -> ModuleSpec:
     """Megatron's local GPT layer spec with `Norm`, a core attention and `Swiglu`.
 
-    Megatron calls `Swiglu` where its config says `use_te_activation_func`, and its own otherwise.
+    With `num_experts`, a mixture of experts in the place of the MLP, one after the other
+    (`SequentialMLP`). Megatron calls `Swiglu` where its config says `use_te_activation_func`, and its own otherwise.
     """
     slots: dict[str, Any] = {norm.name: Norm for norm in norms}
-    slots |= {CORE_ATTENTION.name: attention, "mlp.activation_func": Swiglu}
-    return with_slots(get_gpt_layer_local_spec(normalization="RMSNorm"), slots)
+    mlp = EXPERTS if num_experts else "mlp"
+    slots |= {CORE_ATTENTION.name: attention, f"{mlp}.activation_func": Swiglu}
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=num_experts or None)
+    return with_slots(spec, slots)
