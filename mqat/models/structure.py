@@ -392,6 +392,11 @@ def is_in_layer(name: str) -> bool:
     return name.startswith(_LAYERS)
 
 
+def is_expert(name: str) -> bool:
+    """Whether a global name is that of an expert's linear."""
+    return is_in_layer(name) and split_name(name)[1].startswith(f"{EXPERTS}.")
+
+
 def split_name(name: str) -> tuple[int, str]:
     """Layer number and name in the layer, of a global name."""
     number, _, rest = name.removeprefix(_LAYERS).partition(".")

@@ -46,6 +46,9 @@ def _compare_config(export: Export, checkpoint: CheckpointReader) -> Iterator[st
     trained, model = checkpoint.model, export.model
     names = [*SIZES, *NUMBERS, "head_dim", *{"tie_word_embeddings"} & model.keys.keys()]
     pairs: list[tuple[str, Any, Any]] = [(n, model.value(n), getattr(trained, n)) for n in names]
+    pairs += [(n, model.value(n), getattr(trained, n)) for n in model.facts.experts.get("config", ())]
+    if model.facts.experts and model.normalizes != trained.normalizes_expert_weights:
+        yield f"config.json: weights of experts add up to one: {model.normalizes}, trained otherwise"
     pairs.append(("family", model.facts.family, trained.family))
     factors = trained.rope_scaling and {key: trained.rope_scaling[key] for key in ROPE_FACTORS}
     pairs.append(("rope_scaling", model.rope_scaling, factors))
@@ -70,8 +73,9 @@ def _compare_plain(
         is_table = not plain.spec.is_replicated
         whole = torch.cat(served)[vocab] if is_table else served[0]
         wanted = checkpoint.read(key, (vocab,) if is_table else ())
-    elif plain.role in facts.norms:
-        key, whole = facts.key(facts.norms[plain.role]["checkpoint"]), served[0]
+    elif plain.role in facts.norms or plain.role == "router":
+        entry = facts.experts["router"] if plain.role == "router" else facts.norms[plain.role]
+        key, whole = facts.key(entry["checkpoint"]), served[0]
         wanted = checkpoint.read(key, (slice(plain.layer, plain.layer + 1),))[0]
     else:
         module = facts.key(f"{plain.layer}.{facts.cache['checkpoint']}")

@@ -124,8 +124,31 @@ class Decoder:
         inner = [self._attention(rank, layer, normed) for rank in ranks]
         x = x + self._sum(ranks, layer, "output", inner)
         normed = self._norm(ranks[0], layer, "mlp_norm", x)
+        if self.model.facts.experts:
+            return x + self._mixture(ranks, layer, normed)
         inner = [self._mlp(rank, layer, normed) for rank in ranks]
         return x + self._sum(ranks, layer, "down", inner)
+
+    def _mixture(self, ranks: Sequence[Rank], layer: int, x: Tensor) -> Tensor:
+        """Experts of each token, weighted by a softmax over all experts, or over the token's alone."""
+        model, tokens = self.model, x.flatten(0, 1)
+        router = ranks[0].tensor(f"{model.routers()[layer]}.weight").float()
+        weights, chosen = (tokens @ router.t()).softmax(-1).topk(model.value("experts_per_token"))
+        if model.normalizes:
+            weights = weights / weights.sum(-1, keepdim=True)
+        modules = {part.role: module for module in self.export.modules(layer) for part in module.parts}
+        total = torch.zeros_like(tokens)
+        for number in range(model.value("num_experts")):
+            rows, place = (chosen == number).nonzero(as_tuple=True)
+            if not len(rows):
+                continue
+            gate, up, down = (modules[f"{role} {number}"] for role in ("gate", "up", "down"))
+            own, products = self._noisy(tokens[rows]), []
+            for rank in ranks:
+                inner = F.silu(_product(rank, gate, own)) * _product(rank, up, own)
+                products.append(_product(rank, down, self._noisy(inner)))
+            total[rows] += weights[rows, place, None] * torch.stack(products).sum(0)
+        return total.view_as(x)
 
     @torch.no_grad()
     def linears(self, number: int, role: str, x: Tensor) -> dict[str, Tensor]:

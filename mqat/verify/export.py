@@ -68,7 +68,7 @@ class PlainTensor:
 
     name: str
     spec: TensorSpec
-    role: str  # `embedding`, `lm_head`, `final_norm`, of `facts.norms`; `key`, `value` of a cache
+    role: str  # `embedding`, `lm_head`, `final_norm`, `router`, of `facts.norms`; `key`, `value` of a cache
     layer: int | None = None  # global number
 
 
@@ -112,6 +112,10 @@ class Export:
             for role, norm in model.facts.norms.items():
                 spec = TensorSpec((model.on_rank[norm["size"]],), dtypes, True)
                 found.append(PlainTensor(f"{prefix}{norm[model.form]}.weight", spec, role, place))
+            if router := model.facts.experts.get("router"):
+                shape = (model.on_rank["experts"], model.on_rank["hidden"])
+                spec = TensorSpec(shape, dtypes, True)
+                found.append(PlainTensor(f"{prefix}{router[model.form]}.weight", spec, "router", place))
             for role, name in self.cache.names.items() if self.cache else ():
                 found.append(PlainTensor(prefix + name, scale, role, place))
         return found

@@ -59,7 +59,7 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
         return None
     known = {*_KEYS.values(), *facts.config["trtllm"], *_OTHER} - {_KEYS["rope_type"]}
     found = [f"unknown key {key!r}" for key in sorted(set(raw) - known)]
-    found += [*model_problems(raw, _KEYS, facts.config["trtllm"]), *_mapping_problems(raw)]
+    found += [*model_problems(raw, _KEYS, facts, "trtllm"), *_mapping_problems(raw)]
     found += _quantization_problems(raw.get("quantization"), facts.names["trtllm"])
     if not found:
         tp, pp = raw["mapping"]["tp_size"], raw["mapping"]["pp_size"]
