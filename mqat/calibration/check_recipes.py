@@ -11,6 +11,13 @@ from mqat.quant.granularity import PerBlock
 from mqat.quant.scheme import TensorScheme
 
 
+def needs_input_hessian(recipe: Recipe) -> bool:
+    """Whether a recipe looks at inputs."""
+    method = CLIPPING_METHODS.get(recipe.weight_calibrator)
+    looks = method is not None and method.needs_input_hessian
+    return recipe.smoothquant or recipe.rounding == "gptq" or looks
+
+
 def check_recipes(
     recipes: Mapping[str, Recipe],
     weights: Mapping[str, TensorScheme | None],
@@ -28,6 +35,13 @@ def check_recipes(
     """
     for name, scheme in weights.items():
         recipe = recipes[name]
+        if needs_input_hessian(recipe) and model.linear(split_name(name)[1]).expert is not None:
+            raise UserError(
+                f"{name}: smoothquant, weight_calibrator=awq and rounding=gptq look at all inputs of a "
+                "linear, which is not done for experts, each of which sees some tokens only. Give experts "
+                "an algorithm without a recipe (int4, nvfp4, fp8, int8) by a rule with pattern "
+                "'*.mlp.experts.*', and weight_calibrator=mse if their scales are to be searched."
+            )
         if recipe.smoothquant:
             _check_single_reader(name, model)
         if scheme is None or not recipe.chooses_scales:

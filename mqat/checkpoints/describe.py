@@ -33,6 +33,7 @@ from mqat.parallel.quantized_module import unwrapped
 from mqat.specs.activations import FUNCTIONS, activation_of, find_activation
 from mqat.specs.config_check import (
     SIZES,
+    SIZES_OF_EXPERTS,
     config_differences,
     is_softmax_scale,
     position_word,
@@ -71,17 +72,23 @@ def describe_model(model: Any) -> DecoderConfig:
         "tie_word_embeddings": bool(chunk.share_embeddings_and_output_weights),
     } | {name: getattr(config, field) for name, field in SIZES.items()}
     sizes |= _built_positions(chunk)
+    has_experts = config.num_moe_experts is not None
+    if has_experts:
+        sizes |= {name: getattr(config, field) for name, field in SIZES_OF_EXPERTS.items()}
+        sizes["normalizes_expert_weights"] = not config.moe_router_pre_softmax
     names = [linear.name for linear in DENSE_LINEARS]
     biases = tuple(n for n in names if any(_at(layer, f"{n}.bias") is not None for layer in layers))
     families = [
         family
         for family in FAMILIES.values()
-        if has_norms == (QUERY_NORM in family.norms) and family.may_have(biases)
+        if has_experts == (family.mixture is not None)
+        and has_norms == (QUERY_NORM in family.norms)
+        and family.may_have(biases)
     ]
     if not families:
         raise UserError(
-            f"model: no family has biases on {list(biases)} and {'' if has_norms else 'no '}norms of "
-            f"query and key heads; known are {', '.join(FAMILIES)}."
+            f"model: no family has {'experts, ' if has_experts else ''}biases on {list(biases)} and "
+            f"{'' if has_norms else 'no '}norms of query and key heads; known are {', '.join(FAMILIES)}."
         )
     # Where none computes the same, the first one's differences are told.
     fitting = [family for family in families if _computes(chunk, family)] or families[:1]
@@ -259,7 +266,10 @@ def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
             yield f"{where}: {norm.name} ({kind}), which a {described.family} does not have"
         elif norm in described.norms:
             yield from (f"{where}: {text}" for text in _norm_differences(layer, norm, described))
-    attention, activation = layer.self_attention, getattr(layer.mlp, "activation_func", None)
+    attention, mlp = layer.self_attention, layer.mlp
+    if described.num_experts:
+        mlp = layer.mlp.experts.local_experts[0]
+    activation = getattr(mlp, "activation_func", None)
     if attention.attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
         yield f"{where}: attn_mask_type={attention.attn_mask_type}, must be causal"
     core = _core(layer)

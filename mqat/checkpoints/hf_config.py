@@ -14,7 +14,7 @@ from mqat.checkpoints.values import positive as _positive
 from mqat.checkpoints.values import whole as _whole
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES, DecoderConfig
-from mqat.models.family import Family
+from mqat.models.family import Family, Mixture
 
 # Read by the functions below.
 _UNDERSTOOD = {
@@ -24,6 +24,9 @@ _UNDERSTOOD = {
     "partial_rotary_factor", "original_max_position_embeddings", "bos_token_id", "eos_token_id",
     "pad_token_id",
 }  # fmt: skip
+# Of mixtures of experts.
+_MIXTURE = {"num_experts_per_tok", "router_aux_loss_coef"}
+_COUNTS = ("num_experts", "num_local_experts")  # transformers 5 takes either for all families
 # No model here computes anything with them.
 _HARMLESS = {
     # configuration_utils.PreTrainedConfig: where a file comes from, what a call returns, kinds of tasks
@@ -56,6 +59,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "qk_layernorm": (False,), "use_qk_norm": (False,), "scale_attn_by_inverse_layer_idx": (False,),
     "scale_attn_weights": (True,), "norm_type": ("layer_norm",), "mlp_type": ("default",),
     "use_bidirectional_attention": (False,),
+    "router_jitter_noise": (0,), "output_router_logits": (False,),
 }  # fmt: skip
 _WAYS_OUT = {
     "quantization_config": "the weights are quantized; import the unquantized model",
@@ -103,6 +107,7 @@ def decoder_config(hf: Any) -> DecoderConfig:
         biases=family.biases_of({key: _flag(hf, key) for key in family.bias_switches}),
         token_ids=token_ids(hf, vocab),
         **positions(family, hf, layers, head_dim),
+        **_experts(family, hf),
     )
 
 
@@ -133,6 +138,11 @@ def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
     understood = _UNDERSTOOD - family.hf_keys.keys()
     if window is not None:
         own |= {"sliding_window", window.switch, *(window.every or ())}
+    mixture = family.mixture
+    if mixture is not None:
+        own |= {*_COUNTS, mixture.size, mixture.normalizes, *_MIXTURE}
+        _check_everywhere(hf, mixture)
+        own |= mixture.is_everywhere.keys()
     for key, value in hf.items():
         if value is None or key in understood or key in own or key in _HARMLESS:
             continue
@@ -154,3 +164,35 @@ def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
         raise UserError(
             f"{word}={activation!r}: only {words} is supported for a {family.name} model."
         )
+
+
+def _check_everywhere(hf: Mapping[str, Any], mixture: Mixture) -> None:
+    for key, value in mixture.is_everywhere.items():
+        if hf.get(key, value) not in (value, None):
+            raise UserError(
+                f"config.json: {key}={hf[key]!r} leaves layers without experts; only models with experts "
+                f"in every layer are built ({key}={value!r})."
+            )
+
+
+def _experts(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The description's fields about experts; empty for dense models."""
+    mixture = family.mixture
+    if mixture is None:
+        return {}
+    normalizes = True
+    if mixture.normalizes is not None:
+        normalizes = _flag(hf, mixture.normalizes)
+    counts = {key: hf[key] for key in _COUNTS if hf.get(key) is not None}
+    if len(set(map(str, counts.values()))) > 1:
+        raise UserError(f"config.json: {counts} contradict each other; keep the one that is meant.")
+    coefficient = hf.get("router_aux_loss_coef", 0.0)
+    if coefficient != 0:
+        coefficient = _positive(hf, "router_aux_loss_coef")
+    return {
+        "num_experts": _whole(hf, next(iter(counts), mixture.count)),
+        "experts_per_token": _whole(hf, "num_experts_per_tok"),
+        "expert_intermediate_size": _whole(hf, mixture.size),
+        "normalizes_expert_weights": normalizes,
+        "router_aux_loss_coef": float(coefficient),
+    }

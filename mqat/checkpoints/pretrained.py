@@ -11,6 +11,7 @@ from mqat.models.decoder import DecoderConfig
 from mqat.models.structure import Linear, Table, is_in_layer, split_name
 from mqat.parallel.layout import Piece, local_pieces
 from mqat.parallel.learned_scales import scale_rule
+from mqat.parallel.quantized_module import QuantizedModule
 from mqat.specs.model import DecoderModel
 
 
@@ -71,6 +72,8 @@ def _local_tensor(
     if module == family.final_norm.name:
         return source.read(f"{family.final_norm.hf}.{kind}", slice(None))
     prefix, short = family.hf_layer.format(i=layer), split_name(module)[1]
+    if model.router is not None and short == model.router.name:
+        return source.read(f"{prefix}{model.router.hf}.{kind}", slice(None), slice(None))
     norms = {norm.name: norm for norm in model.norms}
     if short in norms:
         return source.read(f"{prefix}{norms[short].hf}.{kind}", slice(None))
@@ -93,11 +96,16 @@ def load_pretrained_(
         for name, parameter in chunk.named_parameters():
             if scale_rule(parameter) is not None:
                 continue  # calibration finds it
-            layer = -1
+            layer, place, group = -1, name, tp_group
             if is_in_layer(name):
                 layer = chunk.decoder.layers[split_name(name)[0]].layer_number - 1
+            owner, _, kind = name.rpartition(".")
+            module = chunk.get_submodule(owner)
+            if isinstance(module, QuantizedModule) and module.expert_groups is not None:
+                # By its number among all experts; this rank's count from zero.
+                place, group = f"{module.quantized_name}.{kind}", module.tp_group
             value = _local_tensor(
-                source, source.config, name, parameter, layer, tp_group.rank(), tp_group.size()
+                source, source.config, place, parameter, layer, group.rank(), group.size()
             )
             if value.shape != parameter.shape:
                 raise UserError(

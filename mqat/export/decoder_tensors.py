@@ -24,7 +24,7 @@ from mqat.export.tensor_builders import TensorBuilders, bias, transposed, unquan
 from mqat.models.decoder import DecoderConfig
 from mqat.models.family import Family
 from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes, table_schemes
-from mqat.models.structure import Linear, Norm, Table, in_layer
+from mqat.models.structure import Linear, Norm, Router, Table, in_layer
 from mqat.quant.scheme import LinearScheme
 
 
@@ -34,7 +34,7 @@ class Naming:
 
     Attributes:
         layer: Before those of a layer of a family, with its number as `{i}`.
-        module: Of a norm or table.
+        module: Of a norm, router or table.
         linears: Modules of a trained linear -> the numbers of its parts in them.
         writes_tied_head: The head is written even where it is the embedding.
         adds_one: Norms hold what they multiply by, also where checkpoints hold that less one.
@@ -42,7 +42,7 @@ class Naming:
     """
 
     layer: Callable[[Family], str]
-    module: Callable[[Norm | Table], str]
+    module: Callable[[Norm | Router | Table], str]
     linears: Callable[[Linear], Mapping[str, Sequence[int]]]
     writes_tied_head: bool
     adds_one: bool
@@ -85,10 +85,8 @@ class DecoderTensors:
                 "read embedding and head in the model's dtype and would compute other logits. Set "
                 "export.format=null, or leave the rule out."
             )
-        for linear in model.linears:
-            if linear.experts:
-                raise UserError(f"{linear.name}: no export format here holds experts yet.")
         layers = linear_schemes(schemes)
+        _check_experts(model, layers)
         self.forms.check(layers)
         self.cache.check(kv_cache_schemes(schemes), self.forms.server, has_linears=bool(layers))
 
@@ -131,6 +129,8 @@ class DecoderTensors:
                 served = ServedLinear(reader, layer, linear, rows, cols, dtype)
                 for suffix, build in self._builders(scheme, served).items():
                     yield replace(build(served), name=f"{prefix}{module}.{suffix}")
+        if model.router is not None:
+            yield _plan_router(reader, prefix + self.naming.module(model.router), layer, dtype)
         yield from self.cache.plan(reader, layer, prefix)
 
     def _builders(self, scheme: LinearScheme | None, served: ServedLinear) -> TensorBuilders:
@@ -162,6 +162,37 @@ class DecoderTensors:
             offset = float(is_weight and family.zero_centered_gamma and self.naming.adds_one)
             make = partial(chunks, norm.key if is_weight else norm.bias_key, offset)
             yield TensorPlan(dtype, shape, make, f"{prefix}{self.naming.module(norm)}.{kind}")
+
+
+def _check_experts(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -> None:
+    """Refuses experts of a layer that differ: servers compute all of them in one kernel.
+
+    Raises:
+        UserError: Names the two linears.
+    """
+    for layer in range(model.num_layers if model.num_experts else 0):
+        names = [in_layer(layer, x.name) for x in model.linears if x.expert is not None]
+        for name in names[1:]:
+            if layers.get(name) != layers.get(names[0]):
+                raise UserError(
+                    f"{name} is not quantized as {names[0]}, but servers compute all experts of a layer "
+                    "in one kernel. Give them one rule, such as pattern '*.mlp.experts.*', or set "
+                    "export.format=null."
+                )
+
+
+def _plan_router(
+    reader: CheckpointReader, module: str, layer: int, dtype: torch.dtype
+) -> TensorPlan:
+    """A router's weight [experts, hidden]."""
+    model = reader.model
+    assert model.router is not None, "the caller has one"
+    key = model.router.key
+
+    def chunks() -> Iterator[Tensor]:
+        yield reader.read(key, (slice(layer, layer + 1),))[0].to(dtype)
+
+    return TensorPlan(dtype, (model.num_experts, model.hidden_size), chunks, f"{module}.weight")
 
 
 def _plan_table(

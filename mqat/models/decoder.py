@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from mqat.errors import UserError
@@ -12,21 +13,25 @@ from mqat.models.families.gemma import GEMMA
 from mqat.models.families.gpt2 import GPT2
 from mqat.models.families.llama import LLAMA
 from mqat.models.families.mistral import MISTRAL
+from mqat.models.families.mixtral import MIXTRAL
 from mqat.models.families.nemotron import NEMOTRON
 from mqat.models.families.phi3 import PHI3
 from mqat.models.families.qwen2 import QWEN2
 from mqat.models.families.qwen3 import QWEN3
+from mqat.models.families.qwen3_moe import QWEN3_MOE
 from mqat.models.families.starcoder2 import STARCODER2
 from mqat.models.family import HF_ATTENTION, Family
-from mqat.models.structure import Axis, Linear, Norm, Table, by_name
+from mqat.models.structure import Axis, Linear, Norm, Router, Table, by_name, expert_linears
 
-_FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, NEMOTRON, STARCODER2, PHI3, GPT2)
-FAMILIES = {family.name: family for family in _FAMILIES}
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, NEMOTRON, STARCODER2, PHI3, GPT2)
+_OF_MIXTURES = (MIXTRAL, QWEN3_MOE)
+FAMILIES = {family.name: family for family in (*_DENSE, *_OF_MIXTURES)}
 # Fields that a family may have no keys for.
 _ATTENTION = (
     "rotary_fraction", "sliding_window", "windowed_layers", "windowed_rope_theta", "attention_scale",
     "attention_softcap", "logit_softcap",
 )  # fmt: skip
+_OF_EXPERTS = ("num_experts", "experts_per_token", "expert_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,14 @@ class DecoderConfig:
     attention_scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # scores s become c tanh(s / c)
     logit_softcap: float | None = None
+    # Of mixtures of experts; 0: a dense model.
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    # Whether a token's weights for its experts add up to one: a softmax over their scores alone.
+    normalizes_expert_weights: bool = True
+    # Of the load-balancing loss that Hugging Face adds if it is asked for (`output_router_logits`).
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that no layout can make work, and biases that none has."""
@@ -67,10 +80,13 @@ class DecoderConfig:
         self.architecture.switches_of(self.biases)
         for size in fields(self):
             value = getattr(self, size.name)
+            if size.name in _OF_EXPERTS and self.num_experts == value == 0:
+                continue
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise UserError(f"model.{size.name}={value}: must be at least 1.")
         object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))  # likewise
         self._check_positions()
+        self._check_experts()
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -126,10 +142,34 @@ class DecoderConfig:
         """What the family says of every model of it."""
         return FAMILIES[self.family]
 
+    def _check_experts(self) -> None:
+        has_experts = self.architecture.mixture is not None
+        if has_experts != bool(self.num_experts):
+            raise UserError(
+                f"num_experts={self.num_experts}: a {self.family} model has "
+                f"{'experts in every layer' if has_experts else 'none'}."
+            )
+        if self.experts_per_token > self.num_experts:
+            raise UserError(
+                f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}: a token "
+                "cannot go to more experts than there are."
+            )
+        if self.experts_per_token == 1 and self.normalizes_expert_weights:
+            raise UserError(
+                "experts_per_token=1 with normalized weights: the one expert's weight is always 1, so "
+                "the router could not learn, and Megatron-Core refuses it."
+            )
+
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Of every layer, in the order of the forward pass."""
-        return self.architecture.linears
+        """Of every layer, in the order of the forward pass; those of experts one by one."""
+        return tuple(_linears_by_name(self.family, self.num_experts).values())
+
+    @property
+    def router(self) -> Router | None:
+        """Of every layer; None: there are no experts."""
+        mixture = self.architecture.mixture
+        return None if mixture is None else mixture.experts.router
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -153,9 +193,9 @@ class DecoderConfig:
         Raises:
             UserError: This model has none of that name; says which it has.
         """
-        known = by_name(self.linears)
+        known = _linears_by_name(self.family, self.num_experts)
         if name not in known:
-            raise UserError(f"{name}: not a linear of this model; known are {list(known)}.")
+            raise UserError(f"{name}: not a linear of this model; known are {list(known)[:16]}.")
         return known[name]
 
     def size(self, axis: Axis) -> int:
@@ -168,6 +208,8 @@ class DecoderConfig:
             "head": self.head_dim,
             "vocab": self.vocab_size,
             "positions": self.max_position_embeddings,
+            "experts": self.num_experts,
+            "expert_intermediate": self.expert_intermediate_size,
         }
         return sizes[axis]
 
@@ -191,6 +233,8 @@ class DecoderConfig:
         for norm, lead in ((last, ()), *((norm, (self.num_layers,)) for norm in self.norms)):
             for key in (norm.key, norm.bias_key)[: 1 + has_bias]:
                 shapes[key] = (*lead, self.size(norm.size))
+        if self.router is not None:
+            shapes[self.router.key] = (self.num_layers, self.num_experts, self.hidden_size)
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,6 +260,17 @@ class DecoderConfig:
             dtype: Of unquantized tensors, such as `bfloat16`.
         """
         family = self.architecture
+        mixture, of_experts = family.mixture, dict[str, Any]()
+        if mixture is not None:
+            of_experts = {
+                mixture.count: self.num_experts,
+                "num_experts_per_tok": self.experts_per_token,
+                mixture.size: self.expert_intermediate_size,
+                "router_aux_loss_coef": self.router_aux_loss_coef,
+                **mixture.is_everywhere,
+            }
+            if mixture.normalizes is not None:
+                of_experts[mixture.normalizes] = self.normalizes_expert_weights
         values = {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -237,6 +292,7 @@ class DecoderConfig:
             **{key: value for key, value in own if key is not None},
             **family.switches_of(self.biases),
             **family.hf_extra,
+            **of_experts,
             "tie_word_embeddings": self.tie_word_embeddings,
             "use_cache": True,
             **self.token_ids,
@@ -268,6 +324,14 @@ class DecoderConfig:
         return keys
 
 
+@cache
+def _linears_by_name(family: str, num_experts: int) -> dict[str, Linear]:
+    """The linears of a layer; a model may have hundreds of experts and be asked thousands of times."""
+    mixture = FAMILIES[family].mixture
+    experts = () if mixture is None else expert_linears(mixture.experts, num_experts)
+    return by_name((*FAMILIES[family].linears, *experts))
+
+
 def hf_shapes(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a Hugging Face directory of this model, in model order."""
     family = model.architecture
@@ -283,6 +347,8 @@ def hf_shapes(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
             in_layer[f"{module}.weight"] = weight
             if linear.name in model.biases:
                 in_layer[f"{module}.bias"] = (rows,)
+    if model.router is not None:
+        in_layer[f"{model.router.hf}.weight"] = (model.num_experts, model.hidden_size)
     tables: dict[str, tuple[int, ...]] = {
         f"{table.hf}.weight": (model.size(table.rows), model.hidden_size) for table in model.tables
     }

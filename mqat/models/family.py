@@ -21,6 +21,7 @@ from mqat.models.structure import (
     OUTPUT_LAYER,
     QKV,
     Cache,
+    Experts,
     Linear,
     Norm,
     Table,
@@ -64,18 +65,38 @@ class SlidingWindow:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The experts of a family, and how a Hugging Face `config.json` describes them.
+
+    Attributes:
+        experts: Their names.
+        count: Key of their number.
+        size: Key of their intermediate size.
+        normalizes: Key that says whether a token's weights for its experts add up to one; None: they
+            always do.
+        is_everywhere: Keys that could leave layers without experts, with the values that do not.
+    """
+
+    experts: Experts
+    count: str
+    size: str
+    normalizes: str | None = None
+    is_everywhere: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Family:
     """Names of a family, and which of its linears have biases.
 
     Attributes:
         name: `model_type` of Hugging Face.
         hf_architecture: Class there.
-        gguf_architecture: `general.architecture` of llama.cpp.
+        gguf_architecture: `general.architecture` of llama.cpp; None: not read from its files.
         is_interleaved_in_gguf: llama.cpp stores query and key rows with the halves of a head
             interleaved.
         trtllm_architecture: Of TensorRT-LLM's `config.json`.
         decoder_types: Values of `decoder_type` that mean it, as in NeMo and ModelOpt.
-        linears: Of every layer, in the order of the forward pass.
+        linears: Of every layer, in the order of the forward pass; without those of experts.
         norms: Of every layer.
         final_norm: The last one of the model.
         embedding: Table of the vocabulary.
@@ -103,6 +124,7 @@ class Family:
         may_omit_groups: Without a number of key/value heads there are as many as query heads.
         hf_activations: What it calls the activation; the first is written.
         hf_harmless: Further keys that change nothing here.
+        mixture: In the place of a dense MLP; None: there is none.
         hf_extra: Further keys of the Hugging Face `config.json`.
         trtllm_activation: What TensorRT-LLM calls the activation.
         trtllm_biases: Key of its `config.json` -> linear whose biases it stands for.
@@ -143,6 +165,7 @@ class Family:
     may_omit_groups: bool = False
     hf_activations: tuple[str, ...] = ("silu",)
     hf_harmless: tuple[str, ...] = ()
+    mixture: Mixture | None = None
     hf_extra: Mapping[str, Any] = field(default_factory=dict)
     trtllm_activation: str = "silu"
     trtllm_biases: Mapping[str, str] = field(
@@ -157,8 +180,8 @@ class Family:
 
     @property
     def is_gated(self) -> bool:
-        """Whether the MLP multiplies its activated branch by another one."""
-        return len(by_name(self.linears)[FC1.name].parts) == 2
+        """Whether the MLP multiplies its activated branch by another one; experts do."""
+        return self.mixture is not None or len(by_name(self.linears)[FC1.name].parts) == 2
 
     @property
     def norm_kinds(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from mqat.errors import UserError
-from mqat.models.structure import CORE_ATTENTION, DENSE_NORMS, OUTPUT_NORMS
+from mqat.models.structure import CORE_ATTENTION, DENSE_NORMS, EXPERTS, OUTPUT_NORMS
 from mqat.models.structure import Norm as NormOfLayer
 from mqat.parallel.context import own_chunks, whole_sequence
 from mqat.specs.causal import (
@@ -156,6 +156,8 @@ def with_softcap(attention: type[SdpaAttention], cap: float) -> type[SdpaAttenti
 def gpt_layer_spec(
     norms: Sequence[NormOfLayer] = DENSE_NORMS,
     attention: type[nn.Module] = SdpaAttention,
+    *,
+    num_experts: int = 0,
     config: Any = None,
 ) -> ModuleSpec:
     """Megatron's local GPT layer spec with `Norm`, a core attention and `Swiglu`.
@@ -165,12 +167,15 @@ def gpt_layer_spec(
     Args:
         norms: Of a layer.
         attention: The core attention.
+        num_experts: Of a mixture in the place of the MLP, one after the other (`SequentialMLP`).
         config: Megatron's, which norms of what attention and MLP add (`OUTPUT_NORMS`) need.
     """
     inner = [norm for norm in norms if norm not in OUTPUT_NORMS]
     slots: dict[str, Any] = {norm.name: Norm for norm in inner}
-    slots |= {CORE_ATTENTION.name: attention, "mlp.activation_func": Swiglu}
-    spec = with_slots(get_gpt_layer_local_spec(normalization="RMSNorm"), slots)
+    mlp = EXPERTS if num_experts else "mlp"
+    slots |= {CORE_ATTENTION.name: attention, f"{mlp}.activation_func": Swiglu}
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=num_experts or None)
+    spec = with_slots(spec, slots)
     outer = [norm for norm in norms if norm in OUTPUT_NORMS]
     if not outer:
         return spec

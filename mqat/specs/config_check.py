@@ -58,8 +58,23 @@ _HARMLESS = {
     "add_bias_linear", "add_qkv_bias",  # the biases themselves are compared
     "max_position_embeddings",  # a longest sequence, under rotary embeddings
 }  # fmt: skip
+# With experts, fields that begin with `moe_` are harmless only if they are among these: how tokens
+# travel, and what is added to the loss.
+_HARMLESS_OF_EXPERTS = {
+    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_token_dispatcher_type",
+    "moe_enable_deepep", "moe_flex_dispatcher_backend", "moe_per_layer_logging", "moe_permute_fusion",
+    "moe_router_fusion", "moe_layer_recompute", "moe_token_drop_policy", "moe_router_dtype",
+    "moe_deepep_num_sms", "moe_hybridep_num_sms", "moe_extended_tp", "moe_shared_expert_overlap",
+    "moe_router_bias_update_rate", "moe_use_legacy_grouped_gemm", "moe_router_padding_for_fp8",
+    "moe_router_padding_for_quantization", "moe_pad_expert_input_to_capacity",
+}  # fmt: skip
 
 
+# Of a description with experts -> of Megatron's configuration.
+SIZES_OF_EXPERTS = {
+    "num_experts": "num_moe_experts", "experts_per_token": "moe_router_topk",
+    "expert_intermediate_size": "moe_ffn_hidden_size",
+}  # fmt: skip
 # Of a description -> of Megatron's configuration.
 SIZES = {
     "hidden_size": "hidden_size", "intermediate_size": "ffn_hidden_size", "num_layers": "num_layers",
@@ -100,6 +115,9 @@ def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
     }
     if (factor := built_attention_factor(config)) != attention_factor(described):
         yield f"an attention factor (YaRN's) of {factor}, must be {attention_factor(described)}"
+    if described.num_experts:
+        wanted |= {field: getattr(described, name) for name, field in SIZES_OF_EXPERTS.items()}
+        wanted["moe_router_pre_softmax"] = not described.normalizes_expert_weights
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
         if name == "activation_func":
@@ -119,7 +137,9 @@ def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
         elif name == "rotary_base":
             if value != described.rope_theta:
                 yield f"rotary_base={value}, but it is described with {described.rope_theta}"
-        elif not changes_no_result(name):
+        elif not changes_no_result(name) or (
+            described.num_experts and name.startswith("moe_") and name not in _HARMLESS_OF_EXPERTS
+        ):
             plain = field.default
             if field.default_factory is not MISSING:
                 plain = field.default_factory()

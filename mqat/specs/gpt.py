@@ -35,6 +35,7 @@ from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLine
 from mqat.quant.scheme import LinearScheme
 from mqat.specs.backend import SdpaAttention, with_softcap
 from mqat.specs.config_check import check_config
+from mqat.specs.experts import check_mixture, with_experts
 from mqat.specs.slots import class_name, spec_slot, with_slots
 from mqat.specs.transformer_engine import FUSED_LINEAR, adapt_layer_spec
 from mqat.specs.window import with_own_positions
@@ -117,8 +118,8 @@ def quantize_layer_spec(
     """A copy of a transformer-layer spec with its linears replaced, its attention wrapped.
 
     Args:
-        spec: Layer spec with self-attention and a dense gated MLP: `backend.gpt_layer_spec()`, or
-            Megatron's own, with or without Transformer Engine.
+        spec: Layer spec with self-attention and a gated MLP: `backend.gpt_layer_spec()`, or Megatron's
+            own, with or without Transformer Engine. Where `linears` has experts, a mixture of them.
         schemes: Name in the layer (of a linear, or of the core attention for the cache) -> scheme. A
             linear without one is unquantized but can still run layout-exact calibration; an attention
             without one is left as it is.
@@ -133,10 +134,15 @@ def quantize_layer_spec(
         UserError: The spec lacks a norm, or has one that is not among `norms`, or has other linears than
             Megatron's own or Transformer Engine's (`transformer_engine.adapt_layer_spec`).
     """
-    spec = adapt_layer_spec(spec, linears)
+    experts = [linear for linear in linears if linear.expert is not None]
+    if experts:
+        check_mixture(spec)
+    spec = adapt_layer_spec(
+        spec, [x for x in linears if x.expert is None], has_experts=bool(experts)
+    )
     _check_norms(spec, norms)
-    slots: dict[str, ModuleSpec] = {}
-    for linear in linears:
+
+    def replacement(linear: Linear) -> ModuleSpec:
         scheme = schemes.get(linear.name)
         params: dict[str, Any] = {
             "quantized_name": in_layer(layer, linear.name),
@@ -146,7 +152,9 @@ def quantize_layer_spec(
         }
         if linear.separate_parts > 1:
             params["parts"] = linear.separate_parts
-        slots[linear.name] = ModuleSpec(module=_REPLACEMENTS[linear.parallel], params=params)
+        return ModuleSpec(module=_REPLACEMENTS[linear.parallel], params=params)
+
+    slots = {linear.name: replacement(linear) for linear in linears if linear.expert is None}
     cache = schemes.get(CORE_ATTENTION.name)
     if cache is not None:
         params = {
@@ -155,7 +163,10 @@ def quantize_layer_spec(
             "scheme": cache,
         }
         slots[CORE_ATTENTION.name] = ModuleSpec(module=KvCacheAttention, params=params)
-    return with_slots(spec, slots)
+    spec = with_slots(spec, slots)
+    if not experts:
+        return spec
+    return with_experts(spec, {linear.name: replacement(linear) for linear in experts})
 
 
 def quantize_block_spec(
@@ -195,5 +206,7 @@ def quantize_block_spec(
                 linears=model.linears, norms=model.norms,
             )
         )  # fmt: skip
-    last_norm = spec_slot(adapt_layer_spec(spec, model.linears), model.norms[0].name)
+    dense = [linear for linear in model.linears if linear.expert is None]
+    adapted = adapt_layer_spec(spec, dense, has_experts=model.num_experts > 0)
+    last_norm = spec_slot(adapted, model.norms[0].name)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=last_norm)

@@ -14,7 +14,7 @@ from mqat.config import ModelConfig
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, table_schemes
-from mqat.models.structure import EMBEDDING, OUTPUT_LAYER
+from mqat.models.structure import EMBEDDING, EXPERTS, OUTPUT_LAYER
 from mqat.parallel.embedding import QuantVocabParallelEmbedding
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear
@@ -158,6 +158,22 @@ def _switches(virtual: int | None) -> dict[str, Any]:
     }
 
 
+def _of_experts(model: DecoderConfig, settings: ModelConfig) -> dict[str, Any]:
+    coefficient = settings.moe_aux_loss_coeff
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.experts_per_token,
+        "moe_ffn_hidden_size": model.expert_intermediate_size,
+        "moe_router_pre_softmax": not model.normalizes_expert_weights,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "aux_loss" if coefficient else "none",
+        "moe_aux_loss_coeff": coefficient,
+        "expert_model_parallel_size": settings.expert_model_parallel_size,
+        "expert_tensor_parallel_size": settings.expert_tensor_parallel_size
+        or settings.tensor_model_parallel_size,
+    }
+
+
 def transformer_config(
     model: DecoderConfig,
     settings: ModelConfig,
@@ -212,6 +228,8 @@ def transformer_config(
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,
     )
+    if model.num_experts:
+        arguments |= _of_experts(model, settings)
     check_switches(settings.megatron, settings.ddp)
     try:
         config = TransformerConfig(**arguments | _switches(virtual) | settings.megatron)
@@ -244,9 +262,12 @@ def build_model(
     attention = core_attention() if settings.transformer_engine else SdpaAttention
     has_activation = family.activation == "silu" and family.is_gated
     if layer_spec is not None:
-        has_activation = spec_slot(layer_spec, "mlp.activation_func") is not None
+        mlp = EXPERTS if model.num_experts else "mlp"
+        has_activation = spec_slot(layer_spec, f"{mlp}.activation_func") is not None
     config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)
-    spec = layer_spec or gpt_layer_spec(model.norms, attention, config)
+    spec = layer_spec or gpt_layer_spec(
+        model.norms, attention, num_experts=model.num_experts, config=config
+    )
     virtual = settings.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(virtual) if virtual else [None]:

@@ -51,6 +51,11 @@ def _compare_config(export: Export, checkpoint: CheckpointReader) -> Iterator[st
     numbers = [name for name in NUMBERS if name in model.keys]
     names = [*SIZES, *numbers, "head_dim", *{"tie_word_embeddings"} & model.keys.keys()]
     pairs: list[tuple[str, Any, Any]] = [(n, model.value(n), getattr(trained, n)) for n in names]
+    pairs += [
+        (n, model.value(n), getattr(trained, n)) for n in model.facts.experts.get("config", ())
+    ]
+    if model.facts.experts and model.normalizes != trained.normalizes_expert_weights:
+        yield f"config.json: weights of experts add up to one: {model.normalizes}, trained otherwise"
     pairs.append(("family", model.facts.family, trained.family))
     for name, served, wanted in pairs:
         if served != wanted:
@@ -101,6 +106,10 @@ def _compare_plain(
         key = facts.names["checkpoint"]["embedding" if is_tied else plain.role] + ".weight"
         real = slice(0, model.rows(plain.role))
         whole, wanted = torch.cat(served)[real], checkpoint.read(key, (real,))
+    elif plain.role == "router":
+        assert plain.layer is not None, "every layer has one"
+        key, whole = facts.key(facts.experts["router"]["checkpoint"]), served[0]
+        wanted = checkpoint.read(key, (slice(plain.layer, plain.layer + 1),))[0]
     elif plain.layer is None or plain.role in facts.norms:
         whole, wanted = served[0], _trained_norm(checkpoint, plain, facts)
         less = ("checkpoint" in facts.one_less) - (model.form in facts.one_less)

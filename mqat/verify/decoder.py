@@ -118,9 +118,32 @@ class Decoder:
         output = self._sum(ranks, layer, "output", inner)
         x = x + self._added(ranks[0], layer, "attention_output_norm", output)
         normed = self._norm(ranks[0], layer, "mlp_norm", x)
+        if self.model.facts.experts:
+            return x + self._mixture(ranks, layer, normed)
         inner = [self._mlp(rank, layer, normed) for rank in ranks]
         output = self._sum(ranks, layer, "down", inner)
         return x + self._added(ranks[0], layer, "mlp_output_norm", output)
+
+    def _mixture(self, ranks: Sequence[Rank], layer: int, x: Tensor) -> Tensor:
+        """Experts of each token, weighted by a softmax over all experts, or over the token's alone."""
+        model, tokens = self.model, x.flatten(0, 1)
+        router = ranks[0].tensor(f"{model.routers()[layer]}.weight").float()
+        weights, chosen = (tokens @ router.t()).softmax(-1).topk(model.value("experts_per_token"))
+        if model.normalizes:
+            weights = weights / weights.sum(-1, keepdim=True)
+        modules = {part.role: module for module in self.export.modules(layer) for part in module.parts}
+        activate, total = ACTIVATIONS[model.facts.activation], torch.zeros_like(tokens)
+        for number in range(model.value("num_experts")):
+            rows, place = (chosen == number).nonzero(as_tuple=True)
+            if not len(rows):
+                continue
+            gate, up, down = (modules[f"{role} {number}"] for role in ("gate", "up", "down"))
+            own, products = self._noisy(tokens[rows]), []
+            for rank in ranks:
+                inner = activate(_product(rank, gate, own)) * _product(rank, up, own)
+                products.append(_product(rank, down, self._noisy(inner)))
+            total[rows] += weights[rows, place, None] * torch.stack(products).sum(0)
+        return total.view_as(x)
 
     @torch.no_grad()
     def linears(self, number: int, role: str, x: Tensor) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ class PlainTensor:
 
     name: str
     spec: TensorSpec
-    role: str  # of `facts.names` or `facts.norms`; `key`, `value` of a cache
+    role: str  # of `facts.names` or `facts.norms`; `router`; `key`, `value` of a cache
     layer: int | None = None  # global number
     kind: str = "weight"  # or `bias`
 
@@ -131,6 +131,12 @@ class Export:
                 for kind in facts.norm_tensors():
                     name = f"{prefix}{norm[model.form]}.{kind}"
                     found.append(PlainTensor(name, spec, role, place, kind))
+            if router := model.facts.experts.get("router"):
+                shape = (model.on_rank["experts"], model.on_rank["hidden"])
+                spec = TensorSpec(shape, dtypes, True)
+                found.append(
+                    PlainTensor(f"{prefix}{router[model.form]}.weight", spec, "router", place)
+                )
             for role, name in self.cache.names.items() if self.cache else ():
                 found.append(PlainTensor(prefix + name, scale, role, place))
         return found

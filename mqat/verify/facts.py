@@ -4,7 +4,7 @@ A second opinion on purpose: nothing here comes from `mqat.models`. The files ex
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,26 @@ class Facts:
         """Parameters of a norm."""
         return ("weight", "bias") if self.norm == "layer" else ("weight",)
 
+    experts: Mapping[
+        str, Any
+    ]  # empty: a dense MLP; its names have `{}` for the number of an expert
+
+    def with_experts(self, count: int) -> "Facts":
+        """With the linears of `count` experts, whose roles end in their numbers (`gate 3`)."""
+        fused, parts = dict(self.fused), dict(self.parts)
+        modules = {form: dict(found) for form, found in self.modules.items()}
+        for number in range(count):
+            for role, entry in self.experts["linears"].items():
+                own = f"{role} {number}"
+                cut = {key: value for key, value in entry.items() if key != "hf"}
+                parts[own] = Part(own, **cut)
+                modules["hf"][entry["hf"].format(number)] = (own,)
+            for name, entry in self.experts["fused"].items():
+                roles = [f"{role} {number}" for role in entry["parts"]]
+                found = {"parts": roles, "stacked": entry["stacked"], "expert": number}
+                fused[name.format(number)] = found
+        return replace(self, fused=fused, parts=parts, modules=modules)
+
     def key(self, name: str) -> str:
         """Checkpoint key of a tensor that is stacked over layers."""
         return f"{self.names['checkpoint']['layer']}{name}"
@@ -69,7 +89,9 @@ def _read_raw(family: str) -> dict[str, Any]:
 
 def read_facts(family: str) -> Facts:
     """The facts of a family whose file exists."""
-    defaults = {"biases": {}, "positions": {}, "keys": {}, "one_less": (), "transposed": ()}
+    defaults = {
+        "biases": {}, "positions": {}, "keys": {}, "one_less": (), "transposed": (), "experts": {},
+    }  # fmt: skip
     raw = defaults | _read_raw(family)
     order = raw.pop("row_order", {})
     modules: dict[str, dict[str, tuple[str, ...]]] = {"hf": {}, "trtllm": {}}

@@ -37,7 +37,11 @@ class ServedModel:
     """
 
     def __init__(self, facts: Facts, form: str, keys: Keys, raw: Raw, tp: int, pp: int) -> None:
-        self.facts, self.form, self.keys, self.raw = facts, form, keys, raw
+        self.form, self.raw = form, raw
+        of_experts = facts.experts.get("config", {})
+        self.keys = {**keys, **of_experts}
+        count = self.value("num_experts")
+        self.facts = facts.with_experts(count) if of_experts else facts
         self.tp, self.pp = tp, pp  # inference ranks and stages; 1 where files are whole
         heads, groups = self.value("num_attention_heads"), self.value("num_query_groups")
         told = facts.positions.get(form, {})
@@ -60,6 +64,15 @@ class ServedModel:
             "vocab": -(-self.value("vocab_size") // tp),
             "positions": -(-self.value("max_position_embeddings") // tp),
         }
+        if of_experts:
+            self.on_rank["expert"] = self.value("expert_intermediate_size") // tp
+            self.on_rank["experts"] = count
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the weights of a token's experts add up to one."""
+        told = self.facts.experts["normalizes"]
+        return told if isinstance(told, bool) else bool(self.raw[told])
 
     def value(self, name: str) -> Any:
         """Of `config.json`, by a name of `keys`; None where the format has no such key."""
@@ -80,6 +93,12 @@ class ServedModel:
     def prefix(self, layer: int) -> str:
         """Of a layer's names; layers count from 0 in every stage."""
         return self.names["layer"].format(layer)
+
+    def routers(self) -> list[str]:
+        """Full names of what chooses experts, in all layers; empty for dense models."""
+        router = self.facts.experts.get("router")
+        layers = range(self.layers_per_stage if router else 0)
+        return [self.prefix(i) + self.facts.experts["router"][self.form] for i in layers]
 
     def linear_names(self) -> list[str]:
         """Full names of a stage's linears."""
@@ -112,9 +131,10 @@ def is_positive(value: Any, kind: Any = int) -> bool:
 
 
 def model_problems(raw: Raw, keys: Keys, facts: Facts, form: str) -> Iterator[str]:
-    """What is wrong with the keys that describe the model."""
-    fixed = facts.config[form]
-    for key in (keys[name] for name in (*SIZES, "head_dim") if name in keys):
+    """What is wrong with the keys that describe the model, in a format."""
+    fixed, of_experts = facts.config[form], facts.experts.get("config", {})
+    named = [keys[name] for name in (*SIZES, "head_dim") if name in keys]
+    for key in (*named, *of_experts.values()):
         if not is_positive(raw.get(key)):
             yield f"{key}={raw.get(key)!r}, expected a positive integer"
     for key in (keys[name] for name in NUMBERS if name in keys):

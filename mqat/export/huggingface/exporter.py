@@ -22,7 +22,7 @@ from mqat.export.special_tokens import generation_texts, special_tokens
 from mqat.export.stream import TensorPlan
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
-from mqat.models.structure import OUTPUT_LAYER, Linear, split_name
+from mqat.models.structure import OUTPUT_LAYER, Linear, is_expert, split_name
 from mqat.quant.kv_cache import KvCacheScheme
 from mqat.quant.scheme import LinearScheme
 
@@ -76,8 +76,17 @@ class HuggingFaceExporter:
             forms.check_groups(name, scheme, model.linear_shape(split_name(name)[1])[1])
 
     def warning(self, schemes: Mapping[str, Scheme]) -> str | None:
-        """None: servers change nothing that is stored."""
-        return None
+        """That a layer's experts share an input scale when served; otherwise nothing is changed."""
+        static = [
+            name for name, scheme in schemes.items() if _has_static_input_of_expert(name, scheme)
+        ]
+        if not static:
+            return None
+        return (
+            f"{static[0]} and {len(static) - 1} more linears of experts have input scales of their own; "
+            "vLLM computes the experts of a layer with the largest of them. Inputs per token (fp8_pc_pt, "
+            "int8_pc_pt) or unquantized (int4) are served as trained."
+        )
 
     def contents(
         self, reader: CheckpointReader, tokenizer: Path, options: ExportOptions
@@ -91,6 +100,11 @@ class HuggingFaceExporter:
         texts: dict[str, Any] = {"config.json": config, **generation_texts(tokenizer, special)}
         if reader.layers:
             modules = NAMING.schemes(model, reader.layers, range(model.num_layers))
+            if model.router is not None:  # a linear to its readers
+                modules |= {
+                    model.architecture.hf_layer.format(i=layer) + model.router.hf: None
+                    for layer in range(model.num_layers)
+                }
             config["quantization_config"], more = self.texts(modules, reader.kv_cache)
             texts |= more
         if len(shards) > 1:
@@ -99,6 +113,12 @@ class HuggingFaceExporter:
                 "weight_map": {plan.name: name for name, ps in shards.items() for plan in ps},
             }
         return DirectoryContents({n: partial(list, ps) for n, ps in shards.items()}, texts)
+
+
+def _has_static_input_of_expert(name: str, scheme: Scheme) -> bool:
+    if not is_expert(name) or not isinstance(scheme, LinearScheme) or scheme.input is None:
+        return False
+    return scheme.input.has_global_scale or not scheme.input.is_dynamic
 
 
 def unquantized_modules(modules: Modules) -> list[str]:

@@ -40,6 +40,12 @@ class TensorRtLlmExporter:
     ) -> None:
         """As `Exporter.check`."""
         layers, tp = linear_schemes(schemes), options.tensor_parallel
+        if model.num_experts:
+            raise UserError(
+                f"export.format=trtllm: {model.family} has experts, which are not written in TensorRT-LLM's "
+                "stacked layout; use export.format=hf, which its PyTorch backend reads too "
+                "(export.style=modelopt)."
+            )
         if options.max_shard_bytes is not None:
             raise UserError(
                 "export.format=trtllm: every inference rank has one file; leave out --max-shard-gb."
