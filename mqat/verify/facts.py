@@ -69,7 +69,13 @@ def _read_raw(family: str) -> dict[str, Any]:
 
 def read_facts(family: str) -> Facts:
     """The facts of a family whose file exists."""
-    defaults = {"biases": {}, "positions": {}, "keys": {}, "one_less": (), "transposed": ()}
+    defaults: dict[str, Any] = {
+        "biases": {},
+        "positions": {},
+        "keys": {},
+        "one_less": (),
+        "transposed": (),
+    }
     raw = defaults | _read_raw(family)
     order = raw.pop("row_order", {})
     modules: dict[str, dict[str, tuple[str, ...]]] = {"hf": {}, "trtllm": {}}
