@@ -10,6 +10,8 @@ from typing import Any
 
 from mqat.errors import UserError
 from mqat.models.families.gemma import GEMMA
+from mqat.models.families.gemma2 import GEMMA2
+from mqat.models.families.gemma3 import GEMMA3
 from mqat.models.families.gpt2 import GPT2
 from mqat.models.families.llama import LLAMA
 from mqat.models.families.mistral import MISTRAL
@@ -23,7 +25,7 @@ from mqat.models.families.starcoder2 import STARCODER2
 from mqat.models.family import HF_ATTENTION, Family
 from mqat.models.structure import Axis, Linear, Norm, Router, Table, by_name, expert_linears
 
-_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, NEMOTRON, STARCODER2, PHI3, GPT2)
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, NEMOTRON, STARCODER2, PHI3, GPT2)
 _OF_MIXTURES = (MIXTRAL, QWEN3_MOE)
 FAMILIES = {family.name: family for family in (*_DENSE, *_OF_MIXTURES)}
 # Fields that a family may have no keys for.
@@ -282,7 +284,7 @@ class DecoderConfig:
             "hidden_act": family.hf_activations[0],
             "rms_norm_eps": self.rms_norm_eps,
             "max_position_embeddings": self.max_position_embeddings,
-            **self._positions_to_hf(),
+            **self.positions_to_hf(),
         }
         own = ((family.hf_keys.get(key, key), value) for key, value in values.items())
         return {
@@ -298,7 +300,7 @@ class DecoderConfig:
             **self.token_ids,
         }
 
-    def _positions_to_hf(self) -> dict[str, Any]:
+    def positions_to_hf(self) -> dict[str, Any]:
         """Keys of positions and attention."""
         family, window = self.architecture, self.architecture.window
         keys: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
