@@ -98,7 +98,8 @@ class DecoderConfig:
     def _check_positions(self) -> None:
         """Refuses what no attention can compute, and what the family has no keys for."""
         family, layers = self.architecture, self.windowed_layers
-        if self.rotary_channels % 2 or self.rotary_channels < 2:
+        is_odd = self.rotary_channels % 2 or self.rotary_channels < 2
+        if is_odd and family.positions is None:
             raise UserError(
                 f"head_dim={self.head_dim}, of which {self.rotary_fraction:g} are rotated: rotary "
                 f"positions turn pairs; {self.rotary_channels} channels must be even, and some."
