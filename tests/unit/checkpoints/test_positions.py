@@ -57,16 +57,22 @@ CASES = {
             "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma 3, a pattern": ("Gemma3", {
+        "sliding_window": 6, "query_pre_attn_scalar": 40, "sliding_window_pattern": 2}),
     "windows of a list": ("Qwen3", {
         "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": True,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
 }  # fmt: skip
 
 
-def transformers_model(name: str) -> torch.nn.Module:
+def transformers_model(name: str, **changes: object) -> torch.nn.Module:
     import transformers
 
     family, keys = CASES[name]
+    keys = keys | changes
+    if "layer_types" in keys:  # in turn, for any number of layers
+        count = keys.get("num_hidden_layers", SIZES["num_hidden_layers"])
+        keys["layer_types"] = [keys["layer_types"][i % 3] for i in range(count)]
     sizes = SIZES if family != "Qwen2" else {k: v for k, v in SIZES.items() if k != "head_dim"}
     torch.manual_seed(0)
     kind = getattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config")
@@ -173,7 +179,9 @@ def without_keys(config):
     return changed
 
 
-@pytest.mark.parametrize("name", ["yarn", "longrope, long", "window of all layers"])
+@pytest.mark.parametrize(
+    "name", ["yarn", "longrope, long", "window of all layers", "gemma 2", "gemma 3"]
+)
 def test_what_tensorrt_llm_cannot_say_is_refused_before_work(name, world, tmp_path):
     from mqat.checkpoints.dist_checkpoint import save_checkpoint
     from mqat.export.export import export_trtllm
@@ -181,13 +189,17 @@ def test_what_tensorrt_llm_cannot_say_is_refused_before_work(name, world, tmp_pa
     transformers_model(name).save_pretrained(tmp_path / "hf")
     description, chunk = imported(tmp_path / "hf")
     save_checkpoint(tmp_path / "c", [chunk], model=description, layers={}, algorithm=None)
-    what = "sliding_window=7" if "window" in name else "rope_scaling of type"
+    what = {"window of all layers": "sliding_window=7", "gemma 2": "sliding_window=6"}.get(
+        name, "rope_scaling of"
+    )
     with pytest.raises(UserError, match=f"format=trtllm: {what}.* use export.format=hf"):
         export_trtllm(tmp_path / "c", tmp_path / "out", tensor_parallel=1)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["linear", "dynamic", "llama3", "window as long as sequences"])
+@pytest.mark.parametrize(
+    "name", ["linear", "dynamic", "llama3", "window as long as sequences", "gemma 3, a pattern"]
+)
 def test_tensorrt_llm_is_told_the_scalings_that_it_has(name, world, tmp_path, tokens):
     from mqat.checkpoints.dist_checkpoint import save_checkpoint
     from mqat.export.export import export_trtllm
