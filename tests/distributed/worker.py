@@ -42,7 +42,12 @@ EXPERTS = DecoderConfig(
     num_query_groups=2, head_dim=32, tie_word_embeddings=True, family="qwen3_moe", num_experts=4,
     experts_per_token=2, expert_intermediate_size=64, normalizes_expert_weights=False,
 )  # fmt: skip
-MODELS = {"llama": MODEL, "biased": BIASED, "qwen2": QWEN2, "experts": EXPERTS}
+MIXTRAL = dataclasses.replace(
+    EXPERTS, family="mixtral", normalizes_expert_weights=True, intermediate_size=64
+)
+MODELS = {
+    "llama": MODEL, "biased": BIASED, "qwen2": QWEN2, "experts": EXPERTS, "mixtral": MIXTRAL,
+}  # fmt: skip
 TABLES = (
     Rule("embedding.word_embeddings", "int4"),
     Rule(
