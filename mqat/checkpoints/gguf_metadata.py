@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mqat.checkpoints.hf_config import is_positive, is_whole, token_ids
+from mqat.checkpoints.hf_config import token_ids
+from mqat.checkpoints.values import is_positive, is_whole
 from mqat.errors import UserError
-from mqat.models.decoder import FAMILIES, DecoderConfig, check_window
+from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.family import Family
 from mqat.models.structure import EMBEDDING, GGUF_LAYER, OUTPUT_LAYER
 
@@ -20,8 +21,11 @@ _OUTSIDE = ("general", "tokenizer", "split", "quantize", "mradermacher", "GGUF")
 _UNDERSTOOD = {
     "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count",
-    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base",
-    "rope.scaling.type", "vocab_size",
+    "attention.sliding_window", "rope.freq_base", "rope.scaling.type", "vocab_size",
+}  # fmt: skip
+# The same, by what the norms compute.
+_EPSILON = {
+    "RMSNorm": "attention.layer_norm_rms_epsilon", "LayerNorm": "attention.layer_norm_epsilon",
 }  # fmt: skip
 # Inside the architecture: changes what is computed with any other value.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -124,10 +128,15 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
     """
     family = architecture(metadata)
     prefix = f"{family.gguf_architecture}."
-    _check_keys(metadata, prefix)
+    _check_keys(metadata, prefix, _UNDERSTOOD | {_EPSILON[family.normalization]})
     context = metadata.whole(f"{prefix}context_length")
     # Few converters write the key: a file without it is taken to have no window.
-    check_window(metadata.whole(f"{prefix}attention.sliding_window", context), context)
+    window = metadata.whole(f"{prefix}attention.sliding_window", context)
+    if window < context:
+        raise UserError(
+            f"{metadata.path}: sliding_window={window} of a {family.name} model, of whose sequences of "
+            f"up to {context} tokens llama.cpp attends to all; use the Hugging Face directory."
+        )
     heads = metadata.whole(f"{prefix}attention.head_count")
     hidden = metadata.whole(f"{prefix}embedding_length")
     head_dim = metadata.whole(f"{prefix}attention.key_length", hidden // heads)
@@ -148,7 +157,7 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
         num_attention_heads=heads,
         num_query_groups=metadata.whole(f"{prefix}attention.head_count_kv", heads),
         head_dim=head_dim,
-        rms_norm_eps=metadata.positive(f"{prefix}attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=metadata.positive(f"{prefix}{_EPSILON[family.normalization]}"),
         rope_theta=metadata.positive(f"{prefix}rope.freq_base", 10000.0),
         max_position_embeddings=context,
         tie_word_embeddings=f"{OUTPUT_LAYER.gguf}.weight" not in shapes,
@@ -162,12 +171,12 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
     )
 
 
-def _check_keys(metadata: Metadata, prefix: str) -> None:
+def _check_keys(metadata: Metadata, prefix: str, understood: set[str]) -> None:
     """Refuses what llama.cpp may read and no line of this module knows."""
     for key in metadata.keys():
         if key.startswith(prefix):
             inside = key.removeprefix(prefix)
-            if inside in _UNDERSTOOD | _HARMLESS or metadata.value(key) in _NEUTRAL.get(inside, ()):
+            if inside in understood | _HARMLESS or metadata.value(key) in _NEUTRAL.get(inside, ()):
                 continue
         elif key.split(".")[0] in _OUTSIDE and not key.startswith("general.tensor_extra."):
             continue

@@ -1,7 +1,7 @@
 """The rows and columns of a trained linear that a served module holds, read and quantized in chunks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,6 +79,11 @@ class ServedLinear:
     def weights(self) -> Iterator[Tensor]:
         """The trained weight, chunk by chunk."""
         return (self._weight(rows) for rows in row_chunks(self.rows, self.shape[1]))
+
+    def columns(self) -> Iterator[Tensor]:
+        """The trained weight, some columns at a time."""
+        for (cols,) in row_chunks([self.cols], self.shape[0]):
+            yield replace(self, cols=cols)._weight(self.rows)
 
     def scale(self, rows: Rows | None = None, *, tensor: str = "scale") -> Tensor:
         """The frozen scale (or `zero_point`) of some trained rows, in its granularity's shape."""

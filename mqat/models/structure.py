@@ -24,8 +24,9 @@ from typing import Literal, Protocol
 
 # Named sizes of a model; `DecoderConfig.size` gives the number.
 Axis = Literal[
-    "hidden", "intermediate", "query", "key_value", "head", "vocab", "expert_intermediate", "experts"
-]
+    "hidden", "intermediate", "query", "key_value", "head", "vocab", "positions", "expert_intermediate",
+    "experts",
+]  # fmt: skip
 
 HF_LAYER, GGUF_LAYER, TRTLLM_LAYER = "model.layers.{i}.", "blk.{i}.", "transformer.layers.{i}."
 _LAYERS = "decoder.layers."
@@ -50,11 +51,13 @@ class Sizes(Protocol):
 class Part:
     """One weight of a fused linear, as others store it apart.
 
+    Parts that share a module of Hugging Face or of TensorRT-LLM lie in it in the order of the table.
+
     Attributes:
         rows: Its output features.
-        hf: Hugging Face module, after `HF_LAYER`.
+        hf: Hugging Face module, after the family's prefix of a layer.
         gguf: llama.cpp tensor without its suffix, after `GGUF_LAYER`.
-        trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`; parts that share one lie in it in this order.
+        trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`.
     """
 
     rows: Axis
@@ -78,6 +81,8 @@ class Linear:
             qkv: its query heads, key head, value head); otherwise part by part.
         expert: Number among the experts of a layer, whose copies checkpoints stack before the output
             features; None: not of an expert.
+        trtllm_order: Of its parts in TensorRT-LLM's modules, where that is not the table's.
+        is_transposed_in_hf: Hugging Face stores its weight as (in, out), as GPT-2's `Conv1D` does.
     """
 
     name: str
@@ -88,6 +93,8 @@ class Linear:
     fed_by: tuple[str, int] | None = None
     is_by_query_group: bool = False
     expert: int | None = None
+    trtllm_order: tuple[int, ...] | None = None
+    is_transposed_in_hf: bool = False
 
     @property
     def key(self) -> str:
@@ -120,7 +127,11 @@ class Linear:
 
     def shape(self, sizes: Sizes) -> tuple[int, int]:
         """Global (out_features, in_features)."""
-        return sum(sizes.size(part.rows) for part in self.parts), sizes.size(self.columns)
+        return self.rows_of(sizes, range(len(self.parts))), sizes.size(self.columns)
+
+    def rows_of(self, sizes: Sizes, parts: Iterable[int]) -> int:
+        """Output features of some parts together."""
+        return sum(sizes.size(self.parts[number].rows) for number in parts)
 
     def stacked_shape(self, sizes: Sizes, num_layers: int) -> tuple[int, ...]:
         """Of the weight in checkpoints: [layers, (experts,) out, in]."""
@@ -144,12 +155,22 @@ class Linear:
             start += count
         return found
 
+    def hf_modules(self) -> dict[str, list[int]]:
+        """Hugging Face module -> numbers of the parts in it, in row order."""
+        return _grouped((number, part.hf) for number, part in enumerate(self.parts))
+
     def trtllm_modules(self) -> dict[str, list[int]]:
         """TensorRT-LLM module -> numbers of the parts in it, in row order."""
-        modules: dict[str, list[int]] = {}
-        for number, part in enumerate(self.parts):
-            modules.setdefault(part.trtllm, []).append(number)
-        return modules
+        order = self.trtllm_order or range(len(self.parts))
+        return _grouped((number, self.parts[number].trtllm) for number in order)
+
+
+def _grouped(parts: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
+    """Module -> numbers of the parts that name it."""
+    found: dict[str, list[int]] = {}
+    for number, module in parts:
+        found.setdefault(module, []).append(number)
+    return found
 
 
 @dataclass(frozen=True)
@@ -158,9 +179,9 @@ class Norm:
 
     Attributes:
         name: In a Megatron layer (of the last one, in the model).
-        size: Of its weight.
+        size: Of its weight, and of its bias where the family has one.
         key: Of the weight in checkpoints, where Transformer Engine's names are kept.
-        hf: Hugging Face module, after `HF_LAYER`.
+        hf: Hugging Face module, after the family's prefix of a layer.
         gguf: llama.cpp tensor without its suffix, after `GGUF_LAYER`.
         trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`.
     """
@@ -171,6 +192,16 @@ class Norm:
     hf: str
     gguf: str
     trtllm: str
+
+    @property
+    def bias_key(self) -> str:
+        """Of the bias in checkpoints, where there is one."""
+        return self.key.removesuffix("weight") + "bias"
+
+    @property
+    def stem(self) -> str:
+        """What keys of a layer's norm begin with, inside the layer."""
+        return self.key.removeprefix(_LAYERS).removesuffix("weight")
 
 
 @dataclass(frozen=True)
@@ -210,19 +241,23 @@ class Experts:
 
 @dataclass(frozen=True)
 class Table:
-    """A vocabulary table [vocab, hidden], padded and cut over TP by rows.
+    """A table [rows, hidden] of vectors that tokens, or their positions, look up.
+
+    Those of a vocabulary are padded and cut over TP by rows; every rank holds all positions.
 
     Attributes:
         name: In the Megatron model.
         hf: Hugging Face module.
         gguf: llama.cpp tensor without its suffix.
         trtllm: TensorRT-LLM module.
+        rows: Axis of the rows.
     """
 
     name: str
     hf: str
     gguf: str
     trtllm: str
+    rows: Axis = "vocab"
 
     @property
     def key(self) -> str:
@@ -265,6 +300,25 @@ MLP_NORM = Norm(
 )
 # Behind it are a router and experts, so that Transformer Engine does not keep it in a linear.
 MIXTURE_NORM = replace(MLP_NORM, key="decoder.layers.pre_mlp_layernorm.weight")
+# Of what attention and MLP add to the hidden states (Gemma 2 and 3); `specs/post_norm.py` puts them
+# where Megatron adds. Checkpoints hold them as NeMo does.
+ATTENTION_OUTPUT_NORM = Norm(
+    "self_attn_bda.norm",
+    "hidden",
+    key="decoder.layers.self_attention.linear_proj.post_layernorm.weight",
+    hf="post_attention_layernorm",
+    gguf="post_attention_norm",
+    trtllm="post_layernorm",
+)
+MLP_OUTPUT_NORM = Norm(
+    "mlp_bda.norm",
+    "hidden",
+    key="decoder.layers.mlp.linear_fc2.post_layernorm.weight",
+    hf="post_feedforward_layernorm",
+    gguf="post_ffw_norm",
+    trtllm="post_feedforward_layernorm",
+)
+OUTPUT_NORMS = (ATTENTION_OUTPUT_NORM, MLP_OUTPUT_NORM)
 QUERY_NORM = Norm(
     "self_attention.q_layernorm",
     "head",
@@ -364,11 +418,28 @@ def expert_linears(experts: Experts, count: int) -> tuple[Linear, ...]:
     return tuple(found)
 
 
+# An MLP without a gate. Nothing feeds its second linear whose channels could be scaled instead.
+PLAIN_FC1 = Linear(
+    FC1.name,
+    "column",
+    "hidden",
+    (Part("intermediate", "mlp.up_proj", "ffn_up", "mlp.fc"),),
+    norm=MLP_NORM.name,
+)
+PLAIN_FC2 = Linear(FC2.name, "row", "intermediate", FC2.parts)
+
 EMBEDDING = Table(
     "embedding.word_embeddings", "model.embed_tokens", "token_embd", "transformer.vocab_embedding"
 )
 OUTPUT_LAYER = Table("output_layer", "lm_head", "output", "lm_head")
-TABLES = (EMBEDDING, OUTPUT_LAYER)
+TABLES = (EMBEDDING, OUTPUT_LAYER)  # of the vocabulary
+POSITIONS = Table(
+    "embedding.position_embeddings",
+    "transformer.wpe",
+    "position_embd",
+    "transformer.position_embedding",
+    rows="positions",
+)
 
 CORE_ATTENTION = Cache(
     "self_attention.core_attention",
@@ -379,6 +450,7 @@ CORE_ATTENTION = Cache(
 
 # Of a dense decoder with a gated MLP, in the order of the forward pass.
 DENSE_LINEARS = (QKV, PROJ, FC1, FC2)
+PLAIN_LINEARS = (QKV, PROJ, PLAIN_FC1, PLAIN_FC2)
 DENSE_NORMS = (INPUT_NORM, MLP_NORM)
 
 

@@ -28,7 +28,8 @@ view and matmul of 8 numbers took 0.98 to 1.05 of the time without this file, as
 among themselves; a `TorchFunctionMode`, the shorter way to write this, takes 2.0 to 2.4 times as long.
 
 Not bridged: CUDA streams and events elsewhere (FSDP, offloading, CUDA graphs, several optimizer
-instances), grouped GEMMs and Mamba kernels, persistent asynchronous checkpoint writers. `overlap_p2p_comm` together with
+instances), grouped GEMMs and Mamba kernels, persistent asynchronous checkpoint writers.
+`overlap_p2p_comm` together with
 `deallocate_pipeline_outputs` gives wrong numbers: Megatron frees a tensor that gloo is still sending,
 which is safe only where the allocator follows the stream.
 """
@@ -180,7 +181,9 @@ def _bridge_uneven_collectives() -> None:
     mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
     gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
-    def gather_uneven(x: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+    def gather_uneven(
+        x: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
         if sizes is None or group.size() == 1:
             return gather(x, group, sizes, use_global_buffer)
         filled = x.new_zeros(max(sizes), *x.shape[1:])
@@ -190,7 +193,9 @@ def _bridge_uneven_collectives() -> None:
         pieces = zip(whole.chunk(len(sizes)), sizes, strict=True) if len(filled) else ()
         return torch.cat([piece[:size] for piece, size in pieces]) if len(filled) else whole
 
-    def scatter_uneven(x: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+    def scatter_uneven(
+        x: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
         if sizes is None or group.size() == 1:
             return scatter(x, group, sizes, use_global_buffer)
         total = x.clone()

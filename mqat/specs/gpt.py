@@ -4,6 +4,7 @@ Nothing that is already built is touched, and the given spec is not modified.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -32,11 +33,14 @@ from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from mqat.quant.scheme import LinearScheme
+from mqat.specs.backend import SdpaAttention, with_softcap
 from mqat.specs.config_check import check_config
 from mqat.specs.experts import check_mixture, with_experts
-from mqat.specs.slots import spec_slot, with_slots
+from mqat.specs.slots import class_name, spec_slot, with_slots
 from mqat.specs.transformer_engine import FUSED_LINEAR, adapt_layer_spec
+from mqat.specs.window import with_own_positions
 
+_SELF_ATTENTION = "self_attention"
 _REPLACEMENTS = {"column": QuantColumnParallelLinear, "row": QuantRowParallelLinear}
 
 
@@ -77,6 +81,30 @@ def _check_core_attention(spec: ModuleSpec, config: Any) -> None:
         )
 
 
+def _own_attention(spec: ModuleSpec, model: DecoderConfig, layer: int) -> ModuleSpec:
+    """A copy with what attention of one layer does that Megatron's configuration cannot say.
+
+    Raises:
+        UserError: Scores are capped, and the spec's core attention cannot do that.
+    """
+    cap = model.attention_softcap
+    if cap is not None:
+        core = spec_slot(spec, CORE_ATTENTION.name)
+        core = core.module if isinstance(core, ModuleSpec) else core
+        if not (isinstance(core, type) and issubclass(core, SdpaAttention)):
+            raise UserError(
+                f"layer spec: {CORE_ATTENTION.name} is {class_name(core)}, which does not cap scores at "
+                f"{cap:g}, as this model's are; use mqat.specs.backend.SdpaAttention "
+                "(model.transformer_engine=false)."
+            )
+        spec = with_slots(spec, {CORE_ATTENTION.name: with_softcap(core, cap)})
+    if model.windowed_rope_theta is not None:
+        own = spec_slot(spec, _SELF_ATTENTION)
+        module = with_own_positions(own.module, layer in model.windowed_layers)
+        spec = with_slots(spec, {_SELF_ATTENTION: replace(own, module=module)})
+    return spec
+
+
 def quantize_layer_spec(
     spec: ModuleSpec,
     schemes: Mapping[str, Scheme],
@@ -109,7 +137,9 @@ def quantize_layer_spec(
     experts = [linear for linear in linears if linear.expert is not None]
     if experts:
         check_mixture(spec)
-    spec = adapt_layer_spec(spec, [x for x in linears if x.expert is None], has_experts=bool(experts))
+    spec = adapt_layer_spec(
+        spec, [x for x in linears if x.expert is None], has_experts=bool(experts)
+    )
     _check_norms(spec, norms)
 
     def replacement(linear: Linear) -> ModuleSpec:
@@ -169,9 +199,10 @@ def quantize_block_spec(
     specs = []
     for layer in range(offset, offset + count):
         schemes = {n: layers[in_layer(layer, n)] for n in names if in_layer(layer, n) in layers}
+        own = _own_attention(spec, model, layer)
         specs.append(
             quantize_layer_spec(
-                spec, schemes, layer=layer, num_shards=shard_count(model), biases=model.biases,
+                own, schemes, layer=layer, num_shards=shard_count(model), biases=model.biases,
                 linears=model.linears, norms=model.norms,
             )
         )  # fmt: skip

@@ -224,7 +224,7 @@ def stochastic_columns(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`reference.rms_norm`.
 
-    Heads of a fused projection lie apart or not, depending on how many a rank holds: the result does not.
+    Heads of a fused projection lie apart or not, depending on how many a rank has: results do not.
     """
     x = x.contiguous()
     if not _serves_floats(x, weight):

@@ -1,0 +1,49 @@
+"""Positions and attention in a TensorRT-LLM `config.json`; what its classes do not compute is refused.
+
+Sources: TensorRT-LLM `models/{llama,qwen,gemma}/config.py`, `functional.py` (RotaryScalingType),
+`layers/attention.py`.
+"""
+
+from typing import Any
+
+from mqat.errors import UserError
+from mqat.models.decoder import DecoderConfig
+
+_SCALINGS = ("linear", "dynamic", "llama3")
+
+
+def position_fields(model: DecoderConfig) -> dict[str, Any]:
+    """Keys of rotary positions.
+
+    Raises:
+        UserError: The model has a scaling or a window that the checkpoint format cannot say.
+    """
+    family = model.architecture
+    if family.positions is not None:
+        return {"position_embedding_type": "learned_absolute"}
+    scaling = dict(model.rope_scaling or {})
+    kind = scaling.pop("rope_type", None)
+    window, longest = model.sliding_window, model.max_position_embeddings
+    unsaid = {
+        f"rope_scaling of type {kind!r}": kind is not None and kind not in _SCALINGS,
+        f"sliding_window={window} with sequences of up to {longest} tokens": (
+            window is not None and window < longest
+        ),
+        f"rotary_fraction={model.rotary_fraction:g}": (
+            model.rotary_fraction != 1 and family.trtllm_fraction is None
+        ),
+    }
+    for what, is_unsaid in unsaid.items():
+        if is_unsaid:
+            raise UserError(
+                f"export.format=trtllm: {what} has no key in a checkpoint of a {model.family} model, "
+                "which TensorRT-LLM would compute differently; use export.format=hf."
+            )
+    told = {family.trtllm_fraction: model.rotary_fraction} if family.trtllm_fraction else {}
+    return told | {
+        "position_embedding_type": (
+            "rope_gptj" if family.is_rotary_interleaved else "rope_gpt_neox"
+        ),
+        "rotary_base": model.rope_theta,
+        "rotary_scaling": {"type": kind, **scaling} if kind else None,
+    }
