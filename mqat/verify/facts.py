@@ -89,7 +89,7 @@ def _read_raw(family: str) -> dict[str, Any]:
 
 def read_facts(family: str) -> Facts:
     """The facts of a family whose file exists."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "biases": {},
         "experts": {},
         "positions": {},
