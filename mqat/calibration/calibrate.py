@@ -98,7 +98,11 @@ def calibrate(
         own = {f"{name}." for name in names}
         seen = [o for name, o in observers.items() if f"{name.rpartition('.')[0]}." in own]
         maxima = [
-            *(amax[n] for n in names if n in amax and tp_axis(modules[n], "weight", "scale") is None),
+            *(
+                amax[n]
+                for n in names
+                if n in amax and tp_axis(modules[n], "weight", "scale") is None
+            ),
             *(whole[name] for name in names if name in whole),
             *(overflow[name] for name in names if name in overflow),
             *(observer.statistics for observer in seen),

@@ -38,7 +38,7 @@ def check_recipes(
         if needs_input_hessian(recipe) and model.linear(split_name(name)[1]).expert is not None:
             raise UserError(
                 f"{name}: smoothquant, weight_calibrator=awq and rounding=gptq look at all inputs of a "
-                "linear, which is not done for experts, each of which sees some tokens only. Give experts "
+                "linear, which is not done for experts, each of which sees some tokens only. Give them "
                 "an algorithm without a recipe (int4, nvfp4, fp8, int8) by a rule with pattern "
                 "'*.mlp.experts.*', and weight_calibrator=mse if their scales are to be searched."
             )

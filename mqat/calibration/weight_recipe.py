@@ -91,7 +91,9 @@ def apply_weight_recipe_(
         experts = {n: x for n, x in own.items() if x.expert_groups is not None}
         dense = {n: x for n, x in own.items() if n not in experts}
         for part in (dense, experts):  # each among ranks of its own
-            calibrator = WeightCalibrator(part, span, pairs if part is dense else {}, input_hessians)
+            calibrator = WeightCalibrator(
+                part, span, pairs if part is dense else {}, input_hessians
+            )
             calibrator.smoothquant_()
             with on_all_ranks():
                 calibrator.choose_scales()

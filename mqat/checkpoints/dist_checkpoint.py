@@ -95,11 +95,11 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     Under expert parallelism Megatron has a second optimizer, of experts. States of tensors have the same
     names with one and with two; the settings of parameter groups are taken from where they are.
     """
-    parts = optimizer.chained_optimizers
-    saved = [state[n] for n in range(len(state)) if "optimizer" in state.get(n, ())] or [state]
+    parts, by_number = optimizer.chained_optimizers, dict[Any, Any](state)
+    saved = [by_number[n] for n in range(2) if "optimizer" in by_number.get(n, ())] or [state]
     groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
     for number, distributed in enumerate(parts):
-        own = state if len(parts) == 1 else state[number]
+        own = state if len(parts) == 1 else by_number[number]
         tensors = own.pop("param_state")
         settings = {**saved[0], "optimizer": dict(saved[0]["optimizer"])}
         settings["optimizer"]["param_groups"] = [

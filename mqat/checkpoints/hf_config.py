@@ -170,12 +170,12 @@ def _check_everywhere(hf: Mapping[str, Any], mixture: Mixture) -> None:
     for key, value in mixture.is_everywhere.items():
         if hf.get(key, value) not in (value, None):
             raise UserError(
-                f"config.json: {key}={hf[key]!r} leaves layers without experts; only models with experts "
+                f"config.json: {key}={hf[key]!r} leaves layers without experts; only models with them "
                 f"in every layer are built ({key}={value!r})."
             )
 
 
-def _experts(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
+def _experts(family: Family, hf: Told) -> dict[str, Any]:
     """The description's fields about experts; empty for dense models."""
     mixture = family.mixture
     if mixture is None:

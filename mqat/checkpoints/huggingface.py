@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mqat.checkpoints.fused_experts import one_by_one
 from mqat.checkpoints.hf_config import decoder_config
 from mqat.checkpoints.stored_tensors import check_layer_count, check_tensors, finite
 from mqat.data.strict_json import parse_json
@@ -55,6 +56,9 @@ class HuggingFaceCheckpoint:
         kept = {n: own for n, own in self._stored.items() if not n.endswith(family.hf_buffers)}
         shapes = {name: shapes[own] for name, own in kept.items()}
         dtypes = {name: dtypes[own] for name, own in kept.items()}
+        dtypes_of_stored = dtypes
+        shapes, self._places = one_by_one(shapes, self.config)
+        dtypes = {name: dtypes_of_stored[self._places[name].name] for name in shapes}
         table, head = f"{family.embedding.hf}.weight", f"{family.output_layer.hf}.weight"
         has_copy = self.config.tie_word_embeddings and head in shapes
         told = (path, shapes, self.config, "config.json")
@@ -142,12 +146,18 @@ class HuggingFaceCheckpoint:
         Raises:
             UserError: An element is NaN or infinite.
         """
-        own = self._stored.get(name)
-        if own is None:
+        place = self._places.get(name)
+        if place is None:
             raise UserError(f"{self.path}: tensor {name!r} is missing from the checkpoint.")
+        own = self._stored[place.name]
         with safe_open(self._files[own], framework="pt") as handle:
             view = handle.get_slice(own)
-            return finite(self.path, name, view[rows] if cols is None else view[rows, cols])
+            if place.expert is not None:
+                wanted = slice(place.first_row + rows.start, place.first_row + rows.stop)
+                values = view[place.expert : place.expert + 1, wanted, cols or slice(None)][0]
+            else:
+                values = view[rows] if cols is None else view[rows, cols]
+            return finite(self.path, name, values)
 
 
 # Suffix of other files -> what to do with them.

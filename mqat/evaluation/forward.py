@@ -97,8 +97,8 @@ def run_microbatches(
     all of them inside `whole_sequences` (`are_whole`).
 
     Forward only, a rank may have none: nothing in a model's forward pass waits for other
-    data-parallel ranks, unless they share experts. Padding and filler (`token_mask`) pass through the model like any token, but
-    what watches it, calibration or the quality report, leaves them out.
+    data-parallel ranks, unless they share experts. Padding and filler (`token_mask`) pass through the
+    model like any token, but what watches it, calibration or the quality report, leaves them out.
     """
     if forward_only and not microbatches:
         return []

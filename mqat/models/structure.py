@@ -394,6 +394,8 @@ PLAIN_FC2 = Linear(FC2.name, "row", "intermediate", FC2.parts)
 # In Megatron-Core's `SequentialMLP`, whose checkpoints have one name for all experts.
 EXPERTS = "mlp.experts"
 _STACKED_EXPERTS = f"{EXPERTS}.experts"
+# Tensors of a layer in which transformers 5 has the parts of all experts: gate above up; down.
+FUSED_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ROUTER = Router("mlp.router", "mlp.gate", "mlp.router")
 
 

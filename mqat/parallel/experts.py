@@ -73,14 +73,19 @@ class QuantExperts(SequentialMLP):  # type: ignore[misc]
             self.local_experts.append(expert)
 
     def forward(
-        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
         """Tokens [n, H] sorted by expert -> their outputs times `permuted_probs` [n].
 
         An expert without tokens is called, too: its gradients are zero, not missing.
         """
         counts = tokens_per_expert.tolist()
-        pairs = zip(permuted_local_hidden_states.split(counts), permuted_probs.split(counts), strict=True)
+        pairs = zip(
+            permuted_local_hidden_states.split(counts), permuted_probs.split(counts), strict=True
+        )
         outputs = [
             _weighted(expert, tokens, probs)
             for expert, (tokens, probs) in zip(self.local_experts, pairs, strict=True)

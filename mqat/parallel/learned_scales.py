@@ -75,7 +75,9 @@ def learn_scales_(model: Any, *, weights: Rule | None = None, inputs: Rule | Non
             spans = scale_spans_ranks(linear, kind) and tp > 1
             scale: Any = quantizer.learn_(rule, factor * (tp if spans else 1))
             scale.average_gradients_across_tp_domain = spans
-            scale.allreduce = getattr(linear.weight, "allreduce", True)  # of an expert: with its copies
+            scale.allreduce = getattr(
+                linear.weight, "allreduce", True
+            )  # of an expert: with its copies
             axis = tp_axis(linear, kind, "scale")
             # Counted once in the gradient norm: from every rank if cut, else from the first.
             set_tensor_model_parallel_attributes(scale, axis is not None and tp > 1, axis or 0, 1)

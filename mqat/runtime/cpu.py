@@ -17,16 +17,19 @@ The only place in mqat that replaces functions of other packages.
 | `torch.cuda.Stream()`, `stream(...)` and      | the CPU's stream, and a stream that copies at     |
 | events of token dispatchers                   | once                                              |
 | split sizes of an all-to-all left as tensors  | numbers, as they become when copied off a device  |
+| gathers and reduce-scatters of ranks with      | an all-gather filled up to the largest, and an    |
+| other numbers of tokens, which gloo lacks     | all-reduce                                        |
 | `te_general_gemm` without Transformer Engine  | None, for which routers multiply with torch       |
 
-Collectives need no bridge: gloo has all that Megatron uses, 64-bit integers included.
+Other collectives need no bridge: gloo has all that Megatron uses, 64-bit integers included.
 
 Nothing is paid per tensor operation: over four processes each, the fastest add, empty, mul_, zeros,
 view and matmul of 8 numbers took 0.98 to 1.05 of the time without this file, as much as such runs differ
 among themselves; a `TorchFunctionMode`, the shorter way to write this, takes 2.0 to 2.4 times as long.
 
 Not bridged: CUDA streams and events elsewhere (FSDP, offloading, CUDA graphs, several optimizer
-instances), grouped GEMMs and Mamba kernels, persistent asynchronous checkpoint writers. `overlap_p2p_comm` together with
+instances), grouped GEMMs and Mamba kernels, persistent asynchronous checkpoint writers.
+`overlap_p2p_comm` together with
 `deallocate_pipeline_outputs` gives wrong numbers: Megatron frees a tensor that gloo is still sending,
 which is safe only where the allocator follows the stream.
 """
@@ -173,6 +176,36 @@ def _bridge_token_dispatchers() -> None:
     dispatcher.torch = with_streams
 
 
+def _bridge_uneven_collectives() -> None:
+    """Between ranks that share each of several experts: some have more tokens for them than others."""
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(
+        x: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if sizes is None or group.size() == 1:
+            return gather(x, group, sizes, use_global_buffer)
+        filled = x.new_zeros(max(sizes), *x.shape[1:])
+        filled[: len(x)] = x
+        whole = x.new_empty(len(sizes) * len(filled), *x.shape[1:])
+        torch.distributed.all_gather_into_tensor(whole, filled, group=group)
+        pieces = zip(whole.chunk(len(sizes)), sizes, strict=True) if len(filled) else ()
+        return torch.cat([piece[:size] for piece, size in pieces]) if len(filled) else whole
+
+    def scatter_uneven(
+        x: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if sizes is None or group.size() == 1:
+            return scatter(x, group, sizes, use_global_buffer)
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = scatter_uneven
+
+
 def _import_without_compiling() -> None:
     """Leaves the functions that Megatron hands to `torch.compile` as they are.
 
@@ -202,4 +235,5 @@ def install() -> None:
             importlib.import_module(name).torch = proxy
         _bridge_rng_tracker()
         _bridge_token_dispatchers()
+        _bridge_uneven_collectives()
     torch.cuda._mqat_cpu = True  # type: ignore[attr-defined]

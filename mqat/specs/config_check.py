@@ -61,7 +61,8 @@ _HARMLESS = {
 # With experts, fields that begin with `moe_` are harmless only if they are among these: how tokens
 # travel, and what is added to the loss.
 _HARMLESS_OF_EXPERTS = {
-    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_token_dispatcher_type",
+    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+    "moe_token_dispatcher_type",
     "moe_enable_deepep", "moe_flex_dispatcher_backend", "moe_per_layer_logging", "moe_permute_fusion",
     "moe_router_fusion", "moe_layer_recompute", "moe_token_drop_policy", "moe_router_dtype",
     "moe_deepep_num_sms", "moe_hybridep_num_sms", "moe_extended_tp", "moe_shared_expert_overlap",

@@ -34,8 +34,8 @@ def check_mixture(spec: Any) -> None:
         held = class_name(spec_slot(spec, slot))
         if held not in [known.__name__ for known in classes]:
             raise UserError(
-                f"layer spec: the slot {slot} holds {held}, but the model has experts, whose linears are "
-                f"quantized one by one: it must hold {classes[0].__name__}. Build the spec with "
+                f"layer spec: the slot {slot} holds {held}, but the model has experts, whose linears "
+                f"are quantized one by one: it must hold {classes[0].__name__}. Build the spec with "
                 "moe_grouped_gemm=False, or use mqat.specs.backend.gpt_layer_spec()."
             )
 

@@ -207,11 +207,11 @@ class Policy:
             algorithm = next(matching, default)
             if algorithm is not None:
                 found[name] = algorithm
-        for name, algorithm in found.items():
-            if algorithm.scheme.output is not None and is_expert(name):
+        for name, chosen in found.items():
+            if chosen.scheme.output is not None and is_expert(name):
                 raise UserError(
-                    f"quantization.rules: {name} has no output to quantize: what experts return is added "
-                    "up over ranks first. Quantize weight and input only."
+                    f"quantization.rules: {name} has no output to quantize: what experts return is "
+                    "added up over ranks first. Quantize weight and input only."
                 )
         for table in tables:
             algorithm = next((algorithm for p, algorithm in by_pattern if p == table), None)

@@ -23,8 +23,8 @@ def main() -> None:
     from mqat.checkpoints.load_model import load_model
     from mqat.evaluation.forward import logits
 
-    model = load_model(args.model, tensor_parallel=args.tp, pipeline_parallel=args.pp,
-                       expert_parallel=args.ep, sequence_parallel=args.sp, lowered=args.lowered)  # fmt: skip
+    layout = {"tensor_parallel": args.tp, "pipeline_parallel": args.pp, "expert_parallel": args.ep}
+    model = load_model(args.model, **layout, sequence_parallel=args.sp, lowered=args.lowered)
     result = logits(model.chunks, torch.load(args.tokens))
     if groups.is_main():
         torch.save(result.cpu(), args.out)

@@ -36,13 +36,18 @@ QWEN2 = DecoderConfig(
     family="qwen2", biases=LINEARS[:1],
 )  # fmt: skip
 BIASED = dataclasses.replace(MODEL, biases=LINEARS)
-# Experts narrower than their description's MLP; two layers, so that they cost as much as four dense ones.
+# Experts narrower than their description's MLP.
 EXPERTS = DecoderConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2, num_attention_heads=4,
     num_query_groups=2, head_dim=32, tie_word_embeddings=True, family="qwen3_moe", num_experts=4,
     experts_per_token=2, expert_intermediate_size=64, normalizes_expert_weights=False,
 )  # fmt: skip
-MODELS = {"llama": MODEL, "biased": BIASED, "qwen2": QWEN2, "experts": EXPERTS}
+MIXTRAL = dataclasses.replace(
+    EXPERTS, family="mixtral", normalizes_expert_weights=True, intermediate_size=64
+)
+MODELS = {
+    "llama": MODEL, "biased": BIASED, "qwen2": QWEN2, "experts": EXPERTS, "mixtral": MIXTRAL,
+}  # fmt: skip
 TABLES = (
     Rule("embedding.word_embeddings", "int4"),
     Rule(
@@ -110,9 +115,8 @@ def avoid_an_expert(chunks: list[Any]) -> None:
     """Leaves the last expert of the first layer without tokens."""
     for layer in (layer for chunk in chunks for layer in chunk.module.decoder.layers):
         if layer.layer_number == 1:
-            router = layer.mlp.router
-            away = torch.tensor([0.0, 0.0, 0.0, -1e4])
-            router.gating = lambda x, gating=router.gating: gating(x) + away
+            router, away = layer.mlp.router, torch.tensor([0.0, 0.0, 0.0, -1e4])
+            router.gating = lambda x, gating=router.gating, away=away: gating(x) + away
 
 
 def run(args: argparse.Namespace) -> None:

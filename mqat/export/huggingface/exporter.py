@@ -83,8 +83,8 @@ class HuggingFaceExporter:
         if not static:
             return None
         return (
-            f"{static[0]} and {len(static) - 1} more linears of experts have input scales of their own; "
-            "vLLM computes the experts of a layer with the largest of them. Inputs per token (fp8_pc_pt, "
+            f"{static[0]} and {len(static) - 1} more linears of experts have input scales of their "
+            "own; vLLM computes the experts of a layer with the largest. Inputs per token (fp8_pc_pt, "
             "int8_pc_pt) or unquantized (int4) are served as trained."
         )
 

@@ -42,7 +42,7 @@ class TensorRtLlmExporter:
         layers, tp = linear_schemes(schemes), options.tensor_parallel
         if model.num_experts:
             raise UserError(
-                f"export.format=trtllm: {model.family} has experts, which are not written in TensorRT-LLM's "
+                f"export.format=trtllm: {model.family} has experts, which are not written in its "
                 "stacked layout; use export.format=hf, which its PyTorch backend reads too "
                 "(export.style=modelopt)."
             )

@@ -28,7 +28,12 @@ CASES = [
     ("mixtral", "int4-experts", None, ["weight_packed", "weight_scale", "weight_shape"]),
     ("qwen3_moe", "int8_pc_pt", None, ["weight", "weight_scale"]),
     ("qwen3_moe", "fp8-experts", "modelopt", ["input_scale", "weight", "weight_scale"]),
-    ("mixtral", "nvfp4-experts", "modelopt", ["input_scale", "weight", "weight_scale", "weight_scale_2"]),
+    (
+        "mixtral",
+        "nvfp4-experts",
+        "modelopt",
+        ["input_scale", "weight", "weight_scale", "weight_scale_2"],
+    ),
 ]
 EXPERT = {"mixtral": "block_sparse_moe.experts.1.w1", "qwen3_moe": "mlp.experts.1.gate_proj"}
 ROUTER = {"mixtral": "block_sparse_moe.gate", "qwen3_moe": "mlp.gate"}
@@ -84,7 +89,9 @@ def test_a_clean_directory_passes_and_computes_what_transformers_does(case, tmp_
         plain = write_checkpoint(tmp_path / "plain", model, {}, tensors=state)
         export_hf(plain, tmp_path / "out", dtype="float32")
         expected = transformers_logits(tmp_path / "out")
-    report = verify_export(directory, reference=checkpoint, tokens=TOKENS, reference_logits=expected)
+    report = verify_export(
+        directory, reference=checkpoint, tokens=TOKENS, reference_logits=expected
+    )
     assert report.problems == [] and report.compared_with_checkpoint
     if expected is not None:
         assert report.max_abs_difference < 1e-4
@@ -117,7 +124,9 @@ def changed(directory, tmp_path, change):
 def test_a_flipped_bit_and_swapped_experts_are_named(case, tmp_path):
     family, _, checkpoint, directory, names = case
     prefix = f"model.layers.1.{EXPERT[family]}."
-    for number, name in enumerate([*(prefix + n for n in names), f"model.layers.1.{ROUTER[family]}.weight"]):
+    for number, name in enumerate(
+        [*(prefix + n for n in names), f"model.layers.1.{ROUTER[family]}.weight"]
+    ):
 
         def flip(tensors, name=name):
             bits = tensors[name].view(-1).view(torch.uint8)
@@ -129,10 +138,15 @@ def test_a_flipped_bit_and_swapped_experts_are_named(case, tmp_path):
 
     def swap(tensors):
         for name in names:
-            one, other = prefix + name, prefix.replace(".1.", ".2.").replace("layers.2", "layers.1") + name
+            one, other = (
+                prefix + name,
+                prefix.replace(".1.", ".2.").replace("layers.2", "layers.1") + name,
+            )
             tensors[one], tensors[other] = tensors[other], tensors[one]
 
-    problems = verify_export(changed(directory, tmp_path / "swap", swap), reference=checkpoint).problems
+    problems = verify_export(
+        changed(directory, tmp_path / "swap", swap), reference=checkpoint
+    ).problems
     assert any(prefix in problem for problem in problems)
 
 
