@@ -375,8 +375,9 @@ def describe(plan: RunPlan) -> dict[str, Any]:
 def memory_estimate(plan: RunPlan) -> dict[str, str]:
     """Bytes of weights, gradients and optimizer state on the fullest rank.
 
-    Experts are cut over EP and over TP of their own. fp32 gradient buffer; AdamW moments, and a fp32 copy of bf16 weights, spread over data- and
-    context-parallel ranks (distributed optimizer). Activations are not counted.
+    Experts are cut over EP and over TP of their own. fp32 gradient buffer; AdamW moments, and a fp32
+    copy of bf16 weights, spread over data- and context-parallel ranks (distributed optimizer).
+    Activations are not counted.
     """
     model, settings = plan.model, plan.config.model
     own = model.num_layers  # copies of a linear
