@@ -81,8 +81,8 @@ def describe_model(model: Any) -> DecoderConfig:
     families = [
         family
         for family in FAMILIES.values()
-        if has_norms == (QUERY_NORM in family.norms)
-        and has_experts == (family.mixture is not None)
+        if has_experts == (family.mixture is not None)
+        and has_norms == (QUERY_NORM in family.norms)
         and family.may_have(biases)
     ]
     if not families:

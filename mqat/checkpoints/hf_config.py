@@ -132,12 +132,12 @@ def token_ids(given: Mapping[str, Any], vocab_size: int) -> dict[str, int | list
 def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
     """Refuses what no line of this module, and no model in transformers, knows to be harmless."""
     window = family.window
-    own: set[str | int | None] = {
+    own: set[str | None] = {
         *family.bias_switches, *family.attention, *family.hf_keys.values(), *family.hf_harmless
     }  # fmt: skip
     understood = _UNDERSTOOD - family.hf_keys.keys()
     if window is not None:
-        own |= {"sliding_window", window.switch, *(window.every or ())}
+        own |= {"sliding_window", window.switch, window.every and window.every[0]}
     mixture = family.mixture
     if mixture is not None:
         own |= {*_COUNTS, mixture.size, mixture.normalizes, *_MIXTURE}

@@ -153,7 +153,8 @@ def _windowed_layers(family: Family, hf: Mapping[str, Any], layers: int) -> list
     """Where `layer_types` does not say it."""
     told = family.window
     if told is not None and told.every is not None:
-        every = whole(hf, *told.every)
+        key, every = told.every
+        every = every if key is None else whole(hf, key, every)
         return [layer for layer in range(layers) if (layer + 1) % every]
     if told is not None and told.first_layer is not None:
         return list(range(layers))[whole(hf, *told.first_layer, least=0) :]
@@ -180,7 +181,7 @@ def _rope(family: Family, hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] 
         raise UserError(
             f"config.json: {name}={fraction} is not honoured in models of model_type {family.name!r}."
         )
-    return next(iter(thetas), 10000.0), scalings[0] if scalings else None, fraction
+    return next(iter(thetas), family.rope_theta), scalings[0] if scalings else None, fraction
 
 
 def _scaling(family: Family, key: str, rope: Any, hf: Mapping[str, Any]) -> dict[str, Any] | None:

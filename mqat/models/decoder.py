@@ -10,6 +10,8 @@ from typing import Any
 
 from mqat.errors import UserError
 from mqat.models.families.gemma import GEMMA
+from mqat.models.families.gemma2 import GEMMA2
+from mqat.models.families.gemma3 import GEMMA3
 from mqat.models.families.gpt2 import GPT2
 from mqat.models.families.llama import LLAMA
 from mqat.models.families.mistral import MISTRAL
@@ -23,10 +25,9 @@ from mqat.models.families.starcoder2 import STARCODER2
 from mqat.models.family import HF_ATTENTION, Family
 from mqat.models.structure import Axis, Linear, Norm, Router, Table, by_name, expert_linears
 
-_FAMILIES = (
-    LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, NEMOTRON, STARCODER2, PHI3, GPT2, MIXTRAL, QWEN3_MOE
-)  # fmt: skip
-FAMILIES = {family.name: family for family in _FAMILIES}
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, NEMOTRON, STARCODER2, PHI3, GPT2)
+_OF_MIXTURES = (MIXTRAL, QWEN3_MOE)
+FAMILIES = {family.name: family for family in (*_DENSE, *_OF_MIXTURES)}
 # Fields that a family may have no keys for.
 _ATTENTION = (
     "rotary_fraction", "sliding_window", "windowed_layers", "windowed_rope_theta", "attention_scale",
@@ -55,14 +56,6 @@ class DecoderConfig:
     biases: tuple[str, ...] = ()  # names of linears
     # What a Hugging Face config.json says of them: `bos_token_id`, `eos_token_id`, `pad_token_id`.
     token_ids: dict[str, int | list[int]] = field(default_factory=dict)
-    # Of mixtures of experts; 0: a dense model.
-    num_experts: int = 0
-    experts_per_token: int = 0
-    expert_intermediate_size: int = 0
-    # Whether a token's weights for its experts add up to one: a softmax over their scores alone.
-    normalizes_expert_weights: bool = True
-    # Of the load-balancing loss that Hugging Face adds if it is asked for (`output_router_logits`).
-    router_aux_loss_coef: float = 0.0
     # Positions and attention. A token of a windowed layer attends to `sliding_window` tokens, itself
     # included; such layers may have a rotary base of their own, which is never scaled.
     rotary_fraction: float = 1.0  # of a head's channels, from the first on
@@ -72,6 +65,14 @@ class DecoderConfig:
     attention_scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # scores s become c tanh(s / c)
     logit_softcap: float | None = None
+    # Of mixtures of experts; 0: a dense model.
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    # Whether a token's weights for its experts add up to one: a softmax over their scores alone.
+    normalizes_expert_weights: bool = True
+    # Of the load-balancing loss that Hugging Face adds if it is asked for (`output_router_logits`).
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that no layout can make work, and biases that none has."""
@@ -85,37 +86,20 @@ class DecoderConfig:
                 continue
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise UserError(f"model.{size.name}={value}: must be at least 1.")
-        self._check_experts()
         object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))  # likewise
         self._check_positions()
+        self._check_experts()
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.num_query_groups} (num_key_value_heads in Hugging Face)."
             )
 
-    def _check_experts(self) -> None:
-        has_experts = self.architecture.mixture is not None
-        if has_experts != bool(self.num_experts):
-            raise UserError(
-                f"num_experts={self.num_experts}: a {self.family} model has "
-                f"{'experts in every layer' if has_experts else 'none'}."
-            )
-        if self.experts_per_token > self.num_experts:
-            raise UserError(
-                f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}: a token "
-                "cannot go to more experts than there are."
-            )
-        if self.experts_per_token == 1 and self.normalizes_expert_weights:
-            raise UserError(
-                "experts_per_token=1 with normalized weights: the one expert's weight is always 1, so "
-                "the router could not learn, and Megatron-Core refuses it."
-            )
-
     def _check_positions(self) -> None:
         """Refuses what no attention can compute, and what the family has no keys for."""
         family, layers = self.architecture, self.windowed_layers
-        if self.rotary_channels % 2 or self.rotary_channels < 2:
+        is_odd = self.rotary_channels % 2 or self.rotary_channels < 2
+        if is_odd and family.positions is None:
             raise UserError(
                 f"head_dim={self.head_dim}, of which {self.rotary_fraction:g} are rotated: rotary "
                 f"positions turn pairs; {self.rotary_channels} channels must be even, and some."
@@ -160,6 +144,24 @@ class DecoderConfig:
     def architecture(self) -> Family:
         """What the family says of every model of it."""
         return FAMILIES[self.family]
+
+    def _check_experts(self) -> None:
+        has_experts = self.architecture.mixture is not None
+        if has_experts != bool(self.num_experts):
+            raise UserError(
+                f"num_experts={self.num_experts}: a {self.family} model has "
+                f"{'experts in every layer' if has_experts else 'none'}."
+            )
+        if self.experts_per_token > self.num_experts:
+            raise UserError(
+                f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}: a token "
+                "cannot go to more experts than there are."
+            )
+        if self.experts_per_token == 1 and self.normalizes_expert_weights:
+            raise UserError(
+                "experts_per_token=1 with normalized weights: the one expert's weight is always 1, so "
+                "the router could not learn, and Megatron-Core refuses it."
+            )
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -208,9 +210,9 @@ class DecoderConfig:
             "key_value": self.num_query_groups * self.head_dim,
             "head": self.head_dim,
             "vocab": self.vocab_size,
+            "positions": self.max_position_embeddings,
             "experts": self.num_experts,
             "expert_intermediate": self.expert_intermediate_size,
-            "positions": self.max_position_embeddings,
         }
         return sizes[axis]
 
@@ -283,7 +285,7 @@ class DecoderConfig:
             "hidden_act": family.hf_activations[0],
             "rms_norm_eps": self.rms_norm_eps,
             "max_position_embeddings": self.max_position_embeddings,
-            **self._positions_to_hf(),
+            **self.positions_to_hf(),
         }
         own = ((family.hf_keys.get(key, key), value) for key, value in values.items())
         return {
@@ -299,7 +301,7 @@ class DecoderConfig:
             **self.token_ids,
         }
 
-    def _positions_to_hf(self) -> dict[str, Any]:
+    def positions_to_hf(self) -> dict[str, Any]:
         """Keys of positions and attention."""
         family, window = self.architecture, self.architecture.window
         keys: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}

@@ -48,7 +48,7 @@ class SlidingWindow:
         default: Value of `sliding_window` where the key is absent; None: no window.
         switch: Key that turns it on, false where absent; None: it is always on.
         first_layer: Key of the first layer that has it, with its value where absent.
-        every: Key and value where absent of a number n: each n-th layer has none.
+        every: Key, if any, and value where absent of a number n: each n-th layer has none.
 
     `layer_types` goes before `first_layer` and `every`; without these, all layers have the window.
     """
@@ -56,7 +56,7 @@ class SlidingWindow:
     default: int | None
     switch: str | None = None
     first_layer: tuple[str, int] | None = None
-    every: tuple[str, int] | None = None
+    every: tuple[str | None, int] | None = None
 
     @property
     def is_of_all_layers(self) -> bool:
@@ -111,7 +111,7 @@ class Family:
         bias_switches: Key of the Hugging Face `config.json` -> names of linears that it gives biases.
         head_dim_is_stated: transformers has a default of its own for `head_dim`.
         window: How a sliding window is declared; None: there is none.
-        mixture: In the place of a dense MLP; None: there is none.
+        rope_theta: Rotary base where it is absent.
         rotary_fraction: Of a head's channels that are rotated, where `partial_rotary_factor` is absent;
             None: always all.
         is_rotary_interleaved: Neighbouring channels are rotated against each other, not halves.
@@ -125,9 +125,11 @@ class Family:
         may_omit_groups: Without a number of key/value heads there are as many as query heads.
         hf_activations: What it calls the activation; the first is written.
         hf_harmless: Further keys that change nothing here.
+        mixture: In the place of a dense MLP; None: there is none.
         hf_extra: Further keys of the Hugging Face `config.json`.
         trtllm_activation: What TensorRT-LLM calls the activation.
         trtllm_biases: Key of its `config.json` -> linear whose biases it stands for.
+        trtllm_attention: Of the keys of windows and of `attention`, those that it has, too.
         trtllm_fraction: Its key for the part of a head that is rotated; None: always all.
         trtllm_extra: Further keys of TensorRT-LLM's.
     """
@@ -153,7 +155,7 @@ class Family:
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head_dim_is_stated: bool = False
     window: SlidingWindow | None = None
-    mixture: Mixture | None = None
+    rope_theta: float = 10000.0
     rotary_fraction: float | None = None
     is_rotary_interleaved: bool = False
     attention: Mapping[str, float | None] = field(default_factory=dict)
@@ -166,11 +168,13 @@ class Family:
     may_omit_groups: bool = False
     hf_activations: tuple[str, ...] = ("silu",)
     hf_harmless: tuple[str, ...] = ()
+    mixture: Mixture | None = None
     hf_extra: Mapping[str, Any] = field(default_factory=dict)
     trtllm_activation: str = "silu"
     trtllm_biases: Mapping[str, str] = field(
         default_factory=lambda: {"attn_bias": QKV.name, "mlp_bias": FC1.name}
     )
+    trtllm_attention: tuple[str, ...] = ()
     trtllm_fraction: str | None = None
     trtllm_extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -180,7 +184,7 @@ class Family:
 
     @property
     def is_gated(self) -> bool:
-        """Whether the MLP multiplies its activated branch by another one."""
+        """Whether the MLP multiplies its activated branch by another one; experts do."""
         return self.mixture is not None or len(by_name(self.linears)[FC1.name].parts) == 2
 
     @property

@@ -24,8 +24,8 @@ from typing import Literal, Protocol
 
 # Named sizes of a model; `DecoderConfig.size` gives the number.
 Axis = Literal[
-    "hidden", "intermediate", "query", "key_value", "head", "vocab", "positions", "expert_intermediate",
-    "experts",
+    "hidden", "intermediate", "query", "key_value", "head", "vocab", "positions",
+    "expert_intermediate", "experts",
 ]  # fmt: skip
 
 HF_LAYER, GGUF_LAYER, TRTLLM_LAYER = "model.layers.{i}.", "blk.{i}.", "transformer.layers.{i}."
@@ -298,8 +298,6 @@ MLP_NORM = Norm(
     gguf="ffn_norm",
     trtllm="post_layernorm",
 )
-# Behind it are a router and experts, so that Transformer Engine does not keep it in a linear.
-MIXTURE_NORM = replace(MLP_NORM, key="decoder.layers.pre_mlp_layernorm.weight")
 # Of what attention and MLP add to the hidden states (Gemma 2 and 3); `specs/post_norm.py` puts them
 # where Megatron adds. Checkpoints hold them as NeMo does.
 ATTENTION_OUTPUT_NORM = Norm(
@@ -319,6 +317,8 @@ MLP_OUTPUT_NORM = Norm(
     trtllm="post_feedforward_layernorm",
 )
 OUTPUT_NORMS = (ATTENTION_OUTPUT_NORM, MLP_OUTPUT_NORM)
+# Behind it are a router and experts, so that Transformer Engine does not keep it in a linear.
+MIXTURE_NORM = replace(MLP_NORM, key="decoder.layers.pre_mlp_layernorm.weight")
 QUERY_NORM = Norm(
     "self_attention.q_layernorm",
     "head",
@@ -382,6 +382,15 @@ FC2 = Linear(
     fed_by=(FC1.name, 1),
 )
 
+# An MLP without a gate. Nothing feeds its second linear whose channels could be scaled instead.
+PLAIN_FC1 = Linear(
+    FC1.name,
+    "column",
+    "hidden",
+    (Part("intermediate", "mlp.up_proj", "ffn_up", "mlp.fc"),),
+    norm=MLP_NORM.name,
+)
+PLAIN_FC2 = Linear(FC2.name, "row", "intermediate", FC2.parts)
 # In Megatron-Core's `SequentialMLP`, whose checkpoints have one name for all experts.
 EXPERTS = "mlp.experts"
 _STACKED_EXPERTS = f"{EXPERTS}.experts"
@@ -419,16 +428,6 @@ def expert_linears(experts: Experts, count: int) -> tuple[Linear, ...]:
         found += [fc1, fc2]
     return tuple(found)
 
-
-# An MLP without a gate. Nothing feeds its second linear whose channels could be scaled instead.
-PLAIN_FC1 = Linear(
-    FC1.name,
-    "column",
-    "hidden",
-    (Part("intermediate", "mlp.up_proj", "ffn_up", "mlp.fc"),),
-    norm=MLP_NORM.name,
-)
-PLAIN_FC2 = Linear(FC2.name, "row", "intermediate", FC2.parts)
 
 EMBEDDING = Table(
     "embedding.word_embeddings", "model.embed_tokens", "token_embd", "transformer.vocab_embedding"

@@ -156,9 +156,9 @@ def with_softcap(attention: type[SdpaAttention], cap: float) -> type[SdpaAttenti
 def gpt_layer_spec(
     norms: Sequence[NormOfLayer] = DENSE_NORMS,
     attention: type[nn.Module] = SdpaAttention,
-    config: Any = None,
     *,
     num_experts: int = 0,
+    config: Any = None,
 ) -> ModuleSpec:
     """Megatron's local GPT layer spec with `Norm`, a core attention and `Swiglu`.
 
@@ -167,15 +167,15 @@ def gpt_layer_spec(
     Args:
         norms: Of a layer.
         attention: The core attention.
-        num_experts: Of a mixture in the place of the MLP, one expert after the other (`SequentialMLP`).
+        num_experts: Of a mixture in the place of the MLP, one after the other (`SequentialMLP`).
         config: Megatron's, which norms of what attention and MLP add (`OUTPUT_NORMS`) need.
     """
     inner = [norm for norm in norms if norm not in OUTPUT_NORMS]
     slots: dict[str, Any] = {norm.name: Norm for norm in inner}
     mlp = EXPERTS if num_experts else "mlp"
     slots |= {CORE_ATTENTION.name: attention, f"{mlp}.activation_func": Swiglu}
-    local = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=num_experts or None)
-    spec = with_slots(local, slots)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=num_experts or None)
+    spec = with_slots(spec, slots)
     outer = [norm for norm in norms if norm in OUTPUT_NORMS]
     if not outer:
         return spec

@@ -24,6 +24,7 @@ from mqat.models.structure import (
     DENSE_LINEARS,
     DENSE_NORMS,
     KEY_NORM,
+    OUTPUT_NORMS,
     QUERY_NORM,
     Linear,
     Norm,
@@ -35,6 +36,7 @@ from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLine
 from mqat.quant.scheme import LinearScheme
 from mqat.specs.backend import SdpaAttention, with_softcap
 from mqat.specs.config_check import check_config
+from mqat.specs.elementwise import OutputNorm
 from mqat.specs.experts import check_mixture, with_experts
 from mqat.specs.slots import class_name, spec_slot, with_slots
 from mqat.specs.transformer_engine import FUSED_LINEAR, adapt_layer_spec
@@ -56,7 +58,15 @@ def _check_norms(spec: ModuleSpec, norms: Sequence[Norm]) -> None:
                 f"layer spec: the slot {norm.name} holds a norm of query or key heads, which the model "
                 "is not described with: choose a family that has them (qwen3), or a spec without."
             )
-    for norm in norms:
+    for norm in OUTPUT_NORMS:
+        found = class_name(spec_slot(spec, norm.name.partition(".")[0]))
+        if (norm in norms) != (found == OutputNorm.__name__):
+            raise UserError(
+                f"layer spec: {norm.name.partition('.')[0]} is {found}, but "
+                f"{'what is added has a norm' if norm in norms else 'nothing that is added has one'} in "
+                "this family; use mqat.specs.backend.gpt_layer_spec() with the model's norms."
+            )
+    for norm in (norm for norm in norms if norm not in OUTPUT_NORMS):
         slot = spec_slot(spec, norm.name)
         module = slot.module if isinstance(slot, ModuleSpec) else slot
         if module is None or module is IdentityOp:

@@ -266,7 +266,7 @@ def build_model(
         has_activation = spec_slot(layer_spec, f"{mlp}.activation_func") is not None
     config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)
     spec = layer_spec or gpt_layer_spec(
-        model.norms, attention, config, num_experts=model.num_experts
+        model.norms, attention, num_experts=model.num_experts, config=config
     )
     virtual = settings.virtual_pipeline_model_parallel_size
     chunks = []

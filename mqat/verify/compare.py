@@ -107,8 +107,9 @@ def _compare_plain(
         real = slice(0, model.rows(plain.role))
         whole, wanted = torch.cat(served)[real], checkpoint.read(key, (real,))
     elif plain.role == "router":
-        key, lead = facts.key(facts.experts["router"]["checkpoint"]), plain.layer or 0
-        whole, wanted = served[0], checkpoint.read(key, (slice(lead, lead + 1),))[0]
+        assert plain.layer is not None, "every layer has one"
+        key, whole = facts.key(facts.experts["router"]["checkpoint"]), served[0]
+        wanted = checkpoint.read(key, (slice(plain.layer, plain.layer + 1),))[0]
     elif plain.layer is None or plain.role in facts.norms:
         whole, wanted = served[0], _trained_norm(checkpoint, plain, facts)
         less = ("checkpoint" in facts.one_less) - (model.form in facts.one_less)

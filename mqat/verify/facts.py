@@ -90,13 +90,8 @@ def _read_raw(family: str) -> dict[str, Any]:
 def read_facts(family: str) -> Facts:
     """The facts of a family whose file exists."""
     defaults: dict[str, Any] = {
-        "biases": {},
-        "experts": {},
-        "positions": {},
-        "keys": {},
-        "one_less": (),
-        "transposed": (),
-    }
+        "biases": {}, "positions": {}, "keys": {}, "one_less": (), "transposed": (), "experts": {},
+    }  # fmt: skip
     raw = defaults | _read_raw(family)
     order = raw.pop("row_order", {})
     modules: dict[str, dict[str, tuple[str, ...]]] = {"hf": {}, "trtllm": {}}

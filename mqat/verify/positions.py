@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 Raw = Mapping[str, Any]
+# Each n-th layer has no window: TensorRT-LLM's releases differ in the name of n.
+WINDOW_PATTERN = ("sliding_window", "sliding_window_pattern", "_sliding_window_pattern")
 _ORIGINAL = "original_max_position_embeddings"
 # Numbers that a scaling needs, and those that it may have; lists have one for each pair of channels.
 _NEEDED = {
@@ -193,7 +195,7 @@ def _windowed(raw: Raw, facts: Mapping[str, Any], layers: int) -> tuple[int | No
     if how == "layer_types":
         kinds = raw["layer_types"]
         return size, [n for n, kind in enumerate(kinds) if kind == "sliding_attention"]
-    return size, [n for n in range(layers) if (n + 1) % raw["sliding_window_pattern"]]
+    return size, [n for n in range(layers) if (n + 1) % raw[WINDOW_PATTERN[1]]]
 
 
 def position_problems(
@@ -221,8 +223,9 @@ def position_problems(
     known = isinstance(kinds, list) and len(kinds) == layers and all(k in allowed for k in kinds)
     if how == "layer_types" and size is not None and not known:
         yield f"layer_types={kinds!r}, expected sliding_attention or full_attention for each layer"
-    if how == "pattern" and not is_number(raw.get("sliding_window_pattern")):
-        yield f"sliding_window_pattern={raw.get('sliding_window_pattern')!r}, expected an integer"
+    patterns = [raw.get(key) for key in WINDOW_PATTERN[1:]]
+    if how == "pattern" and (patterns[0] != patterns[1] or not is_number(patterns[0])):
+        yield f"{WINDOW_PATTERN[1:]}={patterns}, expected the same positive integer"
 
 
 def _scaling_problems(scaling: Any, kind_key: str, form: str) -> Iterator[str]:

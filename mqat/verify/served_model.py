@@ -133,8 +133,8 @@ def is_positive(value: Any, kind: Any = int) -> bool:
 def model_problems(raw: Raw, keys: Keys, facts: Facts, form: str) -> Iterator[str]:
     """What is wrong with the keys that describe the model, in a format."""
     fixed, of_experts = facts.config[form], facts.experts.get("config", {})
-    sizes = [keys[name] for name in (*SIZES, "head_dim") if name in keys]
-    for key in (*sizes, *of_experts.values()):
+    named = [keys[name] for name in (*SIZES, "head_dim") if name in keys]
+    for key in (*named, *of_experts.values()):
         if not is_positive(raw.get(key)):
             yield f"{key}={raw.get(key)!r}, expected a positive integer"
     for key in (keys[name] for name in NUMBERS if name in keys):

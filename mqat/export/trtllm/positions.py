@@ -24,10 +24,15 @@ def position_fields(model: DecoderConfig) -> dict[str, Any]:
     scaling = dict(model.rope_scaling or {})
     kind = scaling.pop("rope_type", None)
     window, longest = model.sliding_window, model.max_position_embeddings
+    told, pattern = _attention_keys(model), _pattern(model)
+    is_told = "sliding_window" in told and pattern is not None
     unsaid = {
         f"rope_scaling of type {kind!r}": kind is not None and kind not in _SCALINGS,
         f"sliding_window={window} with sequences of up to {longest} tokens": (
-            window is not None and window < longest
+            window is not None and window < longest and not is_told
+        ),
+        "rope_scaling of the layers without a window only": (
+            kind is not None and model.windowed_rope_theta is not None
         ),
         f"rotary_fraction={model.rotary_fraction:g}": (
             model.rotary_fraction != 1 and family.trtllm_fraction is None
@@ -39,7 +44,10 @@ def position_fields(model: DecoderConfig) -> dict[str, Any]:
                 f"export.format=trtllm: {what} has no key in a checkpoint of a {model.family} model, "
                 "which TensorRT-LLM would compute differently; use export.format=hf."
             )
-    told = {family.trtllm_fraction: model.rotary_fraction} if family.trtllm_fraction else {}
+    if family.trtllm_fraction is not None:
+        told[family.trtllm_fraction] = model.rotary_fraction
+    if "sliding_window" in told:  # under both names, of earlier and of later releases
+        told |= dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), pattern)
     return told | {
         "position_embedding_type": (
             "rope_gptj" if family.is_rotary_interleaved else "rope_gpt_neox"
@@ -47,3 +55,25 @@ def position_fields(model: DecoderConfig) -> dict[str, Any]:
         "rotary_base": model.rope_theta,
         "rotary_scaling": {"type": kind, **scaling} if kind else None,
     }
+
+
+def _attention_keys(model: DecoderConfig) -> dict[str, Any]:
+    """What TensorRT-LLM calls as Hugging Face does."""
+    hf = model.positions_to_hf()
+    told = {key: hf.get(key) for key in model.architecture.trtllm_attention}
+    if "rope_local_base_freq" in told and model.windowed_rope_theta is None:
+        told["rope_local_base_freq"] = model.rope_theta
+    return told
+
+
+def _pattern(model: DecoderConfig) -> int | None:
+    """The n of which each n-th layer has no window and all others have one; None: none fits."""
+    layers = range(model.num_layers)
+    return next(
+        (
+            n
+            for n in range(1, model.num_layers + 2)
+            if tuple(i for i in layers if (i + 1) % n) == model.windowed_layers
+        ),
+        None,
+    )

@@ -68,9 +68,10 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
         model = ServedModel(facts, "hf", keys, raw, 1, 1)
         if model.value("num_attention_heads") % model.value("num_query_groups"):
             found = ["num_attention_heads is not a multiple of num_key_value_heads"]
-        of_experts = facts.experts.get("config", {})
-        if of_experts and model.value("experts_per_token") > model.value("num_experts"):
-            found = ["a token has more experts than there are"]
+    of_experts = facts.experts.get("config", {})
+    if not found and of_experts:
+        per_token, count = (raw[of_experts[n]] for n in ("experts_per_token", "num_experts"))
+        found = ["a token has more experts than there are"] if per_token > count else []
     if not found:
         config: Any = raw.get("quantization_config")
         storage = dict.fromkeys(model.linear_names(), UNQUANTIZED)

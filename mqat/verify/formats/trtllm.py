@@ -8,6 +8,7 @@ from typing import Any
 
 from mqat.verify.export import CacheStorage, Export, Rank
 from mqat.verify.facts import find_facts
+from mqat.verify.positions import WINDOW_PATTERN
 from mqat.verify.served_model import (
     SIZES,
     ServedModel,
@@ -66,7 +67,9 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
         return None
     keys = own_keys(_KEYS, facts, "trtllm")
     known = {*keys.values(), *facts.config["trtllm"], *_OTHER} - {keys["rope_type"]}
-    known |= {*map(str, facts.positions.get("trtllm", {}).values())}
+    positions = facts.positions.get("trtllm", {})
+    known |= {*map(str, positions.values())}
+    known |= {*WINDOW_PATTERN} if positions.get("window") == "pattern" else set()
     found = [f"unknown key {key!r}" for key in sorted(set(raw) - known)]
     found += [*model_problems(raw, keys, facts, "trtllm"), *_mapping_problems(raw)]
     found += _quantization_problems(raw.get("quantization"), facts.names["trtllm"])

@@ -29,6 +29,7 @@ LONG = {
     "rope_type": "longrope", "original_max_position_embeddings": 32,
     "short_factor": [1.0 + i / 8 for i in range(12)], "long_factor": [2.0 + i for i in range(12)],
 }  # fmt: skip
+EAGER = {"attn_implementation": "eager"}  # which caps scores
 # Name -> family, keys of its configuration, what a plain model of it would have instead.
 CASES = {
     "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5}}),
@@ -47,19 +48,35 @@ CASES = {
     "window as long as sequences": ("Mistral", {"sliding_window": 64}),
     "window from a layer on": ("Qwen2", {
         "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "gemma 2": ("Gemma2", {
+        "sliding_window": 6, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0}),
+    "gemma 3": ("Gemma3", {
+        "sliding_window": 6, "query_pre_attn_scalar": 40, "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma 3, a pattern": ("Gemma3", {
+        "sliding_window": 6, "query_pre_attn_scalar": 40, "sliding_window_pattern": 2}),
     "windows of a list": ("Qwen3", {
         "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": True,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
 }  # fmt: skip
 
 
-def transformers_model(name: str) -> torch.nn.Module:
+def transformers_model(name: str, **changes: object) -> torch.nn.Module:
     import transformers
 
     family, keys = CASES[name]
+    keys = keys | changes
+    if "layer_types" in keys:  # in turn, for any number of layers
+        count = keys.get("num_hidden_layers", SIZES["num_hidden_layers"])
+        keys["layer_types"] = [keys["layer_types"][i % 3] for i in range(count)]
     sizes = SIZES if family != "Qwen2" else {k: v for k, v in SIZES.items() if k != "head_dim"}
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**sizes | keys)
+    kind = getattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config")
+    config = kind(**sizes | keys, **EAGER)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -121,7 +138,7 @@ def test_a_model_is_the_same_for_transformers_for_training_and_as_exported(
     found = logits([chunk], tokens)
     assert (found - expected).abs().max() <= LIMIT
     if name != "window as long as sequences" and name != "dynamic":  # which change nothing here
-        plain = AutoModelForCausalLM.from_config(without_keys(hf.config, name)).eval()
+        plain = AutoModelForCausalLM.from_config(without_keys(hf.config), **EAGER).eval()
         plain.load_state_dict(hf.state_dict())
         assert (plain(tokens).logits - expected).abs().max() > 10 * LIMIT  # control
 
@@ -141,7 +158,7 @@ def test_a_model_is_the_same_for_transformers_for_training_and_as_exported(
     assert decoder_config(description.to_hf("float32")) == description
     save_checkpoint(tmp_path / "c", [chunk], model=description, layers={}, algorithm=None)
     export_hf(tmp_path / "c", tmp_path / "out", dtype="float32")
-    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **EAGER).eval()
     for key, tensor in hf.state_dict().items():
         assert torch.equal(served.state_dict()[key], tensor), key
     assert (served(tokens).logits - expected).abs().max() <= 1e-6
@@ -149,9 +166,12 @@ def test_a_model_is_the_same_for_transformers_for_training_and_as_exported(
     assert verify_export(tmp_path / "out", reference=tmp_path / "c").problems == []
 
 
-def without_keys(config, name):
+def without_keys(config):
     """The same configuration without what the case is about."""
     changed = type(config).from_dict(config.to_dict())
+    if hasattr(config, "query_pre_attn_scalar"):
+        changed.query_pre_attn_scalar = config.head_dim
+        return changed
     changed.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
     changed.sliding_window = None
     if hasattr(changed, "layer_types"):
@@ -159,7 +179,9 @@ def without_keys(config, name):
     return changed
 
 
-@pytest.mark.parametrize("name", ["yarn", "longrope, long", "window of all layers"])
+@pytest.mark.parametrize(
+    "name", ["yarn", "longrope, long", "window of all layers", "gemma 2", "gemma 3"]
+)
 def test_what_tensorrt_llm_cannot_say_is_refused_before_work(name, world, tmp_path):
     from mqat.checkpoints.dist_checkpoint import save_checkpoint
     from mqat.export.export import export_trtllm
@@ -167,13 +189,17 @@ def test_what_tensorrt_llm_cannot_say_is_refused_before_work(name, world, tmp_pa
     transformers_model(name).save_pretrained(tmp_path / "hf")
     description, chunk = imported(tmp_path / "hf")
     save_checkpoint(tmp_path / "c", [chunk], model=description, layers={}, algorithm=None)
-    what = "sliding_window=7" if "window" in name else "rope_scaling of type"
+    what = {"window of all layers": "sliding_window=7", "gemma 2": "sliding_window=6"}.get(
+        name, "rope_scaling of"
+    )
     with pytest.raises(UserError, match=f"format=trtllm: {what}.* use export.format=hf"):
         export_trtllm(tmp_path / "c", tmp_path / "out", tensor_parallel=1)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["linear", "dynamic", "llama3", "window as long as sequences"])
+@pytest.mark.parametrize(
+    "name", ["linear", "dynamic", "llama3", "window as long as sequences", "gemma 3, a pattern"]
+)
 def test_tensorrt_llm_is_told_the_scalings_that_it_has(name, world, tmp_path, tokens):
     from mqat.checkpoints.dist_checkpoint import save_checkpoint
     from mqat.export.export import export_trtllm
