@@ -103,6 +103,10 @@ class ModelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool = False
+    # Of mixtures of experts: ranks that share a layer's experts, and each expert (null: as TP; or 1).
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    moe_aux_loss_coeff: float = 0.0  # of the load-balancing loss in training (Switch Transformer's)
     micro_batch_size: int = 1
     global_batch_size: int = 8
     activations_checkpoint_granularity: str | None = None  # selective or full
@@ -289,6 +293,9 @@ _MINIMUM = {
     "model.tensor_model_parallel_size": 1,
     "model.pipeline_model_parallel_size": 1,
     "model.context_parallel_size": 1,
+    "model.expert_model_parallel_size": 1,
+    "model.expert_tensor_parallel_size": 1,
+    "model.moe_aux_loss_coeff": 0,
     "model.micro_batch_size": 1,
     "model.global_batch_size": 1,
     "model.data.seq_length": 2,

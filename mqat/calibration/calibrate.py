@@ -2,6 +2,7 @@
 
 The forward passes are layout-exact (`parallel/exact.py`) and every statistic merges exactly, so the
 same sequences give bit-equal scales at any TP, PP, DP, with and without sequence parallelism, and at
+any EP, and at
 any CP if ranks compute with whole sequences (`evaluation.forward.run_layers`); with their own chunks
 alone, attention and GEMMs of other shapes round differently.
 """
@@ -14,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mqat.calibration.idle_experts import idle_experts, substituted
 from mqat.errors import UserError
 from mqat.parallel.linear import quantized_linears, tp_axis
 from mqat.parallel.parameter_sync import gather_parameters
 from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.quant.qparams import statistic_of
-from mqat.runtime.groups import any_rank, on_all_ranks
+from mqat.runtime.groups import any_rank, gathered, on_all_ranks
 
 
 @contextmanager
@@ -44,21 +46,26 @@ def calibrate(
     method: str = "max",
     percentile: float = 99.9999,
     weight_qparams: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> None:
+) -> list[str]:
     """Freezes every quantizer of `model` at the scale found for it.
 
     Args:
         model: Chunk or list of chunks of this rank, with quantized modules.
         run_batches: Runs the forward passes of the calibration set (forward only, all ranks).
-        group: All ranks that hold parts of the same layers: TP x DP x CP of one pipeline stage.
+        group: All ranks that hold parts of the same layers: TP x DP x CP of one pipeline stage. (Experts
+            know the ranks that hold parts and copies of them.)
         method: For inputs and caches: `max`, `percentile`, `mse` or `entropy`.
         percentile: In (0, 100].
         weight_qparams: What weights are frozen with as it is, from `apply_weight_recipe_`, by linear;
             the scales of others are those of their maxima.
 
+    Returns:
+        Global names of experts' linears that no token reached, on every rank: their inputs have the
+        largest scale among the other experts of their layer.
+
     Raises:
-        UserError: On every rank: NaN or infinite values, or a module that no token reached; names
-            it.
+        UserError: On every rank: NaN or infinite values, or a module that no token reached, where that
+            is not one of several experts; names it.
     """
     gather_parameters(model)
     modules, linears = quantized_modules(model), quantized_linears(model)
@@ -87,28 +94,54 @@ def calibrate(
     }
     whole = {name: local.amax().reshape(1) for name, local in amax.items()}  # of two-level scales
     observers = {name: q.observer for name, q in activations.items() if q.observer is not None}
-    spanning = [amax[name] for name in amax if tp_axis(modules[name], "weight", "scale") is None]
-    maxima = [
-        *spanning,
-        *whole.values(),
-        *overflow.values(),
-        *(o.statistics for o in observers.values()),
-    ]
-    all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
-    if method != "max":
-        histograms = [observer.histogram for observer in observers.values()]
-        all_reduce_fused_(histograms, dist.ReduceOp.SUM, group)
+    for names, groups in _sharing(modules, group):
+        own = {f"{name}." for name in names}
+        seen = [o for name, o in observers.items() if f"{name.rpartition('.')[0]}." in own]
+        maxima = [
+            *(
+                amax[n]
+                for n in names
+                if n in amax and tp_axis(modules[n], "weight", "scale") is None
+            ),
+            *(whole[name] for name in names if name in whole),
+            *(overflow[name] for name in names if name in overflow),
+            *(observer.statistics for observer in seen),
+        ]
+        for shared in groups:
+            all_reduce_fused_(maxima, dist.ReduceOp.MAX, shared)
+            if method != "max":
+                histograms = [observer.histogram for observer in seen]
+                all_reduce_fused_(histograms, dist.ReduceOp.SUM, shared)
 
+    idle = idle_experts(modules)
     with on_all_ranks():
         for name, observer in observers.items():
-            observer.check(name)
+            if name.rpartition(".")[0] not in idle:
+                observer.check(name)
         _check_finite(modules, overflow, amax | {n: q["scale"] for n, q in chosen.items()})
     for name in amax:
         modules[name].quantizers["weight"].freeze_(amax[name], whole[name])
     for name, qparams in chosen.items():
         modules[name].quantizers["weight"].load_(qparams)
+    found = {
+        name: observers[name].calibrated(quantizer.scheme, percentile)
+        for name, quantizer in activations.items()
+        if name.rpartition(".")[0] not in idle
+    }
+    found |= substituted(modules, idle, found)
     for name, quantizer in activations.items():
-        quantizer.freeze_(observers[name].calibrated(quantizer.scheme, percentile))
+        quantizer.freeze_(found[name])
+    return sorted({name for names in gathered(sorted(idle)) for name in names})
+
+
+def _sharing(
+    modules: Mapping[str, QuantizedModule], group: dist.ProcessGroup
+) -> Iterator[tuple[list[str], tuple[dist.ProcessGroup, ...]]]:
+    """Names of modules, and the groups of ranks over which their statistics merge, one after another."""
+    yield [n for n, m in modules.items() if m.expert_groups is None], (group,)
+    experts = {n: m.expert_groups for n, m in modules.items() if m.expert_groups is not None}
+    for groups in list(experts.values())[:1]:  # the same for all
+        yield list(experts), (groups.tp, groups.dp)
 
 
 def _check_finite(

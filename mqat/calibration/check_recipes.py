@@ -11,6 +11,13 @@ from mqat.quant.granularity import PerBlock
 from mqat.quant.scheme import TensorScheme
 
 
+def needs_input_hessian(recipe: Recipe) -> bool:
+    """Whether a recipe looks at inputs."""
+    method = CLIPPING_METHODS.get(recipe.weight_calibrator)
+    looks = method is not None and method.needs_input_hessian
+    return recipe.smoothquant or recipe.rounding == "gptq" or looks
+
+
 def check_recipes(
     recipes: Mapping[str, Recipe],
     weights: Mapping[str, TensorScheme | None],
@@ -28,6 +35,13 @@ def check_recipes(
     """
     for name, scheme in weights.items():
         recipe = recipes[name]
+        if needs_input_hessian(recipe) and model.linear(split_name(name)[1]).expert is not None:
+            raise UserError(
+                f"{name}: smoothquant, weight_calibrator=awq and rounding=gptq look at all inputs of a "
+                "linear, which is not done for experts, each of which sees some tokens only. Give them "
+                "an algorithm without a recipe (int4, nvfp4, fp8, int8) by a rule with pattern "
+                "'*.mlp.experts.*', and weight_calibrator=mse if their scales are to be searched."
+            )
         if recipe.smoothquant:
             _check_single_reader(name, model)
         if scheme is None or not recipe.chooses_scales:
@@ -43,6 +57,12 @@ def check_recipes(
 
 def _check_single_reader(name: str, model: DecoderConfig) -> None:
     linear = model.linear(split_name(name)[1])
+    if linear.norm is None and linear.fed_by is None:
+        raise UserError(
+            f"{name}: its input comes from an activation, which no tensor before it can rescale in a "
+            f"{model.family} model; switch smoothquant off for it by a rule with pattern "
+            f"'*.{linear.name}' (recipe: {{smoothquant: false}})."
+        )
     for other in model.linears:
         shares = (other.norm, other.fed_by) == (linear.norm, linear.fed_by)
         if shares and other.name != linear.name:

@@ -94,6 +94,8 @@ def find_smoothing_pairs(
     for chunk in unwrapped(chunks):
         for layer in chunk.decoder.layers:
             for linear in model.linears:
+                if linear.expert is not None:
+                    continue  # no recipe rescales its input (`check_recipes`)
                 module = layer.get_submodule(linear.name)
                 if module.quantized_name not in names:
                     continue

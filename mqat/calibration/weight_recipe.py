@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mqat.calibration.calibrate import exact_forward
-from mqat.calibration.check_recipes import check_recipes
-from mqat.calibration.clipping_methods import CLIPPING_METHODS
+from mqat.calibration.check_recipes import check_recipes, needs_input_hessian
 from mqat.calibration.input_hessian import (
     InputHessian,
     check_input_hessians,
@@ -29,13 +28,6 @@ from mqat.parallel.linear import decoder_linears
 from mqat.parallel.quantized_module import quantized_modules
 from mqat.quant.algorithm import Recipe
 from mqat.runtime.groups import on_all_ranks
-
-
-def needs_input_hessian(recipe: Recipe) -> bool:
-    """Whether a recipe looks at inputs."""
-    method = CLIPPING_METHODS.get(recipe.weight_calibrator)
-    looks = method is not None and method.needs_input_hessian
-    return recipe.smoothquant or recipe.rounding == "gptq" or looks
 
 
 @torch.no_grad()
@@ -96,10 +88,15 @@ def apply_weight_recipe_(
             check_input_hessians(input_hessians)
             smoothed = {name for name in own if span[name].smoothquant}
             pairs = find_smoothing_pairs(chunks, smoothed, model)
-        calibrator = WeightCalibrator(own, span, pairs, input_hessians)
-        calibrator.smoothquant_()
-        with on_all_ranks():
-            calibrator.choose_scales()
-            calibrator.round_()
-        found |= calibrator.local_qparams()
+        experts = {n: x for n, x in own.items() if x.expert_groups is not None}
+        dense = {n: x for n, x in own.items() if n not in experts}
+        for part in (dense, experts):  # each among ranks of its own
+            calibrator = WeightCalibrator(
+                part, span, pairs if part is dense else {}, input_hessians
+            )
+            calibrator.smoothquant_()
+            with on_all_ranks():
+                calibrator.choose_scales()
+                calibrator.round_()
+            found |= calibrator.local_qparams()
     return found

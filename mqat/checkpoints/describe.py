@@ -11,21 +11,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from torch import Tensor
 
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES, DecoderConfig
+from mqat.models.family import Family
 from mqat.models.structure import (
     CORE_ATTENTION,
-    EMBEDDING,
+    DENSE_LINEARS,
     FC2,
-    FINAL_NORM,
     KEY_NORM,
-    OUTPUT_LAYER,
+    OUTPUT_NORMS,
     QUERY_NORM,
     Norm,
     is_in_layer,
@@ -33,16 +31,26 @@ from mqat.models.structure import (
 )
 from mqat.parallel.layout import shard_count
 from mqat.parallel.quantized_module import unwrapped
+from mqat.specs.activations import FUNCTIONS, activation_of, find_activation
 from mqat.specs.config_check import (
-    MEGATRON_ROPE,
     SIZES,
+    SIZES_OF_EXPERTS,
     config_differences,
-    is_silu,
     is_softmax_scale,
+    position_word,
     refuse,
+    scale_text,
 )
+from mqat.specs.rope import DecoderRotary, frequencies
+from mqat.specs.window import built_windows
 
 _HEAD_NORMS = (QUERY_NORM, KEY_NORM)
+# What Megatron's RotaryEmbedding._apply_scaling hard-codes besides the factor.
+_MEGATRON_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def describe_model(model: Any) -> DecoderConfig:
@@ -59,28 +67,61 @@ def describe_model(model: Any) -> DecoderConfig:
     (chunk, *_) = unwrapped(model)
     config, layers = chunk.config, list(chunk.decoder.layers)
     has_norms = any(_at(layer, norm.name) is not None for layer in layers for norm in _HEAD_NORMS)
-    base = float(getattr(chunk, "rotary_base", 10000.0))
     sizes = {
         "vocab_size": int(getattr(chunk, "true_vocab_size", chunk.vocab_size)),
-        "rope_theta": base,
-        "rope_scaling": _rope_scaling(chunk, base),
         "max_position_embeddings": int(chunk.max_sequence_length),
         "tie_word_embeddings": bool(chunk.share_embeddings_and_output_weights),
     } | {name: getattr(config, field) for name, field in SIZES.items()}
-    for family in FAMILIES.values():
-        names = [linear.name for linear in family.linears]
-        biases = tuple(
-            n for n in names if any(_at(layer, f"{n}.bias") is not None for layer in layers)
+    sizes |= _built_positions(chunk)
+    has_experts = config.num_moe_experts is not None
+    if has_experts:
+        sizes |= {name: getattr(config, field) for name, field in SIZES_OF_EXPERTS.items()}
+        sizes["normalizes_expert_weights"] = not config.moe_router_pre_softmax
+    names = [linear.name for linear in DENSE_LINEARS]
+    biases = tuple(n for n in names if any(_at(layer, f"{n}.bias") is not None for layer in layers))
+    families = [
+        family
+        for family in FAMILIES.values()
+        if has_experts == (family.mixture is not None)
+        and has_norms == (QUERY_NORM in family.norms)
+        and family.may_have(biases)
+    ]
+    if not families:
+        raise UserError(
+            f"model: no family has {'experts, ' if has_experts else ''}biases on {list(biases)} and "
+            f"{'' if has_norms else 'no '}norms of query and key heads; known are {', '.join(FAMILIES)}."
         )
-        if has_norms != (QUERY_NORM in family.norms) or not family.may_have(biases):
+    # Where none computes the same, the first one's differences are told.
+    fitting = [family for family in families if _computes(chunk, family)] or families[:1]
+    unsaid: UserError | None = None
+    for family in fitting:
+        try:
+            described = DecoderConfig(**sizes, family=family.name, biases=biases)
+        except UserError as error:
+            unsaid = unsaid or error  # another family may have keys for it
             continue
-        described = DecoderConfig(**sizes, family=family.name, biases=biases)
         check_description(model, described)
         return described
-    raise UserError(
-        f"model: no family has biases on {list(biases)} and {'' if has_norms else 'no '}norms of query "
-        f"and key heads; known are {', '.join(FAMILIES)}."
+    assert unsaid is not None, "there is a family"
+    raise unsaid
+
+
+def _computes(chunk: Any, family: Family) -> bool:
+    """Whether a GPTModel has the family's norms, activation and positions."""
+    config, layers = chunk.config, list(chunk.decoder.layers)
+    output_norms = any(
+        _at(layer, norm.name) is not None for layer in layers for norm in OUTPUT_NORMS
     )
+    found = (
+        config.normalization, config.layernorm_zero_centered_gamma, config.gated_linear_unit,
+        find_activation(config), chunk.position_embedding_type,
+        getattr(chunk, "embedding_scale", 1.0) != 1, output_norms, config.rotary_interleaved,
+    )  # fmt: skip
+    return found == (
+        family.normalization, family.zero_centered_gamma, family.is_gated, family.activation,
+        position_word(family), family.scales_embedding, bool({*family.norms} & {*OUTPUT_NORMS}),
+        family.is_rotary_interleaved,
+    )  # fmt: skip
 
 
 def check_description(model: Any, described: DecoderConfig) -> None:
@@ -101,11 +142,19 @@ def check_description(model: Any, described: DecoderConfig) -> None:
 
 def _chunk_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
     """Arguments, modules and tensors of one GPTModel."""
-    kind = getattr(chunk, "position_embedding_type", None)
-    if kind != "rope":
-        yield f"position_embedding_type={kind!r}, must be 'rope'"
-    else:
-        yield from _rotary_differences(chunk.rotary_pos_emb, described)
+    kind, wanted = (
+        getattr(chunk, "position_embedding_type", None),
+        position_word(described.architecture),
+    )
+    if kind != wanted:
+        yield f"position_embedding_type={kind!r}, must be {wanted!r}"
+    elif kind == "rope":
+        yield from _rotary_differences(chunk, described)
+    if (cap := getattr(chunk, "logit_softcap", None)) != described.logit_softcap:
+        yield f"logit_softcap={cap}, but it is described with {described.logit_softcap}"
+    scale, of_family = getattr(chunk, "embedding_scale", 1.0), described.embedding_scale
+    if abs(scale - of_family) > 0.01 * of_family:  # rounded to a dtype
+        yield f"embedding_scale={scale}, must be {of_family}"
     vocab, tied = described.vocab_size, described.tie_word_embeddings
     padding = shard_count(described) + 128 * chunk.config.tensor_model_parallel_size
     true = getattr(chunk, "true_vocab_size", None)
@@ -117,44 +166,64 @@ def _chunk_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
         yield "mtp_block_spec: multi-token prediction has no place in a description"
     for layer in chunk.decoder.layers:
         yield from _layer_differences(layer, described)
+    last = described.architecture.final_norm
     if getattr(chunk.decoder, "final_layernorm", None) is not None:
-        yield from _norm_differences(chunk, FINAL_NORM, described)
+        yield from _norm_differences(chunk, last, described)
     elif chunk.post_process:
-        yield f"{FINAL_NORM.name} is missing"
+        yield f"{last.name} is missing"
     yield from _state_differences(chunk, described)
 
 
-def _frequencies(described: DecoderConfig) -> Tensor:
-    """Of each pair of channels, in radians a token."""
-    size = described.head_dim
-    found = described.rope_theta ** -(torch.arange(0, size, 2).double() / size)
-    scaling = described.rope_scaling
-    if scaling is None:
-        return found
-    numbers = MEGATRON_ROPE | scaling
-    low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
-    turns = numbers["original_max_position_embeddings"] * found / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * found / scaling["factor"] + smooth * found
+def _built_positions(chunk: Any) -> dict[str, Any]:
+    """Fields of a description: what our rotary embedding was built from, or Megatron's arguments."""
+    rotary = getattr(chunk, "rotary_pos_emb", None)
+    window, layers = built_windows(chunk.config)
+    scale, usual = chunk.config.softmax_scale, chunk.config.kv_channels**-0.5
+    found: dict[str, Any] = {
+        "sliding_window": window,
+        "windowed_layers": layers,
+        "attention_scale": None if scale is None or math.isclose(scale, usual) else scale,
+        "attention_softcap": getattr(_core(chunk.decoder.layers[0]), "softcap", None)
+        if len(chunk.decoder.layers)
+        else None,
+        "logit_softcap": getattr(chunk, "logit_softcap", None),
+    }
+    if isinstance(rotary, DecoderRotary):
+        names = ("rope_theta", "rope_scaling", "rotary_fraction", "windowed_rope_theta")
+        return found | {name: getattr(rotary.model, name) for name in names}
+    base = float(getattr(chunk, "rotary_base", 10000.0))
+    fraction = float(getattr(chunk, "rotary_percent", 1.0))
+    scaling = _rope_scaling(chunk, rotary, base) if rotary is not None else None
+    return found | {"rope_theta": base, "rope_scaling": scaling, "rotary_fraction": fraction}
 
 
-def _rope_scaling(chunk: Any, base: float) -> dict[str, Any] | None:
-    """Llama 3's, whose factor Megatron keeps only in the frequencies: that of the slowest pair."""
+def _rope_scaling(chunk: Any, rotary: Any, base: float) -> dict[str, Any] | None:
+    """Of Megatron's own rotary embedding: linear, or Llama 3's with the numbers it has built in.
+
+    It keeps the factor of the latter only in the frequencies: that of the slowest pair.
+    """
+    if (factor := getattr(rotary, "seq_len_interpolation_factor", None)) is not None:
+        return {"rope_type": "linear", "factor": float(factor)}
     if not getattr(chunk, "rotary_scaling", False):
         return None
-    slowest = float(chunk.rotary_pos_emb.inv_freq[-1])
-    plain = base ** -(1 - 2 / chunk.config.kv_channels)
-    turns = MEGATRON_ROPE["original_max_position_embeddings"] * plain / (2 * math.pi)
-    low, high = MEGATRON_ROPE["low_freq_factor"], MEGATRON_ROPE["high_freq_factor"]
-    smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
-    factor = 8.0 if smooth == 1 else (1 - smooth) / (slowest / plain - smooth)
-    return {"rope_type": "llama3", "factor": round(factor, 4)} | MEGATRON_ROPE
+    plain = base ** -(1 - 1 / len(rotary.inv_freq))
+    turns = _MEGATRON_LLAMA3["original_max_position_embeddings"] * plain / (2 * math.pi)
+    low, high = _MEGATRON_LLAMA3["low_freq_factor"], _MEGATRON_LLAMA3["high_freq_factor"]
+    kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+    factor = 8.0 if kept == 1 else (1 - kept) / (float(rotary.inv_freq[-1]) / plain - kept)
+    return {"rope_type": "llama3", "factor": round(factor, 4)} | _MEGATRON_LLAMA3
 
 
-def _rotary_differences(rotary: Any, described: DecoderConfig) -> Iterator[str]:
-    found, wanted = rotary.inv_freq.cpu().double(), _frequencies(described)
+def _rotary_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
+    rotary, wanted = chunk.rotary_pos_emb, frequencies(described).double()
+    found = rotary.inv_freq.cpu().double()
+    if (factor := rotary.seq_len_interpolation_factor) is not None:
+        found = found / factor
     if found.shape != wanted.shape:
-        yield f"rotary_percent: {2 * len(found)} of {described.head_dim} channels are rotated, not all"
+        yield (
+            f"rotary_percent: {2 * len(found)} of {described.head_dim} channels are rotated, not "
+            f"{described.rotary_channels}"
+        )
     elif not torch.allclose(found, wanted, rtol=1e-4):
         at = int((found / wanted).log().abs().argmax())
         yield (
@@ -162,11 +231,26 @@ def _rotary_differences(rotary: Any, described: DecoderConfig) -> Iterator[str]:
             f"{wanted[at]:.4g} with rope_theta={described.rope_theta} and rope_scaling="
             f"{described.rope_scaling}"
         )
-    if rotary.seq_len_interpolation_factor is not None:
-        factor = rotary.seq_len_interpolation_factor
-        yield f"seq_len_interpolation_factor={factor}, must be None"
-    if rotary.rotary_interleaved:
-        yield "rotary_interleaved=True, must be False"
+    # What a sequence's length decides, and windowed layers have of their own, is in ours alone.
+    names = ("rope_scaling", "windowed_rope_theta", "max_position_embeddings")
+    built = rotary.model if isinstance(rotary, DecoderRotary) else None
+    for name in names if built is not None else ():
+        if getattr(built, name) != getattr(described, name):
+            yield (
+                f"{name}={getattr(built, name)!r}, but it is described with "
+                f"{getattr(described, name)!r}"
+            )
+    kind = (described.rope_scaling or {}).get("rope_type")
+    if built is None and (
+        kind in ("dynamic", "longrope") or described.windowed_rope_theta is not None
+    ):
+        yield f"rotary_pos_emb is Megatron's own, which has no {kind or 'second base'}"
+
+
+def _core(layer: Any) -> Any:
+    """Core attention, without the quantized cache around it."""
+    core = _at(layer, CORE_ATTENTION.name)
+    return getattr(core, "attention", core)
 
 
 def _at(owner: Any, name: str) -> Any:
@@ -178,45 +262,61 @@ def _at(owner: Any, name: str) -> Any:
 
 def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
     where = f"layer {layer.layer_number - 1}"
-    for norm in dict.fromkeys((*described.norms, *_HEAD_NORMS)):
+    for norm in dict.fromkeys((*described.norms, *_HEAD_NORMS, *OUTPUT_NORMS)):
         if norm not in described.norms and _at(layer, norm.name) is not None:
-            yield f"{where}: {norm.name} (q/k norm), which a {described.family} does not have"
+            kind = "q/k norm" if norm in _HEAD_NORMS else "norm of what is added"
+            yield f"{where}: {norm.name} ({kind}), which a {described.family} does not have"
         elif norm in described.norms:
             yield from (f"{where}: {text}" for text in _norm_differences(layer, norm, described))
-    attention, activation = layer.self_attention, getattr(layer.mlp, "activation_func", None)
+    attention, mlp = layer.self_attention, layer.mlp
+    if described.num_experts:
+        mlp = layer.mlp.experts.local_experts[0]
+    activation = getattr(mlp, "activation_func", None)
     activation = _at(layer, f"{FC2.name}.activation") or activation  # inside of a linear
     if attention.attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
         yield f"{where}: attn_mask_type={attention.attn_mask_type}, must be causal"
-    core = _at(layer, CORE_ATTENTION.name)
-    scale = getattr(getattr(core, "attention", core), "softmax_scale", None)
+    core = _core(layer)
+    scale = getattr(core, "softmax_scale", layer.config.softmax_scale)
     if not is_softmax_scale(scale, described) and not layer.config.apply_query_key_layer_scaling:
-        yield f"{where}: softmax_scale={scale}, must be 1/sqrt({described.head_dim})"
+        yield f"{where}: softmax_scale={scale}, must be {scale_text(described)}"
+    if (cap := getattr(core, "softcap", None)) != described.attention_softcap:
+        yield f"{where}: softcap={cap}, but it is described with {described.attention_softcap}"
+    wanted = described.architecture.activation
     if layer.config.use_te_activation_func and activation is not None:
         device = next(layer.parameters()).device
         x = torch.linspace(-3, 3, 32, device=device, dtype=layer.config.params_dtype)
         gate, up = x.float().chunk(2)
-        if not torch.allclose(activation(x).float(), F.silu(gate) * up, rtol=0.05, atol=0.05):
-            yield f"{where}: mlp.activation_func does not compute SwiGLU"
-    elif not is_silu(activation):
-        yield f"{where}: mlp.activation_func={getattr(activation, '__name__', activation)}, must be silu"
+        if not torch.allclose(
+            activation(x).float(), FUNCTIONS[wanted](gate) * up, rtol=0.05, atol=0.05
+        ):
+            yield f"{where}: mlp.activation_func does not compute {wanted} with a gate"
+    elif activation_of(activation, layer.config) != wanted:
+        name = getattr(activation, "__name__", activation)
+        yield f"{where}: mlp.activation_func={name}, must be {wanted}"
 
 
 @torch.no_grad()
 def _norm_differences(owner: Any, norm: Norm, described: DecoderConfig) -> Iterator[str]:
-    """A norm that computes something else than x / sqrt(mean(x^2) + eps) * weight."""
+    """A norm that computes something else than its family's, with its weight and bias."""
     module = _at(owner, norm.name)
     if module is None:
         return  # inside a linear of Transformer Engine, where the configuration says what it is
-    weight, eps = module.weight, described.rms_norm_eps
+    family, weight, eps = described.architecture, module.weight, described.rms_norm_eps
     generator = torch.Generator().manual_seed(0)
     # Of eps's own size and off centre, so that another eps or LayerNorm's mean shows.
     x = (torch.randn(1, 1, len(weight), generator=generator) + 0.5) * math.sqrt(eps)
     x = x.to(weight)
-    wanted = x.float() * (x.float().pow(2).mean() + eps).rsqrt() * weight.float()
+    found, bias = x.float(), getattr(module, "bias", None)
+    if family.normalization == "LayerNorm":
+        found = found - found.mean()
+    wanted = found * (found.pow(2).mean() + eps).rsqrt()
+    wanted = wanted * (weight.float() + family.zero_centered_gamma)
+    wanted = wanted if bias is None else wanted + bias.float()
     error = (module(x).float() - wanted).norm() / wanted.norm().clamp_min(1e-30)
     if error > 0.02:  # rounding of bfloat16 is 0.004
+        kind = "zero-centred " * family.zero_centered_gamma + family.normalization
         yield (
-            f"{norm.name} ({type(module).__name__}) does not compute RMSNorm with eps={eps} and its "
+            f"{norm.name} ({type(module).__name__}) does not compute {kind} with eps={eps} and its "
             f"weight (off by {float(error):.1%})"
         )
 
@@ -233,9 +333,11 @@ def _state_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
             yield f"tensor {key} is {shape}, described as {place}"
         found.add(key)
     expected = {key for key in places if is_in_layer(key) and len(chunk.decoder.layers)}
-    expected |= {EMBEDDING.key} if chunk.pre_process else set()
+    family, last = described.architecture, described.architecture.final_norm
+    if chunk.pre_process:
+        expected |= {table.key for table in family.tables if table != family.output_layer}
     if chunk.post_process:
-        expected |= {FINAL_NORM.key} | ({OUTPUT_LAYER.key} & places.keys())
+        expected |= {last.key, last.bias_key, family.output_layer.key} & places.keys()
     yield from (f"tensor {key} is missing" for key in sorted(expected - found))
 
 

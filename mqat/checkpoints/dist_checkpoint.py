@@ -72,17 +72,18 @@ class TrainingState:
 def _metadata() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
 
 def _create_optimizer_state(optimizer: Any) -> None:
     """Gives an optimizer that has not stepped yet the state that a checkpoint is loaded into."""
-    (distributed,) = optimizer.chained_optimizers
-    distributed.init_state_fn(distributed.optimizer, distributed.config)
-    if isinstance(distributed.optimizer, torch.optim.AdamW):  # others count steps per group
-        for values in distributed.optimizer.state.values():
-            values.setdefault("step", torch.tensor(0.0))
+    for distributed in optimizer.chained_optimizers:
+        distributed.init_state_fn(distributed.optimizer, distributed.config)
+        if isinstance(distributed.optimizer, torch.optim.AdamW):  # others count steps per group
+            for values in distributed.optimizer.state.values():
+                values.setdefault("step", torch.tensor(0.0))
 
 
 def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
@@ -91,19 +92,32 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     Megatron-Core 0.16 looks for `step` among the sharded tensors, where it is not, and gives every
     parameter the same step tensor, which AdamW would then advance once per parameter. Learning rates
     stay those that the optimizer was built with.
+
+    Under expert parallelism Megatron has a second optimizer, of experts. States of tensors have the same
+    names with one and with two; the settings of parameter groups are taken from where they are.
     """
-    (distributed,) = optimizer.chained_optimizers
-    tensors = state.pop("param_state")
-    groups = distributed.optimizer.param_groups
-    rates = [{key: group[key] for key in ("max_lr", "min_lr")} for group in groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(distributed.optimizer.param_groups, rates, strict=True):
-        group.update(own)  # a resumed run may have other rates
-    states = distributed.optimizer.state
-    steps = {p: values.pop("step") for p, values in states.items() if "step" in values}
-    distributed.load_parameter_state_from_fully_reshardable(tensors)
-    for parameter, step in steps.items():
-        states[parameter]["step"] = step.clone()
+    parts, by_number = optimizer.chained_optimizers, dict[Any, Any](state)
+    saved = [by_number[n] for n in range(2) if "optimizer" in by_number.get(n, ())] or [state]
+    groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
+    for number, distributed in enumerate(parts):
+        own = state if len(parts) == 1 else by_number[number]
+        tensors = own.pop("param_state")
+        settings = {**saved[0], "optimizer": dict(saved[0]["optimizer"])}
+        settings["optimizer"]["param_groups"] = [
+            {**group, "is_expert_parallel": is_of_experts}
+            for group in groups
+            for is_of_experts in (False, True)
+        ]
+        built = distributed.optimizer.param_groups
+        rates = [{key: group[key] for key in ("max_lr", "min_lr")} for group in built]
+        distributed.load_state_dict(settings)
+        for group, own_rates in zip(distributed.optimizer.param_groups, rates, strict=True):
+            group.update(own_rates)  # a resumed run may have other ones
+        states = distributed.optimizer.state
+        steps = {p: values.pop("step") for p, values in states.items() if "step" in values}
+        distributed.load_parameter_state_from_fully_reshardable(tensors)
+        for parameter, step in steps.items():
+            states[parameter]["step"] = step.clone()
 
 
 def _rng_state() -> ShardedObject:
@@ -134,7 +148,8 @@ def _restore_rng(state: dict[str, Any]) -> None:
 
 
 def _layout() -> dict[str, int]:
-    return {
+    experts = parallel_state.get_expert_model_parallel_world_size()
+    return ({"expert_parallel": experts} if experts > 1 else {}) | {
         "tensor_parallel": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_parallel": parallel_state.get_pipeline_model_parallel_world_size(),
         "data_parallel": parallel_state.get_data_parallel_world_size(with_context_parallel=True),

@@ -15,13 +15,9 @@ import torch
 from mqat.checkpoints.gguf_metadata import Metadata, decoder_config
 from mqat.checkpoints.stored_tensors import check_layer_count, check_tensors, finite
 from mqat.errors import UserError
-from mqat.models.decoder import FAMILIES, DecoderConfig, hf_shapes
+from mqat.models.decoder import DecoderConfig, hf_shapes
 from mqat.models.structure import (
-    EMBEDDING,
-    FINAL_NORM,
     GGUF_LAYER,
-    HF_LAYER,
-    OUTPUT_LAYER,
     QKV,
 )
 
@@ -31,11 +27,13 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
 def gguf_names(model: DecoderConfig) -> dict[str, str]:
     """Hugging Face name of every tensor that a file of this model may hold -> llama.cpp's."""
-    top = {entry.hf: entry.gguf for entry in (EMBEDDING, FINAL_NORM, OUTPUT_LAYER)}
+    family = model.architecture
+    top = {table.hf: table.gguf for table in family.tables}
+    top[family.final_norm.hf] = family.final_norm.gguf
     inside = {norm.hf: norm.gguf for norm in model.norms}
     inside |= {part.hf: part.gguf for linear in model.linears for part in linear.parts}
     for layer in range(model.num_layers):
-        hf, gguf = HF_LAYER.format(i=layer), GGUF_LAYER.format(i=layer)
+        hf, gguf = family.hf_layer.format(i=layer), GGUF_LAYER.format(i=layer)
         top |= {hf + name: gguf + other for name, other in inside.items()}
     kinds = ("weight", "bias")
     return {f"{a}.{kind}": f"{b}.{kind}" for a, b in top.items() for kind in kinds}
@@ -80,7 +78,10 @@ class GgufCheckpoint:
                 "the Hugging Face directory of this model."
             )
         self.config = decoder_config(metadata, shapes)
-        self._is_interleaved = FAMILIES[self.config.family].is_interleaved_in_gguf
+        family = self.config.architecture
+        self._is_interleaved = family.is_interleaved_in_gguf
+        # llama.cpp stores what a norm multiplies by.
+        self._norms = (*self.config.norms, family.final_norm) if family.zero_centered_gamma else ()
 
         told = (self.path, shapes, self.config, "its metadata")
         check_layer_count(*told, layer=GGUF_LAYER)
@@ -112,6 +113,8 @@ class GgufCheckpoint:
         if cols is None:
             vector = dequantize(tensor.data, tensor.tensor_type)
             found = torch.from_numpy(np.array(vector[self._rows(name, len(vector))[rows]]))
+            if name.endswith(tuple(f"{norm.hf}.weight" for norm in self._norms)):
+                found = found - 1
             return finite(file, tensor.name, found)
         index = self._rows(name, int(tensor.shape[1]))
         # Quantization blocks lie along the columns, so only the wanted rows are dequantized.

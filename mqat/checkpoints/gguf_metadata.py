@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mqat.checkpoints.hf_config import is_positive, is_whole, token_ids
+from mqat.checkpoints.hf_config import token_ids
+from mqat.checkpoints.values import is_positive, is_whole
 from mqat.errors import UserError
-from mqat.models.decoder import FAMILIES, DecoderConfig, check_window
+from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.family import Family
 from mqat.models.structure import EMBEDDING, GGUF_LAYER, OUTPUT_LAYER
 
@@ -20,15 +21,22 @@ _OUTSIDE = ("general", "tokenizer", "split", "quantize", "mradermacher", "GGUF")
 _UNDERSTOOD = {
     "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count",
-    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base",
-    "rope.scaling.type", "vocab_size",
+    "attention.sliding_window", "rope.freq_base", "rope.scaling.type", "vocab_size",
+    "rope.scaling.factor", "rope.freq_base_swa",
+    "attention.sliding_window_pattern",
+}  # fmt: skip
+# The same, by what the norms compute.
+_EPSILON = {
+    "RMSNorm": "attention.layer_norm_rms_epsilon", "LayerNorm": "attention.layer_norm_epsilon",
 }  # fmt: skip
 # Inside the architecture: changes what is computed with any other value.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,), "expert_count": (0,), "expert_used_count": (0,),
-    "rope.scale_linear": (1, 0), "rope.scaling.factor": (1, 0), "rope.scaling.attn_factor": (1,),
+    "rope.scale_linear": (1, 0), "rope.scaling.attn_factor": (1,),
     "tensor_data_layout": ("Meta AI original pth",),
 }  # fmt: skip
+# Layers of Gemma 3 27B, whose scores llama.cpp scales by (width / heads)^(-1/2), not by that of a head.
+_SCALED_BY_WIDTH = 62
 # YaRN's only, which `rope.scaling.type` rules out.
 _HARMLESS = {"rope.scaling.original_context_length", "rope.scaling.finetuned"}
 _TOKENS = {
@@ -106,7 +114,7 @@ def architecture(metadata: Metadata) -> Family:
     # Mistral's files say `llama`: the first family of an architecture stands for all.
     family = next((f for f in FAMILIES.values() if f.gguf_architecture == name), None)
     if family is None:
-        known = sorted({f.gguf_architecture for f in FAMILIES.values()})
+        known = sorted({f.gguf_architecture for f in FAMILIES.values() if f.gguf_architecture})
         raise UserError(f"{metadata.path}: architecture {name!r}; known are {known}.")
     return family
 
@@ -124,10 +132,8 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
     """
     family = architecture(metadata)
     prefix = f"{family.gguf_architecture}."
-    _check_keys(metadata, prefix)
+    _check_keys(metadata, prefix, _UNDERSTOOD | {_EPSILON[family.normalization]})
     context = metadata.whole(f"{prefix}context_length")
-    # Few converters write the key: a file without it is taken to have no window.
-    check_window(metadata.whole(f"{prefix}attention.sliding_window", context), context)
     heads = metadata.whole(f"{prefix}attention.head_count")
     hidden = metadata.whole(f"{prefix}embedding_length")
     head_dim = metadata.whole(f"{prefix}attention.key_length", hidden // heads)
@@ -148,8 +154,10 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
         num_attention_heads=heads,
         num_query_groups=metadata.whole(f"{prefix}attention.head_count_kv", heads),
         head_dim=head_dim,
-        rms_norm_eps=metadata.positive(f"{prefix}attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=metadata.positive(f"{prefix}{_EPSILON[family.normalization]}"),
         rope_theta=metadata.positive(f"{prefix}rope.freq_base", 10000.0),
+        rope_scaling=_scaling(metadata, prefix),
+        **_windows(metadata, prefix, family),
         max_position_embeddings=context,
         tie_word_embeddings=f"{OUTPUT_LAYER.gguf}.weight" not in shapes,
         family=family.name,
@@ -162,12 +170,46 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
     )
 
 
-def _check_keys(metadata: Metadata, prefix: str) -> None:
+def _scaling(metadata: Metadata, prefix: str) -> dict[str, Any] | None:
+    """llama.cpp scales linearly by default; factors of 0 and 1 mean not at all."""
+    key, kind = f"{prefix}rope.scaling.factor", metadata.value(f"{prefix}rope.scaling.type")
+    if kind == "none" or metadata.value(key) in (None, 0, 1):
+        return None
+    return {"rope_type": "linear", "factor": metadata.positive(key)}
+
+
+def _windows(metadata: Metadata, prefix: str, family: Family) -> dict[str, Any]:
+    """Of architectures whose windows llama.cpp computes, with the numbers that it has built in."""
+    key, context = f"{prefix}attention.sliding_window", metadata.whole(f"{prefix}context_length")
+    layers = metadata.whole(f"{prefix}block_count")
+    if family.window is None or family.window.every is None:
+        # Few converters write the key: a file without it is taken to have no window.
+        if (window := metadata.whole(key, context)) < context:
+            raise UserError(
+                f"{metadata.path}: sliding_window={window} of a {family.name} model, of whose sequences "
+                f"of up to {context} tokens llama.cpp attends to all; use the Hugging Face directory."
+            )
+        return {}
+    every = metadata.whole(f"{key}_pattern", family.window.every[1])
+    windowed = [layer for layer in range(layers) if (layer + 1) % every]
+    if not windowed:
+        return {}
+    base = metadata.positive(
+        f"{prefix}rope.freq_base_swa", family.attention["rope_local_base_freq"]
+    )
+    found = {"sliding_window": metadata.whole(key), "windowed_layers": windowed}
+    if layers == _SCALED_BY_WIDTH:
+        heads = metadata.whole(f"{prefix}attention.head_count")
+        found["attention_scale"] = (metadata.whole(f"{prefix}embedding_length") // heads) ** -0.5
+    return found | {"windowed_rope_theta": base}
+
+
+def _check_keys(metadata: Metadata, prefix: str, understood: set[str]) -> None:
     """Refuses what llama.cpp may read and no line of this module knows."""
     for key in metadata.keys():
         if key.startswith(prefix):
             inside = key.removeprefix(prefix)
-            if inside in _UNDERSTOOD | _HARMLESS or metadata.value(key) in _NEUTRAL.get(inside, ()):
+            if inside in understood | _HARMLESS or metadata.value(key) in _NEUTRAL.get(inside, ()):
                 continue
         elif key.split(".")[0] in _OUTSIDE and not key.startswith("general.tensor_extra."):
             continue

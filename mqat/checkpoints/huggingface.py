@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mqat.checkpoints.fused_experts import one_by_one
 from mqat.checkpoints.hf_config import decoder_config
 from mqat.checkpoints.stored_tensors import check_layer_count, check_tensors, finite
 from mqat.data.strict_json import parse_json
 from mqat.errors import UserError
 from mqat.models.decoder import hf_shapes
-from mqat.models.structure import EMBEDDING, HF_LAYER, OUTPUT_LAYER
+from mqat.models.family import Family
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # safetensors' name of each dtype that holds weights as they are; others are codes of quantized ones.
 _DTYPES = {"F64", "F32", "F16", "BF16"}
-_TABLE, _HEAD = f"{EMBEDDING.hf}.weight", f"{OUTPUT_LAYER.hf}.weight"
 _ROWS = 4096  # of a vocabulary table, compared at once
 
 
@@ -50,18 +50,24 @@ class HuggingFaceCheckpoint:
                     )
                 self._files[name], shapes[name], dtypes[name] = file, shape, dtype
         self._check_index()
-        # Tables of rotary frequencies, once saved by transformers, are computed from config.json.
-        shapes = {
-            name: s for name, s in shapes.items() if not name.endswith(".rotary_emb.inv_freq")
-        }
-        has_copy = self.config.tie_word_embeddings and _HEAD in shapes
+        # Tables of rotary frequencies, masks, once saved by transformers, are computed from config.json.
+        family = self.config.architecture
+        self._stored = {_full_name(name, family): name for name in shapes}
+        kept = {n: own for n, own in self._stored.items() if not n.endswith(family.hf_buffers)}
+        shapes = {name: shapes[own] for name, own in kept.items()}
+        dtypes = {name: dtypes[own] for name, own in kept.items()}
+        dtypes_of_stored = dtypes
+        shapes, self._places = one_by_one(shapes, self.config)
+        dtypes = {name: dtypes_of_stored[self._places[name].name] for name in shapes}
+        table, head = f"{family.embedding.hf}.weight", f"{family.output_layer.hf}.weight"
+        has_copy = self.config.tie_word_embeddings and head in shapes
         told = (path, shapes, self.config, "config.json")
-        check_layer_count(*told, layer=HF_LAYER)
+        check_layer_count(*told, layer=family.hf_layer)
         wanted = hf_shapes(self.config)
-        check_tensors(*told, wanted | ({_HEAD: wanted[_TABLE]} if has_copy else {}))
-        self._check_dtypes({name: dtypes[name] for name in shapes})
+        check_tensors(*told, wanted | ({head: wanted[table]} if has_copy else {}))
+        self._check_dtypes(dtypes)
         if has_copy:
-            self._check_tied()
+            self._check_tied(table, head)
 
     def _weight_files(self) -> list[Path]:
         """The files that transformers reads: one of a fixed name, else those of the index."""
@@ -121,17 +127,17 @@ class HuggingFaceCheckpoint:
             told = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
             warnings.warn(f"{self.path}: tensors are {told}; each is read as stored.", stacklevel=3)
 
-    def _check_tied(self) -> None:
+    def _check_tied(self, table: str, head: str) -> None:
         """Refuses a head that is not the embedding although config.json says so.
 
         transformers 4 would compute with the embedding, 5 with the head.
         """
         for start in range(0, self.config.vocab_size, _ROWS):
             rows = slice(start, min(start + _ROWS, self.config.vocab_size))
-            if not torch.equal(*(self.read(n, rows, slice(None)).float() for n in (_TABLE, _HEAD))):
+            if not torch.equal(*(self.read(n, rows, slice(None)).float() for n in (table, head))):
                 raise UserError(
-                    f"{self.path}: config.json says tie_word_embeddings=true, but {_HEAD!r} differs "
-                    f"from {_TABLE!r}; set it to false if the head is meant, or remove the head."
+                    f"{self.path}: config.json says tie_word_embeddings=true, but {head!r} differs "
+                    f"from {table!r}; set it to false if the head is meant, or remove the head."
                 )
 
     def read(self, name: str, rows: slice, cols: slice | None = None) -> torch.Tensor:
@@ -140,11 +146,18 @@ class HuggingFaceCheckpoint:
         Raises:
             UserError: An element is NaN or infinite.
         """
-        if name not in self._files:
+        place = self._places.get(name)
+        if place is None:
             raise UserError(f"{self.path}: tensor {name!r} is missing from the checkpoint.")
-        with safe_open(self._files[name], framework="pt") as handle:
-            view = handle.get_slice(name)
-            return finite(self.path, name, view[rows] if cols is None else view[rows, cols])
+        own = self._stored[place.name]
+        with safe_open(self._files[own], framework="pt") as handle:
+            view = handle.get_slice(own)
+            if place.expert is not None:
+                wanted = slice(place.first_row + rows.start, place.first_row + rows.stop)
+                values = view[place.expert : place.expert + 1, wanted, cols or slice(None)][0]
+            else:
+                values = view[rows] if cols is None else view[rows, cols]
+            return finite(self.path, name, values)
 
 
 # Suffix of other files -> what to do with them.
@@ -156,6 +169,12 @@ _OTHERS = {
     ".pth": "Pickled weights (*.pth) are not read, because unpickling can run code; convert them with "
     "transformers' convert_llama_weights_to_hf.py.",
 }
+
+
+def _full_name(name: str, family: Family) -> str:
+    """As transformers saves whole models; some files are of the model inside."""
+    base, head = family.hf_base, family.output_layer.hf
+    return name if name.startswith((base, f"{head}.")) else base + name
 
 
 def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:

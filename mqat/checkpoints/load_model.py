@@ -32,6 +32,8 @@ def load_model(
     *,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
+    sequence_parallel: bool = False,
     precision: str = "32",
     lowered: bool = False,
     compiled: bool = False,
@@ -44,6 +46,8 @@ def load_model(
         path: What to open.
         tensor_parallel: Of this session.
         pipeline_parallel: Of this session.
+        expert_parallel: Of this session.
+        sequence_parallel: Of this session.
         precision: `32` or `bf16`.
         lowered: Store and multiply low-precision weights (`parallel.pack_weights`).
         compiled: Have `torch.compile` translate the layers when they first run, if lowered.
@@ -63,9 +67,13 @@ def load_model(
     if lowered and not layers:
         raise UserError(f"{path}: is not quantized, so there is nothing to lower.")
     check_fits(tokenizer, config.vocab_size)
-    check_parallel_sizes(config, tp=tensor_parallel, pp=pipeline_parallel)
+    check_parallel_sizes(config, tp=tensor_parallel, pp=pipeline_parallel, ep=expert_parallel)
     check_group_sizes(config, layers, tp=tensor_parallel, purpose="tensor_parallel")
-    groups.initialize(tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+    groups.initialize(
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
+    )
     # Megatron can be imported only after the groups' device is prepared.
     from mqat.checkpoints.pretrained import load_pretrained_
     from mqat.specs.model import build_model
@@ -73,6 +81,8 @@ def load_model(
     settings = ModelConfig(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
+        expert_model_parallel_size=expert_parallel,
+        sequence_parallel=sequence_parallel,
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     chunks = build_model(config, settings, layers, dtype)

@@ -8,17 +8,10 @@ from mqat.checkpoints.random_weights import RandomWeights
 from mqat.checkpoints.source import PretrainedSource
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
-from mqat.models.structure import (
-    EMBEDDING,
-    FINAL_NORM,
-    HF_LAYER,
-    OUTPUT_LAYER,
-    Table,
-    is_in_layer,
-    split_name,
-)
-from mqat.parallel.layout import local_pieces
+from mqat.models.structure import Linear, Table, is_in_layer, split_name
+from mqat.parallel.layout import Piece, local_pieces
 from mqat.parallel.learned_scales import scale_rule
+from mqat.parallel.quantized_module import QuantizedModule
 from mqat.specs.model import DecoderModel
 
 
@@ -36,6 +29,27 @@ def _vocab_rows(
     return local
 
 
+def _part_rows(
+    source: PretrainedSource | RandomWeights,
+    linear: Linear,
+    prefix: str,
+    kind: str,
+    piece: Piece,
+) -> torch.Tensor:
+    """A piece of one part of a linear, from the module that may hold other parts before it."""
+    part = linear.parts[piece.part]
+    before = [n for n in linear.hf_modules()[part.hf] if n < piece.part]
+    start, rows = linear.rows_of(source.config, before), piece.rows
+    if rows.start is None:  # all of them
+        rows = slice(0, source.config.size(part.rows))
+    rows, name = slice(start + rows.start, start + rows.stop), f"{prefix}{part.hf}.{kind}"
+    if kind == "bias":  # of the same rows; all of them where columns are cut
+        return source.read(name, rows)
+    if linear.is_transposed_in_hf:
+        return source.read(name, piece.cols, rows).t()
+    return source.read(name, rows, piece.cols)
+
+
 def _local_tensor(
     source: PretrainedSource | RandomWeights,
     model: DecoderConfig,
@@ -47,23 +61,25 @@ def _local_tensor(
 ) -> torch.Tensor:
     """Value of one parameter, by its name inside a layer or at the top of the model."""
     module, kind = name.rsplit(".", 1)
-    if module == EMBEDDING.name:
-        return _vocab_rows(source, EMBEDDING, rank, parameter)
-    if module == OUTPUT_LAYER.name:
-        table = EMBEDDING if model.tie_word_embeddings else OUTPUT_LAYER
-        return _vocab_rows(source, table, rank, parameter)
-    if module == FINAL_NORM.name:
-        return source.read(f"{FINAL_NORM.hf}.{kind}", slice(None))
-    prefix, short = HF_LAYER.format(i=layer), split_name(module)[1]
+    family = model.architecture
+    if module == family.output_layer.name and model.tie_word_embeddings:
+        module = family.embedding.name
+    for table in family.tables:
+        if module == table.name and table.rows == "vocab":
+            return _vocab_rows(source, table, rank, parameter)
+        if module == table.name:
+            return source.read(f"{table.hf}.{kind}", slice(None), slice(None))
+    if module == family.final_norm.name:
+        return source.read(f"{family.final_norm.hf}.{kind}", slice(None))
+    prefix, short = family.hf_layer.format(i=layer), split_name(module)[1]
+    if model.router is not None and short == model.router.name:
+        return source.read(f"{prefix}{model.router.hf}.{kind}", slice(None), slice(None))
     norms = {norm.name: norm for norm in model.norms}
     if short in norms:
         return source.read(f"{prefix}{norms[short].hf}.{kind}", slice(None))
     linear = model.linear(short)
     pieces = local_pieces(model, linear, rank, tp)
-    names = [f"{prefix}{part.hf}.{kind}" for part in linear.parts]
-    if kind == "bias":  # of the same rows; all of them where columns are cut
-        return torch.cat([source.read(names[p.part], p.rows) for p in pieces])
-    return torch.cat([source.read(names[p.part], p.rows, p.cols) for p in pieces])
+    return torch.cat([_part_rows(source, linear, prefix, kind, piece) for piece in pieces])
 
 
 @torch.no_grad()
@@ -80,11 +96,16 @@ def load_pretrained_(
         for name, parameter in chunk.named_parameters():
             if scale_rule(parameter) is not None:
                 continue  # calibration finds it
-            layer = -1
+            layer, place, group = -1, name, tp_group
             if is_in_layer(name):
                 layer = chunk.decoder.layers[split_name(name)[0]].layer_number - 1
+            owner, _, kind = name.rpartition(".")
+            module = chunk.get_submodule(owner)
+            if isinstance(module, QuantizedModule) and module.expert_groups is not None:
+                # By its number among all experts; this rank's count from zero.
+                place, group = f"{module.quantized_name}.{kind}", module.tp_group
             value = _local_tensor(
-                source, source.config, name, parameter, layer, tp_group.rank(), tp_group.size()
+                source, source.config, place, parameter, layer, group.rank(), group.size()
             )
             if value.shape != parameter.shape:
                 raise UserError(

@@ -10,13 +10,12 @@ import zlib
 import torch
 
 from mqat.models.decoder import DecoderConfig, hf_shapes
-from mqat.models.structure import FINAL_NORM
 
 
 class RandomWeights:
-    """N(0, std) weights, with residual projections scaled by 1/sqrt(2 L) (GPT-2's rule); norms are 1.
+    """N(0, std) weights, with residual projections scaled by 1/sqrt(2 L) (GPT-2's rule).
 
-    Biases are N(0, std) too, as if they had been trained.
+    Norms multiply by 1. Biases are N(0, std) too, as if they had been trained.
 
     Args:
         config: Model sizes.
@@ -35,13 +34,14 @@ class RandomWeights:
             part for linear in config.linears if linear.parallel == "row" for part in linear.parts
         )
         self._residual = tuple(f"{part.hf}.weight" for part in residual)
-        self._norms = tuple(f"{norm.hf}.weight" for norm in (*config.norms, FINAL_NORM))
+        last = config.architecture.final_norm
+        self._norms = tuple(f"{norm.hf}.weight" for norm in (*config.norms, last))
 
     def read(self, name: str, rows: slice, cols: slice | None = None) -> torch.Tensor:
         """Rows, and for matrices columns, of the tensor with this Hugging Face name, float32."""
         shape = self._shapes[name]
         if name.endswith(self._norms):
-            return torch.ones(shape)[rows]
+            return torch.full(shape, 1.0 - self.config.architecture.zero_centered_gamma)[rows]
         std = self.std
         if name.endswith(self._residual):
             std /= math.sqrt(2 * self.config.num_layers)

@@ -7,7 +7,7 @@ samples: resuming at another data-parallel size continues with the very next sam
 import torch
 from torch import Tensor
 
-from mqat.data.packing import PackedDataset, document_ends
+from mqat.data.packing import PackedDataset, document_ends, positions_in_documents
 
 Microbatch = dict[str, Tensor | None]
 
@@ -78,16 +78,18 @@ class Batches:
         tokens = self.data.tokens[rows].long()
         batch, length = tokens.shape[0], tokens.shape[1] - 1
         ends: Tensor | None = None
+        positions = torch.arange(length).expand(batch, length)
         real = (weights > 0)[:, None].expand(batch, length)
         if self.data.segments is not None:
             segments = self.data.segments[rows]
             real = real & (segments >= 0)
             ends = document_ends(segments)
+            positions = positions_in_documents(segments)
         return {
             "tokens": tokens[:, :-1].contiguous(),
             "labels": tokens[:, 1:].contiguous(),
             "loss_mask": self.data.loss_mask[rows].float() * weights[:, None],
-            "position_ids": torch.arange(length).expand(batch, length),
+            "position_ids": positions,
             "attention_mask": ends,
             "token_mask": None if bool(real.all()) else real,
         }

@@ -76,6 +76,17 @@ def document_ends(segments: Tensor) -> Tensor:
     return torch.tensor(padded, dtype=torch.int32).view(batch, most)
 
 
+def positions_in_documents(segments: Tensor) -> Tensor:
+    """Number of each token in its document, int64 [b, s]; arguments as for `document_ends`.
+
+    Learned positions count them; rotary ones depend on distances only and ignore them.
+    """
+    position = torch.arange(segments.shape[1]).expand(segments.shape)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return position - torch.where(begins, position, 0).cummax(dim=1).values
+
+
 def _end_token(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError(

@@ -97,8 +97,8 @@ def run_microbatches(
     all of them inside `whole_sequences` (`are_whole`).
 
     Forward only, a rank may have none: nothing in a model's forward pass waits for other
-    data-parallel ranks. Padding and filler (`token_mask`) pass through the model like any token, but
-    what watches it, calibration or the quality report, leaves them out.
+    data-parallel ranks, unless they share experts. Padding and filler (`token_mask`) pass through the
+    model like any token, but what watches it, calibration or the quality report, leaves them out.
     """
     if forward_only and not microbatches:
         return []
@@ -192,21 +192,31 @@ def run_layers(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> 
     )  # fmt: skip
     with _eval_mode(chunks), _without_logits(chunks), whole_sequences(chunks):
         for microbatches in steps:
-            own = _filled_up(chunks, microbatches[rank::cp])
+            own = _filled_up(chunks, microbatches[rank::cp], microbatches, cp)
             run_microbatches(_forward_hidden, chunks, own, forward_only=True, are_whole=True)
 
 
-def _filled_up(chunks: Sequence[Any], microbatches: Sequence[Microbatch]) -> Sequence[Microbatch]:
-    """An interleaved pipeline takes a multiple of its stages; what is added has no real token."""
+def _filled_up(
+    chunks: Sequence[Any], own: Sequence[Microbatch], microbatches: Sequence[Microbatch], cp: int
+) -> Sequence[Microbatch]:
+    """A rank's own microbatches and what it has to compute besides, which has no real token.
+
+    An interleaved pipeline takes a multiple of its stages, and ranks that share experts wait for each
+    other: they take as many as the one with the most of its context-parallel group.
+    """
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    missing = -len(microbatches) % stages if len(chunks) > 1 else 0
-    if missing == 0:
-        return microbatches
+    wanted = len(own)
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        wanted = -(-len(microbatches) // cp)
+    if len(chunks) > 1:
+        wanted += -wanted % stages
+    if wanted == len(own):
+        return own
     filler = dict(microbatches[0])
     tokens = filler["tokens"]
     assert tokens is not None
     filler["token_mask"] = torch.zeros_like(tokens, dtype=torch.bool)
-    return [*microbatches, *[filler] * missing]
+    return [*own, *[filler] * (wanted - len(own))]
 
 
 def true_vocab_size(chunks: Sequence[Any]) -> int:

@@ -73,7 +73,12 @@ def _watch_layer(layer: Any, watch: Watcher, done: set[int]) -> list[Any]:
         seen.clear()
         done.add(number)
 
-    linears = [(n, m) for n, m in layer.named_modules() if isinstance(m, QuantizedLinear)]
+    # Experts see some tokens each, in another order: the layer's output tells of them.
+    linears = [
+        (n, m)
+        for n, m in layer.named_modules()
+        if isinstance(m, QuantizedLinear) and m.expert_groups is None
+    ]
     handles = [module.register_forward_hook(of_linear(name, module)) for name, module in linears]
     return [*handles, layer.register_forward_hook(after, with_kwargs=True)]
 

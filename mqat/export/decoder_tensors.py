@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,22 +16,15 @@ from mqat.export.reshard import (
     linear_columns,
     linear_rows,
     row_chunks,
-    vocab_rows,
+    table_rows,
 )
 from mqat.export.served_linear import ServedLinear
 from mqat.export.stream import TensorPlan
-from mqat.export.tensor_builders import TensorBuilders, bias, unquantized
+from mqat.export.tensor_builders import TensorBuilders, bias, transposed, unquantized
 from mqat.models.decoder import DecoderConfig
+from mqat.models.family import Family
 from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes, table_schemes
-from mqat.models.structure import (
-    EMBEDDING,
-    FINAL_NORM,
-    OUTPUT_LAYER,
-    Linear,
-    Norm,
-    Table,
-    in_layer,
-)
+from mqat.models.structure import Linear, Norm, Router, Table, in_layer
 from mqat.quant.scheme import LinearScheme
 
 
@@ -39,23 +33,29 @@ class Naming:
     """A server's names of what the table of the model lists.
 
     Attributes:
-        layer: Before those of a layer, with its number as `{i}`.
-        module: Of a norm or vocabulary table.
+        layer: Before those of a layer of a family, with its number as `{i}`.
+        module: Of a norm, router or table.
         linears: Modules of a trained linear -> the numbers of its parts in them.
         writes_tied_head: The head is written even where it is the embedding.
+        adds_one: Norms hold what they multiply by, also where checkpoints hold that less one.
+        transposes: Weights are stored as the table says for Hugging Face.
     """
 
-    layer: str
-    module: Callable[[Norm | Table], str]
+    layer: Callable[[Family], str]
+    module: Callable[[Norm | Router | Table], str]
     linears: Callable[[Linear], Mapping[str, Sequence[int]]]
     writes_tied_head: bool
+    adds_one: bool
+    transposes: bool
 
     def schemes(
         self, model: DecoderConfig, layers: Mapping[str, LinearScheme], numbers: range
     ) -> dict[str, LinearScheme | None]:
         """Module -> scheme (None: unquantized) of linears of some layers, numbered from zero."""
         return {
-            self.layer.format(i=local) + module: layers.get(in_layer(layer, linear.name))
+            self.layer(model.architecture).format(i=local) + module: layers.get(
+                in_layer(layer, linear.name)
+            )
             for local, layer in enumerate(numbers)
             for linear in model.linears
             for module in self.linears(linear)
@@ -85,10 +85,8 @@ class DecoderTensors:
                 "read embedding and head in the model's dtype and would compute other logits. Set "
                 "export.format=null, or leave the rule out."
             )
-        for linear in model.linears:
-            if linear.experts:
-                raise UserError(f"{linear.name}: no export format here holds experts yet.")
         layers = linear_schemes(schemes)
+        _check_experts(model, layers)
         self.forms.check(layers)
         self.cache.check(kv_cache_schemes(schemes), self.forms.server, has_linears=bool(layers))
 
@@ -97,16 +95,19 @@ class DecoderTensors:
     ) -> list[TensorPlan]:
         """Everything that a rank holds, in model order; `dtype` is that of unquantized tensors."""
         model, naming = reader.model, self.naming
+        family, head = model.architecture, model.architecture.output_layer
         plans = []
         if rank.is_first_stage:
-            plans.append(_plan_table(reader, naming.module(EMBEDDING), EMBEDDING, dtype, rank))
+            for table in family.tables[:-1]:
+                plans.append(_plan_table(reader, naming.module(table), table, dtype, rank))
         for local, layer in enumerate(rank.layers(model)):
-            plans += self._plan_layer(reader, rank, dtype, naming.layer.format(i=local), layer)
+            prefix = naming.layer(family).format(i=local)
+            plans += self._plan_layer(reader, rank, dtype, prefix, layer)
         if rank.is_last_stage:
-            plans.append(_plan_norm(reader, naming.module(FINAL_NORM), FINAL_NORM, None, dtype))
-            table = EMBEDDING if model.tie_word_embeddings else OUTPUT_LAYER
+            plans += self._plan_norm(reader, "", family.final_norm, None, dtype)
+            table = family.embedding if model.tie_word_embeddings else head
             if naming.writes_tied_head or not model.tie_word_embeddings:
-                plans.append(_plan_table(reader, naming.module(OUTPUT_LAYER), table, dtype, rank))
+                plans.append(_plan_table(reader, naming.module(head), table, dtype, rank))
         return plans
 
     def _plan_layer(
@@ -119,28 +120,86 @@ class DecoderTensors:
     ) -> Iterator[TensorPlan]:
         model = reader.model
         for norm in model.norms:
-            yield _plan_norm(reader, prefix + self.naming.module(norm), norm, layer, dtype)
+            yield from self._plan_norm(reader, prefix, norm, layer, dtype)
         for linear in model.linears:
             cols = linear_columns(model, linear, rank)
             scheme = reader.layers.get(in_layer(layer, linear.name))
             for module, parts in self.naming.linears(linear).items():
                 rows = linear_rows(model, linear, parts, rank)
                 served = ServedLinear(reader, layer, linear, rows, cols, dtype)
-                for suffix, build in self._builders(scheme, served.has_bias).items():
+                for suffix, build in self._builders(scheme, served).items():
                     yield replace(build(served), name=f"{prefix}{module}.{suffix}")
+        if model.router is not None:
+            yield _plan_router(reader, prefix + self.naming.module(model.router), layer, dtype)
         yield from self.cache.plan(reader, layer, prefix)
 
-    def _builders(self, scheme: LinearScheme | None, has_bias: bool) -> TensorBuilders:
+    def _builders(self, scheme: LinearScheme | None, served: ServedLinear) -> TensorBuilders:
         """Of one linear: those of its form, and the bias, which is the same in every form."""
-        builders = {"weight": unquantized} if scheme is None else self.forms.of(scheme).tensors
-        return {**builders, "bias": bias} if has_bias else builders
+        is_transposed = self.naming.transposes and served.linear.is_transposed_in_hf
+        plain = {"weight": transposed if is_transposed else unquantized}
+        builders = plain if scheme is None else self.forms.of(scheme).tensors
+        return {**builders, "bias": bias} if served.has_bias else builders
+
+    def _plan_norm(
+        self,
+        reader: CheckpointReader,
+        prefix: str,
+        norm: Norm,
+        layer: int | None,
+        dtype: torch.dtype,
+    ) -> Iterator[TensorPlan]:
+        """A norm's parameters: one layer's, or (None) the model's last."""
+        family = reader.model.architecture
+        region = () if layer is None else (slice(layer, layer + 1),)
+        shape = (reader.model.size(norm.size),)
+
+        def chunks(key: str, offset: float) -> Iterator[Tensor]:
+            values = reader.read(key, region)
+            yield ((values.float() + offset) if offset else values).to(dtype)
+
+        for kind in family.norm_kinds:
+            is_weight = kind == "weight"
+            offset = float(is_weight and family.zero_centered_gamma and self.naming.adds_one)
+            make = partial(chunks, norm.key if is_weight else norm.bias_key, offset)
+            yield TensorPlan(dtype, shape, make, f"{prefix}{self.naming.module(norm)}.{kind}")
+
+
+def _check_experts(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -> None:
+    """Refuses experts of a layer that differ: servers compute all of them in one kernel.
+
+    Raises:
+        UserError: Names the two linears.
+    """
+    for layer in range(model.num_layers if model.num_experts else 0):
+        names = [in_layer(layer, x.name) for x in model.linears if x.expert is not None]
+        for name in names[1:]:
+            if layers.get(name) != layers.get(names[0]):
+                raise UserError(
+                    f"{name} is not quantized as {names[0]}, but servers compute all experts of a layer "
+                    "in one kernel. Give them one rule, such as pattern '*.mlp.experts.*', or set "
+                    "export.format=null."
+                )
+
+
+def _plan_router(
+    reader: CheckpointReader, module: str, layer: int, dtype: torch.dtype
+) -> TensorPlan:
+    """A router's weight [experts, hidden]."""
+    model = reader.model
+    assert model.router is not None, "the caller has one"
+    key = model.router.key
+
+    def chunks() -> Iterator[Tensor]:
+        yield reader.read(key, (slice(layer, layer + 1),))[0].to(dtype)
+
+    return TensorPlan(dtype, (model.num_experts, model.hidden_size), chunks, f"{module}.weight")
 
 
 def _plan_table(
     reader: CheckpointReader, module: str, table: Table, dtype: torch.dtype, rank: InferenceRank
 ) -> TensorPlan:
-    """A rank's rows of a vocabulary table, then zero rows that make all ranks' equal."""
-    rows, padding = vocab_rows(reader.model, rank)
+    """A rank's rows of a table, then zero rows that make all ranks' equal."""
+    rows, padding = table_rows(reader.model.size(table.rows), rank)
     width = reader.model.hidden_size
 
     def chunks() -> Iterator[Tensor]:
@@ -151,15 +210,3 @@ def _plan_table(
 
     shape = (rows.stop - rows.start + padding, width)
     return TensorPlan(dtype, shape, chunks, f"{module}.weight")
-
-
-def _plan_norm(
-    reader: CheckpointReader, module: str, norm: Norm, layer: int | None, dtype: torch.dtype
-) -> TensorPlan:
-    """A norm's weight: one layer's, or (None) the model's last."""
-
-    def chunks() -> Iterator[Tensor]:
-        region = () if layer is None else (slice(layer, layer + 1),)
-        yield reader.read(norm.key, region).to(dtype)
-
-    return TensorPlan(dtype, (reader.model.size(norm.size),), chunks, f"{module}.weight")

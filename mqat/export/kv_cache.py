@@ -81,7 +81,7 @@ class CacheForm:
         def chunks(key: str) -> Iterator[Tensor]:
             yield reader.read(key).reshape(self.shape)
 
-        for suffix, kind in self.names(CORE_ATTENTION).items():
+        for suffix, kind in self.names(reader.model.architecture.cache).items():
             key = quantizer_key(name, scheme.scale_of(kind), "scale")
             yield TensorPlan(torch.float32, self.shape, partial(chunks, key), prefix + suffix)
 

@@ -74,11 +74,11 @@ def linear_columns(model: DecoderConfig, linear: Linear, rank: InferenceRank) ->
     return owned(model, linear.columns, rank) if is_cut else slice(0, model.size(linear.columns))
 
 
-def vocab_rows(model: DecoderConfig, rank: InferenceRank) -> tuple[slice, int]:
-    """Real rows of this rank's share of a vocabulary table, and how many zero rows follow them."""
-    share = -(-model.vocab_size // rank.tp)
-    start = min(rank.tp_rank * share, model.vocab_size)
-    stop = min(start + share, model.vocab_size)
+def table_rows(size: int, rank: InferenceRank) -> tuple[slice, int]:
+    """Real rows of this rank's share of a table, and how many zero rows follow them."""
+    share = -(-size // rank.tp)
+    start = min(rank.tp_rank * share, size)
+    stop = min(start + share, size)
     return slice(start, stop), share - (stop - start)
 
 

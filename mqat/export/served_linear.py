@@ -1,7 +1,7 @@
 """The rows and columns of a trained linear that a served module holds, read and quantized in chunks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,18 +64,26 @@ class ServedLinear:
         return scheme
 
     def _weight(self, rows: Rows) -> Tensor:
-        lead = slice(self.layer, self.layer + 1)
-        spans = [self.reader.view(self.linear.key, (lead, span, self.cols))[0] for span in rows]
+        lead, width = self.linear.stored_at(self.layer), self.cols.stop - self.cols.start
+        spans = [
+            self.reader.view(self.linear.key, (*lead, span, self.cols)).reshape(-1, width)
+            for span in rows
+        ]
         return spans[0] if len(spans) == 1 else torch.cat(spans)
 
     def bias(self) -> Tensor:
         """The bias of the served rows; whole where columns are cut."""
-        key, lead = self.linear.bias_key, slice(self.layer, self.layer + 1)
-        return torch.cat([self.reader.read(key, (lead, span))[0] for span in self.rows])
+        key, lead = self.linear.bias_key, self.linear.stored_at(self.layer)
+        return torch.cat([self.reader.read(key, (*lead, span)).reshape(-1) for span in self.rows])
 
     def weights(self) -> Iterator[Tensor]:
         """The trained weight, chunk by chunk."""
         return (self._weight(rows) for rows in row_chunks(self.rows, self.shape[1]))
+
+    def columns(self) -> Iterator[Tensor]:
+        """The trained weight, some columns at a time."""
+        for (cols,) in row_chunks([self.cols], self.shape[0]):
+            yield replace(self, cols=cols)._weight(self.rows)
 
     def scale(self, rows: Rows | None = None, *, tensor: str = "scale") -> Tensor:
         """The frozen scale (or `zero_point`) of some trained rows, in its granularity's shape."""

@@ -37,6 +37,14 @@ def unquantized(served: ServedLinear) -> TensorPlan:
     return TensorPlan(dtype, served.shape, lambda: (w.to(dtype) for w in served.weights()))
 
 
+def transposed(served: ServedLinear) -> TensorPlan:
+    """The same as (in, out), some columns of the trained weight at a time."""
+    dtype = served.dtype
+    return TensorPlan(
+        dtype, served.shape[::-1], lambda: (w.t().to(dtype) for w in served.columns())
+    )
+
+
 def dequantized(served: ServedLinear) -> TensorPlan:
     """The weight on its grid, in the model's dtype."""
     return TensorPlan(served.dtype, served.shape, served.values)

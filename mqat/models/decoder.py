@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from mqat.errors import UserError
+from mqat.models.families.chatglm import CHATGLM
+from mqat.models.families.gemma import GEMMA
+from mqat.models.families.gemma2 import GEMMA2
+from mqat.models.families.gemma3 import GEMMA3
+from mqat.models.families.gpt2 import GPT2
 from mqat.models.families.llama import LLAMA
 from mqat.models.families.mistral import MISTRAL
+from mqat.models.families.mixtral import MIXTRAL
+from mqat.models.families.nemotron import NEMOTRON
+from mqat.models.families.phi3 import PHI3
 from mqat.models.families.qwen2 import QWEN2
 from mqat.models.families.qwen3 import QWEN3
-from mqat.models.structure import (
-    EMBEDDING,
-    FINAL_NORM,
-    HF_LAYER,
-    OUTPUT_LAYER,
-    Axis,
-    Linear,
-    Norm,
-    by_name,
-)
+from mqat.models.families.qwen3_moe import QWEN3_MOE
+from mqat.models.families.starcoder2 import STARCODER2
+from mqat.models.family import HF_ATTENTION, Family
+from mqat.models.structure import Axis, Linear, Norm, Router, Table, by_name, expert_linears
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+_DENSE = (
+    LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, NEMOTRON, STARCODER2, PHI3, GPT2, CHATGLM
+)  # fmt: skip
+_OF_MIXTURES = (MIXTRAL, QWEN3_MOE)
+FAMILIES = {family.name: family for family in (*_DENSE, *_OF_MIXTURES)}
+# Fields that a family may have no keys for.
+_ATTENTION = (
+    "rotary_fraction", "sliding_window", "windowed_layers", "windowed_rope_theta", "attention_scale",
+    "attention_softcap", "logit_softcap",
+)  # fmt: skip
+_OF_EXPERTS = ("num_experts", "experts_per_token", "expert_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -45,36 +59,153 @@ class DecoderConfig:
     biases: tuple[str, ...] = ()  # names of linears
     # What a Hugging Face config.json says of them: `bos_token_id`, `eos_token_id`, `pad_token_id`.
     token_ids: dict[str, int | list[int]] = field(default_factory=dict)
+    # Positions and attention. A token of a windowed layer attends to `sliding_window` tokens, itself
+    # included; such layers may have a rotary base of their own, which is never scaled.
+    rotary_fraction: float = 1.0  # of a head's channels, from the first on
+    sliding_window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
+    windowed_rope_theta: float | None = None
+    attention_scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # scores s become c tanh(s / c)
+    logit_softcap: float | None = None
+    # Of mixtures of experts; 0: a dense model.
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    # Whether a token's weights for its experts add up to one: a softmax over their scores alone.
+    normalizes_expert_weights: bool = True
+    # Of the load-balancing loss that Hugging Face adds if it is asked for (`output_router_logits`).
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that no layout can make work, and biases that none has."""
         if self.family not in FAMILIES:
             raise UserError(f"model.family={self.family!r}: must be one of {', '.join(FAMILIES)}.")
         object.__setattr__(self, "biases", tuple(self.biases))  # a list where it comes from JSON
-        FAMILIES[self.family].switches_of(self.biases)
+        self.architecture.switches_of(self.biases)
         for size in fields(self):
             value = getattr(self, size.name)
+            if size.name in _OF_EXPERTS and self.num_experts == value == 0:
+                continue
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise UserError(f"model.{size.name}={value}: must be at least 1.")
-        if self.head_dim % 2:
-            raise UserError(
-                f"head_dim={self.head_dim}: rotary positions turn pairs; it must be even."
-            )
+        object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))  # likewise
+        self._check_positions()
+        self._check_experts()
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.num_query_groups} (num_key_value_heads in Hugging Face)."
             )
 
+    def _check_positions(self) -> None:
+        """Refuses what no attention can compute, and what the family has no keys for."""
+        family, layers = self.architecture, self.windowed_layers
+        is_odd = self.rotary_channels % 2 or self.rotary_channels < 2
+        if is_odd and family.positions is None:
+            raise UserError(
+                f"head_dim={self.head_dim}, of which {self.rotary_fraction:g} are rotated: rotary "
+                f"positions turn pairs; {self.rotary_channels} channels must be even, and some."
+            )
+        wrong = any(not 0 <= layer < self.num_layers for layer in layers)
+        if wrong or sorted(set(layers)) != [*layers] or bool(layers) != bool(self.sliding_window):
+            raise UserError(
+                f"model.windowed_layers={[*layers]}, sliding_window={self.sliding_window}: must be "
+                f"increasing numbers of {self.num_layers} layers where there is a window, else none."
+            )
+        if self.windowed_rope_theta is not None and not layers:
+            raise UserError("model.windowed_rope_theta: no layer has a window.")
+        if wanted := self._unsaid(family) or self._fixed(family):
+            raise UserError(
+                f"model.{wanted}={getattr(self, wanted)!r}: the config.json of a {family.name} model "
+                "cannot say that."
+            )
+
+    def _fixed(self, family: Family) -> str | None:
+        """A field for which a family's config.json has no key, with another value than it means."""
+        means: dict[str, tuple[str, Any]] = {
+            "num_key_value_heads": ("num_query_groups", self.num_attention_heads),
+            "head_dim": ("head_dim", self.hidden_size // self.num_attention_heads),
+            "rope_theta": ("rope_theta", family.rope_theta),
+            "rope_scaling": ("rope_scaling", None),
+            "partial_rotary_factor": ("rotary_fraction", family.rotary_fraction or 1.0),
+        }
+        for key, (name, value) in means.items():
+            if family.hf_keys.get(key, key) is None and getattr(self, name) != value:
+                return name
+        return None
+
+    def _unsaid(self, family: Family) -> str | None:
+        """A field of positions and attention that a family's config.json has no keys for."""
+        said = {HF_ATTENTION[key] for key in family.attention}
+        if family.rotary_fraction is not None:
+            said.add("rotary_fraction")
+        if family.window is not None:
+            every = not self.windowed_layers or len(self.windowed_layers) == self.num_layers
+            said |= {"sliding_window"}
+            said |= {"windowed_layers"} if every or not family.window.is_of_all_layers else set()
+        plain = {known.name: known.default for known in fields(self)}
+        return next((f for f in _ATTENTION if f not in said and getattr(self, f) != plain[f]), None)
+
+    @property
+    def rotary_channels(self) -> int:
+        """Of each head; the others are not rotated."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.attention_scale or 1.0 / math.sqrt(self.head_dim)
+
+    @property
+    def architecture(self) -> Family:
+        """What the family says of every model of it."""
+        return FAMILIES[self.family]
+
+    def _check_experts(self) -> None:
+        has_experts = self.architecture.mixture is not None
+        if has_experts != bool(self.num_experts):
+            raise UserError(
+                f"num_experts={self.num_experts}: a {self.family} model has "
+                f"{'experts in every layer' if has_experts else 'none'}."
+            )
+        if self.experts_per_token > self.num_experts:
+            raise UserError(
+                f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}: a token "
+                "cannot go to more experts than there are."
+            )
+        if self.experts_per_token == 1 and self.normalizes_expert_weights:
+            raise UserError(
+                "experts_per_token=1 with normalized weights: the one expert's weight is always 1, so "
+                "the router could not learn, and Megatron-Core refuses it."
+            )
+
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Of every layer, in the order of the forward pass."""
-        return FAMILIES[self.family].linears
+        """Of every layer, in the order of the forward pass; those of experts one by one."""
+        return tuple(_linears_by_name(self.family, self.num_experts).values())
+
+    @property
+    def router(self) -> Router | None:
+        """Of every layer; None: there are no experts."""
+        mixture = self.architecture.mixture
+        return None if mixture is None else mixture.experts.router
 
     @property
     def norms(self) -> tuple[Norm, ...]:
         """Of every layer."""
-        return FAMILIES[self.family].norms
+        return self.architecture.norms
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """In the order of the forward pass; a tied head has none of its own."""
+        tables = self.architecture.tables
+        return tables[:-1] if self.tie_word_embeddings else tables
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the embedding is multiplied by, before it is rounded to the model's dtype."""
+        return math.sqrt(self.hidden_size) if self.architecture.scales_embedding else 1.0
 
     def linear(self, name: str) -> Linear:
         """The linear of a name in a layer.
@@ -82,9 +213,9 @@ class DecoderConfig:
         Raises:
             UserError: This model has none of that name; says which it has.
         """
-        known = by_name(self.linears)
+        known = _linears_by_name(self.family, self.num_experts)
         if name not in known:
-            raise UserError(f"{name}: not a linear of this model; known are {list(known)}.")
+            raise UserError(f"{name}: not a linear of this model; known are {list(known)[:16]}.")
         return known[name]
 
     def size(self, axis: Axis) -> int:
@@ -96,6 +227,9 @@ class DecoderConfig:
             "key_value": self.num_query_groups * self.head_dim,
             "head": self.head_dim,
             "vocab": self.vocab_size,
+            "positions": self.max_position_embeddings,
+            "experts": self.num_experts,
+            "expert_intermediate": self.expert_intermediate_size,
         }
         return sizes[axis]
 
@@ -108,18 +242,20 @@ class DecoderConfig:
 
         Megatron stacks the layers of a model in one tensor, whose first dimension is the layer.
         """
-        table = (self.vocab_size, self.hidden_size)
         shapes: dict[str, tuple[int, ...]] = {
-            EMBEDDING.key: table,
-            FINAL_NORM.key: (self.size(FINAL_NORM.size),),
+            table.key: (self.size(table.rows), self.hidden_size) for table in self.tables
         }
-        if not self.tie_word_embeddings:
-            shapes[OUTPUT_LAYER.key] = table
         for linear in self.linears:
             shapes[linear.key] = linear.stacked_shape(self, self.num_layers)
             if linear.name in self.biases:
                 shapes[linear.bias_key] = shapes[linear.key][:-1]
-        return shapes | {norm.key: (self.num_layers, self.size(norm.size)) for norm in self.norms}
+        last, has_bias = self.architecture.final_norm, "bias" in self.architecture.norm_kinds
+        for norm, lead in ((last, ()), *((norm, (self.num_layers,)) for norm in self.norms)):
+            for key in (norm.key, norm.bias_key)[: 1 + has_bias]:
+                shapes[key] = (*lead, self.size(norm.size))
+        if self.router is not None:
+            shapes[self.router.key] = (self.num_layers, self.num_experts, self.hidden_size)
+        return shapes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form, as stored in `mqat.json`."""
@@ -143,11 +279,19 @@ class DecoderConfig:
         Args:
             dtype: Of unquantized tensors, such as `bfloat16`.
         """
-        family = FAMILIES[self.family]
-        return {
-            "architectures": [family.hf_architecture],
-            "model_type": family.name,
-            "torch_dtype": dtype,
+        family = self.architecture
+        mixture, of_experts = family.mixture, dict[str, Any]()
+        if mixture is not None:
+            of_experts = {
+                mixture.count: self.num_experts,
+                "num_experts_per_tok": self.experts_per_token,
+                mixture.size: self.expert_intermediate_size,
+                "router_aux_loss_coef": self.router_aux_loss_coef,
+                **mixture.is_everywhere,
+            }
+            if mixture.normalizes is not None:
+                of_experts[mixture.normalizes] = self.normalizes_expert_weights
+        values = {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -155,46 +299,84 @@ class DecoderConfig:
             "num_attention_heads": self.num_attention_heads,
             "num_key_value_heads": self.num_query_groups,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
+            "hidden_act": family.hf_activations[0],
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": self.rope_scaling,
             "max_position_embeddings": self.max_position_embeddings,
+            **self.positions_to_hf(),
+        }
+        own = ((family.hf_keys.get(key, key), value) for key, value in values.items())
+        return {
+            "architectures": [family.hf_architecture],
+            "model_type": family.name,
+            "torch_dtype": dtype,
+            **{key: value for key, value in own if key is not None},
             **family.switches_of(self.biases),
             **family.hf_extra,
+            **of_experts,
             "tie_word_embeddings": self.tie_word_embeddings,
             "use_cache": True,
             **self.token_ids,
         }
 
+    def positions_to_hf(self) -> dict[str, Any]:
+        """Keys of positions and attention."""
+        family, window = self.architecture, self.architecture.window
+        keys: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
+        if (self.rope_scaling or {}).get("rope_type") == "longrope":  # transformers 4 reads it here
+            name = "original_max_position_embeddings"
+            keys[name] = (self.rope_scaling or {})[name]
+        if family.rotary_fraction is not None:
+            keys["partial_rotary_factor"] = self.rotary_fraction
+        if window is not None:
+            keys["sliding_window"] = self.sliding_window
+            if window.switch is not None:
+                keys[window.switch] = self.sliding_window is not None
+            if self.sliding_window is not None and not window.is_of_all_layers:
+                keys["layer_types"] = [
+                    ("sliding" if layer in self.windowed_layers else "full") + "_attention"
+                    for layer in range(self.num_layers)
+                ]
+            if self.sliding_window is not None and window.first_layer is not None:
+                keys[window.first_layer[0]] = self.windowed_layers[0]
+        for key in family.attention:
+            value = getattr(self, HF_ATTENTION[key])
+            keys[key] = round(self.score_scale**-2) if key == "query_pre_attn_scalar" else value
+        return keys
 
-def check_window(window: int | None, longest: int) -> None:
-    """Raises ValueError for a sliding window of fewer tokens than a sequence may have."""
-    if window is not None and window < longest:
-        raise UserError(
-            f"sliding_window={window}: attention over a window is not built, and sequences of this "
-            f"model may be longer (max_position_embeddings={longest}). Up to {window} tokens a window "
-            f"changes nothing: set max_position_embeddings to {window} in config.json if that is enough."
-        )
+
+@cache
+def _linears_by_name(family: str, num_experts: int) -> dict[str, Linear]:
+    """The linears of a layer; a model may have hundreds of experts and be asked thousands of times."""
+    mixture = FAMILIES[family].mixture
+    experts = () if mixture is None else expert_linears(mixture.experts, num_experts)
+    return by_name((*FAMILIES[family].linears, *experts))
 
 
 def hf_shapes(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a Hugging Face directory of this model, in model order."""
-    table = (model.vocab_size, model.hidden_size)
+    family = model.architecture
     in_layer: dict[str, tuple[int, ...]] = {
-        f"{norm.hf}.weight": (model.size(norm.size),) for norm in model.norms
+        f"{norm.hf}.{kind}": (model.size(norm.size),)
+        for norm in model.norms
+        for kind in family.norm_kinds
     }
     for linear in model.linears:
-        for part in linear.parts:
-            rows = model.size(part.rows)
-            in_layer[f"{part.hf}.weight"] = (rows, model.size(linear.columns))
+        for module, parts in linear.hf_modules().items():
+            rows, columns = linear.rows_of(model, parts), model.size(linear.columns)
+            weight = (columns, rows) if linear.is_transposed_in_hf else (rows, columns)
+            in_layer[f"{module}.weight"] = weight
             if linear.name in model.biases:
-                in_layer[f"{part.hf}.bias"] = (rows,)
-    shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING.hf}.weight": table}
+                in_layer[f"{module}.bias"] = (rows,)
+    if model.router is not None:
+        in_layer[f"{model.router.hf}.weight"] = (model.num_experts, model.hidden_size)
+    tables: dict[str, tuple[int, ...]] = {
+        f"{table.hf}.weight": (model.size(table.rows), model.hidden_size) for table in model.tables
+    }
+    head = f"{family.output_layer.hf}.weight"
+    shapes = {name: shape for name, shape in tables.items() if name != head}
     for layer in range(model.num_layers):
-        prefix = HF_LAYER.format(i=layer)
+        prefix = family.hf_layer.format(i=layer)
         shapes |= {prefix + name: shape for name, shape in in_layer.items()}
-    shapes[f"{FINAL_NORM.hf}.weight"] = (model.size(FINAL_NORM.size),)
-    if not model.tie_word_embeddings:
-        shapes[f"{OUTPUT_LAYER.hf}.weight"] = table
-    return shapes
+    last = family.final_norm
+    shapes |= {f"{last.hf}.{kind}": (model.size(last.size),) for kind in family.norm_kinds}
+    return shapes | tables  # the head, where it is another table, comes last

@@ -1,16 +1,43 @@
-"""What tells one family of Llama-like decoders from another, as data.
+"""What tells one family of decoders from another, as data.
 
-All of them normalize with RMSNorm, rotate half of each head's channels against the other half, and have
-a gated MLP. A further family is a further file in `families/` like `qwen2.py`, its name in
-`decoder.FAMILIES`, and, as a second opinion, a file in `verify/facts/`.
+A further family is a further file in `families/` like `qwen2.py`, its name in `decoder.FAMILIES`, and,
+as a second opinion, a file in `verify/facts/`. What a family computes is said in columns, and code asks
+for these, never for the family's name.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mqat.errors import UserError
-from mqat.models.structure import DENSE_LINEARS, DENSE_NORMS, Linear, Norm
+from mqat.models.structure import (
+    CORE_ATTENTION,
+    DENSE_LINEARS,
+    DENSE_NORMS,
+    EMBEDDING,
+    FC1,
+    FINAL_NORM,
+    HF_LAYER,
+    OUTPUT_LAYER,
+    QKV,
+    Cache,
+    Experts,
+    Linear,
+    Norm,
+    Table,
+    by_name,
+)
+
+# `gelu_tanh`: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); `relu2`: max(x, 0)^2.
+Activation = Literal["silu", "gelu_tanh", "relu2"]
+
+# Key of a Hugging Face `config.json` -> field of `DecoderConfig`.
+HF_ATTENTION = {
+    "query_pre_attn_scalar": "attention_scale",  # to the power of -1/2
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "logit_softcap",
+    "rope_local_base_freq": "windowed_rope_theta",
+}
 
 
 @dataclass(frozen=True)
@@ -18,14 +45,43 @@ class SlidingWindow:
     """How a Hugging Face `config.json` says that tokens attend to near ones only.
 
     Attributes:
-        default: Value of `sliding_window` where the key is absent.
+        default: Value of `sliding_window` where the key is absent; None: no window.
         switch: Key that turns it on, false where absent; None: it is always on.
-        first_layer: Key of the first layer that has it, with its value where absent; None: all have.
+        first_layer: Key of the first layer that has it, with its value where absent.
+        every: Key, if any, and value where absent of a number n: each n-th layer has none.
+
+    `layer_types` goes before `first_layer` and `every`; without these, all layers have the window.
     """
 
-    default: int
+    default: int | None
     switch: str | None = None
     first_layer: tuple[str, int] | None = None
+    every: tuple[str | None, int] | None = None
+
+    @property
+    def is_of_all_layers(self) -> bool:
+        """Whether no key can take it from a layer."""
+        return self.first_layer is None and self.every is None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a family, and how a Hugging Face `config.json` describes them.
+
+    Attributes:
+        experts: Their names.
+        count: Key of their number.
+        size: Key of their intermediate size.
+        normalizes: Key that says whether a token's weights for its experts add up to one; None: they
+            always do.
+        is_everywhere: Keys that could leave layers without experts, with the values that do not.
+    """
+
+    experts: Experts
+    count: str
+    size: str
+    normalizes: str | None = None
+    is_everywhere: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,35 +91,114 @@ class Family:
     Attributes:
         name: `model_type` of Hugging Face.
         hf_architecture: Class there.
-        gguf_architecture: `general.architecture` of llama.cpp.
+        gguf_architecture: `general.architecture` of llama.cpp; None: not read from its files.
         is_interleaved_in_gguf: llama.cpp stores query and key rows with the halves of a head
             interleaved.
         trtllm_architecture: Of TensorRT-LLM's `config.json`.
         decoder_types: Values of `decoder_type` that mean it, as in NeMo and ModelOpt.
-        linears: Of every layer, in the order of the forward pass.
+        linears: Of every layer, in the order of the forward pass; without those of experts.
         norms: Of every layer.
+        final_norm: The last one of the model.
+        embedding: Table of the vocabulary.
+        output_layer: The same, for the logits.
+        cache: Of keys and values.
+        positions: Table of learned positions; None: rotary ones.
+        normalization: What all norms compute, in Megatron's word; LayerNorm has biases.
+        zero_centered_gamma: Norms multiply by 1 + weight.
+        activation: Of the MLP; gated where `FC1` has two parts.
+        scales_embedding: Hidden states begin as sqrt(hidden_size) times the embedding.
         biased: Names of linears that always have a bias.
         bias_switches: Key of the Hugging Face `config.json` -> names of linears that it gives biases.
         head_dim_is_stated: transformers has a default of its own for `head_dim`.
         window: How a sliding window is declared; None: there is none.
+        rope_theta: Rotary base where it is absent.
+        rotary_fraction: Of a head's channels that are rotated, where `partial_rotary_factor` is absent;
+            None: always all.
+        is_rotary_interleaved: Neighbouring channels are rotated against each other, not halves.
+        attention: Keys of `HF_ATTENTION` that its `config.json` has, with their values where absent.
+        hf_layer: Prefix of a layer's tensors there, with its number as `{i}`.
+        hf_base: What some files leave out before all names but the head's.
+        hf_buffers: Ends of names that are no weights: what is computed from config.json.
+        hf_keys: Key of Llama's `config.json` -> this family's; None: it has none.
+        hf_defaults: What an absent key (of this family) means.
+        inner_factor: An MLP whose width is null is so many times as wide as the model; 0: none is.
+        may_omit_groups: Without a number of key/value heads there are as many as query heads.
+        hf_activations: What it calls the activation; the first is written.
+        hf_harmless: Further keys that change nothing here.
+        mixture: In the place of a dense MLP; None: there is none.
         hf_extra: Further keys of the Hugging Face `config.json`.
+        trtllm_activation: What TensorRT-LLM calls the activation.
+        trtllm_biases: Key of its `config.json` -> linear whose biases it stands for.
+        trtllm_attention: Of the keys of windows and of `attention`, those that it has, too.
+        trtllm_fraction: Its key for the part of a head that is rotated; None: always all.
+        trtllm_states_head: Its class takes heads of any size; otherwise of hidden_size / heads.
         trtllm_extra: Further keys of TensorRT-LLM's.
     """
 
     name: str
     hf_architecture: str
-    gguf_architecture: str
+    gguf_architecture: str | None
     is_interleaved_in_gguf: bool
-    trtllm_architecture: str
+    trtllm_architecture: str | None
     decoder_types: tuple[str, ...]
     linears: tuple[Linear, ...] = DENSE_LINEARS
     norms: tuple[Norm, ...] = DENSE_NORMS
+    final_norm: Norm = FINAL_NORM
+    embedding: Table = EMBEDDING
+    output_layer: Table = OUTPUT_LAYER
+    cache: Cache = CORE_ATTENTION
+    positions: Table | None = None
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    zero_centered_gamma: bool = False
+    activation: Activation = "silu"
+    scales_embedding: bool = False
     biased: tuple[str, ...] = ()
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head_dim_is_stated: bool = False
     window: SlidingWindow | None = None
+    rope_theta: float = 10000.0
+    rotary_fraction: float | None = None
+    is_rotary_interleaved: bool = False
+    attention: Mapping[str, float | None] = field(default_factory=dict)
+    hf_layer: str = HF_LAYER
+    hf_base: str = ""
+    hf_buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    hf_keys: Mapping[str, str | None] = field(default_factory=dict)
+    hf_defaults: Mapping[str, Any] = field(default_factory=dict)
+    inner_factor: int = 0
+    may_omit_groups: bool = False
+    hf_activations: tuple[str, ...] = ("silu",)
+    hf_harmless: tuple[str, ...] = ()
+    mixture: Mixture | None = None
     hf_extra: Mapping[str, Any] = field(default_factory=dict)
+    trtllm_activation: str = "silu"
+    trtllm_biases: Mapping[str, str] = field(
+        default_factory=lambda: {"attn_bias": QKV.name, "mlp_bias": FC1.name}
+    )
+    trtllm_attention: tuple[str, ...] = ()
+    trtllm_fraction: str | None = None
+    trtllm_states_head: bool = True
     trtllm_extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def inner_default(self, hidden: int) -> int | None:
+        """Width of the MLP where it is null; None: it must be stated."""
+        return self.inner_factor * hidden if self.inner_factor else None
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP multiplies its activated branch by another one; experts do."""
+        return self.mixture is not None or len(by_name(self.linears)[FC1.name].parts) == 2
+
+    @property
+    def norm_kinds(self) -> tuple[str, ...]:
+        """Parameters of every norm."""
+        return ("weight", "bias") if self.normalization == "LayerNorm" else ("weight",)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """In the order of the forward pass, with a head of its own."""
+        positions = () if self.positions is None else (self.positions,)
+        return (self.embedding, *positions, self.output_layer)
 
     def biases_of(self, hf: Mapping[str, Any]) -> tuple[str, ...]:
         """Linears with a bias, as a Hugging Face `config.json` says."""

@@ -8,6 +8,9 @@ is a second opinion on purpose. A family (`families/`) is a choice of rows of th
 | a module in a layer          | `mlp.linear_fc1`                                                      |
 | the same, global             | `decoder.layers.3.mlp.linear_fc1`                                     |
 | its parameter in checkpoints | `decoder.layers.mlp.linear_fc1.weight`, [layers, out, in]             |
+| an expert's linear in a layer| `mlp.experts.5.linear_fc1`, whichever rank holds it                   |
+| its parameter in checkpoints | `decoder.layers.mlp.experts.experts.linear_fc1.weight`,               |
+|                              | [layers, experts, out, in]                                            |
 | its frozen quantizer state   | `quantizers.decoder.layers.3.mlp.linear_fc1.weight_scale`             |
 
 Sources: Megatron-Core `models/gpt/gpt_model.py` and `transformer/attention.py`, transformers
@@ -16,11 +19,14 @@ Sources: Megatron-Core `models/gpt/gpt_model.py` and `transformer/attention.py`,
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 # Named sizes of a model; `DecoderConfig.size` gives the number.
-Axis = Literal["hidden", "intermediate", "query", "key_value", "head", "vocab"]
+Axis = Literal[
+    "hidden", "intermediate", "query", "key_value", "head", "vocab", "positions",
+    "expert_intermediate", "experts",
+]  # fmt: skip
 
 HF_LAYER, GGUF_LAYER, TRTLLM_LAYER = "model.layers.{i}.", "blk.{i}.", "transformer.layers.{i}."
 _LAYERS = "decoder.layers."
@@ -33,6 +39,10 @@ class Sizes(Protocol):
     def num_query_groups(self) -> int:
         """Key/value heads."""
 
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer; 0: none."""
+
     def size(self, axis: Axis) -> int:
         """Global size, before any parallel split."""
 
@@ -41,11 +51,13 @@ class Sizes(Protocol):
 class Part:
     """One weight of a fused linear, as others store it apart.
 
+    Parts that share a module of Hugging Face or of TensorRT-LLM lie in it in the order of the table.
+
     Attributes:
         rows: Its output features.
-        hf: Hugging Face module, after `HF_LAYER`.
+        hf: Hugging Face module, after the family's prefix of a layer.
         gguf: llama.cpp tensor without its suffix, after `GGUF_LAYER`.
-        trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`; parts that share one lie in it in this order.
+        trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`.
     """
 
     rows: Axis
@@ -68,7 +80,10 @@ class Linear:
         activation: Module of the layer in between, whose output it reads; None: none.
         is_by_query_group: Rows go query group by query group, each group's rows part by part (Megatron's
             qkv: its query heads, key head, value head); otherwise part by part.
-        experts: Number of copies that checkpoints stack before the output features; 0: not an expert.
+        expert: Number among the experts of a layer, whose copies checkpoints stack before the output
+            features; None: not of an expert.
+        trtllm_order: Of its parts in TensorRT-LLM's modules, where that is not the table's.
+        is_transposed_in_hf: Hugging Face stores its weight as (in, out), as GPT-2's `Conv1D` does.
     """
 
     name: str
@@ -79,17 +94,33 @@ class Linear:
     fed_by: tuple[str, int] | None = None
     activation: str | None = None
     is_by_query_group: bool = False
-    experts: int = 0
+    expert: int | None = None
+    trtllm_order: tuple[int, ...] | None = None
+    is_transposed_in_hf: bool = False
 
     @property
     def key(self) -> str:
         """Of the weight in checkpoints."""
-        return stacked_key(self.name, "weight")
+        return stacked_key(self._stacked_name, "weight")
 
     @property
     def bias_key(self) -> str:
         """Of the bias in checkpoints, where there is one."""
-        return stacked_key(self.name, "bias")
+        return stacked_key(self._stacked_name, "bias")
+
+    @property
+    def _stacked_name(self) -> str:
+        return self.name if self.expert is None else f"{_STACKED_EXPERTS}.{self.kind}"
+
+    @property
+    def kind(self) -> str:
+        """Its name in the attention, the MLP, or the expert: the same for all experts."""
+        return self.name.rpartition(".")[2]
+
+    def stored_at(self, layer: int) -> tuple[slice, ...]:
+        """Leading indices of a layer's linear in the tensors of `key` and `bias_key`."""
+        lead = (slice(layer, layer + 1),)
+        return lead if self.expert is None else (*lead, slice(self.expert, self.expert + 1))
 
     @property
     def separate_parts(self) -> int:
@@ -98,11 +129,15 @@ class Linear:
 
     def shape(self, sizes: Sizes) -> tuple[int, int]:
         """Global (out_features, in_features)."""
-        return sum(sizes.size(part.rows) for part in self.parts), sizes.size(self.columns)
+        return self.rows_of(sizes, range(len(self.parts))), sizes.size(self.columns)
+
+    def rows_of(self, sizes: Sizes, parts: Iterable[int]) -> int:
+        """Output features of some parts together."""
+        return sum(sizes.size(self.parts[number].rows) for number in parts)
 
     def stacked_shape(self, sizes: Sizes, num_layers: int) -> tuple[int, ...]:
         """Of the weight in checkpoints: [layers, (experts,) out, in]."""
-        experts = (self.experts,) if self.experts else ()
+        experts = () if self.expert is None else (sizes.num_experts,)
         return (num_layers, *experts, *self.shape(sizes))
 
     def units(self, sizes: Sizes) -> int:
@@ -122,12 +157,22 @@ class Linear:
             start += count
         return found
 
+    def hf_modules(self) -> dict[str, list[int]]:
+        """Hugging Face module -> numbers of the parts in it, in row order."""
+        return _grouped((number, part.hf) for number, part in enumerate(self.parts))
+
     def trtllm_modules(self) -> dict[str, list[int]]:
         """TensorRT-LLM module -> numbers of the parts in it, in row order."""
-        modules: dict[str, list[int]] = {}
-        for number, part in enumerate(self.parts):
-            modules.setdefault(part.trtllm, []).append(number)
-        return modules
+        order = self.trtllm_order or range(len(self.parts))
+        return _grouped((number, self.parts[number].trtllm) for number in order)
+
+
+def _grouped(parts: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
+    """Module -> numbers of the parts that name it."""
+    found: dict[str, list[int]] = {}
+    for number, module in parts:
+        found.setdefault(module, []).append(number)
+    return found
 
 
 @dataclass(frozen=True)
@@ -136,9 +181,9 @@ class Norm:
 
     Attributes:
         name: In a Megatron layer (of the last one, in the model).
-        size: Of its weight.
+        size: Of its weight, and of its bias where the family has one.
         key: Of the weight in checkpoints, where Transformer Engine's names are kept.
-        hf: Hugging Face module, after `HF_LAYER`.
+        hf: Hugging Face module, after the family's prefix of a layer.
         gguf: llama.cpp tensor without its suffix, after `GGUF_LAYER`.
         trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`.
     """
@@ -150,22 +195,71 @@ class Norm:
     gguf: str
     trtllm: str
 
+    @property
+    def bias_key(self) -> str:
+        """Of the bias in checkpoints, where there is one."""
+        return self.key.removesuffix("weight") + "bias"
+
+    @property
+    def stem(self) -> str:
+        """What keys of a layer's norm begin with, inside the layer."""
+        return self.key.removeprefix(_LAYERS).removesuffix("weight")
+
+
+@dataclass(frozen=True)
+class Router:
+    """What chooses a token's experts, in every layer: a weight [experts, hidden], never quantized.
+
+    Attributes:
+        name: In a Megatron layer.
+        hf: Hugging Face module, after `HF_LAYER`.
+        trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`.
+    """
+
+    name: str
+    hf: str
+    trtllm: str
+
+    @property
+    def key(self) -> str:
+        """Of the weight in checkpoints."""
+        return stacked_key(self.name, "weight")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The gated MLPs of a mixture, and what chooses among them.
+
+    Attributes:
+        hf: Prefix of an expert's modules in Hugging Face, after `HF_LAYER`, with its number as `{e}`.
+        hf_parts: Its gate, up and down projection there, after that prefix.
+        router: Before them.
+    """
+
+    hf: str
+    hf_parts: tuple[str, str, str]
+    router: Router
+
 
 @dataclass(frozen=True)
 class Table:
-    """A vocabulary table [vocab, hidden], padded and cut over TP by rows.
+    """A table [rows, hidden] of vectors that tokens, or their positions, look up.
+
+    Those of a vocabulary are padded and cut over TP by rows; every rank holds all positions.
 
     Attributes:
         name: In the Megatron model.
         hf: Hugging Face module.
         gguf: llama.cpp tensor without its suffix.
         trtllm: TensorRT-LLM module.
+        rows: Axis of the rows.
     """
 
     name: str
     hf: str
     gguf: str
     trtllm: str
+    rows: Axis = "vocab"
 
     @property
     def key(self) -> str:
@@ -206,6 +300,27 @@ MLP_NORM = Norm(
     gguf="ffn_norm",
     trtllm="post_layernorm",
 )
+# Of what attention and MLP add to the hidden states (Gemma 2 and 3); `specs/post_norm.py` puts them
+# where Megatron adds. Checkpoints hold them as NeMo does.
+ATTENTION_OUTPUT_NORM = Norm(
+    "self_attn_bda.norm",
+    "hidden",
+    key="decoder.layers.self_attention.linear_proj.post_layernorm.weight",
+    hf="post_attention_layernorm",
+    gguf="post_attention_norm",
+    trtllm="post_layernorm",
+)
+MLP_OUTPUT_NORM = Norm(
+    "mlp_bda.norm",
+    "hidden",
+    key="decoder.layers.mlp.linear_fc2.post_layernorm.weight",
+    hf="post_feedforward_layernorm",
+    gguf="post_ffw_norm",
+    trtllm="post_feedforward_layernorm",
+)
+OUTPUT_NORMS = (ATTENTION_OUTPUT_NORM, MLP_OUTPUT_NORM)
+# Behind it are a router and experts, so that Transformer Engine does not keep it in a linear.
+MIXTURE_NORM = replace(MLP_NORM, key="decoder.layers.pre_mlp_layernorm.weight")
 QUERY_NORM = Norm(
     "self_attention.q_layernorm",
     "head",
@@ -271,11 +386,65 @@ FC2 = Linear(
     activation=ACTIVATION,
 )
 
+# An MLP without a gate. Nothing feeds its second linear whose channels could be scaled instead.
+PLAIN_FC1 = Linear(
+    FC1.name,
+    "column",
+    "hidden",
+    (Part("intermediate", "mlp.up_proj", "ffn_up", "mlp.fc"),),
+    norm=MLP_NORM.name,
+)
+PLAIN_FC2 = Linear(FC2.name, "row", "intermediate", FC2.parts)
+# In Megatron-Core's `SequentialMLP`, whose checkpoints have one name for all experts.
+EXPERTS = "mlp.experts"
+_STACKED_EXPERTS = f"{EXPERTS}.experts"
+# Tensors of a layer in which transformers 5 has the parts of all experts: gate above up; down.
+FUSED_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+ROUTER = Router("mlp.router", "mlp.gate", "mlp.router")
+
+
+def expert_linears(experts: Experts, count: int) -> tuple[Linear, ...]:
+    """The linears of all experts of a layer, expert by expert.
+
+    TensorRT-LLM stacks them in `mlp.fc` and `mlp.proj`, with up before gate.
+    """
+    gate, up, down = experts.hf_parts
+    found = []
+    for number in range(count):
+        prefix, hf = f"{EXPERTS}.{number}", experts.hf.format(e=number)
+        rows: Axis = "expert_intermediate"
+        fc1 = Linear(
+            f"{prefix}.{FC1.name.rpartition('.')[2]}",
+            "column",
+            "hidden",
+            (Part(rows, hf + gate, "", "mlp.fc"), Part(rows, hf + up, "", "mlp.fc")),
+            norm=MIXTURE_NORM.name,
+            expert=number,
+        )
+        fc2 = Linear(
+            f"{prefix}.{FC2.name.rpartition('.')[2]}",
+            "row",
+            rows,
+            (Part("hidden", hf + down, "", "mlp.proj"),),
+            fed_by=(fc1.name, 1),
+            expert=number,
+        )
+        found += [fc1, fc2]
+    return tuple(found)
+
+
 EMBEDDING = Table(
     "embedding.word_embeddings", "model.embed_tokens", "token_embd", "transformer.vocab_embedding"
 )
 OUTPUT_LAYER = Table("output_layer", "lm_head", "output", "lm_head")
-TABLES = (EMBEDDING, OUTPUT_LAYER)
+TABLES = (EMBEDDING, OUTPUT_LAYER)  # of the vocabulary
+POSITIONS = Table(
+    "embedding.position_embeddings",
+    "transformer.wpe",
+    "position_embd",
+    "transformer.position_embedding",
+    rows="positions",
+)
 
 CORE_ATTENTION = Cache(
     "self_attention.core_attention",
@@ -286,6 +455,7 @@ CORE_ATTENTION = Cache(
 
 # Of a dense decoder with a gated MLP, in the order of the forward pass.
 DENSE_LINEARS = (QKV, PROJ, FC1, FC2)
+PLAIN_LINEARS = (QKV, PROJ, PLAIN_FC1, PLAIN_FC2)
 DENSE_NORMS = (INPUT_NORM, MLP_NORM)
 
 
@@ -297,6 +467,11 @@ def in_layer(layer: int, name: str) -> str:
 def is_in_layer(name: str) -> bool:
     """Whether a global name is that of a layer's module (else a vocabulary table's, the last norm's)."""
     return name.startswith(_LAYERS)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a global name is that of an expert's linear."""
+    return is_in_layer(name) and split_name(name)[1].startswith(f"{EXPERTS}.")
 
 
 def split_name(name: str) -> tuple[int, str]:

@@ -71,6 +71,8 @@ def _entry(
 ) -> Any:
     tp_rank, tp_size = module.tp_group.rank(), module.tp_group.size()
     axis = tp_axis(module, kind, part)
+    if module.expert_groups is not None:
+        dp_group = module.expert_groups.dp
     offsets = [] if axis is None else [(axis, tp_rank, tp_size)]
     entry = ShardedTensor.from_rank_offsets(
         quantizer_key(name, kind, part),

@@ -26,7 +26,13 @@ class Piece:
 
 def shard_count(model: DecoderConfig) -> int:
     """Largest tensor-parallel size that cuts every linear evenly; every valid size divides it."""
-    return math.gcd(model.num_query_groups, model.num_attention_heads, model.intermediate_size)
+    return math.gcd(*_cut_sizes(model).values())
+
+
+def _cut_sizes(model: DecoderConfig) -> dict[str, int]:
+    """What tensor parallelism cuts, by the name of its size; experts as the rest, if they are cut."""
+    inner = "expert_intermediate_size" if model.num_experts else "intermediate_size"
+    return {n: getattr(model, n) for n in ("num_attention_heads", "num_query_groups", inner)}
 
 
 def local_pieces(model: DecoderConfig, linear: Linear, rank: int, tp: int) -> list[Piece]:
@@ -48,20 +54,27 @@ def local_pieces(model: DecoderConfig, linear: Linear, rank: int, tp: int) -> li
     return pieces
 
 
-def check_parallel_sizes(model: DecoderConfig, *, tp: int, pp: int, virtual_pp: int = 1) -> None:
+def check_parallel_sizes(
+    model: DecoderConfig, *, tp: int, pp: int, virtual_pp: int = 1, ep: int = 1
+) -> None:
     """Refuses layouts that would not cut the model evenly.
 
     Raises:
         UserError: Names the size that is not divisible, and the sizes that would work.
     """
     valid = [n for n in range(1, shard_count(model) + 1) if shard_count(model) % n == 0]
-    for size_name in ("num_attention_heads", "num_query_groups", "intermediate_size"):
-        size = getattr(model, size_name)
+    for size_name, size in _cut_sizes(model).items():
         if size % tp:
             raise UserError(
                 f"tensor_model_parallel_size={tp} does not divide {size_name}={size}; "
                 f"tensor-parallel sizes that fit this model: {valid}."
             )
+    if ep > 1 and (not model.num_experts or model.num_experts % ep):
+        fitting = [n for n in range(1, model.num_experts + 1) if model.num_experts % n == 0]
+        raise UserError(
+            f"expert_model_parallel_size={ep} does not divide num_experts={model.num_experts}; sizes "
+            f"that fit this model: {fitting or [1]}."
+        )
     stages = pp * virtual_pp
     if model.num_layers % stages:
         fitting = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]

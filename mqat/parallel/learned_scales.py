@@ -13,6 +13,7 @@ from the start. So the gradient of a scale is
 | column-parallel weight, tensor    | its own rows                   | sum over TP               |
 | row-parallel weight, tensor or channel | its own columns           | sum over TP               |
 | other weights                     | every element of its scales    | that; scales are cut, too |
+| input of an expert                | its own rows or features       | sum over expert TP        |
 
 Sums over DP are those of every parameter (DDP's buffers). For sums over TP, Megatron's
 `finalize_model_grads` averages what is marked `average_gradients_across_tp_domain`, whatever the
@@ -36,6 +37,8 @@ def scale_spans_ranks(linear: QuantizedLinear, kind: str) -> bool:
     """Whether elements that share a scale lie on several tensor-parallel ranks (table above)."""
     if kind == "weight":
         return tp_axis(linear, kind, "scale") is None
+    if linear.expert_groups is not None:  # their dispatcher sums the gradient, before the linear
+        return True
     return isinstance(linear, RowParallelLinear) or bool(linear.config.sequence_parallel)
 
 
@@ -72,6 +75,9 @@ def learn_scales_(model: Any, *, weights: Rule | None = None, inputs: Rule | Non
             spans = scale_spans_ranks(linear, kind) and tp > 1
             scale: Any = quantizer.learn_(rule, factor * (tp if spans else 1))
             scale.average_gradients_across_tp_domain = spans
+            scale.allreduce = getattr(
+                linear.weight, "allreduce", True
+            )  # of an expert: with its copies
             axis = tp_axis(linear, kind, "scale")
             # Counted once in the gradient norm: from every rank if cut, else from the first.
             set_tensor_model_parallel_attributes(scale, axis is not None and tp > 1, axis or 0, 1)

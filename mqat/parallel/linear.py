@@ -308,6 +308,8 @@ class QuantizedLinear(QuantizedModule):
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.is_calibrating:
             self.observe("input", input)
+            if kwargs["sequence_parallel"]:
+                input = gather_from_sequence_parallel_region(input, group=self.tp_group)
             return self._calibration_gemm(input, weight, kwargs.get("bias"))
         if self.packed_weight is not None:
             return self.packed_gemm(input, **kwargs)
@@ -327,8 +329,6 @@ class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type:
     """`ColumnParallelLinear` with quantized operands."""
 
     def _calibration_gemm(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.sequence_parallel:
-            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
         output = sharded_linear(input, weight, self.shards_per_rank * self.parts)
         return output if bias is None else output + bias
 

@@ -155,7 +155,8 @@ class _QuantizedGemm(torch.autograd.Function):
             dy = dy.to(compute_dtype(ctx.dtype, dy.device))
         dx = dw = None
         if wants_dx:
-            dx = input_gradient(dy, ctx.used, ctx.dtype, gemm.rounding).view(*ctx.tokens, -1)
+            dx = input_gradient(dy, ctx.used, ctx.dtype, gemm.rounding)
+            dx = dx.view(*ctx.tokens, dx.shape[-1])
         for handle in handles:
             handle.wait()
         sent, dx_sum = None, dx
@@ -192,7 +193,7 @@ def _weight_gradient(ctx: Any, grad: Tensor, dy: Tensor, operand: Operand) -> Te
                 "microbatches are through, so it can be masked only at the end of a quantized_step "
                 "around them, with DDP, and if the output layer is not tied. Set it to False."
             )
-        gemm.deferred.gradients.append(grad.view(*ctx.tokens, -1))
+        gemm.deferred.gradients.append(grad.view(*ctx.tokens, grad.shape[-1]))
     elif main_grad is not None and gemm.fuses and mask is None and gemm.rounding is None:
         add_by_fused_kernel_(main_grad, grad, operand, ctx.dtype)
     else:

@@ -1,5 +1,6 @@
 """What calibration, checkpoints and schedules know of a module: its name and its quantizers."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,6 +8,21 @@ from torch import Tensor, nn
 from mqat.errors import UserError
 from mqat.quant.quantizer import Quantizer
 from mqat.transfer import to_device
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Who else has to do with an expert.
+
+    Attributes:
+        tp: Ranks with other parts of it.
+        dp: Ranks with copies of it.
+        ep: Ranks with other experts of the layer.
+    """
+
+    tp: Any
+    dp: Any
+    ep: Any
 
 
 class QuantizedModule(nn.Module):
@@ -20,6 +36,7 @@ class QuantizedModule(nn.Module):
         tp_group: Ranks that hold other parts of it.
         parts: Number of weights fused along the output rows that are cut separately (gate, up).
         is_calibrating: Compute unquantized, whatever is frozen.
+        expert_groups: Of a module of an expert; None: all ranks of the stage share it.
         token_mask: bool [b, s] on the host, False for padding and filler of the microbatch that comes
             next (`set_token_mask`); None: every token is real.
     """
@@ -29,6 +46,7 @@ class QuantizedModule(nn.Module):
     weight: Tensor
     parts: int = 1
     is_calibrating: bool = False
+    expert_groups: ExpertGroups | None = None
     token_mask: Tensor | None = None
 
     @property

@@ -108,6 +108,33 @@ def _source(config: RunConfig) -> tuple[DecoderConfig, PretrainedSource | Random
     return source.config, source
 
 
+def _check_experts(config: RunConfig, model: DecoderConfig, world_size: int) -> None:
+    """Refuses layouts and reports that are not built for experts, and settings without them."""
+    settings, tp = config.model, config.model.tensor_model_parallel_size
+    if not model.num_experts:
+        for key in ("expert_tensor_parallel_size", "moe_aux_loss_coeff"):
+            if getattr(settings, key):
+                raise UserError(f"config: model.{key}: a {model.family} model has no experts.")
+        return
+    groups.check_expert_parallel(
+        world_size,
+        tensor_parallel=tp,
+        pipeline_parallel=settings.pipeline_model_parallel_size,
+        expert_parallel=settings.expert_model_parallel_size,
+        expert_tensor_parallel=settings.expert_tensor_parallel_size,
+    )
+    if tp > 1 and not settings.sequence_parallel:
+        raise UserError(
+            f"config: model.tensor_model_parallel_size={tp}: experts are trained with tensor "
+            "parallelism only together with sequence parallelism; set model.sequence_parallel=true."
+        )
+    if config.exp_manager.quality_report:
+        raise UserError(
+            "config: exp_manager.quality_report=true: experts see some tokens each, in another order, "
+            "which the report does not follow; set it to false."
+        )
+
+
 def _check_batches(config: RunConfig, world_size: int) -> int:
     """Data-parallel size; refuses world and batch sizes that do not fit together."""
     settings = config.model
@@ -296,8 +323,10 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     _check_decoder(config, model)
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
     check_parallel_sizes(
-        model, tp=tp, pp=pp, virtual_pp=settings.virtual_pipeline_model_parallel_size or 1
-    )
+        model, tp=tp, pp=pp, virtual_pp=settings.virtual_pipeline_model_parallel_size or 1,
+        ep=settings.expert_model_parallel_size,
+    )  # fmt: skip
+    _check_experts(config, model, world)
     data_parallel = _check_batches(config, world)
     _check_data(settings, model)
     quantization = config.quantization
@@ -340,6 +369,7 @@ def describe(plan: RunPlan) -> dict[str, Any]:
         "layout": f"TP {settings.tensor_model_parallel_size} x PP "
         f"{settings.pipeline_model_parallel_size} x CP {settings.context_parallel_size} "
         f"x DP {plan.data_parallel}"
+        + (f" x EP {settings.expert_model_parallel_size}" if plan.model.num_experts else "")
         + (" + sequence parallel" if settings.sequence_parallel else ""),
         "precision": str(plan.dtype).removeprefix("torch.")
         + (" (auto, on this machine)" if plan.config.trainer.precision == "auto" else ""),
@@ -352,19 +382,25 @@ def describe(plan: RunPlan) -> dict[str, Any]:
 def memory_estimate(plan: RunPlan) -> dict[str, str]:
     """Bytes of weights, gradients and optimizer state on the fullest rank.
 
-    fp32 gradient buffer; AdamW moments, and a fp32 copy of bf16 weights, spread over data- and
-    context-parallel ranks (distributed optimizer). Activations are not counted.
+    Experts are cut over EP and over TP of their own. fp32 gradient buffer; AdamW moments, and a fp32
+    copy of bf16 weights, spread over data- and context-parallel ranks (distributed optimizer).
+    Activations are not counted.
     """
     model, settings = plan.model, plan.config.model
-    linears = sum(math.prod(x.stacked_shape(model, model.num_layers)) for x in model.linears)
+    own = model.num_layers  # copies of a linear
+    linears = own * sum(math.prod(x.shape(model)) for x in model.linears if x.expert is None)
+    experts = own * sum(math.prod(x.shape(model)) for x in model.linears if x.expert is not None)
     table = model.vocab_size * model.hidden_size
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
     tables = 2 if pp == 1 and not model.tie_word_embeddings else 1
-    parameters = (linears / pp + tables * table) / tp
+    inner = settings.expert_tensor_parallel_size or tp
+    cut = settings.expert_model_parallel_size * inner
+    dense, inside = (linears / pp + tables * table) / tp, experts / pp / cut
     width = plan.dtype.itemsize
     state = 8 if width == 4 else 12
     spread = plan.data_parallel * settings.context_parallel_size
-    total = parameters * (width + 4 + state / spread)
+    parameters = dense + inside
+    total = parameters * (width + 4) + state * (dense / spread + inside / (spread * tp / cut))
     return {
         "parameters per rank": f"{parameters / 1e6:.1f} M",
         "weights, gradients, optimizer per rank": f"{total / 2**30:.2f} GiB",

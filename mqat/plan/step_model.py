@@ -310,10 +310,10 @@ def estimate(
 def modelled_step(plan: RunPlan, *, card: Card = H100) -> dict[str, str]:
     """A line for `mqat plan`: the step of this configuration against the same one in BF16.
 
-    Nothing where no linear is quantized.
+    Nothing where no linear is quantized, or with experts, whose numbers of tokens nobody knows.
     """
     schemes = linear_schemes(plan.layers)
-    if not schemes:
+    if not schemes or plan.model.num_experts:
         return {}
     settings, model = plan.config.model, plan.model
     whole = settings.micro_batch_size * settings.data.seq_length

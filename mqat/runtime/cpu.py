@@ -14,19 +14,27 @@ The only place in mqat that replaces functions of other packages.
 | `param.type() == "torch.cuda.FloatTensor"`    | `Tensor.type()` says so to Megatron's optimizer   |
 | `jit_fuser = torch.compile`                   | its small functions stay uncompiled               |
 | CUDA RNG tracker (dropout, initialization)    | the CPU generator's state                         |
+| `torch.cuda.Stream()`, `stream(...)` and      | the CPU's stream, and a stream that copies at     |
+| events of token dispatchers                   | once                                              |
+| split sizes of an all-to-all left as tensors  | numbers, as they become when copied off a device  |
+| gathers and reduce-scatters of ranks with      | an all-gather filled up to the largest, and an    |
+| other numbers of tokens, which gloo lacks     | all-reduce                                        |
+| `te_general_gemm` without Transformer Engine  | None, for which routers multiply with torch       |
 
-Collectives need no bridge: gloo has all that Megatron uses, 64-bit integers included.
+Other collectives need no bridge: gloo has all that Megatron uses, 64-bit integers included.
 
 Nothing is paid per tensor operation: over four processes each, the fastest add, empty, mul_, zeros,
 view and matmul of 8 numbers took 0.98 to 1.05 of the time without this file, as much as such runs differ
 among themselves; a `TorchFunctionMode`, the shorter way to write this, takes 2.0 to 2.4 times as long.
 
-Not bridged: CUDA streams and events (FSDP, offloading, CUDA graphs, several optimizer instances), MoE
-and Mamba kernels, persistent asynchronous checkpoint writers. `overlap_p2p_comm` together with
+Not bridged: CUDA streams and events elsewhere (FSDP, offloading, CUDA graphs, several optimizer
+instances), grouped GEMMs and Mamba kernels, persistent asynchronous checkpoint writers.
+`overlap_p2p_comm` together with
 `deallocate_pipeline_outputs` gives wrong numbers: Megatron frees a tensor that gloo is still sending,
 which is safe only where the allocator follows the stream.
 """
 
+import contextlib
 import importlib
 import logging
 import sys
@@ -52,6 +60,7 @@ _LITERAL_CUDA = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.rerun_state_machine",
     "megatron.core.tensor_parallel.data",
+    "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.utils",
     "megatron.core.utils",
 )
@@ -124,6 +133,79 @@ def _bridge_rng_tracker() -> None:
     random._set_cuda_rng_state = set_state
 
 
+class _CopyStream:
+    """Where a token dispatcher copies its counts to the host: on a CPU they are there."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self) -> "_CopyStream":
+        """An event that has happened."""
+        return self
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class _CudaOfDispatchers(types.ModuleType):
+    """`torch.cuda` with streams that a CPU has."""
+
+    Stream = _CopyStream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def stream(stream: Any) -> Any:
+        return contextlib.nullcontext()
+
+
+def _bridge_token_dispatchers() -> None:
+    """Routers and dispatchers of mixtures of experts, where a CPU has no streams to copy on."""
+    utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    if not utils.HAVE_TE:
+        utils.te_general_gemm = None
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = to_host
+    with_streams = _TorchOnCpu()
+    with_streams.cuda = _CudaOfDispatchers("torch.cuda")
+    dispatcher.torch = with_streams
+
+
+def _bridge_uneven_collectives() -> None:
+    """Between ranks that share each of several experts: some have more tokens for them than others."""
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(
+        x: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if sizes is None or group.size() == 1:
+            return gather(x, group, sizes, use_global_buffer)
+        filled = x.new_zeros(max(sizes), *x.shape[1:])
+        filled[: len(x)] = x
+        whole = x.new_empty(len(sizes) * len(filled), *x.shape[1:])
+        torch.distributed.all_gather_into_tensor(whole, filled, group=group)
+        pieces = zip(whole.chunk(len(sizes)), sizes, strict=True) if len(filled) else ()
+        return torch.cat([piece[:size] for piece, size in pieces]) if len(filled) else whole
+
+    def scatter_uneven(
+        x: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if sizes is None or group.size() == 1:
+            return scatter(x, group, sizes, use_global_buffer)
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = scatter_uneven
+
+
 def _import_without_compiling() -> None:
     """Leaves the functions that Megatron hands to `torch.compile` as they are.
 
@@ -152,4 +234,6 @@ def install() -> None:
         for name in _LITERAL_CUDA:
             importlib.import_module(name).torch = proxy
         _bridge_rng_tracker()
+        _bridge_token_dispatchers()
+        _bridge_uneven_collectives()
     torch.cuda._mqat_cpu = True  # type: ignore[attr-defined]

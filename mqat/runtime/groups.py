@@ -56,6 +56,8 @@ def initialize(
     pipeline_parallel: int = 1,
     virtual_pipeline: int | None = None,
     context_parallel: int = 1,
+    expert_parallel: int = 1,
+    expert_tensor_parallel: int | None = None,
     seed: int = 1234,
     timeout_minutes: float = 10.0,
 ) -> None:
@@ -66,6 +68,9 @@ def initialize(
         pipeline_parallel: Number of pipeline stages.
         virtual_pipeline: Model chunks per stage of an interleaved pipeline; None: not interleaved.
         context_parallel: Processes that share each sequence.
+        expert_parallel: Processes that share the experts of each layer, among those that hold copies of
+            the rest of it.
+        expert_tensor_parallel: Processes that share each expert: 1, or None for `tensor_parallel`.
         seed: For Megatron's per-rank random number streams.
         timeout_minutes: A collective that waits longer than this fails.
 
@@ -93,6 +98,13 @@ def initialize(
             f"pipeline_parallel={pipeline_parallel} x context_parallel={context_parallel}; start "
             f"torchrun with --nproc-per-node {sizes} or a multiple of it."
         )
+    check_expert_parallel(
+        size,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
+        expert_tensor_parallel=expert_tensor_parallel,
+    )
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(device())
@@ -110,9 +122,45 @@ def initialize(
         pipeline_model_parallel_size=pipeline_parallel,
         virtual_pipeline_model_parallel_size=virtual_pipeline,
         context_parallel_size=context_parallel,
+        expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=expert_tensor_parallel,
         distributed_timeout_minutes=timeout_minutes,
     )
     megatron_tp.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def check_expert_parallel(
+    world_size: int,
+    *,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    expert_parallel: int,
+    expert_tensor_parallel: int | None,
+) -> None:
+    """Refuses sizes of expert parallelism that the world cannot be cut into.
+
+    Raises:
+        UserError: Names the sizes, and what would fit.
+    """
+    inner = tensor_parallel if expert_tensor_parallel is None else expert_tensor_parallel
+    if expert_parallel < 1 or inner not in (1, tensor_parallel):
+        raise UserError(
+            f"expert_parallel={expert_parallel} must be at least 1, and expert_tensor_parallel={inner} "
+            f"either 1 or tensor_parallel={tensor_parallel}."
+        )
+    if inner < tensor_parallel and expert_parallel % tensor_parallel:
+        raise UserError(
+            f"expert_tensor_parallel={inner} with tensor_parallel={tensor_parallel} needs an "
+            f"expert_parallel that is a multiple of {tensor_parallel}, not {expert_parallel}: ranks of "
+            "one tensor-parallel group hold other tokens, and their gradients of an expert must meet."
+        )
+    sizes = pipeline_parallel * expert_parallel * inner
+    if world_size % sizes:
+        raise UserError(
+            f"world size {world_size} is not a multiple of pipeline_parallel={pipeline_parallel} x "
+            f"expert_parallel={expert_parallel} x expert_tensor_parallel={inner}; start torchrun with "
+            f"--nproc-per-node {sizes} or a multiple of it."
+        )
 
 
 def _refuse_unguarded() -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,18 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from mqat.errors import UserError
-from mqat.models.structure import ACTIVATION, CORE_ATTENTION, DENSE_NORMS
+from mqat.models.structure import ACTIVATION, CORE_ATTENTION, DENSE_NORMS, EXPERTS, OUTPUT_NORMS
 from mqat.models.structure import Norm as NormOfLayer
 from mqat.parallel.context import own_chunks, whole_sequence
-from mqat.specs.causal import document_attention, masked_attention
-from mqat.specs.elementwise import Norm, Swiglu
+from mqat.specs.causal import (
+    capped_attention,
+    document_attention,
+    masked_attention,
+    seen_keys,
+)
+from mqat.specs.elementwise import Norm, OutputNorm, Swiglu
 from mqat.specs.slots import with_slots
+from mqat.specs.window import window_of
 
 
 class SdpaAttention(nn.Module):
@@ -30,7 +37,11 @@ class SdpaAttention(nn.Module):
 
     Attributes:
         cp_group: None: whole sequences.
+        window: Tokens that a query looks at, itself included; None: all before it.
+        softcap: c, where scores s become c tanh(s / c); of a subclass (`with_softcap`).
     """
+
+    softcap: float | None = None
 
     def __init__(
         self,
@@ -51,12 +62,12 @@ class SdpaAttention(nn.Module):
             )
         if attn_mask_type is not AttnMaskType.causal:
             raise UserError(f"attn_mask_type={attn_mask_type}: SdpaAttention is causal only.")
-        if config.window_size is not None or config.softmax_type != "vanilla":
+        if config.softmax_type != "vanilla":
             raise UserError(
-                f"window_size={config.window_size}, softmax_type={config.softmax_type!r}: SdpaAttention "
-                "attends to all earlier tokens with a plain softmax; use None and 'vanilla'."
+                f"softmax_type={config.softmax_type!r}: SdpaAttention's is plain; use 'vanilla'."
             )
         self.config = config
+        self.window = window_of(config, layer_number)
         group, size = getattr(pg_collection, "cp", None), config.context_parallel_size
         found = 1 if group is None else group.size()
         if size != found:
@@ -110,34 +121,71 @@ class SdpaAttention(nn.Module):
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        options = {"dropout_p": dropout, "scale": self.softmax_scale}
+        options: dict[str, Any] = {"dropout_p": dropout, "scale": self.softmax_scale}
         # Ranks hold other heads, so they need other random numbers; sequence parallelism forks outside.
         needs_fork = dropout > 0.0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if needs_fork else nullcontext():
             if attention_mask is not None and attention_mask.dtype == torch.bool:
-                self._check_dense(attention_mask)
-                context = masked_attention(q, k, v, attn_mask=~attention_mask, **options)
+                context = self._dense(q, k, v, ~attention_mask, **options)
             else:
+                options |= {"window": self.window, "softcap": self.softcap}
                 ends = None if attention_mask is None else attention_mask.tolist()
                 context = document_attention(q, k, v, chunks=chunks, ends=ends, **options)
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
-    def _check_dense(self, mask: Tensor) -> None:
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, **options: Any) -> Tensor:
+        """Under a mask [b, 1, s, s] of what may be looked at, as far as the window allows."""
         if self.cp_group is not None:
             raise UserError(
-                f"attention_mask: a mask of {tuple(mask.shape)} with context_parallel_size="
+                f"attention_mask: a mask of {tuple(seen.shape)} with context_parallel_size="
                 f"{self.cp_group.size()}; give None, or the ends of packed documents "
                 "(mqat.data.packing.document_ends)."
             )
+        if self.window is not None:
+            seen = seen & seen_keys(q.shape[2], k.shape[2], self.window, q.device)
+        if self.softcap is not None:
+            return capped_attention(q, k, v, seen, softcap=self.softcap, **options)
+        return masked_attention(q, k, v, attn_mask=seen, **options)
+
+
+def with_softcap(attention: type[SdpaAttention], cap: float) -> type[SdpaAttention]:
+    """An attention whose scores s become cap tanh(s / cap)."""
+    return type(attention.__name__, (attention,), {"softcap": cap})
 
 
 def gpt_layer_spec(
-    norms: Sequence[NormOfLayer] = DENSE_NORMS, attention: type[nn.Module] = SdpaAttention
+    norms: Sequence[NormOfLayer] = DENSE_NORMS,
+    attention: type[nn.Module] = SdpaAttention,
+    *,
+    num_experts: int = 0,
+    config: Any = None,
 ) -> ModuleSpec:
     """Megatron's local GPT layer spec with `Norm`, a core attention and `Swiglu`.
 
     Megatron calls `Swiglu` where its config says `use_te_activation_func`, and its own otherwise.
+
+    Args:
+        norms: Of a layer.
+        attention: The core attention.
+        num_experts: Of a mixture in the place of the MLP, one after the other (`SequentialMLP`).
+        config: Megatron's, which norms of what attention and MLP add (`OUTPUT_NORMS`) need.
     """
-    slots: dict[str, Any] = {norm.name: Norm for norm in norms}
-    slots |= {CORE_ATTENTION.name: attention, ACTIVATION: Swiglu}
-    return with_slots(get_gpt_layer_local_spec(normalization="RMSNorm"), slots)
+    inner = [norm for norm in norms if norm not in OUTPUT_NORMS]
+    slots: dict[str, Any] = {norm.name: Norm for norm in inner}
+    activation = f"{EXPERTS}.activation_func" if num_experts else ACTIVATION
+    slots |= {CORE_ATTENTION.name: attention, activation: Swiglu}
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=num_experts or None)
+    spec = with_slots(spec, slots)
+    outer = [norm for norm in norms if norm in OUTPUT_NORMS]
+    if not outer:
+        return spec
+    if config is None:
+        raise UserError(
+            f"gpt_layer_spec: {outer[0].name} needs Megatron's configuration; give config=, too."
+        )
+    keys = dict(spec.submodules.sharded_state_dict_keys_map)
+    for norm in outer:
+        keys[f"{norm.name}."] = norm.stem
+        slot = norm.name.partition(".")[0]
+        spec = with_slots(spec, {slot: ModuleSpec(OutputNorm, params={"config": config})})
+    return replace(spec, submodules=replace(spec.submodules, sharded_state_dict_keys_map=keys))

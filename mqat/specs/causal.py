@@ -4,6 +4,9 @@ Everything is made of one piece of work: queries that are the last of their keys
 one; the rest of a document that begins in another chunk (context parallelism) has more keys than
 queries. No mask of [queries, keys] numbers is stored, unless CUDA has neither flash nor memory-efficient
 attention for these heads.
+
+A sliding window, and scores under a cap, take `QUERY_BLOCK` queries at a time with the keys that these
+may look at, so that work and memory grow with length times window.
 """
 
 from collections.abc import Sequence
@@ -16,8 +19,11 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 from mqat.errors import UserError
+
+QUERY_BLOCK = 512
 
 
 def masked_attention(
@@ -54,16 +60,87 @@ def masked_attention(
 
 
 def trailing_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dropout_p: float,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of queries [b, heads, m, d] that are the last m of n keys [b, groups, n, d].
+
+    Args:
+        q: The queries.
+        k: The keys.
+        v: Values, like `k`.
+        dropout_p: Of the attention's probabilities.
+        scale: Of the scores.
+        window: Keys that a query looks at, its own included; None: all up to its own.
+        softcap: c, where scores s become c tanh(s / c).
+    """
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
+    m, n = q.shape[2], k.shape[2]
+    if softcap is None and (window is None or window >= n):
+        return _plain_attention(q, k, v, **options)
+    outputs, before = [], n - m
+    for a in range(0, m, QUERY_BLOCK):
+        b = min(a + QUERY_BLOCK, m)
+        first = 0 if window is None else max(before + a - window + 1, 0)
+        block = (q[:, :, a:b], *(x[:, :, first : before + b] for x in (k, v)))
+        if softcap is None:
+            outputs.append(_windowed_attention(*block, window=window, **options))
+            continue
+        seen = seen_keys(b - a, before + b - first, window, q.device)
+        # Recomputed in the backward pass: the scores of all blocks would be [m, n].
+        outputs.append(
+            checkpoint(
+                capped_attention, *block, seen, softcap=softcap, **options, use_reentrant=False,
+                preserve_rng_state=dropout_p > 0,
+            )
+        )  # fmt: skip
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def seen_keys(m: int, n: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool [m, n]: the keys that each of the last m of n tokens looks at."""
+    places = torch.arange(n, device=device)
+    distance = places[n - m :, None] - places
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, dropout_p: float, scale: float, softcap: float
+) -> Tensor:
+    """Attention whose scores are softcap tanh(scores / softcap), in float32; `seen`: bool [.., m, n]."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    scores = (q @ k.transpose(-2, -1)).float() * scale
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~seen, float("-inf"))
+    return F.dropout(scores.softmax(dim=-1).to(q.dtype), dropout_p) @ v
+
+
+def _windowed_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, **options: Any
+) -> Tensor:
+    """As `_plain_attention` within a window: of the same line, `window` numbers let a query look."""
+    m, n = q.shape[2], k.shape[2]
+    line = q.new_full((m + n - 1,), float("-inf"))
+    line[max(n - (window or n), 0) : n] = 0
+    mask = line.as_strided((m, n), (1, 1))
+    mask = mask.contiguous() if q.is_cuda else mask  # memory-efficient attention needs aligned rows
+    return masked_attention(q.flip(2), k, v, attn_mask=mask, **options).flip(2)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """As `trailing_attention`, without window and cap.
 
     Torch's `is_causal` means the first m. CUDA's flash attention knows the other kind, CPUs' kernel
     only masks. With the queries backwards, query i of them may look at key j while i + j < n, so that
     the rows of the mask are windows of one line of m + n - 1 numbers.
     """
     m, n = q.shape[2], k.shape[2]
-    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
     if m == n:
         return masked_attention(q, k, v, attn_mask=None, **options)
     if q.is_cuda:
@@ -87,7 +164,7 @@ def _lower_right_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> T
 
 def _row_attention(
     q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[tuple[int, int]], ends: Sequence[int],
-    dropout_p: float, scale: float,
+    **options: Any,
 ) -> Tensor:  # fmt: skip
     """Of rows with the same documents, which end at `ends`, from 0 on."""
     outputs = []
@@ -100,8 +177,7 @@ def _row_attention(
         queries = own.split([b - max(a, first) for a, b in parts], dim=2)
         keys, values = (x[:, :, begin:last].split([b - a for a, b in parts], dim=2) for x in (k, v))
         outputs += [
-            trailing_attention(*part, dropout_p=dropout_p, scale=scale)
-            for part in zip(queries, keys, values, strict=True)
+            trailing_attention(*part, **options) for part in zip(queries, keys, values, strict=True)
         ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
@@ -113,8 +189,7 @@ def document_attention(
     *,
     chunks: Sequence[tuple[int, int]],
     ends: Sequence[Sequence[int]] | None,
-    dropout_p: float,
-    scale: float,
+    **options: Any,
 ) -> Tensor:
     """Causal attention within documents, of some chunks of the sequence.
 
@@ -125,8 +200,7 @@ def document_attention(
         chunks: First and last + 1 token of each.
         ends: For each row, 0 and where its documents end, up to n; the last may be repeated. None: each
             row is one document.
-        dropout_p: Of the attention's probabilities.
-        scale: Of the scores.
+        **options: Of `trailing_attention`.
 
     Returns:
         [b, heads, m, d].
@@ -136,9 +210,9 @@ def document_attention(
     """
     n = k.shape[2]
     if ends is None and len(chunks) == 1:
-        return trailing_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+        return trailing_attention(q, k, v, **options)
     if ends is None:
-        return _row_attention(q, k, v, chunks, (0, n), dropout_p, scale)
+        return _row_attention(q, k, v, chunks, (0, n), **options)
     if len(ends) != q.shape[0] or any(
         row[0] != 0 or row[-1] != n or any(a > b for a, b in pairwise(row)) for row in ends
     ):
@@ -148,5 +222,5 @@ def document_attention(
         )
     rows = zip(q.split(1), k.split(1), v.split(1), ends, strict=True)
     return torch.cat(
-        [_row_attention(qs, ks, vs, chunks, own, dropout_p, scale) for qs, ks, vs, own in rows]
+        [_row_attention(qs, ks, vs, chunks, own, **options) for qs, ks, vs, own in rows]
     )

@@ -12,21 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-import torch
-import torch.nn.functional as F  # noqa: N812
-
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
+from mqat.models.family import Family
 from mqat.models.structure import QUERY_NORM
+from mqat.specs.activations import find_activation
+from mqat.specs.rope import attention_factor, built_attention_factor
+from mqat.specs.window import built_windows
 
-# What Megatron's RotaryEmbedding._apply_scaling hard-codes besides the factor.
-MEGATRON_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-# Fields whose value is not that of a plain decoder with RMSNorm and SwiGLU by default.
-_PLAIN = {"normalization": "RMSNorm", "gated_linear_unit": True}
 # Fields that change no result but its rounding, its random numbers or its speed; or that only count when
 # a switch is on which is not in this list (`num_moe_experts`, `fp8`, `fp4`, `mtp_num_layers`, ...).
 _HARMLESS_PREFIXES = (
@@ -50,7 +43,7 @@ _HARMLESS = {
     "apply_query_key_layer_scaling", "disable_bf16_reduced_precision_matmul", "bias_activation_fusion",
     "masked_softmax_fusion", "persist_layer_norm", "memory_efficient_layer_norm", "bias_dropout_fusion",
     "apply_rope_fusion", "fused_single_qkv_rope", "distribute_saved_activations",
-    "window_attn_skip_freq", "enable_cuda_graph", "external_cuda_graph",
+    "enable_cuda_graph", "external_cuda_graph",
     "clone_scatter_output_in_embedding",
     "disable_parameter_transpose_cache", "config_logger_dir", "flash_decode", "use_te_activation_func",
     "symmetric_ar_type", "use_mamba_mem_eff_path", "mlp_chunks_for_prefill", "transformer_impl",
@@ -65,8 +58,24 @@ _HARMLESS = {
     "add_bias_linear", "add_qkv_bias",  # the biases themselves are compared
     "max_position_embeddings",  # a longest sequence, under rotary embeddings
 }  # fmt: skip
+# With experts, fields that begin with `moe_` are harmless only if they are among these: how tokens
+# travel, and what is added to the loss.
+_HARMLESS_OF_EXPERTS = {
+    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+    "moe_token_dispatcher_type",
+    "moe_enable_deepep", "moe_flex_dispatcher_backend", "moe_per_layer_logging", "moe_permute_fusion",
+    "moe_router_fusion", "moe_layer_recompute", "moe_token_drop_policy", "moe_router_dtype",
+    "moe_deepep_num_sms", "moe_hybridep_num_sms", "moe_extended_tp", "moe_shared_expert_overlap",
+    "moe_router_bias_update_rate", "moe_use_legacy_grouped_gemm", "moe_router_padding_for_fp8",
+    "moe_router_padding_for_quantization", "moe_pad_expert_input_to_capacity",
+}  # fmt: skip
 
 
+# Of a description with experts -> of Megatron's configuration.
+SIZES_OF_EXPERTS = {
+    "num_experts": "num_moe_experts", "experts_per_token": "moe_router_topk",
+    "expert_intermediate_size": "moe_ffn_hidden_size",
+}  # fmt: skip
 # Of a description -> of Megatron's configuration.
 SIZES = {
     "hidden_size": "hidden_size", "intermediate_size": "ffn_hidden_size", "num_layers": "num_layers",
@@ -96,23 +105,42 @@ def refuse(found: Sequence[str]) -> None:
 
 def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
     """Fields of a `TransformerConfig` that the description does not account for."""
-    wanted = {field: getattr(described, name) for name, field in SIZES.items()} | _PLAIN
+    wanted = {field: getattr(described, name) for name, field in SIZES.items()}
     wanted["qk_layernorm"] = QUERY_NORM in described.norms
+    family = described.architecture
+    wanted |= {
+        "normalization": family.normalization,
+        "layernorm_zero_centered_gamma": family.zero_centered_gamma,
+        "gated_linear_unit": family.is_gated,
+        "rotary_interleaved": family.is_rotary_interleaved,
+    }
+    if (factor := built_attention_factor(config)) != attention_factor(described):
+        yield f"an attention factor (YaRN's) of {factor}, must be {attention_factor(described)}"
+    if described.num_experts:
+        wanted |= {field: getattr(described, name) for name, field in SIZES_OF_EXPERTS.items()}
+        wanted["moe_router_pre_softmax"] = not described.normalizes_expert_weights
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
         if name == "activation_func":
-            if not is_silu(value):
-                yield f"activation_func={getattr(value, '__name__', value)}, must be silu (SwiGLU)"
+            if find_activation(config) != family.activation:
+                name = getattr(value, "__name__", value)
+                yield f"activation_func={name}, must be {family.activation}"
         elif name == "softmax_scale":
             if not is_softmax_scale(value, described):
-                yield f"softmax_scale={value}, must be None or 1/sqrt({described.head_dim})"
+                yield f"softmax_scale={value}, must be {scale_text(described)}"
+        elif name == "window_size":
+            yield from _window_differences(config, described)
+        elif name == "window_attn_skip_freq":
+            continue  # with window_size
         elif name in wanted:
             if value != wanted[name]:
                 yield f"{name}={value}, but it is described with {wanted[name]}"
         elif name == "rotary_base":
             if value != described.rope_theta:
                 yield f"rotary_base={value}, but it is described with {described.rope_theta}"
-        elif not changes_no_result(name):
+        elif not changes_no_result(name) or (
+            described.num_experts and name.startswith("moe_") and name not in _HARMLESS_OF_EXPERTS
+        ):
             plain = field.default
             if field.default_factory is not MISSING:
                 plain = field.default_factory()
@@ -125,15 +153,31 @@ def changes_no_result(name: str) -> bool:
     return name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES)
 
 
-def is_softmax_scale(value: float | None, described: DecoderConfig) -> bool:
-    """Whether scores are scaled by 1 / sqrt(head_dim); None: by default."""
-    return value is None or math.isclose(value, described.head_dim**-0.5, rel_tol=1e-6)
-
-
-def is_silu(function: Any) -> bool:
-    """Whether it computes SiLU, whatever its name."""
-    x = torch.linspace(-4, 4, 16)
+def _window_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
     try:
-        return torch.allclose(function(x), F.silu(x), atol=1e-5)
-    except (TypeError, ValueError, RuntimeError):
-        return False
+        size, layers = built_windows(config)
+    except (TypeError, ValueError, IndexError) as error:
+        yield f"window_size={config.window_size}: {error}"
+        return
+    wanted = described.sliding_window, described.windowed_layers
+    if (size, layers) != wanted:
+        yield (
+            f"window_size={config.window_size}, a window of {size} tokens in the layers {[*layers]}, "
+            f"but it is described with {wanted[0]} in {[*wanted[1]]}"
+        )
+
+
+def is_softmax_scale(value: float | None, described: DecoderConfig) -> bool:
+    """Whether scores are scaled as described; None: by 1 / sqrt(head_dim)."""
+    found = described.head_dim**-0.5 if value is None else value
+    return math.isclose(found, described.score_scale, rel_tol=1e-6)
+
+
+def scale_text(described: DecoderConfig) -> str:
+    """What the scale of scores must be."""
+    return str(described.attention_scale or f"None or 1/sqrt({described.head_dim})")
+
+
+def position_word(family: Family) -> str:
+    """Megatron's word for how a family tells positions apart."""
+    return "rope" if family.positions is None else "learned_absolute"

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU that keep their input for backward and nothing else of that size.
+"""Norms and SwiGLU; RMSNorm and SwiGLU keep their input for backward and nothing else of that size.
 
 On CUDA torch's own RMSNorm already keeps no more than this.
 """
@@ -16,40 +16,74 @@ from mqat.kernels import operators
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, rstd = operators.rms_norm(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        ctx.offset = offset
+        out, rstd = operators.rms_norm(*_RmsNorm.operands(x, weight, offset), eps)
         ctx.save_for_backward(x, weight, rstd)
-        return out
+        return out.to(x.dtype)
+
+    @staticmethod
+    def operands(x: Tensor, weight: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+        """Input and factors; in float32 where `1 + weight` would be rounded."""
+        return (x.float(), weight.float() + offset) if offset else (x, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        dx, dweight = operators.rms_norm_backward(grads[0], x, weight, rstd)
-        return dx, dweight.to(weight.dtype), None
+        operands = _RmsNorm.operands(x, weight, ctx.offset)
+        dx, dweight = operators.rms_norm_backward(grads[0].to(operands[0].dtype), *operands, rstd)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None, None
 
 
 class RmsNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` over the last dimension."""
+    """`torch.nn.RMSNorm` over the last dimension, also with weights that are stored less one.
+
+    Attributes:
+        zero_centered_gamma: It multiplies by `1 + weight`.
+    """
+
+    zero_centered_gamma = False
 
     def forward(self, x: Tensor) -> Tensor:
         """`x / rms(x) * weight`, computed in float32 and rounded once."""
-        if x.is_cuda or self.weight is None or self.eps is None:
+        offset = float(self.zero_centered_gamma)
+        if self.weight is None or self.eps is None or (x.is_cuda and not offset):
             return super().forward(x)
-        result: Tensor = _RmsNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        if x.is_cuda:
+            factors = _RmsNorm.operands(x, self.weight, offset)
+            return F.rms_norm(factors[0], self.normalized_shape, factors[1], self.eps).to(x.dtype)
+        result: Tensor = _RmsNorm.apply(x, self.weight, self.eps, offset)  # type: ignore[no-untyped-call]
         return result
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm`, also with weights that are stored less one (LayerNorm1P).
+
+    Attributes:
+        zero_centered_gamma: It multiplies by `1 + weight`, rounded to the weight's dtype as servers do.
+    """
+
+    zero_centered_gamma = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(x - mean) / sqrt(variance + eps) * weight + bias`."""
+        if not self.zero_centered_gamma:
+            return super().forward(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
 
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm, by `config.normalization`, that also works under sequence parallelism.
 
-    Each rank normalizes its own tokens, so the parameters' gradients must be summed over the
-    tensor-parallel group: Megatron does that for parameters marked `sequence_parallel`.
+    Multiplies by `1 + weight` where `config.layernorm_zero_centered_gamma` says so. Each rank normalizes
+    its own tokens, so the parameters' gradients must be summed over the tensor-parallel group: Megatron
+    does that for parameters marked `sequence_parallel`.
     """
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
         """Arguments as Megatron passes them to a norm; extra ones do not apply to torch norms."""
-        kinds: dict[str, type[nn.Module]] = {"RMSNorm": RmsNorm, "LayerNorm": nn.LayerNorm}
+        kinds: dict[str, Any] = {"RMSNorm": RmsNorm, "LayerNorm": LayerNorm}
         if config.normalization not in kinds:
             raise UserError(
                 f"normalization={config.normalization!r}: only {sorted(kinds)} are supported."
@@ -60,9 +94,35 @@ class Norm(nn.Module):
             device=torch.cuda.current_device(),
             dtype=config.params_dtype,
         )
+        norm.zero_centered_gamma = bool(config.layernorm_zero_centered_gamma)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class OutputNorm(nn.Module):
+    """A norm of what attention or MLP adds; in the place of Megatron's `*_bda`, which adds it.
+
+    Args:
+        config: Megatron's, which its builder does not give.
+        make_norm: Class of the norm.
+    """
+
+    def __init__(self, config: Any, make_norm: Any = Norm) -> None:
+        super().__init__()
+        self.norm = make_norm(
+            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        )
+
+    def forward(self, training: bool, _: bool) -> Any:
+        """A function of (output, its bias), the hidden states before, and a rate of dropout."""
+
+        def add(output: tuple[Tensor, Tensor | None], residual: Tensor, rate: float) -> Tensor:
+            x, bias = output
+            normed = self.norm(x if bias is None else x + bias)
+            return residual + F.dropout(normed, rate, training)
+
+        return add
 
 
 class _Swiglu(torch.autograd.Function):

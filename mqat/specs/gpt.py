@@ -4,6 +4,7 @@ Nothing that is already built is touched, and the given spec is not modified.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -23,6 +24,7 @@ from mqat.models.structure import (
     DENSE_LINEARS,
     DENSE_NORMS,
     KEY_NORM,
+    OUTPUT_NORMS,
     QUERY_NORM,
     Linear,
     Norm,
@@ -34,11 +36,15 @@ from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from mqat.parallel.step_weights import gemm_kind
 from mqat.quant.scheme import LinearScheme
+from mqat.specs.backend import SdpaAttention, with_softcap
 from mqat.specs.config_check import check_config
-from mqat.specs.elementwise import ActivatedLater, Swiglu
-from mqat.specs.slots import spec_slot, with_slots
+from mqat.specs.elementwise import ActivatedLater, OutputNorm, Swiglu
+from mqat.specs.experts import check_mixture, with_experts
+from mqat.specs.slots import class_name, spec_slot, with_slots
 from mqat.specs.transformer_engine import FUSED_LINEAR, adapt_layer_spec
+from mqat.specs.window import with_own_positions
 
+_SELF_ATTENTION = "self_attention"
 _REPLACEMENTS = {"column": QuantColumnParallelLinear, "row": QuantRowParallelLinear}
 
 
@@ -54,7 +60,15 @@ def _check_norms(spec: ModuleSpec, norms: Sequence[Norm]) -> None:
                 f"layer spec: the slot {norm.name} holds a norm of query or key heads, which the model "
                 "is not described with: choose a family that has them (qwen3), or a spec without."
             )
-    for norm in norms:
+    for norm in OUTPUT_NORMS:
+        found = class_name(spec_slot(spec, norm.name.partition(".")[0]))
+        if (norm in norms) != (found == OutputNorm.__name__):
+            raise UserError(
+                f"layer spec: {norm.name.partition('.')[0]} is {found}, but "
+                f"{'what is added has a norm' if norm in norms else 'nothing that is added has one'} in "
+                "this family; use mqat.specs.backend.gpt_layer_spec() with the model's norms."
+            )
+    for norm in (norm for norm in norms if norm not in OUTPUT_NORMS):
         slot = spec_slot(spec, norm.name)
         module = slot.module if isinstance(slot, ModuleSpec) else slot
         if module is None or module is IdentityOp:
@@ -79,11 +93,37 @@ def _check_core_attention(spec: ModuleSpec, config: Any) -> None:
         )
 
 
-def _fuses(spec: ModuleSpec, linear: Linear, scheme: LinearScheme | None) -> bool:
+def _fuses(spec: ModuleSpec, linear: Linear, scheme: Any) -> bool:
     """Whether the linear is to have the activation in front of it inside."""
-    if linear.activation is None or scheme is None or gemm_kind(scheme) is None:
+    if linear.activation is None or not isinstance(scheme, LinearScheme):
+        return False
+    if gemm_kind(scheme) is None:
         return False
     return spec_slot(spec, linear.activation) is Swiglu and fuses_activation(scheme.input)
+
+
+def _own_attention(spec: ModuleSpec, model: DecoderConfig, layer: int) -> ModuleSpec:
+    """A copy with what attention of one layer does that Megatron's configuration cannot say.
+
+    Raises:
+        UserError: Scores are capped, and the spec's core attention cannot do that.
+    """
+    cap = model.attention_softcap
+    if cap is not None:
+        core = spec_slot(spec, CORE_ATTENTION.name)
+        core = core.module if isinstance(core, ModuleSpec) else core
+        if not (isinstance(core, type) and issubclass(core, SdpaAttention)):
+            raise UserError(
+                f"layer spec: {CORE_ATTENTION.name} is {class_name(core)}, which does not cap scores at "
+                f"{cap:g}, as this model's are; use mqat.specs.backend.SdpaAttention "
+                "(model.transformer_engine=false)."
+            )
+        spec = with_slots(spec, {CORE_ATTENTION.name: with_softcap(core, cap)})
+    if model.windowed_rope_theta is not None:
+        own = spec_slot(spec, _SELF_ATTENTION)
+        module = with_own_positions(own.module, layer in model.windowed_layers)
+        spec = with_slots(spec, {_SELF_ATTENTION: replace(own, module=module)})
+    return spec
 
 
 def quantize_layer_spec(
@@ -99,8 +139,8 @@ def quantize_layer_spec(
     """A copy of a transformer-layer spec with its linears replaced, its attention wrapped.
 
     Args:
-        spec: Layer spec with self-attention and a dense gated MLP: `backend.gpt_layer_spec()`, or
-            Megatron's own, with or without Transformer Engine.
+        spec: Layer spec with self-attention and a gated MLP: `backend.gpt_layer_spec()`, or Megatron's
+            own, with or without Transformer Engine. Where `linears` has experts, a mixture of them.
         schemes: Name in the layer (of a linear, or of the core attention for the cache) -> scheme. A
             linear without one is unquantized but can still run layout-exact calibration; an attention
             without one is left as it is.
@@ -115,10 +155,15 @@ def quantize_layer_spec(
         UserError: The spec lacks a norm, or has one that is not among `norms`, or has other linears than
             Megatron's own or Transformer Engine's (`transformer_engine.adapt_layer_spec`).
     """
-    spec = adapt_layer_spec(spec, linears)
+    experts = [linear for linear in linears if linear.expert is not None]
+    if experts:
+        check_mixture(spec)
+    spec = adapt_layer_spec(
+        spec, [x for x in linears if x.expert is None], has_experts=bool(experts)
+    )
     _check_norms(spec, norms)
-    slots: dict[str, Any] = {}
-    for linear in linears:
+
+    def replacement(linear: Linear) -> ModuleSpec:
         scheme = schemes.get(linear.name)
         params: dict[str, Any] = {
             "quantized_name": in_layer(layer, linear.name),
@@ -131,8 +176,15 @@ def quantize_layer_spec(
         module: type = _REPLACEMENTS[linear.parallel]
         if _fuses(spec, linear, params["scheme"]):
             module, params["activation"] = ActivatedRowParallelLinear, Swiglu
-            slots[str(linear.activation)] = ActivatedLater
-        slots[linear.name] = ModuleSpec(module=module, params=params)
+        return ModuleSpec(module=module, params=params)
+
+    dense = [linear for linear in linears if linear.expert is None]
+    slots: dict[str, Any] = {linear.name: replacement(linear) for linear in dense}
+    slots |= {
+        str(linear.activation): ActivatedLater
+        for linear in dense
+        if _fuses(spec, linear, schemes.get(linear.name))
+    }
     cache = schemes.get(CORE_ATTENTION.name)
     if cache is not None:
         params = {
@@ -141,7 +193,10 @@ def quantize_layer_spec(
             "scheme": cache,
         }
         slots[CORE_ATTENTION.name] = ModuleSpec(module=KvCacheAttention, params=params)
-    return with_slots(spec, slots)
+    spec = with_slots(spec, slots)
+    if not experts:
+        return spec
+    return with_experts(spec, {linear.name: replacement(linear) for linear in experts})
 
 
 def quantize_block_spec(
@@ -174,11 +229,14 @@ def quantize_block_spec(
     specs = []
     for layer in range(offset, offset + count):
         schemes = {n: layers[in_layer(layer, n)] for n in names if in_layer(layer, n) in layers}
+        own = _own_attention(spec, model, layer)
         specs.append(
             quantize_layer_spec(
-                spec, schemes, layer=layer, num_shards=shard_count(model), biases=model.biases,
+                own, schemes, layer=layer, num_shards=shard_count(model), biases=model.biases,
                 linears=model.linears, norms=model.norms,
             )
         )  # fmt: skip
-    last_norm = spec_slot(adapt_layer_spec(spec, model.linears), model.norms[0].name)
+    dense = [linear for linear in model.linears if linear.expert is None]
+    adapted = adapt_layer_spec(spec, dense, has_experts=model.num_experts > 0)
+    last_norm = spec_slot(adapted, model.norms[0].name)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=last_norm)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -15,21 +14,24 @@ from mqat.config import ModelConfig
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, table_schemes
-from mqat.models.structure import ACTIVATION, EMBEDDING, OUTPUT_LAYER
+from mqat.models.structure import ACTIVATION, EMBEDDING, EXPERTS, OUTPUT_LAYER
 from mqat.parallel.embedding import QuantVocabParallelEmbedding
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear
 from mqat.quant.scheme import LinearScheme
+from mqat.specs.activations import FUNCTIONS
 from mqat.specs.backend import SdpaAttention, gpt_layer_spec
-from mqat.specs.config_check import MEGATRON_ROPE
+from mqat.specs.config_check import position_word
 from mqat.specs.gpt import quantize_block_spec
 from mqat.specs.megatron_options import check_switches
+from mqat.specs.rope import DecoderRotary, attention_factor, set_attention_factor_
 from mqat.specs.slots import spec_slot
 from mqat.specs.transformer_engine import core_attention
+from mqat.specs.window import window_fields
 
 
 class DecoderModel(GPTModel):  # type: ignore[misc]
-    """`GPTModel` that keeps vocabulary padding out of the softmax.
+    """`GPTModel` with a model's own rotary positions, and vocabulary padding kept out of the softmax.
 
     The table is padded so that any valid TP size cuts it evenly; without the mask, padded rows would
     take probability and the loss would differ from the unpadded model's.
@@ -39,7 +41,7 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
 
     Args:
         *args: As for `GPTModel`.
-        true_vocab_size: Without padding.
+        model: Its description; the vocabulary is without padding there.
         tables: Name of a quantized table -> scheme.
         num_shards: Largest tensor-parallel size of the model.
         **kwargs: As for `GPTModel`.
@@ -48,13 +50,18 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
     def __init__(
         self,
         *args: Any,
-        true_vocab_size: int,
+        model: DecoderConfig,
         tables: Mapping[str, LinearScheme],
         num_shards: int,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.true_vocab_size = true_vocab_size
+        self.true_vocab_size, self.logit_softcap = model.vocab_size, model.logit_softcap
+        scale = torch.tensor(model.embedding_scale, dtype=self.config.params_dtype)
+        self.embedding_scale = float(scale)  # rounded, as models are trained
+        if self.position_embedding_type == "rope":
+            group = self.pg_collection.cp
+            self.rotary_pos_emb: Any = DecoderRotary(model, self.config, group)
         common = {"config": self.config, "tp_group": self.pg_collection.tp}
         if self.pre_process and EMBEDDING.name in tables:
             scatters = self.embedding.reduce_scatter_embeddings
@@ -83,9 +90,34 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
             )
         if tables and (self.pre_process or self.post_process):
             self.setup_embeddings_and_output_layer()
+        if self.pre_process and self.position_embedding_type == "learned_absolute":
+            self.embedding.position_embeddings.to(self.embedding.word_embeddings.weight)
+        if self.pre_process and self.embedding_scale != 1:
+            self.embedding.register_forward_hook(lambda _, __, out: out * self.embedding_scale)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As `GPTModel`: per-token loss [b, s] of labels, else logits [b, s, Vp/tp] or hidden states."""
+        output: Tensor = super().forward(
+            input_ids, position_ids, attention_mask, decoder_input, labels, *args, **kwargs
+        )
+        return self._capped(output) if self.post_process and labels is None else output
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Per-token loss [b, s] from this rank's logits [s, b, Vp/tp]."""
+        logits = self._capped(logits)
         columns = logits.shape[-1]
         first = self.pg_collection.tp.rank() * columns
         if first + columns > self.true_vocab_size:
@@ -101,14 +133,14 @@ def padded_vocab_size(model: DecoderConfig) -> int:
     return -(-model.vocab_size // multiple) * multiple
 
 
-def _check_rope(model: DecoderConfig) -> None:
-    for key, value in MEGATRON_ROPE.items():
-        given = (model.rope_scaling or {}).get(key, value)
-        if given != value:
-            raise UserError(
-                f"rope_scaling.{key}={given}: Megatron-Core has {value} built in, so this "
-                "model's positions would be wrong."
-            )
+def _check_fusion(model: DecoderConfig, switches: Mapping[str, Any]) -> None:
+    fused = [key for key in ("apply_rope_fusion", "fused_single_qkv_rope") if switches.get(key)]
+    if fused and attention_factor(model) != 1:
+        raise UserError(
+            f"config: model.megatron.{fused[0]}=true: fused kernels do not multiply what they rotate, "
+            f"by {attention_factor(model):.4g} as this model asks for (rope_scaling="
+            f"{(model.rope_scaling or {}).get('rope_type')}); leave it out."
+        )
 
 
 def _switches(virtual: int | None) -> dict[str, Any]:
@@ -126,6 +158,22 @@ def _switches(virtual: int | None) -> dict[str, Any]:
     }
 
 
+def _of_experts(model: DecoderConfig, settings: ModelConfig) -> dict[str, Any]:
+    coefficient = settings.moe_aux_loss_coeff
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.experts_per_token,
+        "moe_ffn_hidden_size": model.expert_intermediate_size,
+        "moe_router_pre_softmax": not model.normalizes_expert_weights,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "aux_loss" if coefficient else "none",
+        "moe_aux_loss_coeff": coefficient,
+        "expert_model_parallel_size": settings.expert_model_parallel_size,
+        "expert_tensor_parallel_size": settings.expert_tensor_parallel_size
+        or settings.tensor_model_parallel_size,
+    }
+
+
 def transformer_config(
     model: DecoderConfig,
     settings: ModelConfig,
@@ -138,10 +186,11 @@ def transformer_config(
     `spec_has_activation`: the layer spec says what computes SwiGLU, not Megatron's MLP.
 
     Raises:
-        UserError: RoPE scaling that Megatron's rotary embedding cannot express, or an option of
-            `settings.megatron` that is not handed on or that Megatron refuses.
+        UserError: An option of `settings.megatron` that is not handed on, that Megatron refuses, or that
+            does not fit the model's positions.
     """
-    _check_rope(model)
+    _check_fusion(model, settings.megatron)
+    family = model.architecture
     granularity = settings.activations_checkpoint_granularity
     full = granularity == "full"
     virtual = settings.virtual_pipeline_model_parallel_size
@@ -152,11 +201,12 @@ def transformer_config(
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
         kv_channels=model.head_dim,
-        normalization="RMSNorm",
+        normalization=family.normalization,
+        layernorm_zero_centered_gamma=family.zero_centered_gamma,
         layernorm_epsilon=model.rms_norm_eps,
         qk_layernorm=any(norm.size == "head" for norm in model.norms),
-        gated_linear_unit=True,
-        activation_func=F.silu,
+        gated_linear_unit=family.is_gated,
+        activation_func=FUNCTIONS[family.activation],
         use_te_activation_func=spec_has_activation,
         add_bias_linear=False,
         hidden_dropout=0.0,
@@ -164,6 +214,9 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        rotary_interleaved=family.is_rotary_interleaved,
+        softmax_scale=model.attention_scale,
+        **window_fields(model),
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
@@ -175,13 +228,17 @@ def transformer_config(
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,
     )
+    if model.num_experts:
+        arguments |= _of_experts(model, settings)
     check_switches(settings.megatron, settings.ddp)
     try:
-        return TransformerConfig(**arguments | _switches(virtual) | settings.megatron)
+        config = TransformerConfig(**arguments | _switches(virtual) | settings.megatron)
     except (AssertionError, TypeError, ValueError) as error:  # Megatron's own checks
         if not settings.megatron:
             raise
         raise UserError(f"config: model.megatron={settings.megatron}: {error}") from error
+    set_attention_factor_(config, attention_factor(model))
+    return config
 
 
 def build_model(
@@ -201,10 +258,16 @@ def build_model(
         dtype: Of parameters and activations.
         layer_spec: In the place of `gpt_layer_spec()`.
     """
+    family = model.architecture
     attention = core_attention() if settings.transformer_engine else SdpaAttention
-    spec = layer_spec or gpt_layer_spec(model.norms, attention)
-    has_activation = spec_slot(spec, ACTIVATION) is not None
+    has_activation = family.activation == "silu" and family.is_gated
+    if layer_spec is not None:
+        slot = f"{EXPERTS}.activation_func" if model.num_experts else ACTIVATION
+        has_activation = spec_slot(layer_spec, slot) is not None
     config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)
+    spec = layer_spec or gpt_layer_spec(
+        model.norms, attention, num_experts=model.num_experts, config=config
+    )
     virtual = settings.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(virtual) if virtual else [None]:
@@ -225,12 +288,11 @@ def build_model(
             pre_process=parallel_state.is_pipeline_first_stage(**stage),
             post_process=parallel_state.is_pipeline_last_stage(**stage),
             share_embeddings_and_output_weights=model.tie_word_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type=position_word(family),
+            rotary_percent=model.rotary_fraction,
             rotary_base=model.rope_theta,
-            rope_scaling=model.rope_scaling is not None,
-            rope_scaling_factor=(model.rope_scaling or {}).get("factor", 8.0),
             vp_stage=vp_stage,
-            true_vocab_size=model.vocab_size,
+            model=model,
             tables=table_schemes(layers),
             num_shards=shard_count(model),
         )

@@ -18,7 +18,7 @@ from typing import Any
 from mqat.errors import UserError, nearest_hint
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme
-from mqat.models.structure import CORE_ATTENTION, EMBEDDING, TABLES, in_layer
+from mqat.models.structure import CORE_ATTENTION, EMBEDDING, TABLES, in_layer, is_expert
 from mqat.quant.algorithm import Algorithm, Recipe, named_algorithm
 from mqat.quant.formats import FORMATS
 from mqat.quant.granularity import PerChannel, PerGroup, granularity_from_str
@@ -127,6 +127,18 @@ def _check_table(name: str, algorithm: Algorithm, model: DecoderConfig) -> None:
         )
 
 
+def _check_router(pattern: str, names: Sequence[str], model: DecoderConfig) -> None:
+    """Refuses a rule that names routers and nothing else."""
+    if model.router is None or any(fnmatchcase(name, pattern) for name in names):
+        return
+    routers = [in_layer(i, model.router.name) for i in range(model.num_layers)]
+    if any(fnmatchcase(name, pattern) for name in routers):
+        raise UserError(
+            f"quantization.rules: pattern {pattern!r} names routers, which are never quantized: a code "
+            "off by one would send tokens to other experts. Leave the rule out."
+        )
+
+
 @dataclass(frozen=True)
 class Policy:
     """Default algorithm for every linear of the decoder; the first matching rule overrides it.
@@ -175,6 +187,7 @@ class Policy:
         names = [in_layer(i, x.name) for i in range(model.num_layers) for x in model.linears]
         tables = [table.name for table in TABLES]
         for rule in self.rules:
+            _check_router(rule.pattern, names, model)
             if rule.pattern not in tables and not any(fnmatchcase(n, rule.pattern) for n in names):
                 raise UserError(
                     f"quantization.rules: pattern {rule.pattern!r} matches no linear. Names look "
@@ -194,6 +207,12 @@ class Policy:
             algorithm = next(matching, default)
             if algorithm is not None:
                 found[name] = algorithm
+        for name, chosen in found.items():
+            if chosen.scheme.output is not None and is_expert(name):
+                raise UserError(
+                    f"quantization.rules: {name} has no output to quantize: what experts return is "
+                    "added up over ranks first. Quantize weight and input only."
+                )
         for table in tables:
             algorithm = next((algorithm for p, algorithm in by_pattern if p == table), None)
             if algorithm is not None:

@@ -36,7 +36,7 @@ LINEARS = {
 UNSPLIT = {
     "TEFusedMLP": "use_te_op_fuser=False",
     "TEFusedMLPWithGroupedLinear": "use_te_op_fuser=False",
-    "MoELayer": "num_experts=None (a dense model)",
+    "MoELayer": "num_experts=None, as the model is described as dense",
 }
 
 
@@ -61,16 +61,17 @@ def core_attention() -> Any:
     return with_document_ends(TEDotProductAttention)
 
 
-def adapt_layer_spec(spec: Any, linears: Sequence[Linear]) -> Any:
+def adapt_layer_spec(spec: Any, linears: Sequence[Linear], *, has_experts: bool = False) -> Any:
     """A copy of a Transformer-Engine layer spec for quantized linears; others as given.
 
-    Its norms are modules of their own, and its attention takes mqat's packed documents.
+    Its norms are modules of their own, and its attention takes mqat's packed documents. `linears` are
+    those outside of experts.
 
     Raises:
         UserError: A slot holds something else than Megatron's or Transformer Engine's own linears, which
             a quantized linear would replace together with what it adds.
     """
-    _check_replaceable(spec, linears)
+    _check_replaceable(spec, linears, has_experts=has_experts)
     keys, split = {}, {}
     for linear in linears:
         if linear.norm is not None:
@@ -92,9 +93,9 @@ def adapt_layer_spec(spec: Any, linears: Sequence[Linear]) -> Any:
     return replace(apart, submodules=replace(apart.submodules, sharded_state_dict_keys_map=keys))
 
 
-def _check_replaceable(spec: Any, linears: Sequence[Linear]) -> None:
+def _check_replaceable(spec: Any, linears: Sequence[Linear], *, has_experts: bool) -> None:
     mlp = class_name(spec_slot(spec, "mlp"))
-    if mlp in UNSPLIT:
+    if mlp in UNSPLIT and not has_experts:
         raise UserError(
             f"layer spec: the slot mlp holds {mlp}, whose linears cannot be replaced one by one; build "
             f"the spec with {UNSPLIT[mlp]}."

@@ -39,6 +39,8 @@ def _start(config: RunConfig, *, quantizes: bool) -> Session:
         pipeline_parallel=settings.pipeline_model_parallel_size,
         virtual_pipeline=settings.virtual_pipeline_model_parallel_size,
         context_parallel=settings.context_parallel_size,
+        expert_parallel=settings.expert_model_parallel_size,
+        expert_tensor_parallel=settings.expert_tensor_parallel_size,
         seed=config.trainer.seed,
     )
     return open_session(plan)

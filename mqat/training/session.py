@@ -166,7 +166,7 @@ class Session:
                 group=group,
                 dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             )
-        calibrate(
+        idle = calibrate(
             self.chunks,
             run_batches,
             group=group,
@@ -174,6 +174,12 @@ class Session:
             percentile=settings.percentile,
             weight_qparams=weight_qparams,
         )
+        self.summary["idle_experts"] = idle
+        if idle:
+            self.log.say(
+                f"  {len(idle)} linears of experts saw no calibration token and took the largest input "
+                f"scale of their layer: {', '.join(idle[:4])}{' ...' if idle[4:] else ''}"
+            )
 
     def report_quality(self) -> None:
         """Writes `quality/quality.{json,html}` of the calibrated model on the held-out data."""

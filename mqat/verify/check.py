@@ -49,7 +49,7 @@ def value_problems(export: Export) -> Iterator[str]:
             kind = "scale" if plain.role in ("key", "value") else "weight"
             yield from _tensor_problems(ranks, name, tensors, plain.spec, kind)
             for number, rank in enumerate(() if plain.spec.is_replicated else ranks):
-                real = max(export.model.value("vocab_size") - number * len(tensors[0]), 0)
+                real = max(export.model.rows(plain.role) - number * len(tensors[0]), 0)
                 if tensors[number][real:].any():
                     yield f"{rank.found[name]}: {name} has padding rows that are not zero"
         for layer in range(export.model.layers_per_stage):

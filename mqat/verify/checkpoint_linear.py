@@ -31,8 +31,15 @@ class CheckpointLinear:
         return self.checkpoint.layers.get(self.name)
 
     def _of_layer(self, kind: str) -> Tensor:
-        key = self.facts.key(f"{self.linear}.{kind}")
-        return self.checkpoint.read(key, (slice(self.layer, self.layer + 1),))[0]
+        key, lead = self._key(kind), (slice(self.layer, self.layer + 1),)
+        number = self.facts.fused[self.linear].get("expert")
+        if number is None:
+            return self.checkpoint.read(key, lead)[0]
+        return self.checkpoint.read(key, (*lead, slice(number, number + 1)))[0, 0]
+
+    def _key(self, kind: str) -> str:
+        """In checkpoints, which stack layers, and the experts of each."""
+        return self.facts.key(f"{self.facts.fused[self.linear].get('stacked', self.linear)}.{kind}")
 
     @cached_property
     def weight(self) -> Tensor:
@@ -41,8 +48,7 @@ class CheckpointLinear:
 
     def bias(self) -> Tensor | None:
         """[O], as stored; None: there is none."""
-        key = self.facts.key(f"{self.linear}.bias")
-        return self._of_layer("bias") if self.checkpoint.has(key) else None
+        return self._of_layer("bias") if self.checkpoint.has(self._key("bias")) else None
 
     def frozen(self, tensor: str) -> Tensor:
         """A frozen tensor: `weight_scale`, `weight_zero_point`, `input_scale`, ..."""
@@ -63,6 +69,7 @@ class CheckpointLinear:
         heads, groups = model.num_attention_heads, model.num_query_groups
         sizes = {"query": heads * model.head_dim, "key_value": groups * model.head_dim}
         sizes |= {"intermediate": model.intermediate_size, "hidden": model.hidden_size}
+        sizes["expert"] = model.expert_intermediate_size
         roles = fused["parts"]
         rows = [sizes[self.facts.parts[role].rows] for role in roles]
         if "is_by_query_group" not in fused:

@@ -5,6 +5,7 @@ shifted, mis-scaled or mis-packed tensor cannot pass: codes must be those of the
 its frozen grid, and every scale the frozen one.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,8 +20,9 @@ from mqat.verify.check import same_bytes
 from mqat.verify.checkpoint_linear import CheckpointLinear
 from mqat.verify.export import Export, PlainTensor, Rank
 from mqat.verify.facts import Facts
+from mqat.verify.positions import Positions
 from mqat.verify.reference_quant import expand, w4a8_range_scale
-from mqat.verify.served_model import NUMBERS, ROPE_FACTORS, SIZES
+from mqat.verify.served_model import NUMBERS, SIZES, ServedModel
 from mqat.verify.storage import Storage, StoredLinear
 
 
@@ -31,7 +33,9 @@ def compare_with_checkpoint(export: Export, checkpoint: CheckpointReader) -> Ite
     facts, per_stage = export.model.facts, export.model.layers_per_stage
     for stage, ranks in enumerate(() if problems else export.stages):
         where = f"stage {stage}: " if export.is_staged else ""
-        found = [_compare_plain(ranks, checkpoint, plain, facts) for plain in export.plain(stage)]
+        found = [
+            _compare_plain(ranks, checkpoint, plain, export.model) for plain in export.plain(stage)
+        ]
         for local, (name, fused) in product(range(per_stage), facts.fused.items()):
             trained = CheckpointLinear(checkpoint, facts, stage * per_stage + local, name)
             for module in export.modules(local):
@@ -44,35 +48,73 @@ def compare_with_checkpoint(export: Export, checkpoint: CheckpointReader) -> Ite
 def _compare_config(export: Export, checkpoint: CheckpointReader) -> Iterator[str]:
     """`config.json` must describe the trained model."""
     trained, model = checkpoint.model, export.model
-    names = [*SIZES, *NUMBERS, "head_dim", *{"tie_word_embeddings"} & model.keys.keys()]
+    numbers = [name for name in NUMBERS if name in model.keys]
+    names = [*SIZES, *numbers, "head_dim", *{"tie_word_embeddings"} & model.keys.keys()]
     pairs: list[tuple[str, Any, Any]] = [(n, model.value(n), getattr(trained, n)) for n in names]
+    pairs += [
+        (n, model.value(n), getattr(trained, n)) for n in model.facts.experts.get("config", ())
+    ]
+    if model.facts.experts and model.normalizes != trained.normalizes_expert_weights:
+        yield f"config.json: weights of experts add up to one: {model.normalizes}, trained otherwise"
     pairs.append(("family", model.facts.family, trained.family))
-    factors = trained.rope_scaling and {key: trained.rope_scaling[key] for key in ROPE_FACTORS}
-    pairs.append(("rope_scaling", model.rope_scaling, factors))
     for name, served, wanted in pairs:
         if served != wanted:
-            key = model.keys[name]
+            key = model.keys.get(name, name)
             yield f"config.json: {key}={served!r}, but the checkpoint has {wanted!r}"
+    yield from _compare_positions(model.positions, checkpoint)
     caches = sorted({scheme.name.upper() for scheme in checkpoint.kv_cache.values()})
     if caches != ([str(export.cache)] if export.cache else []):
         yield f"config.json: kv_cache is {export.cache}, but the checkpoint has {caches}"
 
 
+def _compare_positions(served: Positions, checkpoint: CheckpointReader) -> Iterator[str]:
+    """Angles, windows and caps, by the checkpoint's names for them."""
+    trained = checkpoint.model
+    scaling = dict(trained.rope_scaling or {})
+    scaling = {"kind": scaling.pop("rope_type"), **scaling} if scaling else {}
+    window, windowed = trained.sliding_window, frozenset(trained.windowed_layers)
+    reaches_all = window is not None and window >= served.longest
+    if reaches_all and served.window is None and trained.windowed_rope_theta is None:
+        window, windowed = None, frozenset()
+    wanted: dict[str, tuple[Any, Any]] = {
+        "rope_scaling": (dict(served.scaling), scaling),
+        "rotary_fraction (channels)": (served.rotated, trained.rotary_channels),
+        "sliding_window": (served.window if served.windowed else None, window),
+        "windowed_layers": (sorted(served.windowed), sorted(windowed)),
+        "windowed_rope_theta": (served.windowed_base, trained.windowed_rope_theta),
+        "attention_softcap": (served.score_cap, trained.attention_softcap),
+        "logit_softcap": (served.logit_cap, trained.logit_softcap),
+    }
+    for name, (found, expected) in wanted.items():
+        if found != expected:
+            yield f"config.json: {name}={found!r}, but the checkpoint has {expected!r}"
+    if not math.isclose(served.score_scale, trained.score_scale, rel_tol=1e-6):
+        yield (
+            f"config.json: scores are scaled by {served.score_scale}, but the checkpoint has "
+            f"{trained.score_scale}"
+        )
+
+
 def _compare_plain(
-    ranks: Sequence[Rank], checkpoint: CheckpointReader, plain: PlainTensor, facts: Facts
+    ranks: Sequence[Rank], checkpoint: CheckpointReader, plain: PlainTensor, model: ServedModel
 ) -> Iterator[str]:
-    """A vocabulary table, without its padding; a norm; or a scale of a cache."""
+    """A table, without its padding; a norm; or a scale of a cache."""
+    facts = model.facts
     served = [rank.tensor(plain.name) for rank in ranks]
-    vocab = slice(0, checkpoint.model.vocab_size)
-    if plain.layer is None:
+    if plain.layer is None and plain.role != "final_norm":
         is_tied = plain.role == "lm_head" and checkpoint.model.tie_word_embeddings
         key = facts.names["checkpoint"]["embedding" if is_tied else plain.role] + ".weight"
-        is_table = not plain.spec.is_replicated
-        whole = torch.cat(served)[vocab] if is_table else served[0]
-        wanted = checkpoint.read(key, (vocab,) if is_table else ())
-    elif plain.role in facts.norms:
-        key, whole = facts.key(facts.norms[plain.role]["checkpoint"]), served[0]
+        real = slice(0, model.rows(plain.role))
+        whole, wanted = torch.cat(served)[real], checkpoint.read(key, (real,))
+    elif plain.role == "router":
+        assert plain.layer is not None, "every layer has one"
+        key, whole = facts.key(facts.experts["router"]["checkpoint"]), served[0]
         wanted = checkpoint.read(key, (slice(plain.layer, plain.layer + 1),))[0]
+    elif plain.layer is None or plain.role in facts.norms:
+        whole, wanted = served[0], _trained_norm(checkpoint, plain, facts)
+        less = ("checkpoint" in facts.one_less) - (model.form in facts.one_less)
+        if less and plain.kind == "weight":
+            wanted = wanted.float() + less
     else:
         module = facts.key(f"{plain.layer}.{facts.cache['checkpoint']}")
         scheme, whole = checkpoint.kv_cache.get(module), served[0].reshape(1)
@@ -83,6 +125,14 @@ def _compare_plain(
         wanted = checkpoint.frozen(module, quantizer, "scale")
     if not same_bytes(whole, wanted.to(whole.dtype)):
         yield f"{plain.name} is not the checkpoint's"
+
+
+def _trained_norm(checkpoint: CheckpointReader, plain: PlainTensor, facts: Facts) -> Tensor:
+    """A norm's weight or bias in the checkpoint: the last one's, or one of a layer."""
+    if plain.layer is None:
+        return checkpoint.read(f"{facts.names['checkpoint'][plain.role]}.{plain.kind}")
+    key = facts.key(facts.norms[plain.role]["checkpoint"]).removesuffix("weight") + plain.kind
+    return checkpoint.read(key, (slice(plain.layer, plain.layer + 1),))[0]
 
 
 def _serves(storage: Storage, scheme: LinearScheme) -> bool:

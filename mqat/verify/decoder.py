@@ -3,17 +3,15 @@
 It computes what servers compute: rank by rank, with partial sums over tensor-parallel ranks and one
 pipeline stage after the other, activations quantized as served. A module is in memory at a time.
 
-Sources: TensorRT-LLM `layers/attention.py`, `layers/mlp.py`, `quantization/layers.py`; Llama 3's rotary
-scaling as in transformers' `modeling_rope_utils.py`.
+Sources: TensorRT-LLM `layers/attention.py`, `layers/mlp.py`, `quantization/layers.py`.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from mqat.verify.activations import ACTIVATIONS, NORMS
 from mqat.verify.agreement import add_noise
 from mqat.verify.export import Export, Rank
 from mqat.verify.reference_quant import quantize_input
@@ -22,23 +20,6 @@ from mqat.verify.storage import Module
 # On purpose (docs/export.md): W8A16 rounds weights again, and ranks take the steps of a token from their
 # own channels. Both are within the noise of 8 bits, relative.
 SERVED_OTHERWISE = 0.1
-
-
-def rotate(x: Tensor, base: float, scaling: Mapping[str, float] | None) -> Tensor:
-    """Rotates heads [b, h, s, d] by positions 0..s-1, half against half (GPT-NeoX).
-
-    `base` is that of the frequencies, `scaling` holds Llama 3's factors.
-    """
-    frequencies = 1 / base ** (torch.arange(0, x.shape[-1], 2).float() / x.shape[-1])
-    if scaling is not None:
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies
-    angles = torch.arange(x.shape[2]).float()[:, None] * frequencies
-    cos, sin = (f(torch.cat([angles, angles], dim=-1)) for f in (torch.cos, torch.sin))
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class Decoder:
@@ -70,34 +51,46 @@ class Decoder:
 
     def _norm(self, rank: Rank, layer: int, role: str, x: Tensor) -> Tensor:
         name = self.model.facts.norms[role][self.model.form]
-        return self._rms_norm(rank, f"{self.model.prefix(layer)}{name}", x)
+        return self._normed(rank, f"{self.model.prefix(layer)}{name}", x)
 
-    def _rms_norm(self, rank: Rank, name: str, x: Tensor) -> Tensor:
-        """X / rms(x) * weight, along the last dimension."""
-        rms = (x.pow(2).mean(-1, keepdim=True) + float(self.model.value("rms_norm_eps"))).rsqrt()
-        return x * rms * rank.tensor(f"{name}.weight").float()
+    def _normed(self, rank: Rank, name: str, x: Tensor) -> Tensor:
+        """A norm along the last dimension, by its full name."""
+        model, facts = self.model, self.model.facts
+        weight = rank.tensor(f"{name}.weight").float() + (model.form in facts.one_less)
+        normed = NORMS[facts.norm](x, float(model.value("rms_norm_eps"))) * weight
+        return normed + rank.tensor(f"{name}.bias").float() if facts.norm == "layer" else normed
 
-    def _attention(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
-        """One rank's heads, causal, before the output's linear; keys are cached after rotation."""
+    def _added(self, rank: Rank, layer: int, role: str, x: Tensor) -> Tensor:
+        """What attention or MLP adds to the hidden states, normalized where the model does that."""
+        return self._norm(rank, layer, role, x) if role in self.model.facts.norms else x
+
+    def _attention(self, rank: Rank, layer: int, number: int, x: Tensor) -> Tensor:
+        """One rank's heads, causal, before the output's linear; keys are cached after rotation.
+
+        `layer` counts in its stage, `number` in the model.
+        """
         heads, roles, cache = {}, ("query", "key", "value"), self.export.cache
         for role, features in zip(roles, self._inner(rank, layer, roles, x), strict=True):
             part = features.unflatten(-1, (-1, self.model.on_rank["head"])).transpose(1, 2)
             if f"{role}_norm" in self.model.facts.norms:  # of each head
                 part = self._norm(rank, layer, f"{role}_norm", part)
-            if role != "value":
-                part = rotate(part, float(self.model.value("rope_theta")), self.model.rope_scaling)
+            if role != "value" and "positions" not in self.model.names:
+                part = self.model.positions.rotate(part, number)
             if cache is not None and role in cache.names:
                 step = rank.tensor(self.model.prefix(layer) + cache.names[role])
                 part = quantize_input(part, "static fp8" if cache.is_float else "static int8", step)
             heads[role] = part
         q, k, v = (heads[role] for role in roles)
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-        context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        context = self.model.positions.attend(q, k, v, number)
         return context.transpose(1, 2).flatten(2)
 
     def _mlp(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
-        gate, up = self._inner(rank, layer, ("gate", "up"), x)
-        return F.silu(gate) * up
+        facts = self.model.facts
+        activate = ACTIVATIONS[facts.activation]
+        roles = ("gate", "up") if "gate" in facts.parts else ("up",)
+        first, *others = self._inner(rank, layer, roles, x)
+        return activate(first) * others[0] if others else activate(first)
 
     def modules(self, number: int) -> list[Module]:
         """The linears of a layer, by its global number."""
@@ -121,11 +114,39 @@ class Decoder:
         stage, layer = divmod(number, self.model.layers_per_stage)
         ranks = self.export.stages[stage]
         normed = self._norm(ranks[0], layer, "attention_norm", x)
-        inner = [self._attention(rank, layer, normed) for rank in ranks]
-        x = x + self._sum(ranks, layer, "output", inner)
+        inner = [self._attention(rank, layer, number, normed) for rank in ranks]
+        output = self._sum(ranks, layer, "output", inner)
+        x = x + self._added(ranks[0], layer, "attention_output_norm", output)
         normed = self._norm(ranks[0], layer, "mlp_norm", x)
+        if self.model.facts.experts:
+            return x + self._mixture(ranks, layer, normed)
         inner = [self._mlp(rank, layer, normed) for rank in ranks]
-        return x + self._sum(ranks, layer, "down", inner)
+        output = self._sum(ranks, layer, "down", inner)
+        return x + self._added(ranks[0], layer, "mlp_output_norm", output)
+
+    def _mixture(self, ranks: Sequence[Rank], layer: int, x: Tensor) -> Tensor:
+        """Experts of each token, weighted by a softmax over all experts, or over the token's alone."""
+        model, tokens = self.model, x.flatten(0, 1)
+        activate = ACTIVATIONS[model.facts.activation]
+        router = ranks[0].tensor(f"{model.routers()[layer]}.weight").float()
+        weights, chosen = (tokens @ router.t()).softmax(-1).topk(model.value("experts_per_token"))
+        if model.normalizes:
+            weights = weights / weights.sum(-1, keepdim=True)
+        modules = {
+            part.role: module for module in self.export.modules(layer) for part in module.parts
+        }
+        activate, total = ACTIVATIONS[model.facts.activation], torch.zeros_like(tokens)
+        for number in range(model.value("num_experts")):
+            rows, place = (chosen == number).nonzero(as_tuple=True)
+            if not len(rows):
+                continue
+            gate, up, down = (modules[f"{role} {number}"] for role in ("gate", "up", "down"))
+            own, products = self._noisy(tokens[rows]), []
+            for rank in ranks:
+                inner = activate(_product(rank, gate, own)) * _product(rank, up, own)
+                products.append(_product(rank, down, self._noisy(inner)))
+            total[rows] += weights[rows, place, None] * torch.stack(products).sum(0)
+        return total.view_as(x)
 
     @torch.no_grad()
     def linears(self, number: int, role: str, x: Tensor) -> dict[str, Tensor]:
@@ -153,16 +174,18 @@ class Decoder:
         With `noise`, of that relative size on the input of every linear: its answer to rounding.
         """
         model, stages = self.model, self.export.stages
-        x = self.export.table("embedding", 0)[tokens].float()
+        x = self.export.table("embedding", 0)[tokens].float() * model.embedding_scale
+        if "positions" in model.names:
+            x = x + self.export.table("positions", 0)[: tokens.shape[1]].float()
         self._noise, self._generator = noise, torch.Generator().manual_seed(0)
         try:
             for number in range(model.layers_per_stage * model.pp):
                 x = self.layer(number, x)
         finally:
             self._noise = 0.0
-        x = self._rms_norm(stages[-1][0], model.names["final_norm"], x)
+        x = self._normed(stages[-1][0], model.names["final_norm"], x)
         role, stage = ("embedding", 0) if model.is_tied else ("lm_head", -1)
-        return x @ self.export.table(role, stage).float().t()
+        return model.positions.capped(x @ self.export.table(role, stage).float().t())
 
 
 def _product(rank: Rank, module: Module, x: Tensor, *, quantizes: bool = True) -> Tensor:

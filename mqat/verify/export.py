@@ -59,7 +59,10 @@ class Rank:
 
     def linear(self, module: Module) -> StoredLinear:
         """This rank's part of a module."""
-        return StoredLinear(module, {t: self.tensor(module.full(t)) for t in module.suffixes})
+        tensors = {t: self.tensor(module.full(t)) for t in module.suffixes}
+        if module.is_transposed and "weight" in tensors:
+            tensors["weight"] = tensors["weight"].t()
+        return StoredLinear(module, tensors)
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ class PlainTensor:
 
     name: str
     spec: TensorSpec
-    role: str  # `embedding`, `lm_head`, `final_norm`, of `facts.norms`; `key`, `value` of a cache
+    role: str  # of `facts.names` or `facts.norms`; `router`; `key`, `value` of a cache
     layer: int | None = None  # global number
+    kind: str = "weight"  # or `bias`
 
 
 @dataclass
@@ -94,27 +98,53 @@ class Export:
             rows = tuple(model.on_rank[part.rows] for part in parts)
             shape = (sum(rows), model.on_rank[parts[0].columns])
             cut = (rows, shape, parts[0].is_row_parallel, model.copies)
-            found.append(Module(full, parts, self.storage[full], suffixes, model.dtype, *cut))
+            is_transposed = model.form in facts.transposed
+            found.append(
+                Module(full, parts, self.storage[full], suffixes, model.dtype, *cut, is_transposed)
+            )
         return found
 
     def plain(self, stage: int) -> list[PlainTensor]:
         """What stands outside of linears in a pipeline stage."""
         model, names, dtypes = self.model, self.model.names, (self.model.dtype,)
-        hidden = TensorSpec((model.on_rank["hidden"],), dtypes, True)
-        table = TensorSpec((model.on_rank["vocab"], model.on_rank["hidden"]), dtypes)
-        outer = {"embedding": table} if stage == 0 else {}
+        facts = model.facts
+        found = [
+            PlainTensor(f"{names[role]}.weight", self._table_spec(axis), role)
+            for role, axis in (("embedding", "vocab"), ("positions", "positions"))
+            if stage == 0 and role in names
+        ]
         if stage == model.pp - 1:
-            outer |= {"final_norm": hidden} | ({} if model.is_tied else {"lm_head": table})
-        found = [PlainTensor(f"{names[r]}.weight", spec, r) for r, spec in outer.items()]
+            hidden = TensorSpec((model.on_rank["hidden"],), dtypes, True)
+            found += [
+                PlainTensor(f"{names['final_norm']}.{kind}", hidden, "final_norm", kind=kind)
+                for kind in facts.norm_tensors()
+            ]
+            if not model.is_tied:
+                found.append(
+                    PlainTensor(f"{names['lm_head']}.weight", self._table_spec("vocab"), "lm_head")
+                )
         scale = TensorSpec(() if self.cache is None else self.cache.shape, ("F32",), True)
         for layer in range(model.layers_per_stage):
             prefix, place = model.prefix(layer), stage * model.layers_per_stage + layer
-            for role, norm in model.facts.norms.items():
+            for role, norm in facts.norms.items():
                 spec = TensorSpec((model.on_rank[norm["size"]],), dtypes, True)
-                found.append(PlainTensor(f"{prefix}{norm[model.form]}.weight", spec, role, place))
+                for kind in facts.norm_tensors():
+                    name = f"{prefix}{norm[model.form]}.{kind}"
+                    found.append(PlainTensor(name, spec, role, place, kind))
+            if router := model.facts.experts.get("router"):
+                shape = (model.on_rank["experts"], model.on_rank["hidden"])
+                spec = TensorSpec(shape, dtypes, True)
+                found.append(
+                    PlainTensor(f"{prefix}{router[model.form]}.weight", spec, "router", place)
+                )
             for role, name in self.cache.names.items() if self.cache else ():
                 found.append(PlainTensor(prefix + name, scale, role, place))
         return found
+
+    def _table_spec(self, axis: str) -> TensorSpec:
+        return TensorSpec(
+            (self.model.on_rank[axis], self.model.on_rank["hidden"]), (self.model.dtype,)
+        )
 
     def specs(self, stage: int) -> dict[str, TensorSpec]:
         """Name -> what every rank of a pipeline stage must hold."""
@@ -125,6 +155,6 @@ class Export:
         return specs
 
     def table(self, role: str, stage: int) -> Tensor:
-        """A vocabulary table [vocab, hidden] without its padding."""
+        """A table [vocab or positions, hidden] without its padding."""
         rows = [rank.tensor(f"{self.model.names[role]}.weight") for rank in self.stages[stage]]
-        return torch.cat(rows)[: self.model.value("vocab_size")]
+        return torch.cat(rows)[: self.model.rows(role)]

@@ -4,7 +4,7 @@ A second opinion on purpose: nothing here comes from `mqat.models`. The files ex
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,37 @@ class Facts:
     modules: Mapping[str, Mapping[str, tuple[str, ...]]]  # format -> module -> roles in row order
     cache: Mapping[str, Any]
     biases: Mapping[str, Mapping[str, str | bool]]
+    positions: Mapping[str, Mapping[str, Any]]  # format -> what of `positions.Positions` is where
+    keys: Mapping[str, Mapping[str, str]]  # format -> what it calls a key of Llama's
+    norm: str  # of `activations.NORMS`; `layer` has biases
+    one_less: tuple[str, ...]  # formats, and `checkpoint`, whose norms are stored less one
+    activation: str  # of `activations.ACTIVATIONS`; gated where there is a part `gate`
+    scales_embedding: bool  # by sqrt(hidden), rounded to the model's dtype
+    transposed: tuple[str, ...]  # formats that hold unquantized weights as (in, out)
+
+    def norm_tensors(self) -> tuple[str, ...]:
+        """Parameters of a norm."""
+        return ("weight", "bias") if self.norm == "layer" else ("weight",)
+
+    experts: Mapping[
+        str, Any
+    ]  # empty: a dense MLP; its names have `{}` for the number of an expert
+
+    def with_experts(self, count: int) -> "Facts":
+        """With the linears of `count` experts, whose roles end in their numbers (`gate 3`)."""
+        fused, parts = dict(self.fused), dict(self.parts)
+        modules = {form: dict(found) for form, found in self.modules.items()}
+        for number in range(count):
+            for role, entry in self.experts["linears"].items():
+                own = f"{role} {number}"
+                cut = {key: value for key, value in entry.items() if key != "hf"}
+                parts[own] = Part(own, **cut)
+                modules["hf"][entry["hf"].format(number)] = (own,)
+            for name, entry in self.experts["fused"].items():
+                roles = [f"{role} {number}" for role in entry["parts"]]
+                found = {"parts": roles, "stacked": entry["stacked"], "expert": number}
+                fused[name.format(number)] = found
+        return replace(self, fused=fused, parts=parts, modules=modules)
 
     def key(self, name: str) -> str:
         """Checkpoint key of a tensor that is stacked over layers."""
@@ -58,7 +89,11 @@ def _read_raw(family: str) -> dict[str, Any]:
 
 def read_facts(family: str) -> Facts:
     """The facts of a family whose file exists."""
-    raw = {"biases": {}} | _read_raw(family)
+    defaults: dict[str, Any] = {
+        "biases": {}, "positions": {}, "keys": {}, "one_less": (), "transposed": (), "experts": {},
+    }  # fmt: skip
+    raw = defaults | _read_raw(family)
+    order = raw.pop("row_order", {})
     modules: dict[str, dict[str, tuple[str, ...]]] = {"hf": {}, "trtllm": {}}
     parts = {}
     for role, entry in raw.pop("linears").items():
@@ -66,6 +101,8 @@ def read_facts(family: str) -> Facts:
             name = entry.pop(form)
             found[name] = (*found.get(name, ()), role)
         parts[role] = Part(role, **entry)
+    for form, found in order.items():
+        modules[form] |= {name: tuple(roles) for name, roles in found.items()}
     return Facts(parts=parts, modules=modules, **raw)
 
 

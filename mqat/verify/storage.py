@@ -85,6 +85,7 @@ class Module:
     shape: tuple[int, int]  # (out, in) on one rank
     is_row_parallel: bool  # ranks hold columns; otherwise rows
     copies: int  # consecutive ranks that hold the same key/value head
+    is_transposed: bool = False  # an unquantized weight is stored as (in, out)
 
     def full(self, tensor: str) -> str:
         """Name in the files of a tensor of the table above."""
@@ -108,7 +109,7 @@ class Module:
             lower = ("F8_E4M3",) if "global_scale" in storage.names else storage.scale_dtypes
             scale = TensorSpec((out, groups), lower)
         specs = {
-            "weight": TensorSpec(self.shape, model),
+            "weight": TensorSpec(self.shape[::-1] if self.is_transposed else self.shape, model),
             "codes": TensorSpec(codes[0], (codes[1],)),
             "scale": scale,
             "zero_point": TensorSpec((-(-out * storage.bits // 32), groups), ("I32",)),

@@ -36,7 +36,18 @@ QWEN2 = DecoderConfig(
     family="qwen2", biases=LINEARS[:1],
 )  # fmt: skip
 BIASED = dataclasses.replace(MODEL, biases=LINEARS)
-MODELS = {"llama": MODEL, "biased": BIASED, "qwen2": QWEN2}
+# Experts narrower than their description's MLP.
+EXPERTS = DecoderConfig(
+    vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2, num_attention_heads=4,
+    num_query_groups=2, head_dim=32, tie_word_embeddings=True, family="qwen3_moe", num_experts=4,
+    experts_per_token=2, expert_intermediate_size=64, normalizes_expert_weights=False,
+)  # fmt: skip
+MIXTRAL = dataclasses.replace(
+    EXPERTS, family="mixtral", normalizes_expert_weights=True, intermediate_size=64
+)
+MODELS = {
+    "llama": MODEL, "biased": BIASED, "qwen2": QWEN2, "experts": EXPERTS, "mixtral": MIXTRAL,
+}  # fmt: skip
 TABLES = (
     Rule("embedding.word_embeddings", "int4"),
     Rule(
@@ -67,6 +78,9 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--vp", type=int)
     parser.add_argument("--sp", action="store_true")
     parser.add_argument("--cp", type=int, default=1)
+    parser.add_argument("--ep", type=int, default=1)
+    parser.add_argument("--etp", type=int)
+    parser.add_argument("--idle", action="store_true", help="no token for expert 3 of layer 0")
     parser.add_argument("--contiguous", action="store_true", help="chunks in file order: wrong")
     parser.add_argument("--recompute")
     parser.add_argument("--ddp", type=json.loads, default={}, help="Megatron's DDP options")
@@ -78,6 +92,7 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--untied", action="store_true")
     parser.add_argument("--tables", action="store_true", help="quantize embedding and output layer")
     parser.add_argument("--backward", default="bf16")
+    parser.add_argument("--learned", action="store_true", help="scales of weights and inputs")
     parser.add_argument("--kv-cache")
     parser.add_argument("--kv-cache-scales", default="shared")
     parser.add_argument(
@@ -97,12 +112,20 @@ def finish(args: argparse.Namespace, result: dict[str, Any]) -> None:
     parallel_state.destroy_model_parallel()  # the next job has another layout of the same world
 
 
+def avoid_an_expert(chunks: list[Any]) -> None:
+    """Leaves the last expert of the first layer without tokens."""
+    for layer in (layer for chunk in chunks for layer in chunk.module.decoder.layers):
+        if layer.layer_number == 1:
+            router, away = layer.mlp.router, torch.tensor([0.0, 0.0, 0.0, -1e4])
+            router.gating = lambda x, gating=router.gating, away=away: gating(x) + away
+
+
 def run(args: argparse.Namespace) -> None:
     model = dataclasses.replace(MODELS[args.model], tie_word_embeddings=not args.untied)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     groups.initialize(
         tensor_parallel=args.tp, pipeline_parallel=args.pp, virtual_pipeline=args.vp,
-        context_parallel=args.cp,
+        context_parallel=args.cp, expert_parallel=args.ep, expert_tensor_parallel=args.etp,
     )  # fmt: skip
     from megatron.core import parallel_state
 
@@ -112,7 +135,9 @@ def run(args: argparse.Namespace) -> None:
     from mqat.evaluation import forward
     from mqat.evaluation.forward import evaluate, logits, run_layers
     from mqat.evaluation.quality import quality_report
+    from mqat.parallel.learned_scales import learn_scales_
     from mqat.parallel.low_precision_backward import set_backward_
+    from mqat.parallel.quantized_module import ExpertGroups, quantized_modules
     from mqat.specs.model import build_model
     from mqat.training.optimizer import build_optimizer, wrap_for_training
     from mqat.training.step import forward_backward
@@ -124,13 +149,18 @@ def run(args: argparse.Namespace) -> None:
     settings = ModelConfig(
         tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp,
         virtual_pipeline_model_parallel_size=args.vp, sequence_parallel=args.sp,
-        context_parallel_size=args.cp,
+        context_parallel_size=args.cp, expert_model_parallel_size=args.ep,
+        expert_tensor_parallel_size=args.etp, moe_aux_loss_coeff=0.01,
         activations_checkpoint_granularity=args.recompute,
     )  # fmt: skip
     chunks = build_model(model, settings, layers, dtype)
     load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
+    if args.learned:
+        learn_scales_(chunks, weights="lsq", inputs="lsq")
     set_backward_(chunks, args.backward)
     chunks = wrap_for_training(chunks, args.ddp)
+    if args.idle:
+        avoid_an_expert(chunks)
     if args.contiguous:
         forward.own_tokens = lambda x, group, dim=1: x.chunk(group.size(), dim)[group.rank()]
     ends = document_ends(SEGMENTS) if args.documents else None
@@ -149,10 +179,15 @@ def run(args: argparse.Namespace) -> None:
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     if args.unreduced:
         group = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
+        for module in quantized_modules(chunks).values():
+            if module.expert_groups is not None:
+                module.expert_groups = ExpertGroups(group, group, module.expert_groups.ep)
     result = {"unquantized": evaluate(chunks, [batches])[0]}
-    calibrate(chunks, lambda: run_layers(chunks, [batches]), group=group, method="percentile")
+    result["idle"] = calibrate(
+        chunks, lambda: run_layers(chunks, [batches]), group=group, method="percentile"
+    )
     result["quantized"] = evaluate(chunks, [batches])[0]
-    if linear_schemes(layers):
+    if linear_schemes(layers) and not model.num_experts:
         result["quality"] = quality_report(
             chunks, lambda: run_layers(chunks, [batches]), group=group
         )["linears"]

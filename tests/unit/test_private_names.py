@@ -4,12 +4,15 @@ A release that renames or changes one fails here by name, not in the middle of s
 """
 
 import ast
+import math
 import multiprocessing.spawn
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
 
 from mqat.parallel import activated_linear
 
@@ -129,7 +132,15 @@ def _inheriting():  # what it tells is tested with a whole script, in tests/dist
     assert "process.current_process()._inheriting = True" in source
 
 
+def _yarn_factor():
+    config = types.SimpleNamespace(yarn_rotary_scaling_factor=math.exp(10), yarn_mscale=0.25,
+                                   yarn_mscale_all_dim=0.0)  # fmt: skip
+    assert math.isclose(yarn._yarn_get_concentration_factor_from_config(config), 1.25)
+    assert yarn._yarn_get_concentration_factor_from_config(types.SimpleNamespace()) == 1
+
+
 PRIVATE = {
+    f"{yarn.__name__}._yarn_get_concentration_factor_from_config": _yarn_factor,
     "sys._getframe": _getframe,
     "torch.distributed.distributed_c10d._abort_process_group": _abort_process_group,
     "torch.nn.modules.module._has_any_global_hook": _has_any_global_hook,

@@ -22,16 +22,18 @@ from mqat.export.special_tokens import generation_texts, special_tokens
 from mqat.export.stream import TensorPlan
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
-from mqat.models.structure import HF_LAYER, OUTPUT_LAYER, split_name
+from mqat.models.structure import Linear, is_expert, split_name
 from mqat.quant.kv_cache import KvCacheScheme
 from mqat.quant.scheme import LinearScheme
 
 SHARD_BYTES = 5_000_000_000
 NAMING = Naming(
-    HF_LAYER,
+    attrgetter("hf_layer"),
     attrgetter("hf"),
-    lambda linear: {part.hf: [number] for number, part in enumerate(linear.parts)},
+    Linear.hf_modules,
     writes_tied_head=False,
+    adds_one=False,
+    transposes=True,
 )
 Modules = Mapping[str, LinearScheme | None]
 
@@ -66,11 +68,25 @@ class HuggingFaceExporter:
         if self.is_one_form:
             _check_one_form(forms, layers)
         for name, scheme in layers.items():
+            if model.linear(split_name(name)[1]).is_transposed_in_hf:
+                raise UserError(
+                    f"{name}: a {model.family} model of Hugging Face has it transposed (Conv1D), which "
+                    "no reader of quantized directories takes for a linear; use export.format=trtllm."
+                )
             forms.check_groups(name, scheme, model.linear_shape(split_name(name)[1])[1])
 
     def warning(self, schemes: Mapping[str, Scheme]) -> str | None:
-        """None: servers change nothing that is stored."""
-        return None
+        """That a layer's experts share an input scale when served; otherwise nothing is changed."""
+        static = [
+            name for name, scheme in schemes.items() if _has_static_input_of_expert(name, scheme)
+        ]
+        if not static:
+            return None
+        return (
+            f"{static[0]} and {len(static) - 1} more linears of experts have input scales of their "
+            "own; vLLM computes the experts of a layer with the largest. Inputs per token (fp8_pc_pt, "
+            "int8_pc_pt) or unquantized (int4) are served as trained."
+        )
 
     def contents(
         self, reader: CheckpointReader, tokenizer: Path, options: ExportOptions
@@ -83,7 +99,13 @@ class HuggingFaceExporter:
         config = model.to_hf(options.dtype) | special | {"producer": PRODUCER}
         texts: dict[str, Any] = {"config.json": config, **generation_texts(tokenizer, special)}
         if reader.layers:
-            modules = NAMING.schemes(model, reader.layers, range(model.num_layers))
+            modules: dict[str, LinearScheme | None] = {model.architecture.output_layer.hf: None}
+            modules |= NAMING.schemes(model, reader.layers, range(model.num_layers))
+            if model.router is not None:  # a linear to its readers
+                modules |= {
+                    model.architecture.hf_layer.format(i=layer) + model.router.hf: None
+                    for layer in range(model.num_layers)
+                }
             config["quantization_config"], more = self.texts(modules, reader.kv_cache)
             texts |= more
         if len(shards) > 1:
@@ -94,9 +116,15 @@ class HuggingFaceExporter:
         return DirectoryContents({n: partial(list, ps) for n, ps in shards.items()}, texts)
 
 
+def _has_static_input_of_expert(name: str, scheme: Scheme) -> bool:
+    if not is_expert(name) or not isinstance(scheme, LinearScheme) or scheme.input is None:
+        return False
+    return scheme.input.has_global_scale or not scheme.input.is_dynamic
+
+
 def unquantized_modules(modules: Modules) -> list[str]:
     """Exact names of what a quantized directory keeps in the model's dtype, the head first."""
-    return [OUTPUT_LAYER.hf, *(name for name, scheme in modules.items() if scheme is None)]
+    return [name for name, scheme in modules.items() if scheme is None]
 
 
 def _check_options(options: ExportOptions) -> None:

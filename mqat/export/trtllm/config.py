@@ -7,8 +7,8 @@ from mqat.errors import UserError
 from mqat.export.exporter import PRODUCER, ExportOptions
 from mqat.export.reshard import InferenceRank
 from mqat.export.trtllm.forms import FORMS, NAMING
-from mqat.models.decoder import FAMILIES, DecoderConfig
-from mqat.models.structure import FC1, QKV
+from mqat.export.trtllm.positions import position_fields
+from mqat.models.decoder import DecoderConfig
 from mqat.quant.scheme import LinearScheme
 
 # What TensorRT-LLM leaves unquantized; a list in config.json replaces it as a whole.
@@ -87,12 +87,7 @@ def config_json(
         scheme = next(iter(layers.values()))
         quantization["exclude_modules"] = excluded_modules(model, layers, pp)
         quantization |= FORMS.of(scheme).options(scheme)
-    rotary_scaling = None
-    if model.rope_scaling is not None:
-        rotary_scaling = {"type": "llama3"} | {
-            key: value for key, value in model.rope_scaling.items() if key != "rope_type"
-        }
-    family = FAMILIES[model.family]
+    family = model.architecture
     return {
         "producer": PRODUCER,
         "architecture": family.trtllm_architecture,
@@ -107,14 +102,11 @@ def config_json(
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_query_groups,
         "head_size": model.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": family.trtllm_activation,
         "norm_epsilon": model.rms_norm_eps,
         "qk_layernorm": any(norm.size == "head" for norm in model.norms),
-        "attn_bias": QKV.name in model.biases,
-        "mlp_bias": FC1.name in model.biases,
-        "position_embedding_type": "rope_gpt_neox",
-        "rotary_base": model.rope_theta,
-        "rotary_scaling": rotary_scaling,
+        **{key: linear in model.biases for key, linear in family.trtllm_biases.items()},
+        **position_fields(model),
         "use_parallel_embedding": tp > 1,
         "embedding_sharding_dim": 0,
         "share_embedding_table": False,

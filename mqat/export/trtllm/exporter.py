@@ -16,6 +16,7 @@ from mqat.export.stream import TensorPlan
 from mqat.export.trtllm import qnemo
 from mqat.export.trtllm.config import config_json, is_mixed, quant_cfg_json, stage_schemes
 from mqat.export.trtllm.forms import FORMS, TENSORS, TrtllmForm
+from mqat.export.trtllm.positions import position_fields
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
 from mqat.models.structure import Linear, split_name
@@ -39,11 +40,19 @@ class TensorRtLlmExporter:
     ) -> None:
         """As `Exporter.check`."""
         layers, tp = linear_schemes(schemes), options.tensor_parallel
+        if model.num_experts:
+            raise UserError(
+                f"export.format=trtllm: {model.family} has experts, which are not written in its "
+                "stacked layout; use export.format=hf, which its PyTorch backend reads too "
+                "(export.style=modelopt)."
+            )
         if options.max_shard_bytes is not None:
             raise UserError(
                 "export.format=trtllm: every inference rank has one file; leave out --max-shard-gb."
             )
+        _check_family(model)
         _check_layout(model, tp, options.pipeline_parallel)
+        position_fields(model)
         TENSORS.check(model, schemes)
         _check_requantized(layers, options.allow_requantization)
         stage_schemes(model, layers, options.pipeline_parallel)
@@ -80,6 +89,27 @@ class TensorRtLlmExporter:
         if options.archive is not None:
             texts |= qnemo.tokenizer_texts(tokenizer)
         return DirectoryContents(weights, texts, as_tar=options.archive == "tar")
+
+
+def _check_family(model: DecoderConfig) -> None:
+    """Refuses models of which TensorRT-LLM has no class, or no switch for their biases."""
+    family = model.architecture
+    if family.trtllm_architecture is None:
+        raise UserError(
+            f"export.format=trtllm: TensorRT-LLM has no {family.name} models; use export.format=hf."
+        )
+    if not family.trtllm_states_head and model.size("query") != model.hidden_size:
+        raise UserError(
+            f"export.format=trtllm: head_dim={model.head_dim}, but TensorRT-LLM's "
+            f"{family.trtllm_architecture} has heads of hidden_size / num_attention_heads = "
+            f"{model.hidden_size / model.num_attention_heads:g} channels; use export.format=hf."
+        )
+    is_one_switch = len(family.trtllm_biases) == 1
+    if is_one_switch and len(model.biases) not in (0, len(model.linears)):
+        raise UserError(
+            f"biases on {list(model.biases)}: TensorRT-LLM's {family.trtllm_architecture} has them on "
+            "all linears or on none; use export.format=hf."
+        )
 
 
 def _check_layout(model: DecoderConfig, tp: int, pp: int) -> None:

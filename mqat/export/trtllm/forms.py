@@ -113,7 +113,14 @@ FORMS = Forms(
     ),
 )  # fmt: skip
 
-NAMING = Naming(TRTLLM_LAYER, attrgetter("trtllm"), Linear.trtllm_modules, writes_tied_head=True)
+NAMING = Naming(
+    lambda _: TRTLLM_LAYER,
+    attrgetter("trtllm"),
+    Linear.trtllm_modules,
+    writes_tied_head=True,
+    adds_one=True,
+    transposes=False,
+)
 CACHE = CacheForm(
     lambda cache: {f"{cache.trtllm}.kv_cache_scaling_factor": "kv"},
     (1,),

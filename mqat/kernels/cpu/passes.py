@@ -222,7 +222,11 @@ def stochastic_columns(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`reference.rms_norm`."""
+    """`reference.rms_norm`.
+
+    Heads of a fused projection lie apart or not, depending on how many a rank has: results do not.
+    """
+    x = x.contiguous()
     if not _serves_floats(x, weight):
         return reference.rms_norm(x, weight, eps)
     out = torch.empty_like(x)
@@ -235,7 +239,7 @@ def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`reference.rms_norm_backward`."""
-    grad = grad.contiguous()
+    grad, x = grad.contiguous(), x.contiguous()
     if not _serves_floats(x, weight, grad):
         return reference.rms_norm_backward(grad, x, weight, rstd)
     dx = torch.empty_like(x)

@@ -14,5 +14,6 @@ LLAMA = Family(
     is_interleaved_in_gguf=True,
     trtllm_architecture="LlamaForCausalLM",
     decoder_types=("llama",),
+    may_omit_groups=True,
     bias_switches={"attention_bias": (QKV.name, PROJ.name), "mlp_bias": (FC1.name, FC2.name)},
 )

@@ -13,5 +13,4 @@ MISTRAL = Family(
     trtllm_architecture="MistralForCausalLM",
     decoder_types=("mistral", "llama"),
     window=SlidingWindow(4096),
-    hf_extra={"sliding_window": None},
 )

@@ -16,6 +16,5 @@ QWEN2 = Family(
     decoder_types=("qwen2", "qwen"),
     biased=(QKV.name,),
     window=SlidingWindow(4096, switch="use_sliding_window", first_layer=("max_window_layers", 28)),
-    hf_extra={"use_sliding_window": False, "sliding_window": None},
     trtllm_extra={"qwen_type": "qwen2", "seq_length": 8192, "use_logn_attn": False},
 )

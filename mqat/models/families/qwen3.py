@@ -18,6 +18,5 @@ QWEN3 = Family(
     bias_switches={"attention_bias": (QKV.name, PROJ.name)},
     head_dim_is_stated=True,
     window=SlidingWindow(4096, switch="use_sliding_window", first_layer=("max_window_layers", 28)),
-    hf_extra={"use_sliding_window": False, "sliding_window": None},
     trtllm_extra={"qwen_type": "qwen3", "seq_length": 8192, "use_logn_attn": False},
 )

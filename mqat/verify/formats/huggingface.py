@@ -7,7 +7,14 @@ from typing import Any
 
 from mqat.verify.export import CacheStorage, Export, Rank
 from mqat.verify.facts import find_facts
-from mqat.verify.served_model import SIZES, ServedModel, is_positive, model_problems, read_json
+from mqat.verify.served_model import (
+    SIZES,
+    ServedModel,
+    is_positive,
+    model_problems,
+    own_keys,
+    read_json,
+)
 from mqat.verify.storage import UNQUANTIZED, Storage
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -55,11 +62,17 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
     facts = find_facts("hf", "model_type", raw.get("model_type"), problems) if raw else None
     if facts is None:
         return None
-    found = list(model_problems(raw, _KEYS, facts.config["hf"]))
-    if not found and raw["num_attention_heads"] % raw["num_key_value_heads"]:
-        found = ["num_attention_heads is not a multiple of num_key_value_heads"]
+    keys = own_keys(_KEYS, facts, "hf")
+    found = list(model_problems(raw, keys, facts, "hf"))
     if not found:
-        model = ServedModel(facts, "hf", _KEYS, raw, 1, 1)
+        model = ServedModel(facts, "hf", keys, raw, 1, 1)
+        if model.value("num_attention_heads") % model.value("num_query_groups"):
+            found = ["num_attention_heads is not a multiple of num_key_value_heads"]
+    of_experts = facts.experts.get("config", {})
+    if not found and of_experts:
+        per_token, count = (raw[of_experts[n]] for n in ("experts_per_token", "num_experts"))
+        found = ["a token has more experts than there are"] if per_token > count else []
+    if not found:
         config: Any = raw.get("quantization_config")
         storage = dict.fromkeys(model.linear_names(), UNQUANTIZED)
         method = str(config.get("quant_method") if isinstance(config, dict) else config)
@@ -110,6 +123,9 @@ def _read_modelopt(
         yield f"quant_algo={algorithm!r} with exclusions {excluded} is not verified here"
     else:
         found, size = _MODELOPT[algorithm], other.get("group_size")
+        for router in model.routers():
+            if router not in excluded:
+                yield f"{name}: exclude_modules lets the router {router} be quantized"
         if found.group_size and not is_positive(size):
             yield f"{name}: group_size={size!r}, expected a positive integer"
         elif found.group_size:
@@ -126,6 +142,9 @@ def _read_compressed_tensors(
     """Fills `storage`; yields what is wrong."""
     head, names, seen = model.names["lm_head"], list(storage), set()
     ignored, groups = config.get("ignore"), config.get("config_groups")
+    for router in model.routers():
+        if isinstance(ignored, list) and router not in ignored:
+            yield f"quantization_config.ignore lets the router {router} be quantized"
     if not isinstance(ignored, list) or head not in ignored or not isinstance(groups, dict):
         yield f"quantization_config needs config_groups, and ignore with {head}"
         return

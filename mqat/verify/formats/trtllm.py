@@ -8,7 +8,15 @@ from typing import Any
 
 from mqat.verify.export import CacheStorage, Export, Rank
 from mqat.verify.facts import find_facts
-from mqat.verify.served_model import SIZES, ServedModel, is_positive, model_problems, read_json
+from mqat.verify.positions import WINDOW_PATTERN
+from mqat.verify.served_model import (
+    SIZES,
+    ServedModel,
+    is_positive,
+    model_problems,
+    own_keys,
+    read_json,
+)
 from mqat.verify.storage import UNQUANTIZED, Module, Storage
 
 _KEYS = SIZES | {
@@ -57,13 +65,17 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
     facts = find_facts("trtllm", "architecture", raw.get("architecture"), problems) if raw else None
     if facts is None:
         return None
-    known = {*_KEYS.values(), *facts.config["trtllm"], *_OTHER} - {_KEYS["rope_type"]}
+    keys = own_keys(_KEYS, facts, "trtllm")
+    known = {*keys.values(), *facts.config["trtllm"], *_OTHER} - {keys["rope_type"]}
+    positions = facts.positions.get("trtllm", {})
+    known |= {*map(str, positions.values())}
+    known |= {*WINDOW_PATTERN} if positions.get("window") == "pattern" else set()
     found = [f"unknown key {key!r}" for key in sorted(set(raw) - known)]
-    found += [*model_problems(raw, _KEYS, facts.config["trtllm"]), *_mapping_problems(raw)]
+    found += [*model_problems(raw, keys, facts, "trtllm"), *_mapping_problems(raw)]
     found += _quantization_problems(raw.get("quantization"), facts.names["trtllm"])
     if not found:
         tp, pp = raw["mapping"]["tp_size"], raw["mapping"]["pp_size"]
-        model = ServedModel(facts, "trtllm", _KEYS, raw, tp, pp)
+        model = ServedModel(facts, "trtllm", keys, raw, tp, pp)
         found += _layout_problems(model)
     problems += [f"config.json: {problem}" for problem in found]
     entries = {} if problems else _entries(directory, model, problems)

@@ -113,7 +113,7 @@ OWN = {
     "another base": ({"rotary_base": 500000}, None, "rotary_base or rope_scaling: channel pair"),
     "Llama 3's scaling": ({"rope_scaling": True}, None, "rotary_base or rope_scaling"),
     "half rotated": ({"rotary_percent": 0.5}, None, "16 of 32 channels are rotated"),
-    "interpolated": ({"seq_len_interpolation_factor": 2.0}, None, "seq_len_interpolation_factor=2.0"),
+    "interpolated": ({"seq_len_interpolation_factor": 2.0}, None, "channel pair 0 turns by 0.5 a token"),
     "interleaved": ({"config": {"rotary_interleaved": True}}, None, "rotary_interleaved=True"),
     "learned positions": ({"position_embedding_type": "learned_absolute"}, None, "'learned_absolute'"),
     "untied head": ({"share_embeddings_and_output_weights": False}, None, "output_weights=False"),
@@ -140,9 +140,7 @@ def test_a_model_that_its_description_does_not_say_is_not_saved(name, world, tmp
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["GeGLU", "LayerNorm beside RMSNorm", "half rotated", "not causal"]
-)
+@pytest.mark.parametrize("name", ["GeGLU", "LayerNorm beside RMSNorm", "interleaved", "not causal"])
 def test_what_no_description_says_is_not_described(name, world):
     from mqat.checkpoints.describe import describe_model
 

@@ -57,7 +57,7 @@ def test_rope_scaling_has_one_spelling_inside(told):
     ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantized"),
     ({"auto_map": {"AutoModelForCausalLM": "m.M"}}, "code of its own"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM is read"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "only full_attention"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "of the layers \\[\\]"),
     ({"hidden_size": "32"}, "hidden_size is '32', must be an integer"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"), ({"tie_word_embeddings": 1},
     "true or false"),

@@ -38,6 +38,14 @@ TINY = DecoderConfig(
 )  # fmt: skip
 UNTIED = replace(TINY, tie_word_embeddings=False)
 BIASED = replace(UNTIED, biases=LINEARS)  # Llama with attention_bias and mlp_bias
+MIXTRAL = replace(
+    UNTIED, family="mixtral", num_layers=2, hidden_size=128, num_experts=4, experts_per_token=2,
+    intermediate_size=192, expert_intermediate_size=192,
+)  # fmt: skip
+QWEN3_MOE = replace(
+    MIXTRAL, family="qwen3_moe", intermediate_size=320, expert_intermediate_size=64, num_experts=5,
+    experts_per_token=3, normalizes_expert_weights=False, tie_word_embeddings=True,
+)  # fmt: skip
 QWEN2 = replace(TINY, family="qwen2", biases=LINEARS[:1])
 EXPORTABLE = ("null", "int8", "int8_wo", "int4", "fp8", "fp8_pc_pt", "nvfp4")
 
@@ -48,7 +56,8 @@ def all_layers(
     """Every linear quantized alike; empty for `null`."""
     # W4A8 kernels know groups of 128 only.
     scheme = named_scheme(algorithm, group_size=128 if algorithm == "w4a8_awq" else group_size)
-    names = [f"decoder.layers.{i}.{linear}" for i in range(model.num_layers) for linear in LINEARS]
+    linears = [linear.name for linear in model.linears]
+    names = [f"decoder.layers.{i}.{linear}" for i in range(model.num_layers) for linear in linears]
     return {} if scheme is None else dict.fromkeys(names, scheme)
 
 
@@ -73,7 +82,8 @@ def tensors_of(
         state[key] = torch.randn(shape, generator=generator) * 1.5 / shape[-1] ** 0.5
     for name, scheme in linear_schemes(layers).items():
         index, linear = name.removeprefix("decoder.layers.").split(".", 1)
-        weight = state[f"decoder.layers.{linear}.weight"][int(index)]
+        row = model.linear(linear)
+        weight = state[row.key][row.stored_at(int(index))].view(row.shape(model))
         assert scheme.weight is not None
         quantizers = {"weight": Quantizer(scheme.weight, tuple(weight.shape), name)}
         statistic = statistic_of(weight, quantizers["weight"].scheme)
@@ -166,7 +176,7 @@ def write_checkpoint(
     describe(
         path,
         format_version=1,
-        family="llama",
+        family=model.family,
         model=model.to_dict(),
         params_dtype=str(dtype).removeprefix("torch."),
         iteration=0,

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mqat.export.reshard import InferenceRank, linear_columns, linear_rows, owned, vocab_rows
+from mqat.export.reshard import InferenceRank, linear_columns, linear_rows, owned, table_rows
 from mqat.models.structure import FC1, PROJ, QKV
 from tests.unit.export.checkpoints import TINY
 
@@ -61,9 +61,9 @@ def test_gate_and_up_are_cut_apart_not_as_one_fused_matrix():
 
 def test_vocabulary_rows_are_padded_at_the_end_only():
     model = replace(SMALL, vocab_size=10)
-    parts = [vocab_rows(model, rank) for rank in tp_ranks(4)]
+    parts = [table_rows(model.vocab_size, rank) for rank in tp_ranks(4)]
     assert parts == [(slice(0, 3), 0), (slice(3, 6), 0), (slice(6, 9), 0), (slice(9, 10), 2)]
-    short = [vocab_rows(replace(SMALL, vocab_size=5), rank) for rank in tp_ranks(4)]
+    short = [table_rows(5, rank) for rank in tp_ranks(4)]
     assert short[3] == (slice(5, 5), 2)  # a rank of padding alone
 
 

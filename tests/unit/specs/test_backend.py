@@ -14,7 +14,7 @@ FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 class Config:
     context_parallel_size = 1
-    window_size = None
+    window_size = window_attn_skip_freq = None
     softmax_type = "vanilla"
     kv_channels = 16
     attention_dropout = 0.0

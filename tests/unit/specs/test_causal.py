@@ -10,6 +10,7 @@ from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig
 from mqat.data.packing import document_ends
 from mqat.errors import UserError
+from mqat.specs import causal
 from mqat.specs.causal import _lower_right_attention, document_attention, trailing_attention
 from tests.unit.model_fixtures import MODEL
 
@@ -49,12 +50,12 @@ def dense(q, k, v, segments):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=SCALE)
 
 
-def by_documents(q, k, v, segments, chunks=((0, 48),)):
+def by_documents(q, k, v, segments, chunks=((0, 48),), **options):
     own = torch.cat([q[:, :, a:b] for a, b in chunks], dim=2)
     ends = document_ends(segments).tolist()
     return document_attention(
-        own, k, v, chunks=chunks, ends=ends, dropout_p=0.0, scale=SCALE
-    )  # fmt: skip
+        own, k, v, chunks=chunks, ends=ends, dropout_p=0.0, scale=SCALE, **options
+    )
 
 
 def gradients(y, tensors):
@@ -153,3 +154,50 @@ def test_ends_of_other_sequences_are_refused(ends):
         document_attention(
             *inputs(48), chunks=((0, 48),), ends=ends, dropout_p=0.0, scale=SCALE
         )  # fmt: skip
+
+
+def near(segments, window):
+    """Bool [b, s, s] of a dense mask: what a query looks at in its document, within a window."""
+    place = torch.arange(segments.shape[1])
+    back = place[:, None] - place
+    same = segments[:, :, None] == segments[:, None, :]
+    return same & (back >= 0) & (back < window)
+
+
+def under_mask(q, k, v, seen, softcap=None):
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(-2, -1) * SCALE
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~seen[:, None], float("-inf")).softmax(dim=-1) @ v
+
+
+@pytest.mark.parametrize("chunks", [((0, 48),), ((0, 12), (36, 48)), ((12, 24), (24, 36))])
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(1, None), (9, None), (47, None), (9, 0.7), (None, 0.7)]
+)
+@pytest.mark.parametrize("block", [4, 512])
+def test_windows_and_caps_equal_a_dense_mask(chunks, window, softcap, block, monkeypatch):
+    monkeypatch.setattr(causal, "QUERY_BLOCK", block)
+    tensors, options = inputs(48), {"window": window, "softcap": softcap}
+    found = by_documents(*tensors, SEGMENTS, chunks, **options)
+    whole = under_mask(*tensors, near(SEGMENTS, window or 48), softcap)
+    expected = torch.cat([whole[:, :, a:b] for a, b in chunks], dim=2)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(gradients(found, tensors), gradients(expected, tensors), strict=True):
+        torch.testing.assert_close(a, b)
+    other = by_documents(*tensors, SEGMENTS, chunks, **options | {"window": 3})
+    assert not torch.allclose(other, expected)  # control
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(100, None), (100, 5.0)])
+def test_memory_of_a_window_grows_with_the_length_only(window, softcap, monkeypatch):
+    monkeypatch.setattr(causal, "QUERY_BLOCK", 64)
+    for length in (512, 2048):
+        tensors = inputs(length, rows=1)
+        with Largest() as seen:
+            y = document_attention(
+                *tensors, chunks=((0, length),), ends=None, dropout_p=0.0, scale=SCALE,
+                window=window, softcap=softcap,
+            )  # fmt: skip
+            gradients(y, tensors)
+        assert seen.numel <= max(4 * length * 16, 4 * 64 * (64 + window))

@@ -246,7 +246,7 @@ def test_files_and_index_that_do_not_fit(case, copy):
     ("path", "value", "message"),
     [
         ("num_hidden_layers", 0, "num_hidden_layers=0"),
-        ("model_type", "gemma", "model_type='gemma'"),
+        ("model_type", "opt", "model_type='opt'"),
         ("model_type", "qwen2", "architectures=['LlamaForCausalLM']"),
         ("torch_dtype", "float8", "torch_dtype='float8'"),
         ("rope_theta", None, "rope_theta=None"),

@@ -1,0 +1,201 @@
+"""Mixtures of experts from Hugging Face: logits and gradients of transformers, both forms of tensors."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import load_file, save_file
+
+from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
+from mqat.config import ModelConfig
+from mqat.errors import UserError
+
+TOKENS = torch.randint(0, 301, (2, 25), generator=torch.Generator().manual_seed(1))
+SIZES = {
+    "vocab_size": 301, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "initializer_range": 0.2, "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "num_experts_per_tok": 2,
+}  # fmt: skip
+# Grouped and single key/value heads, tied and not, head sizes of their own, biases, both softmax orders.
+MODELS = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_key_value_heads": 2}),
+    "mixtral-mqa-tied": (
+        "mixtral",
+        {"num_local_experts": 5, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "head_dim": 24, "moe_intermediate_size": 40,
+         "num_key_value_heads": 2, "norm_topk_prob": False},
+    ),
+    "qwen3_moe-biased": (
+        "qwen3_moe",
+        {"num_experts": 4, "head_dim": 16, "moe_intermediate_size": 32, "num_key_value_heads": 4,
+         "norm_topk_prob": True, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def huggingface(request, tmp_path_factory):
+    """A random model of transformers and its directory; norms and biases moved off their start."""
+    from transformers import (
+        MixtralConfig,
+        MixtralForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
+    kinds = {
+        "mixtral": (MixtralConfig, MixtralForCausalLM),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    }
+    torch.manual_seed(0)
+    name, own = MODELS[request.param]
+    config, decoder = kinds[name]
+    model = decoder(config(**SIZES | own))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+    for key, parameter in model.named_parameters():
+        if key.endswith("mlp.gate.weight"):
+            parameter.data = 0.3 * torch.randn(parameter.shape)
+    path = tmp_path_factory.mktemp("hf") / request.param
+    model.save_pretrained(path)
+    return model, path
+
+
+def built(path):
+    from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.specs.model import build_model
+
+    source = HuggingFaceCheckpoint(path)
+    chunks = build_model(source.config, ModelConfig(), {}, torch.float32)
+    load_pretrained_(chunks, source)
+    return chunks
+
+
+def fused_directory(model, path, out, *, gradients=False):
+    """The directory with tensors as transformers 5 computes with them, or with their gradients."""
+    shutil.copytree(path, out, ignore=lambda *_: ["model.safetensors"])
+    tied = model.config.tie_word_embeddings
+    tensors = {
+        name: (parameter.grad if gradients else parameter.detach()).clone().contiguous()
+        for name, parameter in model.named_parameters()
+        if not (tied and name == "lm_head.weight")
+    }
+    assert any(tensor.dim() == 3 for tensor in tensors.values())
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_logits_are_those_of_transformers_from_either_form(huggingface, world, tmp_path):
+    from mqat.evaluation.forward import logits
+
+    model, path = huggingface
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    for directory in (path, fused_directory(model, path, tmp_path / "fused")):
+        found = logits(built(directory), TOKENS)
+        assert float((found - expected).abs().max()) < 1e-3
+        assert float(expected.abs().max()) > 1
+
+
+def test_gradients_of_a_step_are_those_of_transformers(huggingface, world, tmp_path):
+    """Its gradients are read like weights, into a second model."""
+    model, path = huggingface
+    inputs, labels = TOKENS[:, :-1], TOKENS[:, 1:]
+    model.zero_grad()
+    F.cross_entropy(model(inputs).logits.flatten(0, 1), labels.flatten()).backward()
+    (chunk,) = built(path)
+    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    chunk(inputs, positions, None, labels=labels).mean().backward()
+    (wanted,) = built(fused_directory(model, path, tmp_path / "gradients", gradients=True))
+    for (name, own), expected in zip(chunk.named_parameters(), wanted.parameters(), strict=True):
+        error = (own.grad - expected.detach()).norm() / expected.detach().norm().clamp_min(1e-12)
+        assert error.item() < 1e-3, name
+
+
+def test_a_directory_comes_back_bit_by_bit(huggingface, world, tmp_path):
+    from mqat.checkpoints.describe import describe_model
+    from mqat.checkpoints.dist_checkpoint import save_checkpoint
+    from mqat.data.packaged import python_docs_documents
+    from mqat.data.tokenizer import train_small_tokenizer
+    from mqat.export.export import export_hf
+
+    _, path = huggingface
+    source = HuggingFaceCheckpoint(path)
+    tokenizer = train_small_tokenizer(python_docs_documents()[:1], 300)
+    chunks = built(path)
+    assert describe_model(chunks).num_experts == source.config.num_experts
+    save_checkpoint(
+        tmp_path / "ckpt",
+        chunks,
+        layers={},
+        algorithm=None,
+        model=source.config,
+        tokenizer=tokenizer,
+    )
+    export_hf(tmp_path / "ckpt", tmp_path / "out", dtype="float32")
+    before, after = (load_file(d / "model.safetensors") for d in (path, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = HuggingFaceCheckpoint(
+        tmp_path / "out"
+    ).config  # which has the tokenizer's special tokens
+    assert replace(again, token_ids={}) == replace(source.config, token_ids={})
+
+
+def told(path, tmp_path, **changes):
+    copy = shutil.copytree(path, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text()) | changes
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_local_experts": 3}, "has shape|have no place|contradict each other"),
+        ({"num_experts": 3}, "contradict each other"),
+        ({"num_experts_per_tok": 9}, "a token cannot go to more experts than there are"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is None, must be an integer"),
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not honoured"),
+        ({"output_router_logits": True}, "output_router_logits=True is not honoured"),
+    ],
+)
+def test_what_a_config_says_of_experts_is_honoured_or_refused(
+    huggingface, tmp_path, changes, message
+):
+    with pytest.raises(UserError, match=message):
+        HuggingFaceCheckpoint(told(huggingface[1], tmp_path, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}], ids=str)
+def test_layers_without_experts_are_refused(huggingface, tmp_path, changes):
+    if "qwen3_moe" not in huggingface[1].name:
+        changes = {}
+        HuggingFaceCheckpoint(told(huggingface[1], tmp_path))  # control: it reads as it is
+        return
+    with pytest.raises(UserError, match="leaves layers without experts"):
+        HuggingFaceCheckpoint(told(huggingface[1], tmp_path, **changes))
+
+
+def test_a_missing_expert_and_one_too_many_are_named(huggingface, tmp_path):
+    _, path = huggingface
+    copy = shutil.copytree(path, tmp_path / "copy")
+    tensors = {n: t.clone() for n, t in load_file(copy / "model.safetensors").items()}
+    (copy / "model.safetensors").unlink()  # which is still mapped
+    name = next(n for n in tensors if ".experts.2." in n)
+    other = {n: t for n, t in tensors.items() if n != name}
+    save_file(other, copy / "model.safetensors")
+    with pytest.raises(UserError, match=f"tensor '{name}' is missing"):
+        HuggingFaceCheckpoint(copy)
+    save_file(
+        tensors | {name.replace(".2.", ".9."): tensors[name].clone()}, copy / "model.safetensors"
+    )
+    with pytest.raises(UserError, match=r"experts\.9\..*have no place"):
+        HuggingFaceCheckpoint(copy)
