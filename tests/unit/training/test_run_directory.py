@@ -152,7 +152,7 @@ def test_moved_data_is_named_by_the_user_and_said(tmp_path):
     named = "exp_manager.resume_changes=[model.data.train]"
     _, changes = open_run_directory(tmp_path, load_config(None, [RESUME, there, named]))
     assert changes == ["resumed with model.data.train=['there.txt'], it was ['here.txt']"]
-    with pytest.raises(ValueError, match=r"'model\.optim\.lr' is not one of"):
-        load_config(None, [RESUME, "exp_manager.resume_changes=[model.optim.lr]"])
+    with pytest.raises(ValueError, match=r"'model\.optim\.betas' is not one of"):
+        load_config(None, [RESUME, "exp_manager.resume_changes=[model.optim.betas]"])
     with pytest.raises(ValueError, match=r"resume_changes needs exp_manager\.resume_if_exists"):
         load_config(None, [named])
