@@ -109,7 +109,8 @@ class Folder:
         """
         if self._members is not None and self._prefix + name in self._members:
             return self._members[self._prefix + name]
-        if self._members is None and (self.path / name).is_file():
+        is_inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+        if self._members is None and is_inside and (self.path / name).is_file():
             return Place(self.path / name, 0, (self.path / name).stat().st_size)
         raise UserError(f"{self.path}: {self._prefix}{name} is missing; the model is not complete.")
 
