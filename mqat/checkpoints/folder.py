@@ -147,4 +147,5 @@ def _gunzip(path: Path) -> IO[bytes]:
 def copy_files(folder: Folder, names: Mapping[str, str], directory: Path) -> None:
     """Copies small files out of a folder: their name in it -> their name in `directory`."""
     for name, target in names.items():
+        (directory / target).parent.mkdir(parents=True, exist_ok=True)
         (directory / target).write_bytes(folder.read(name))

@@ -20,6 +20,7 @@ from mqat.errors import UserError
 
 _STORED = "nemo:"  # before the name of a file of the archive
 _FILES = {"model": "tokenizer.model", "vocab_file": "vocab.json", "merge_file": "merges.txt"}
+_OTHERS = ("model_config.yaml", "config.json", "model_weights")  # beside a tokenizer's files
 # Give other tokens than the files alone.
 _CHANGES = ("special_tokens", "additional_special_tokens", "delimiter")
 
@@ -36,9 +37,7 @@ def nemo1_tokenizer(folder: Folder, said: Any) -> TemporaryDirectory[str] | Path
     if not isinstance(said, Mapping):
         return None
     if said.get("library") == "huggingface" and isinstance(said.get("type"), str):
-        local = said["type"].removeprefix(_STORED)
-        inside = folder.path / local
-        return next((p for p in (inside, Path(local)) if p.is_dir()), None)
+        return _huggingface(folder, said["type"])
     changes = [key for key in _CHANGES if said.get(key)]
     if changes:
         raise UserError(
@@ -53,6 +52,15 @@ def nemo1_tokenizer(folder: Folder, said: Any) -> TemporaryDirectory[str] | Path
         if name.startswith(_STORED) or folder.has(name)
     }
     return _copied(folder, stored) if stored else None
+
+
+def _huggingface(folder: Folder, said: str) -> TemporaryDirectory[str] | Path | None:
+    """A directory of this machine, or (`.`) the files of the checkpoint itself."""
+    if said == ".":
+        here = [name for name in folder.names() if name.split("/")[0] not in _OTHERS]
+        is_here = "tokenizer.json" in here or "tokenizer.model" in here
+        return _copied(folder, {name: name for name in here}) if is_here else None
+    return Path(said) if Path(said).is_dir() else None
 
 
 def nemo2_tokenizer(folder: Folder, said: Any) -> Path | None:
@@ -74,7 +82,10 @@ def nemo2_tokenizer(folder: Folder, said: Any) -> Path | None:
 def _copied(folder: Folder, names: Mapping[str, str]) -> TemporaryDirectory[str]:
     directory = TemporaryDirectory(prefix="mqat-tokenizer-")
     copy_files(folder, names, Path(directory.name))
-    if "merges.txt" in names.values():  # whose files do not say how text is split
+    if set(names.values()) == {
+        "vocab.json",
+        "merges.txt",
+    }:  # whose files do not say how text is split
         settings = {"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"}
         (Path(directory.name) / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory

@@ -16,6 +16,7 @@ Sources: Megatron-LM `megatron/training/checkpointing.py`; NeMo `nemo/lightning/
 from __future__ import annotations
 
 import argparse
+import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,7 +54,7 @@ Tokenizer = Path | TemporaryDirectory[str] | None
 def is_training_checkpoint(path: Path) -> bool:
     """Whether one of the above is there."""
     if path.is_file():
-        return path.suffix == ".nemo" or path.name.endswith((".nemo.gz", ".nemo.tar"))
+        return path.suffix == ".nemo" or tarfile.is_tarfile(path)
     names = (_LATEST, INDEX, _FORMAT, _NEMO1, _NEMO2, "context/io.json")
     return any((path / name).exists() for name in names) or any(path.glob("*p_rank_*"))
 

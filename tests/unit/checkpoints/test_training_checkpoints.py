@@ -32,8 +32,8 @@ NEMO1 = {
     "normalization": "rmsnorm", "activation": "fast-swiglu", "layernorm_epsilon": 1e-6,
     "position_embedding_type": "rope", "rotary_base": 5000.0, "rotary_percentage": 1.0,
     "share_embeddings_and_output_weights": False, "qk_layernorm": True,
-    "transformer_block_type": "pre_ln", "seq_len_interpolation_factor": None, "scale_positional_embedding": True,
-    "mcore_customization_config": {},
+    "transformer_block_type": "pre_ln", "seq_len_interpolation_factor": None,
+    "scale_positional_embedding": True, "mcore_customization_config": {},
     "tokenizer": {"library": "sentencepiece", "model": "nemo:0123_tokenizer.model"},
     "optim": {"lr": 1e-4}, "precision": "bf16",
 }  # fmt: skip
