@@ -97,6 +97,7 @@ def test_torchs_own_reader_loads_every_tensor(make, tmp_path):
 
 def test_megatron_core_loads_it_into_a_model_of_its_own(make, tmp_path, world):
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
 
     checkpoint = make("untied")
     with tarfile.open(export(checkpoint, tmp_path / "model.nemo")) as archive:
@@ -106,7 +107,9 @@ def test_megatron_core_loads_it_into_a_model_of_its_own(make, tmp_path, world):
         vocab_size=301, share_embeddings_and_output_weights=False,
     )  # fmt: skip
     state = {"model": model.sharded_state_dict(prefix="model.")}
-    loaded = dist_checkpointing.load(state, str(tmp_path / "unpacked" / "model_weights"))
+    said = yaml.safe_load((tmp_path / "unpacked" / "model_config.yaml").read_text())
+    weights, strict = tmp_path / "unpacked" / "model_weights", said["dist_ckpt_load_strictness"]
+    loaded = dist_checkpointing.load(state, str(weights), strict=StrictHandling(strict))
     found = {name.removeprefix("model."): t for name, t in loaded["model"].items()}
     reader = CheckpointReader(checkpoint)
     for name in ("self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2"):
