@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mqat.checkpoints.hf_config import decoder_config
+from mqat.checkpoints.quantized_source import quantized_source
 from mqat.checkpoints.stored_tensors import check_layer_count, check_tensors, finite
 from mqat.data.strict_json import parse_json
 from mqat.errors import UserError
@@ -37,7 +38,11 @@ class HuggingFaceCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tokenizer_source = path
-        self.config = decoder_config(read_json(path / "config.json"))
+        said = read_json(path / "config.json")
+        self._quantized = quantized_source(path, said)
+        if self._quantized is not None:
+            said = {key: value for key, value in said.items() if key != "quantization_config"}
+        self.config = decoder_config(said)
         self._files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, str] = {}
@@ -50,6 +55,8 @@ class HuggingFaceCheckpoint:
                     )
                 self._files[name], shapes[name], dtypes[name] = file, shape, dtype
         self._check_index()
+        if self._quantized is not None:
+            shapes, dtypes = self._quantized.take(shapes, dtypes, self._view)
         # Tables of rotary frequencies, once saved by transformers, are computed from config.json.
         shapes = {
             name: s for name, s in shapes.items() if not name.endswith(".rotary_emb.inv_freq")
@@ -140,11 +147,18 @@ class HuggingFaceCheckpoint:
         Raises:
             UserError: An element is NaN or infinite.
         """
+        if cols is not None and self._quantized is not None and self._quantized.has(name):
+            return finite(self.path, name, self._quantized.read(name, rows, cols, self._view))
         if name not in self._files:
             raise UserError(f"{self.path}: tensor {name!r} is missing from the checkpoint.")
         with safe_open(self._files[name], framework="pt") as handle:
             view = handle.get_slice(name)
             return finite(self.path, name, view[rows] if cols is None else view[rows, cols])
+
+    def _view(self, name: str) -> Any:
+        """A tensor of the files, of which only what is sliced is read."""
+        with safe_open(self._files[name], framework="pt") as handle:
+            return handle.get_slice(name)
 
 
 # Suffix of other files -> what to do with them.
