@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="where it is, if not with the model"
     )
+    parser.add_argument("--base", type=Path, help="model that a LoRA adapter is merged into")
     add_layout(parser)
 
 
@@ -37,7 +38,12 @@ def run(args: argparse.Namespace) -> None:
     source = None
     if not (args.source / DESCRIPTION).exists():
         source = open_pretrained(
-            args.source, config_from=args.config_from, tokenizer=args.tokenizer
+            args.source, config_from=args.config_from, tokenizer=args.tokenizer, base=args.base
+        )
+    elif args.config_from or args.tokenizer or args.base:
+        raise UserError(
+            f"{args.source}: is a checkpoint of mqat already; leave out --config-from, --tokenizer and "
+            "--base."
         )
     model = load_model(
         args.source,
