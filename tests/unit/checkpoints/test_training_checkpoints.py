@@ -320,6 +320,22 @@ def test_nemo_1_is_read_packed_and_unpacked(saved, tmp_path, form):
     assert sorted(p.name for p in tmp_path.iterdir()) == before  # nothing unpacked stays
 
 
+def test_the_byte_level_tokenizer_of_a_nemo_file_is_that_of_its_files(saved, tmp_path):
+    trained = train_small_tokenizer(["to be or not to be, that is the question"], 300)
+    path = tmp_path / "unpacked"
+    said = {"library": "megatron", "type": "GPT2BPETokenizer", "model": None,
+            "vocab_file": "nemo:4_vocab.json", "merge_file": "nemo:5_merges.txt"}  # fmt: skip
+    nemo_directory(saved, path, tokenizer=said)
+    trained.backend_tokenizer.model.save(str(tmp_path))
+    (tmp_path / "vocab.json").rename(path / "4_vocab.json")
+    (tmp_path / "merges.txt").rename(path / "5_merges.txt")
+    source = open_pretrained(packed(path, tmp_path / "model.nemo"))
+    found = load_tokenizer(source.tokenizer_source)
+    text = "to be, or not? é \n 123"
+    assert found(text)["input_ids"] == trained(text)["input_ids"]
+    assert found.eos_token == "<|endoftext|>"
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"mcore_gpt": False}, "mcore_gpt=False, must be True"),
     ({"activation": "gelu"}, "activation='gelu', must be"),
