@@ -260,7 +260,8 @@ def from_nemo1(config: Mapping[str, Any], where: str) -> TrainingConfig:
     """Of NeMo 1's `model_config.yaml`; keys that are absent have the defaults of its GPT model."""
     spelled = {
         "max_position_embeddings": "encoder_seq_length", "rotary_percent": "rotary_percentage",
-        "add_bias_linear": "bias", "activation_func": "activation", "gated_linear_unit": "activation",
+        "add_bias_linear": "bias", "add_qkv_bias": "qkv_bias",
+        "activation_func": "activation", "gated_linear_unit": "activation",
     }  # fmt: skip
     activation = str(config.get("activation", "gelu"))
     norm = str(config.get("normalization", "layernorm")).lower()
@@ -275,6 +276,7 @@ def from_nemo1(config: Mapping[str, Any], where: str) -> TrainingConfig:
         "gated_linear_unit": activation.endswith("glu"),
         "rotary_percent": config.get("rotary_percentage", 1.0),
         "add_bias_linear": config.get("bias", True),
+        "add_qkv_bias": config.get("qkv_bias", False),
         "max_position_embeddings": config.get("encoder_seq_length", 512),
     }
     scaling = _llama3(8.0) if config.get("scale_positional_embedding") else None

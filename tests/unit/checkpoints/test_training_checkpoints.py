@@ -343,6 +343,7 @@ def test_the_byte_level_tokenizer_of_a_nemo_file_is_that_of_its_files(saved, tmp
     ({"seq_len_interpolation_factor": 8.0}, "seq_len_interpolation_factor=8.0"),
     ({"mcore_customization_config": {"final_logit_softcapping": 30.0}}, "mcore_customization_config="),
     ({"bias": True}, "bias=True, but its tensors say otherwise"),
+    ({"qkv_bias": True}, "qkv_bias=True, but its tensors say otherwise"),
     ({"tokenizer": {"library": "sentencepiece", "model": "nemo:none.model"}}, "none.model is missing"),
     ({"tokenizer": {"library": "sentencepiece", "model": "nemo:0123_tokenizer.model",
       "additional_special_tokens": ["<extra>"]}}, "tokenizer.additional_special_tokens="),
