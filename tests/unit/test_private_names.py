@@ -105,9 +105,18 @@ def _inheriting():  # what it tells is tested with a whole script, in tests/dist
     assert "process.current_process()._inheriting = True" in source
 
 
+def _storage_info():
+    """Torch's own reader finds records by what mqat puts into an index."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    place = _StorageInfo("file", 3, 5)
+    assert (place.relative_path, place.offset, place.length) == ("file", 3, 5)
+
+
 PRIVATE = {
     "sys._getframe": _getframe,
     "torch.distributed.distributed_c10d._abort_process_group": _abort_process_group,
+    "torch.distributed.checkpoint.filesystem._StorageInfo": _storage_info,
     "torch._C._will_engine_execute_node": _will_engine_execute_node,
     "torch._dynamo.config.recompile_limit": _recompile_limit,
     "torch._fused_sdp_choice": _fused_sdp_choice,
