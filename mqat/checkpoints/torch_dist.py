@@ -78,10 +78,9 @@ def _read_index(folder: Folder) -> tuple[dict[str, Any], dict[Any, Any]]:
             for key, value in index.state_dict_metadata.items()
             if hasattr(value, "chunks")
         }
-        records = {
-            (where.fqn, tuple(where.offset)): info
+        records = {  # () of what is no tensor
+            (where.fqn, tuple(where.offset or ())): info
             for where, info in index.storage_data.items()
-            if where.offset is not None
         }
     except Exception as error:  # damaged pickles raise nearly anything
         raise UserError(f"{folder.path / INDEX}: not a checkpoint index ({error}).") from error
@@ -202,6 +201,18 @@ class TorchDist(ChunkedTensors):
         self._folder = folder
         self._files: dict[Path, MappedFile] = {}
         self._chunks: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def load_object(self, key: str) -> Any:
+        """What is stored under a key and is no tensor; None: nothing.
+
+        Raises:
+            Exception: Of nearly any type, if the record is damaged or would run code.
+        """
+        record = self._records.get((key, ()))
+        if record is None or key in self._tensors:
+            return None
+        place = self._folder.place(str(record.relative_path))
+        return MappedFile(place.file).load(place.start + record.offset, record.length)
 
     def _chunk(self, key: str, chunk: Any) -> Tensor:
         where = (key, tuple(chunk.offsets))

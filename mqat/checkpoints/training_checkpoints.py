@@ -45,6 +45,7 @@ from mqat.models.decoder import DecoderConfig
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _COMMON, _FORMAT, _BRIDGE = "common.pt", "metadata.json", "run_config.yaml"
+_COMMON_OBJECT = "common_state/shard_0_1"
 _NEMO1, _NEMO2 = "model_config.yaml", "context/model.yaml"
 _RANK_FILE = "model_weights.ckpt"
 Describe = Callable[[Stored], DecoderConfig]
@@ -148,7 +149,7 @@ def _megatron(folder: Folder, config_from: Path | None) -> Parts:
         said = _mapping(folder, _BRIDGE, "model", model)
         config = from_transformer_config(said, f"{folder.path / _BRIDGE}")
         return tensors, config, found
-    args = _args(folder)
+    args = _args(folder, tensors)
     return (
         tensors,
         from_megatron_lm(args, f"args in {folder.path / _COMMON}"),
@@ -156,19 +157,22 @@ def _megatron(folder: Folder, config_from: Path | None) -> Parts:
     )
 
 
-def _args(folder: Folder) -> dict[str, Any]:
+def _args(folder: Folder, tensors: TorchDist) -> dict[str, Any]:
     """The arguments of the run that saved a checkpoint.
 
     Raises:
         UserError: None are there, or they cannot be read without running code.
     """
-    place = folder.place(_COMMON)
     by_hand = (
         "say what the model is with mqat import --config-from HF_DIR, a Hugging Face directory with its "
         "config.json"
     )
     try:
-        common = MappedFile(place.file).load(place.start, place.length)
+        if folder.has(_COMMON):
+            place = folder.place(_COMMON)
+            common = MappedFile(place.file).load(place.start, place.length)
+        else:  # since Megatron-Core 0.19, a list of one
+            (common,) = tensors.load_object(_COMMON_OBJECT) or [None]
     except Exception as error:  # damaged pickles raise nearly anything
         raise UserError(
             f"{folder.path / _COMMON}: cannot be read without running code that it names ({error}); "
