@@ -173,6 +173,8 @@ def _args(folder: Folder, tensors: TorchDist) -> dict[str, Any]:
             common = MappedFile(place.file).load(place.start, place.length)
         else:  # since Megatron-Core 0.19, a list of one
             (common,) = tensors.load_object(_COMMON_OBJECT) or [None]
+    except UserError:  # a file is missing
+        raise
     except Exception as error:  # damaged pickles raise nearly anything
         raise UserError(
             f"{folder.path / _COMMON}: cannot be read without running code that it names ({error}); "
