@@ -198,7 +198,7 @@ class QuantizationConfig:
 class ExportConfig:
     """The directory for serving; nothing is exported while `format` is null."""
 
-    format: str | None = "trtllm"  # or "hf" (`export/exporters.py`)
+    format: str | None = "trtllm"  # or "hf", "nemo" (`export/exporters.py`)
     style: str | None = None  # of quantized tensors in "hf": compressed-tensors (null) or modelopt
     decoder_type: str | None = None
     inference_tensor_parallel: int = 1

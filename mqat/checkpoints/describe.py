@@ -41,16 +41,10 @@ from mqat.specs.config_check import (
     refuse,
     scale_text,
 )
-from mqat.specs.rope import DecoderRotary, frequencies
+from mqat.specs.rope import MEGATRON_LLAMA3, DecoderRotary, frequencies
 from mqat.specs.window import built_windows
 
 _HEAD_NORMS = (QUERY_NORM, KEY_NORM)
-# What Megatron's RotaryEmbedding._apply_scaling hard-codes besides the factor.
-_MEGATRON_LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def describe_model(model: Any) -> DecoderConfig:
@@ -207,11 +201,11 @@ def _rope_scaling(chunk: Any, rotary: Any, base: float) -> dict[str, Any] | None
     if not getattr(chunk, "rotary_scaling", False):
         return None
     plain = base ** -(1 - 1 / len(rotary.inv_freq))
-    turns = _MEGATRON_LLAMA3["original_max_position_embeddings"] * plain / (2 * math.pi)
-    low, high = _MEGATRON_LLAMA3["low_freq_factor"], _MEGATRON_LLAMA3["high_freq_factor"]
+    turns = MEGATRON_LLAMA3["original_max_position_embeddings"] * plain / (2 * math.pi)
+    low, high = MEGATRON_LLAMA3["low_freq_factor"], MEGATRON_LLAMA3["high_freq_factor"]
     kept = min(max((turns - low) / (high - low), 0.0), 1.0)
     factor = 8.0 if kept == 1 else (1 - kept) / (float(rotary.inv_freq[-1]) / plain - kept)
-    return {"rope_type": "llama3", "factor": round(factor, 4)} | _MEGATRON_LLAMA3
+    return {"rope_type": "llama3", "factor": round(factor, 4)} | MEGATRON_LLAMA3
 
 
 def _rotary_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from mqat.checkpoints.fused_experts import one_by_one
 from mqat.checkpoints.hf_config import decoder_config
+from mqat.checkpoints.quantized_source import quantized_source
 from mqat.checkpoints.stored_tensors import check_layer_count, check_tensors, finite
 from mqat.data.strict_json import parse_json
 from mqat.errors import UserError
@@ -37,7 +38,11 @@ class HuggingFaceCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tokenizer_source = path
-        self.config = decoder_config(read_json(path / "config.json"))
+        said = read_json(path / "config.json")
+        self._quantized = quantized_source(path, said)
+        if self._quantized is not None:
+            said = {key: value for key, value in said.items() if key != "quantization_config"}
+        self.config = decoder_config(said)
         self._files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, str] = {}
@@ -50,6 +55,8 @@ class HuggingFaceCheckpoint:
                     )
                 self._files[name], shapes[name], dtypes[name] = file, shape, dtype
         self._check_index()
+        if self._quantized is not None:
+            shapes, dtypes = self._quantized.take(shapes, dtypes, self._view)
         # Tables of rotary frequencies, masks, once saved by transformers, are computed from config.json.
         family = self.config.architecture
         self._stored = {_full_name(name, family): name for name in shapes}
@@ -150,6 +157,8 @@ class HuggingFaceCheckpoint:
         if place is None:
             raise UserError(f"{self.path}: tensor {name!r} is missing from the checkpoint.")
         own = self._stored[place.name]
+        if cols is not None and self._quantized is not None and self._quantized.has(own):
+            return finite(self.path, name, self._quantized.read(own, rows, cols, self._view))
         with safe_open(self._files[own], framework="pt") as handle:
             view = handle.get_slice(own)
             if place.expert is not None:
@@ -158,6 +167,11 @@ class HuggingFaceCheckpoint:
             else:
                 values = view[rows] if cols is None else view[rows, cols]
             return finite(self.path, name, values)
+
+    def _view(self, name: str) -> Any:
+        """A tensor of the files, of which only what is sliced is read."""
+        with safe_open(self._files[name], framework="pt") as handle:
+            return handle.get_slice(name)
 
 
 # Suffix of other files -> what to do with them.

@@ -37,8 +37,9 @@ def load_model(
     precision: str = "32",
     lowered: bool = False,
     compiled: bool = False,
+    pretrained: PretrainedSource | None = None,
 ) -> LoadedModel:
-    """Creates process groups and loads an mqat checkpoint, Hugging Face directory or GGUF file.
+    """Creates process groups and loads an mqat checkpoint, or what `open_pretrained` opens.
 
     A quantized checkpoint computes as it was trained, with its frozen scales.
 
@@ -51,17 +52,18 @@ def load_model(
         precision: `32` or `bf16`.
         lowered: Store and multiply low-precision weights (`parallel.pack_weights`).
         compiled: Have `torch.compile` translate the layers when they first run, if lowered.
+        pretrained: The same, if it is open already.
 
     Raises:
         ValueError: Nothing readable there, or sizes that do not fit; on every rank.
     """
     source: PretrainedSource | CheckpointReader
-    if (path / DESCRIPTION).exists():
+    if pretrained is None and (path / DESCRIPTION).exists():
         source = CheckpointReader(path, crc="none")
         config, layers = source.model, checkpoint_layers(source.description)
         tokenizer = load_tokenizer(path / "tokenizer")
     else:
-        source = open_pretrained(path)
+        source = pretrained or open_pretrained(path)
         config, layers = source.config, {}
         tokenizer = load_tokenizer(source.tokenizer_source)
     if lowered and not layers:

@@ -21,11 +21,9 @@ def _vocab_rows(
     """This rank's rows of an embedding table; rows beyond the true vocabulary are zero."""
     count = parameter.shape[0]
     rows = slice(rank * count, min((rank + 1) * count, source.config.vocab_size))
-    local = torch.zeros(parameter.shape, dtype=torch.float32)
+    local = torch.zeros(parameter.shape, dtype=parameter.dtype)
     if rows.stop > rows.start:
-        local[: rows.stop - rows.start] = source.read(
-            f"{table.hf}.weight", rows, slice(None)
-        ).float()
+        local[: rows.stop - rows.start] = source.read(f"{table.hf}.weight", rows, slice(None))
     return local
 
 

@@ -1,14 +1,18 @@
-"""Tensors inside checkpoint files, mapped instead of read.
+"""What `torch.save` wrote, its tensors mapped instead of read, and no code of others run.
 
-A record is what `torch.save` writes for one tensor: an uncompressed zip archive with a pickle that
-says dtype, shape and strides, and the bytes. The pickle is read by an unpickler that knows only those
-words; the bytes stay in the page cache until somebody copies a part of them.
+A record is an uncompressed zip archive with a pickle that says dtype, shape and strides of tensors, and
+their bytes. The pickle is read by an unpickler that knows only those words; objects of training
+frameworks (`_OTHERS`) become empty ones, and anything else is refused. The bytes stay in the page cache
+until somebody copies a part of them.
 """
 
+import argparse
+import codecs
 import io
 import mmap
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,22 @@ _STORAGES = {
 }
 
 
+# Their objects stand beside weights, and none of them is needed.
+_OTHERS = (
+    "megatron", "nemo", "transformer_engine", "modelopt", "signal", "pathlib", "numpy", "datetime",
+)  # fmt: skip
+
+
+class Foreign:
+    """Stands for an object of another package, without what it held."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Takes whatever the object was made of."""
+
+    def __setstate__(self, _: Any) -> None:
+        """Takes whatever the object held."""
+
+
 class MappedFile:
     """A checkpoint file; its tensors share memory with the page cache and must not be changed.
 
@@ -46,7 +66,14 @@ class MappedFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def tensor(self, start: int, length: int) -> Tensor:
-        """The tensor of one record.
+        """The tensor of one record; as `load`."""
+        found = self.load(start, length)
+        if not isinstance(found, Tensor):
+            raise UserError("not a tensor")
+        return found
+
+    def load(self, start: int, length: int) -> Any:
+        """What one record holds: tensors, numbers, texts, in lists, dicts and `argparse.Namespace`.
 
         Args:
             start: First byte of the record.
@@ -75,10 +102,7 @@ class MappedFile:
                 return torch.empty(0, dtype=dtype)
             return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
 
-        found = _TensorUnpickler(io.BytesIO(archive.read(names["data.pkl"])), storage).load()
-        if not isinstance(found, Tensor):
-            raise UserError("not a tensor")
-        return found
+        return _PlainUnpickler(io.BytesIO(archive.read(names["data.pkl"])), storage).load()
 
 
 class _Window(io.RawIOBase):
@@ -111,25 +135,44 @@ class _Window(io.RawIOBase):
         return data
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Knows the words with which `torch.save` describes one tensor."""
+def _attribute(owner: Any, _: str) -> Foreign:
+    """`getattr`: so Python 3.11.0 to 3.11.3 pickle members of enumerations."""
+    if not (isinstance(owner, type) and issubclass(owner, Foreign)):
+        raise pickle.UnpicklingError("getattr does not belong in a checkpoint")
+    return Foreign()
+
+
+_WORDS = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("argparse", "Namespace"): argparse.Namespace,
+    ("types", "SimpleNamespace"): argparse.Namespace,
+    ("builtins", "set"): set,
+    ("builtins", "getattr"): _attribute,
+    ("_codecs", "encode"): codecs.encode,  # bytes, in the protocol of torch.save
+    ("_io", "BytesIO"): Foreign,  # Transformer Engine's extra state
+    ("torch", "Size"): torch.Size,
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Knows the words with which `torch.save` describes tensors, and plain containers of them."""
 
     def __init__(self, file: io.BytesIO, storage: Any) -> None:
         super().__init__(file)
         self._storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict  # backward hooks, always empty
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
-            return _rebuild_typed
+        if (module, name) in _WORDS:
+            return _WORDS[module, name]
+        if module == "torch._utils" and name in _REBUILD:
+            return _REBUILD[name]
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a tensor")
+        if module.split(".")[0] in _OTHERS:
+            return type(name, (Foreign,), {})
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid
@@ -144,3 +187,14 @@ def _rebuild_typed(
     storage: Tensor, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
 ) -> Tensor:
     return torch.as_strided(storage.view(dtype), size, stride, offset)
+
+
+def _rebuild_parameter(tensor: Tensor, *_: Any) -> Tensor:
+    return tensor
+
+
+_REBUILD = {
+    "_rebuild_tensor_v2": _rebuild,
+    "_rebuild_tensor_v3": _rebuild_typed,
+    "_rebuild_parameter": _rebuild_parameter,
+}

@@ -6,13 +6,13 @@ from typing import Any
 
 from mqat.cli.arguments import DEFAULT, positive
 
-HELP = "checkpoint -> directory for serving"
+HELP = "checkpoint -> directory for serving, or .nemo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--format", default="trtllm", help=f"trtllm or hf; {DEFAULT}")
+    parser.add_argument("--format", default="trtllm", help=f"trtllm, hf or nemo; {DEFAULT}")
     parser.add_argument("--inference-tp", type=positive, default=1, help=f"trtllm; {DEFAULT}")
     parser.add_argument("--inference-pp", type=positive, default=1, help=f"trtllm; {DEFAULT}")
     parser.add_argument(
@@ -67,7 +67,5 @@ def run(args: argparse.Namespace) -> None:
     export_checkpoint(target, args.checkpoint, args.out, options, args.overwrite, **together)
     if groups.is_main():
         form = target.format if target.style is None else f"{target.format}, {target.style}"
-        print(
-            f"{args.out}: {form}. "
-            f"Check it with: mqat verify {args.out} --reference {args.checkpoint}"
-        )
+        check = f"Check it with: mqat verify {args.out} --reference {args.checkpoint}"
+        print(f"{args.out}: {form}. {check if target.is_served else 'NeMo trains on it.'}")

@@ -105,6 +105,11 @@ def run(args: argparse.Namespace) -> None:
     """Verifies `args.directory`; the exit status is 1 if it must not be served."""
     from mqat.checkpoints.archive import unpacked
 
+    if args.directory.suffix == ".nemo":
+        raise UserError(
+            f"{args.directory}: a .nemo holds weights to train on, nothing that is served; mqat import "
+            "reads it back."
+        )
     with unpacked(args.directory) as directory:
         report = _verified(directory, args)
     if args.json:

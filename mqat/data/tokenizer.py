@@ -240,10 +240,32 @@ def _load(path: Path) -> Any:
     return tokenizer
 
 
+def _check_splitting(path: Path, files: dict[str, bytes]) -> None:
+    """Refuses files that hold a vocabulary and neither say how text is split nor name who knows."""
+    others = (*path.glob("*.tiktoken"), *path.glob("*spiece.model"), *path.glob("*.bpe.model"))
+    for file in others:
+        kind = "tiktoken" if file.suffix == ".tiktoken" else "SentencePiece"
+        raise UserError(
+            f"{file.name} is a {kind} vocabulary, of which a class decides how text is split and "
+            f"numbered; put {_JSON} here, as transformers saves it for that class"
+        )
+    settings = _object(files.get(_CONFIG), _CONFIG)
+    vocabularies = [name for name in ("vocab.json", "vocab.txt") if name in files]
+    is_named = "tokenizer_class" in settings or (path / "config.json").is_file()
+    if vocabularies and not is_named:
+        raise UserError(
+            f"{vocabularies[0]} does not say how text is split, and no {_CONFIG} names a "
+            f"tokenizer_class; put {_JSON} or that file here"
+        )
+    if not files.keys() - {_CONFIG, _MAP, _GENERATION_CONFIG} and not settings:
+        raise UserError(f"no tokenizer files here; put {_JSON} or {_MODEL} beside the model")
+
+
 def _load_by_class(path: Path, files: dict[str, bytes]) -> Any:
     """Files that do not say how text is split, such as vocab.json and merges.txt: the class does."""
     from transformers import AutoTokenizer
 
+    _check_splitting(path, files)
     tokenizer = AutoTokenizer.from_pretrained(
         str(path), local_files_only=True, trust_remote_code=False
     )

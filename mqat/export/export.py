@@ -126,11 +126,11 @@ def export_checkpoint(
         checking = checking_data(checkpoint, reader.description) if rank == 0 else nullcontext()
         with _together(raise_on_any_rank), checking:
             for name in list(contents.weights)[rank::world_size]:
-                directory.write_tensors(name, contents.weights[name]())
+                directory.write_tensors(name, contents.weights[name](), contents.write)
             if rank == 0:
                 directory.copy_tree(tokenizer)
                 for name, value in contents.texts.items():
-                    is_text = isinstance(value, str)
+                    is_text = isinstance(value, str | bytes)
                     text = value if is_text else json.dumps(value, indent=2) + "\n"
                     directory.write_text(name, text)
         with _together(raise_on_any_rank):

@@ -1,6 +1,6 @@
 """What an exporter is: it refuses before training, and describes a directory before it exists."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ import torch
 from mqat import __version__
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
-from mqat.export.stream import TensorPlan
+from mqat.export.stream import TensorPlan, write_safetensors
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme
 
@@ -59,13 +59,15 @@ class DirectoryContents:
 
     Attributes:
         weights: File name -> its tensors, planned when they are about to be written.
-        texts: File name -> JSON object, or text.
+        texts: File name -> JSON object, text or bytes.
         as_tar: All of it is to become one file (`tar.py`).
+        write: Makes a file of tensors.
     """
 
     weights: Mapping[str, Callable[[], list[TensorPlan]]]
     texts: Mapping[str, Any] = field(default_factory=dict)
     as_tar: bool = False
+    write: Callable[[Path, Sequence[TensorPlan]], None] = write_safetensors
 
 
 class Exporter(Protocol):
@@ -78,6 +80,14 @@ class Exporter(Protocol):
     @property
     def style(self) -> str | None:
         """Value of `export.style`, where a format has several."""
+
+    @property
+    def output_name(self) -> str:
+        """What it writes into a run directory."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether it is for serving, and `mqat verify` runs it."""
 
     def check(
         self, model: DecoderConfig, schemes: Mapping[str, Scheme], options: ExportOptions

@@ -4,9 +4,12 @@ from mqat.errors import UserError
 from mqat.export.exporter import Exporter
 from mqat.export.huggingface.compressed_tensors import COMPRESSED_TENSORS
 from mqat.export.huggingface.modelopt import MODELOPT
+from mqat.export.nemo.exporter import NemoExporter
 from mqat.export.trtllm.exporter import TensorRtLlmExporter
 
-EXPORTERS: tuple[Exporter, ...] = (TensorRtLlmExporter(), COMPRESSED_TENSORS, MODELOPT)
+EXPORTERS: tuple[Exporter, ...] = (
+    TensorRtLlmExporter(), COMPRESSED_TENSORS, MODELOPT, NemoExporter(),
+)  # fmt: skip
 
 
 def exporter(format_: str, style: str | None = None) -> Exporter:

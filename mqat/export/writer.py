@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,18 +60,25 @@ class AtomicDirectory:
         with _clear_errors(self.temporary):
             self.temporary.mkdir(parents=True)
 
-    def write_tensors(self, name: str, plans: Sequence[TensorPlan]) -> None:
-        """One safetensors file, a chunk of rows at a time, flushed to disk."""
+    def write_tensors(
+        self,
+        name: str,
+        plans: Sequence[TensorPlan],
+        write: Callable[[Path, Sequence[TensorPlan]], None] = write_safetensors,
+    ) -> None:
+        """One file of tensors, a few of them at a time, flushed to disk."""
         path = self.temporary / name
         with _clear_errors(path):
-            write_safetensors(path, plans)
+            path.parent.mkdir(exist_ok=True)
+            write(path, plans)
             _flush(path)
 
-    def write_text(self, name: str, text: str) -> None:
-        """One UTF-8 text file, flushed to disk."""
+    def write_text(self, name: str, text: str | bytes) -> None:
+        """One file of UTF-8 text, or of bytes, flushed to disk."""
         path = self.temporary / name
         with _clear_errors(path):
-            path.write_text(text, encoding="utf-8")
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(text.encode() if isinstance(text, str) else text)
             _flush(path)
 
     def copy_tree(self, directory: Path) -> None:

@@ -105,6 +105,7 @@ def _source(config: RunConfig) -> tuple[DecoderConfig, PretrainedSource | Random
             "from what examples/gpt_sft.py writes.)"
         )
     source = open_pretrained(path)
+    _ = source.tokenizer_source  # refused here where there is none
     return source.config, source
 
 

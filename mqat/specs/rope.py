@@ -31,6 +31,8 @@ from torch import Tensor
 from mqat.models.decoder import DecoderConfig
 
 _ORIGINAL = "original_max_position_embeddings"
+# What Megatron's RotaryEmbedding._apply_scaling hard-codes besides the factor.
+MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, _ORIGINAL: 8192}
 
 
 def frequencies(model: DecoderConfig, length: int = 1, *, is_windowed: bool = False) -> Tensor:

@@ -97,9 +97,10 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
     export = session.plan.config.export
     if export.format is None:
         return
-    out = Path(export.save_path) if export.save_path else session.plan.run_dir / export.format
+    target = exporter(export.format, export.style)
+    out = Path(export.save_path) if export.save_path else session.plan.run_dir / target.output_name
     export_checkpoint(
-        exporter(export.format, export.style),
+        target,
         checkpoint,
         out,
         export_options(export),
@@ -109,7 +110,7 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
         raise_on_any_rank=raise_on_any_rank,
     )
     session.summary["export"] = {"path": str(out), "verified": False}
-    if export.verify:
+    if export.verify and target.is_served:
         tokens = session.validation.sample_tokens(rows=2, length=64)
         report = verify_with_model(
             out, checkpoint, session.chunks, tokens, export.dtype, is_rebuilt=False

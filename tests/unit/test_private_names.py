@@ -139,12 +139,21 @@ def _yarn_factor():
     assert yarn._yarn_get_concentration_factor_from_config(types.SimpleNamespace()) == 1
 
 
+def _storage_info():
+    """Torch's own reader finds records by what mqat puts into an index."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    place = _StorageInfo("file", 3, 5)
+    assert (place.relative_path, place.offset, place.length) == ("file", 3, 5)
+
+
 PRIVATE = {
     f"{yarn.__name__}._yarn_get_concentration_factor_from_config": _yarn_factor,
     "sys._getframe": _getframe,
     "torch.distributed.distributed_c10d._abort_process_group": _abort_process_group,
     "torch.nn.modules.module._has_any_global_hook": _has_any_global_hook,
     "torch.nn.Module._forward_hooks": _hooks_of_a_module,  # and its like, by `getattr`
+    "torch.distributed.checkpoint.filesystem._StorageInfo": _storage_info,
     "torch._C._will_engine_execute_node": _will_engine_execute_node,
     "torch._dynamo.config.recompile_limit": _recompile_limit,
     "torch._fused_sdp_choice": _fused_sdp_choice,

@@ -57,6 +57,8 @@ class HuggingFaceExporter:
     ]
     is_one_form: bool
     format = "hf"
+    output_name = "hf"
+    is_served = True
 
     def check(
         self, model: DecoderConfig, schemes: Mapping[str, Scheme], options: ExportOptions

@@ -33,6 +33,8 @@ class TensorRtLlmExporter:
     """For `trtllm-build` of TensorRT-LLM 0.17 to 1.2: one file for each inference rank."""
 
     format = "trtllm"
+    output_name = "trtllm"
+    is_served = True
     style = None
 
     def check(

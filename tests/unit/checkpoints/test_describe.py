@@ -62,7 +62,7 @@ def own_model(config=None, qk_layernorm=False, **arguments):
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     transformer = TransformerConfig(**settings | (config or {}))
-    block = TransformerBlockSubmodules(layer_specs=[spec] * 2, layer_norm=Norm)
+    block = TransformerBlockSubmodules(layer_specs=[spec] * transformer.num_layers, layer_norm=Norm)
     options = {
         "vocab_size": 304, "max_sequence_length": 2048, "position_embedding_type": "rope",
         "share_embeddings_and_output_weights": True,

@@ -54,7 +54,7 @@ def test_saving_and_loading_keeps_tokens_template_and_end(tokenizer: Any, tmp_pa
 def test_a_place_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere: no usable tokenizer.*no such file"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no usable tokenizer.*Put tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"no usable tokenizer.*put tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="no usable tokenizer"):

@@ -329,3 +329,21 @@ def test_gguf_pieces_are_tokenized_as_sentencepiece_does(tmp_path: Path) -> None
     tokenizer = load_tokenizer(file)
     for text in (TEXT, "  the wall", "été 🙂"):
         assert tokenizer(text)["input_ids"] == [1, *right.encode(text)]
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    (("qwen.tiktoken", "tokenizer_config.json"), "qwen.tiktoken is a tiktoken vocabulary"),
+    (("spiece.model",), "spiece.model is a SentencePiece vocabulary, of which a class decides"),
+    (("sentencepiece.bpe.model",), "sentencepiece.bpe.model is a SentencePiece vocabulary"),
+    (("vocab.json", "merges.txt"), "vocab.json does not say how text is split"),
+    (("vocab.txt",), "vocab.txt does not say how text is split"),
+    ((), "no tokenizer files here; put tokenizer.json or tokenizer.model"),
+])  # fmt: skip
+def test_vocabularies_that_do_not_say_how_text_is_split_are_refused_by_name(
+    tmp_path, files, message
+):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)

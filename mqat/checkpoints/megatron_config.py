@@ -1,0 +1,293 @@
+"""What a training configuration says of a model: Megatron-LM's, Megatron-Bridge's, NeMo 1's and 2's.
+
+Each is brought into the words of Megatron-Core (`TransformerConfig`, and the arguments of `GPTModel`).
+What they say and no description has is refused by name; which family it is follows from the tensors.
+
+Sources: Megatron-LM `megatron/training/argument_utils.py` (core_transformer_config_from_args) and
+`gpt_builders.py`; NeMo 2.0 `megatron_base_model.py`, `megatron_gpt_model.py` (build_transformer_config,
+model_provider_func) and `collections/llm/gpt/model/{base,llama}.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mqat.checkpoints.values import is_positive, is_whole
+from mqat.errors import UserError
+from mqat.models.decoder import FAMILIES, DecoderConfig
+from mqat.models.family import Family
+from mqat.models.structure import PROJ, QKV, QUERY_NORM, Norm
+from mqat.specs.rope import MEGATRON_LLAMA3
+
+# Value of a plain decoder, where a key is there at all.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",), "gated_linear_unit": (True,), "activation_func": ("silu",),
+    "position_embedding_type": ("rope",), "rotary_percent": (1,), "softmax_type": ("vanilla",),
+    "transformer_block_type": ("pre_ln",), "normalize_attention_scores": (True,),
+    "attention_type": ("multihead",), "mcore_gpt": (True,), "mup_width_mult": (1,),
+    "mup_embedding_mult": (1,), "mup_output_mult": (1,), "mup_attn_scale_power": (1,),
+    "seq_len_interpolation_factor": (1,),
+}  # fmt: skip
+# Would change what is computed with any value but none, false, zero or an empty one.
+_ABSENT = {
+    "layernorm_zero_centered_gamma", "rotary_interleaved", "num_moe_experts", "multi_latent_attention",
+    "mtp_num_layers", "mtp_hybrid_override_pattern", "window_size", "qk_l2_norm", "glu_linear_offset",
+    "apply_residual_connection_post_layernorm", "activation_func_clamp_value", "attention_output_gate",
+    "no_rope_freq", "experimental_attention_variant", "mrope_section", "is_hybrid_model",
+    "heterogeneous_block_specs", "heterogeneous_layers_config_path", "use_mup", "mup_base_hidden_size",
+    "mup_base_head_dim", "heterogeneous_layers_config_encoded_json", "hybrid_layer_pattern",
+    "hybrid_override_pattern", "retro_add_retriever", "spec", "quant_recipe", "headscale",
+    "apply_embedding_scaling", "mcore_customization_config", "attn_logit_softcapping",
+    "final_logit_softcapping", "hyena", "use_kitchen", "use_kitchen_attention", "mtp_standalone",
+}  # fmt: skip
+_BY_CONFIG = "mqat import --config-from HF_DIR takes the description of a Hugging Face directory"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the tensors say of the model.
+
+    Attributes:
+        norms: Of a layer, by their names in Megatron.
+        biases: Linears of a layer that have one.
+        vocab_size: Rows of the embedding, padding included.
+        has_head: There is an output layer of its own.
+    """
+
+    norms: frozenset[str]
+    biases: frozenset[str]
+    vocab_size: int
+    has_head: bool
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A training configuration in Megatron-Core's words.
+
+    Attributes:
+        where: What says so, for messages.
+        values: Word -> value.
+        spelled: Word -> how it is spelled there, where that differs.
+        rope_scaling: As in a description; None: positions are not scaled.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    rope_scaling: dict[str, Any] | None = None
+
+    def describe(self, stored: Stored) -> DecoderConfig:
+        """The description of the model.
+
+        Its vocabulary is the whole table: what its training computed with, padding included.
+
+        Raises:
+            UserError: A size is missing, something is not honoured, or the tensors say otherwise.
+        """
+        self._check()
+        heads = self._whole("num_attention_heads")
+        hidden = self._whole("hidden_size")
+        sizes: dict[str, Any] = {
+            "hidden_size": hidden,
+            "intermediate_size": self._whole("ffn_hidden_size"),
+            "num_layers": self._whole("num_layers"),
+            "num_attention_heads": heads,
+            "num_query_groups": self._whole("num_query_groups", heads),
+            "head_dim": self._whole("kv_channels", hidden // heads),
+            "max_position_embeddings": self._whole("max_position_embeddings"),
+        }
+        model = DecoderConfig(
+            vocab_size=stored.vocab_size,
+            **sizes,
+            rms_norm_eps=self._positive("layernorm_epsilon"),
+            rope_theta=self._positive("rotary_base"),
+            rope_scaling=self.rope_scaling,
+            tie_word_embeddings=not stored.has_head,
+            family=family_of(self.where, stored),
+            biases=_in_order(stored),
+        )
+        self._check_agrees(stored, model)
+        return model
+
+    def _check(self) -> None:
+        """Refuses what changes the model and is not honoured."""
+        for word, value in self.values.items():
+            allowed = _PLAIN.get(word, ())
+            if word in _ABSENT or word in _PLAIN:
+                is_off = not value and (word in _ABSENT or word == "seq_len_interpolation_factor")
+                if not is_off and value not in allowed:
+                    rule = f"must be {allowed[0]!r}" if allowed else "is not supported"
+                    raise UserError(f"{self.where}: {self._said(word)}, {rule}.")
+        for word in ("normalization", "gated_linear_unit", "position_embedding_type"):
+            if word not in self.values:
+                raise UserError(
+                    f"{self.where}: does not say {self.spelled.get(word, word)}; {_BY_CONFIG}."
+                )
+
+    def _check_agrees(self, stored: Stored, model: DecoderConfig) -> None:
+        """Refuses a configuration that promises other tensors than there are."""
+        says, biases = self.values.get, stored.biases
+        told = {
+            "share_embeddings_and_output_weights": not stored.has_head,
+            "qk_layernorm": QUERY_NORM.name in stored.norms,
+            "add_bias_linear": PROJ.name in biases,
+            "add_qkv_bias": QKV.name in biases
+            and (PROJ.name not in biases or bool(says("add_qkv_bias"))),
+        }
+        for word, has in told.items():
+            if says(word) is not None and bool(says(word)) != has:
+                raise UserError(
+                    f"{self.where}: {self._said(word)}, but its tensors say otherwise; they belong to "
+                    "different models."
+                )
+        scale = self.values.get("softmax_scale")
+        if scale is not None and not math.isclose(scale, model.head_dim**-0.5, rel_tol=1e-6):
+            raise UserError(
+                f"{self.where}: softmax_scale={scale}, must be None or 1/sqrt({model.head_dim})."
+            )
+
+    def _said(self, word: str) -> str:
+        own = self.spelled.get(word, word)
+        return f"{own}={self.values.get(own, self.values[word])!r}"
+
+    def _whole(self, word: str, default: int | None = None) -> int:
+        value = self.values.get(word)
+        value = default if value is None else value
+        if not is_whole(value, 1):
+            raise UserError(
+                f"{self.where}: {self.spelled.get(word, word)} is {value!r}, must be an integer of at "
+                f"least 1; {_BY_CONFIG}."
+            )
+        return value
+
+    def _positive(self, word: str) -> float:
+        value = self.values.get(word)
+        if not is_positive(value):
+            raise UserError(
+                f"{self.where}: {self.spelled.get(word, word)} is {value!r}, must be a positive number; "
+                f"{_BY_CONFIG}."
+            )
+        return float(value)
+
+
+def _in_order(stored: Stored) -> tuple[str, ...]:
+    known = dict.fromkeys(linear.name for f in FAMILIES.values() for linear in f.linears)
+    return tuple(name for name in known if name in stored.biases)
+
+
+def family_of(where: object, stored: Stored) -> str:
+    """The first family with these norms and biases: those that follow compute the same.
+
+    Raises:
+        UserError: There is none.
+    """
+    plain = [family for family in FAMILIES.values() if _is_plain(family)]
+    for family in plain:
+        norms = {norm.name for norm in family.norms}
+        if norms == stored.norms and family.may_have(_in_order(stored)):
+            return family.name
+    raise UserError(
+        f"{where}: no family has norms {sorted(stored.norms)} and biases on {sorted(stored.biases)}; "
+        f"known are {', '.join(family.name for family in plain)}. {_BY_CONFIG}."
+    )
+
+
+def _is_plain(family: Family) -> bool:
+    """Whether all that a family computes is in `_PLAIN`, norms and biases."""
+    rotates_halves = family.positions is None and not family.is_rotary_interleaved
+    normalizes = family.normalization == "RMSNorm" and not family.zero_centered_gamma
+    is_swiglu = family.activation == "silu" and family.is_gated and family.mixture is None
+    return rotates_halves and normalizes and is_swiglu and not family.scales_embedding
+
+
+def known_norms() -> dict[str, Norm]:
+    """Every norm of a layer that a family has, by its name in Megatron."""
+    return {norm.name: norm for family in FAMILIES.values() for norm in family.norms}
+
+
+def _llama3(factor: Any, numbers: Mapping[str, Any] = MEGATRON_LLAMA3) -> dict[str, Any]:
+    return {"rope_type": "llama3", "factor": float(factor)} | dict(numbers)
+
+
+def from_megatron_lm(args: Mapping[str, Any], where: str) -> TrainingConfig:
+    """Of the `args` that Megatron-LM saves in `common.pt`."""
+    spelled = {
+        "layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+        "num_moe_experts": "num_experts", "gated_linear_unit": "swiglu",
+        "share_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
+        "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    }  # fmt: skip
+    values = dict(args)
+    values |= {word: args[own] for word, own in spelled.items() if own in args}
+    if "untie_embeddings_and_output_weights" in args:
+        values["share_embeddings_and_output_weights"] = not args[
+            "untie_embeddings_and_output_weights"
+        ]
+    if not args.get("group_query_attention", True):
+        values["num_query_groups"] = None
+    if args.get("use_rotary_position_embeddings"):  # before there was position_embedding_type
+        values["position_embedding_type"] = "rope"
+    others = [key for key in ("squared_relu", "quick_geglu", "openai_gelu") if args.get(key)]
+    if others:
+        values["activation_func"], spelled["activation_func"] = True, others[0]
+    scaled = args.get("use_rope_scaling") or None
+    scaling = scaled and _llama3(args.get("rope_scaling_factor", 8.0))
+    return TrainingConfig(where, values, spelled, scaling)
+
+
+def from_transformer_config(config: Mapping[str, Any], where: str) -> TrainingConfig:
+    """Of `config` in NeMo 2's `model.yaml`, or of `model` in Megatron-Bridge's `run_config.yaml`."""
+    values = dict(config)
+    values["activation_func"] = _short_name(config.get("activation_func", "not said"))
+    values.setdefault("max_position_embeddings", config.get("seq_length"))
+    scaling = None
+    if config.get("scale_factor") is not None:  # NeMo 2's Llama 3.1 and later
+        names = dict(
+            zip(
+                MEGATRON_LLAMA3,
+                ("low_freq_factor", "high_freq_factor", "old_context_len"),
+                strict=True,
+            )
+        )
+        numbers = {name: config.get(own, MEGATRON_LLAMA3[name]) for name, own in names.items()}
+        scaling = _llama3(config["scale_factor"], numbers)
+    elif config.get("rope_scaling"):
+        scaling = _llama3(config.get("rope_scaling_factor", 8.0))
+    return TrainingConfig(where, values, {}, scaling)
+
+
+def _short_name(function: Any) -> Any:
+    """Last part of the name of a function, in the spellings of both."""
+    if isinstance(function, Mapping):
+        function = function.get("_target_")
+    return function.rsplit(".", 1)[-1] if isinstance(function, str) else function
+
+
+def from_nemo1(config: Mapping[str, Any], where: str) -> TrainingConfig:
+    """Of NeMo 1's `model_config.yaml`; keys that are absent have the defaults of its GPT model."""
+    spelled = {
+        "max_position_embeddings": "encoder_seq_length", "rotary_percent": "rotary_percentage",
+        "add_bias_linear": "bias", "add_qkv_bias": "qkv_bias",
+        "activation_func": "activation", "gated_linear_unit": "activation",
+    }  # fmt: skip
+    activation = str(config.get("activation", "gelu"))
+    norm = str(config.get("normalization", "layernorm")).lower()
+    defaults = {
+        "layernorm_epsilon": 1e-5, "rotary_base": 10000, "share_embeddings_and_output_weights": True,
+        "position_embedding_type": "learned_absolute", "mcore_gpt": False,
+    }  # fmt: skip
+    values = defaults | dict(config)
+    values |= {
+        "normalization": "RMSNorm" if norm == "rmsnorm" else norm,
+        "activation_func": "silu" if activation.endswith("swiglu") else activation,
+        "gated_linear_unit": activation.endswith("glu"),
+        "rotary_percent": config.get("rotary_percentage", 1.0),
+        "add_bias_linear": config.get("bias", True),
+        "add_qkv_bias": config.get("qkv_bias", False),
+        "max_position_embeddings": config.get("encoder_seq_length", 512),
+    }
+    scaling = _llama3(8.0) if config.get("scale_positional_embedding") else None
+    return TrainingConfig(where, values, spelled, scaling)
