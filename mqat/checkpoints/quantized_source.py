@@ -110,8 +110,8 @@ class QuantizedSource:
                 )
             if len(shape) != 2:
                 raise UserError(
-                    f"{self.path}: {name!r} holds codes of shape {shape}; only matrices are dequantized, "
-                    f"not experts in one tensor. {_ORIGINAL}."
+                    f"{self.path}: {name!r} holds codes of shape {shape}; only matrices are "
+                    f"dequantized, not experts in one tensor. {_ORIGINAL}."
                 )
             weight = _Weight(parts, (shape[0], shape[1]))
             self._check(module, weight, shapes)

@@ -35,8 +35,8 @@ def check_model(model: DecoderConfig) -> None:
         )
     if model.sliding_window is not None:
         raise UserError(
-            f"export.format=nemo: sliding_window={model.sliding_window} on layers of this model; NeMo 1's "
-            "GPT attends to all earlier tokens. Use export.format=hf."
+            f"export.format=nemo: sliding_window={model.sliding_window} on layers of this model; "
+            "NeMo 1's GPT attends to all earlier tokens. Use export.format=hf."
         )
     if model.rope_scaling not in (None, _ROPE):
         raise UserError(
