@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mqat.checkpoints.random_weights import RandomWeights
-from mqat.config import ModelConfig, OptimizerConfig
+from mqat.config import ModelConfig, OptimizerConfig, QuantizationConfig
 from mqat.data.packing import document_ends
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import linear_schemes
@@ -179,13 +179,17 @@ def run(args: argparse.Namespace) -> None:
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     if args.unreduced:
         group = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
-        for module in quantized_modules(chunks).values():
-            if module.expert_groups is not None:
-                module.expert_groups = ExpertGroups(group, group, module.expert_groups.ep)
+    experts = [m for m in quantized_modules(chunks).values() if m.expert_groups is not None]
+    sharing = [module.expert_groups for module in experts]
+    if args.unreduced:
+        for module in experts:
+            module.expert_groups = ExpertGroups(group, group, module.expert_groups.ep)
     result = {"unquantized": evaluate(chunks, [batches])[0]}
     result["idle"] = calibrate(
         chunks, lambda: run_layers(chunks, [batches]), group=group, method="percentile"
     )
+    for module, shared in zip(experts, sharing, strict=True):
+        module.expert_groups = shared  # by which ranks know who saves
     result["quantized"] = evaluate(chunks, [batches])[0]
     if linear_schemes(layers) and not model.num_experts:
         result["quality"] = quality_report(
@@ -196,8 +200,9 @@ def run(args: argparse.Namespace) -> None:
         finish(args, result)
         return
     optimizer, scheduler = build_optimizer(
-        chunks, OptimizerConfig(lr=1e-3), max_steps=10, clip_grad=1.0
-    )
+        chunks, OptimizerConfig(lr=1e-3), max_steps=10, clip_grad=1.0,
+        scales=QuantizationConfig(lsq_lr=1e-5),
+    )  # fmt: skip
     state = TrainingState(optimizer, scheduler)
     if args.resume:  # before any step: a process that resumes has an optimizer without state
         load_checkpoint(args.resume, chunks, layers=layers, training=state)
