@@ -114,11 +114,12 @@ def _computes(chunk: Any, family: Family) -> bool:
     found = (
         config.normalization, config.layernorm_zero_centered_gamma, config.gated_linear_unit,
         find_activation(config), chunk.position_embedding_type,
-        getattr(chunk, "embedding_scale", 1.0) != 1, output_norms,
+        getattr(chunk, "embedding_scale", 1.0) != 1, output_norms, config.rotary_interleaved,
     )  # fmt: skip
     return found == (
         family.normalization, family.zero_centered_gamma, family.is_gated, family.activation,
         position_word(family), family.scales_embedding, bool({*family.norms} & {*OUTPUT_NORMS}),
+        family.is_rotary_interleaved,
     )  # fmt: skip
 
 

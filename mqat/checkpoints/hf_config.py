@@ -58,7 +58,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,), "pruned_heads": ({},), "chunk_size_feed_forward": (0,),
     "qk_layernorm": (False,), "use_qk_norm": (False,), "scale_attn_by_inverse_layer_idx": (False,),
     "scale_attn_weights": (True,), "norm_type": ("layer_norm",), "mlp_type": ("default",),
-    "use_bidirectional_attention": (False,),
+    "use_bidirectional_attention": (False,), "add_bias_linear": (False,), "add_qkv_bias": (True,),
+    "multi_query_attention": (True,), "rmsnorm": (True,), "post_layer_norm": (True,),
+    "original_rope": (True,), "apply_residual_connection_post_layernorm": (False,),
+    "fp32_residual_connection": (False,), "rope_ratio": (1,), "quantization_bit": (0,),
+    "prefix_projection": (False,),
     "router_jitter_noise": (0,), "output_router_logits": (False,),
 }  # fmt: skip
 _WAYS_OUT = {

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from mqat.errors import UserError
+from mqat.models.families.chatglm import CHATGLM
 from mqat.models.families.gemma import GEMMA
 from mqat.models.families.gemma2 import GEMMA2
 from mqat.models.families.gemma3 import GEMMA3
@@ -25,7 +26,9 @@ from mqat.models.families.starcoder2 import STARCODER2
 from mqat.models.family import HF_ATTENTION, Family
 from mqat.models.structure import Axis, Linear, Norm, Router, Table, by_name, expert_linears
 
-_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, NEMOTRON, STARCODER2, PHI3, GPT2)
+_DENSE = (
+    LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, NEMOTRON, STARCODER2, PHI3, GPT2, CHATGLM
+)  # fmt: skip
 _OF_MIXTURES = (MIXTRAL, QWEN3_MOE)
 FAMILIES = {family.name: family for family in (*_DENSE, *_OF_MIXTURES)}
 # Fields that a family may have no keys for.
@@ -112,11 +115,25 @@ class DecoderConfig:
             )
         if self.windowed_rope_theta is not None and not layers:
             raise UserError("model.windowed_rope_theta: no layer has a window.")
-        if wanted := self._unsaid(family):
+        if wanted := self._unsaid(family) or self._fixed(family):
             raise UserError(
                 f"model.{wanted}={getattr(self, wanted)!r}: the config.json of a {family.name} model "
                 "cannot say that."
             )
+
+    def _fixed(self, family: Family) -> str | None:
+        """A field for which a family's config.json has no key, with another value than it means."""
+        means: dict[str, tuple[str, Any]] = {
+            "num_key_value_heads": ("num_query_groups", self.num_attention_heads),
+            "head_dim": ("head_dim", self.hidden_size // self.num_attention_heads),
+            "rope_theta": ("rope_theta", family.rope_theta),
+            "rope_scaling": ("rope_scaling", None),
+            "partial_rotary_factor": ("rotary_fraction", family.rotary_fraction or 1.0),
+        }
+        for key, (name, value) in means.items():
+            if family.hf_keys.get(key, key) is None and getattr(self, name) != value:
+                return name
+        return None
 
     def _unsaid(self, family: Family) -> str | None:
         """A field of positions and attention that a family's config.json has no keys for."""

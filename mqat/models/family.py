@@ -131,6 +131,7 @@ class Family:
         trtllm_biases: Key of its `config.json` -> linear whose biases it stands for.
         trtllm_attention: Of the keys of windows and of `attention`, those that it has, too.
         trtllm_fraction: Its key for the part of a head that is rotated; None: always all.
+        trtllm_states_head: Its class takes heads of any size; otherwise of hidden_size / heads.
         trtllm_extra: Further keys of TensorRT-LLM's.
     """
 
@@ -176,6 +177,7 @@ class Family:
     )
     trtllm_attention: tuple[str, ...] = ()
     trtllm_fraction: str | None = None
+    trtllm_states_head: bool = True
     trtllm_extra: Mapping[str, Any] = field(default_factory=dict)
 
     def inner_default(self, hidden: int) -> int | None:

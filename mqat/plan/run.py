@@ -375,8 +375,9 @@ def describe(plan: RunPlan) -> dict[str, Any]:
 def memory_estimate(plan: RunPlan) -> dict[str, str]:
     """Bytes of weights, gradients and optimizer state on the fullest rank.
 
-    Experts are cut over EP and over TP of their own. fp32 gradient buffer; AdamW moments, and a fp32 copy of bf16 weights, spread over data- and
-    context-parallel ranks (distributed optimizer). Activations are not counted.
+    Experts are cut over EP and over TP of their own. fp32 gradient buffer; AdamW moments, and a fp32
+    copy of bf16 weights, spread over data- and context-parallel ranks (distributed optimizer).
+    Activations are not counted.
     """
     model, settings = plan.model, plan.config.model
     own = model.num_layers  # copies of a linear
@@ -387,12 +388,12 @@ def memory_estimate(plan: RunPlan) -> dict[str, str]:
     tables = 2 if pp == 1 and not model.tie_word_embeddings else 1
     inner = settings.expert_tensor_parallel_size or tp
     cut = settings.expert_model_parallel_size * inner
-    dense, experts = (linears / pp + tables * table) / tp, experts / pp / cut
+    dense, inside = (linears / pp + tables * table) / tp, experts / pp / cut
     width = plan.dtype.itemsize
     state = 8 if width == 4 else 12
     spread = plan.data_parallel * settings.context_parallel_size
-    parameters = dense + experts
-    total = parameters * (width + 4) + state * (dense / spread + experts / (spread * tp / cut))
+    parameters = dense + inside
+    total = parameters * (width + 4) + state * (dense / spread + inside / (spread * tp / cut))
     return {
         "parameters per rank": f"{parameters / 1e6:.1f} M",
         "weights, gradients, optimizer per rank": f"{total / 2**30:.2f} GiB",

@@ -132,7 +132,9 @@ class Decoder:
         weights, chosen = (tokens @ router.t()).softmax(-1).topk(model.value("experts_per_token"))
         if model.normalizes:
             weights = weights / weights.sum(-1, keepdim=True)
-        modules = {part.role: module for module in self.export.modules(layer) for part in module.parts}
+        modules = {
+            part.role: module for module in self.export.modules(layer) for part in module.parts
+        }
         activate, total = ACTIVATIONS[model.facts.activation], torch.zeros_like(tokens)
         for number in range(model.value("num_experts")):
             rows, place = (chosen == number).nonzero(as_tuple=True)

@@ -171,10 +171,10 @@ def read_positions(
     window, windowed = _windowed(raw, facts, value("num_layers"))
     scalar = raw.get(facts.get("score_scalar", "")) or head
     return Positions(
-        base=float(value("rope_theta") or 1.0),  # learned positions have none
+        base=float(value("rope_theta") or facts.get("fixed_base", 1.0)),  # learned ones have none
         scaling={"kind": given[kind_key], **scaling} if given else {},
         longest=value("max_position_embeddings"),
-        rotated=int(head * raw.get(facts.get("fraction", ""), 1)),
+        rotated=int(head * raw.get(facts.get("fraction", ""), facts.get("fixed_fraction", 1))),
         is_interleaved=bool(facts.get("is_interleaved")),
         window=window,
         windowed=frozenset(windowed),

@@ -11,7 +11,7 @@ from tests.distributed.launch import torchrun
 from tests.unit.models.hf_models import transformers_model
 
 WORKER = Path(__file__).with_name("families_worker.py")
-FAMILIES = ("gemma", "nemotron-biased-tied", "starcoder2", "phi3", "gpt2")
+FAMILIES = ("gemma", "nemotron-biased-tied", "starcoder2", "phi3", "gpt2", "chatglm")
 LIMIT = 1e-3  # float32, other summation order
 LAYOUTS = {
     "TP 2 + SP": (2, ["--tp", "2", "--sp"]),

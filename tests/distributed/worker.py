@@ -92,6 +92,7 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--untied", action="store_true")
     parser.add_argument("--tables", action="store_true", help="quantize embedding and output layer")
     parser.add_argument("--backward", default="bf16")
+    parser.add_argument("--learned", action="store_true", help="scales of weights and inputs")
     parser.add_argument("--kv-cache")
     parser.add_argument("--kv-cache-scales", default="shared")
     parser.add_argument(
@@ -134,6 +135,7 @@ def run(args: argparse.Namespace) -> None:
     from mqat.evaluation import forward
     from mqat.evaluation.forward import evaluate, logits, run_layers
     from mqat.evaluation.quality import quality_report
+    from mqat.parallel.learned_scales import learn_scales_
     from mqat.parallel.low_precision_backward import set_backward_
     from mqat.parallel.quantized_module import ExpertGroups, quantized_modules
     from mqat.specs.model import build_model
@@ -153,6 +155,8 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     chunks = build_model(model, settings, layers, dtype)
     load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
+    if args.learned:
+        learn_scales_(chunks, weights="lsq", inputs="lsq")
     set_backward_(chunks, args.backward)
     chunks = wrap_for_training(chunks, args.ddp)
     if args.idle:

@@ -22,7 +22,7 @@ from mqat.export.special_tokens import generation_texts, special_tokens
 from mqat.export.stream import TensorPlan
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
-from mqat.models.structure import OUTPUT_LAYER, Linear, is_expert, split_name
+from mqat.models.structure import Linear, is_expert, split_name
 from mqat.quant.kv_cache import KvCacheScheme
 from mqat.quant.scheme import LinearScheme
 
@@ -99,7 +99,8 @@ class HuggingFaceExporter:
         config = model.to_hf(options.dtype) | special | {"producer": PRODUCER}
         texts: dict[str, Any] = {"config.json": config, **generation_texts(tokenizer, special)}
         if reader.layers:
-            modules = NAMING.schemes(model, reader.layers, range(model.num_layers))
+            modules: dict[str, LinearScheme | None] = {model.architecture.output_layer.hf: None}
+            modules |= NAMING.schemes(model, reader.layers, range(model.num_layers))
             if model.router is not None:  # a linear to its readers
                 modules |= {
                     model.architecture.hf_layer.format(i=layer) + model.router.hf: None
@@ -123,7 +124,7 @@ def _has_static_input_of_expert(name: str, scheme: Scheme) -> bool:
 
 def unquantized_modules(modules: Modules) -> list[str]:
     """Exact names of what a quantized directory keeps in the model's dtype, the head first."""
-    return [OUTPUT_LAYER.hf, *(name for name, scheme in modules.items() if scheme is None)]
+    return [name for name, scheme in modules.items() if scheme is None]
 
 
 def _check_options(options: ExportOptions) -> None:

@@ -98,6 +98,12 @@ def _check_family(model: DecoderConfig) -> None:
         raise UserError(
             f"export.format=trtllm: TensorRT-LLM has no {family.name} models; use export.format=hf."
         )
+    if not family.trtllm_states_head and model.size("query") != model.hidden_size:
+        raise UserError(
+            f"export.format=trtllm: head_dim={model.head_dim}, but TensorRT-LLM's "
+            f"{family.trtllm_architecture} has heads of hidden_size / num_attention_heads = "
+            f"{model.hidden_size / model.num_attention_heads:g} channels; use export.format=hf."
+        )
     is_one_switch = len(family.trtllm_biases) == 1
     if is_one_switch and len(model.biases) not in (0, len(model.linears)):
         raise UserError(

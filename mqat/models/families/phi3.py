@@ -34,4 +34,5 @@ PHI3 = Family(
     trtllm_activation="swiglu",
     trtllm_fraction="rotary_pct",
     trtllm_biases={},
+    trtllm_states_head=False,
 )

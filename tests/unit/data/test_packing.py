@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mqat.data.chat import tokenize_conversation
 from mqat.data.documents import Conversation
-from mqat.data.packing import best_fit, pack_conversations, pack_text
+from mqat.data.packing import best_fit, pack_conversations, pack_text, positions_in_documents
 
 
 def conversation(question: str, answer: str, place: str = "file:1") -> Conversation:
@@ -158,3 +158,9 @@ def test_best_fit_places_everything_once_and_overfills_nothing(sizes: list[int])
     assert all(load <= 20 for load in loads)
     # No two groups could be one: the second would not have been opened.
     assert all(a + b > 20 for n, a in enumerate(loads) for b in loads[:n])
+
+
+def test_positions_begin_again_in_every_document() -> None:
+    segments = torch.tensor([[0, 0, 0, 1, 1, -1], [4, 5, 5, 5, 5, 5]])
+    wanted = [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]
+    assert positions_in_documents(segments).tolist() == wanted

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from mqat.kernels.reference import swiglu
-from mqat.specs.elementwise import RmsNorm, Swiglu
+from mqat.specs.elementwise import LayerNorm, OutputNorm, RmsNorm, Swiglu
 
 
 class Config:
@@ -44,6 +44,45 @@ def test_norm_and_swiglu_equal_torchs(backend, dtype, width):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and relative(a, b) < LIMITS[dtype]
     assert relative(found[0] * 1.01, expected[0]) > LIMITS[dtype]  # control
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("kind", [RmsNorm, LayerNorm])
+def test_norms_multiply_by_one_more_than_a_zero_centred_weight(backend, kind, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(7, 3, 200, generator=generator) * 3).to(dtype)
+    norm = kind(200, eps=1e-5, dtype=dtype)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(0.1 * torch.randn(200, generator=generator))
+    plain = results(norm, x, [*norm.parameters()])
+    norm.zero_centered_gamma = True
+    found = results(norm, x, [*norm.parameters()])
+
+    def reference(t):
+        centred = t.double() - t.double().mean(-1, keepdim=True) * (kind is LayerNorm)
+        normed = centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        bias = norm.bias.double() if kind is LayerNorm else 0
+        return (normed * (1 + norm.weight.double()) + bias).to(dtype)
+
+    expected = results(reference, x, [*norm.parameters()])
+    # LayerNorm1P rounds 1 + weight, as transformers does.
+    limit = LIMITS[dtype] * (2 if kind is LayerNorm else 1)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and relative(a, b) < limit
+    assert relative(plain[0], expected[0]) > 0.1  # control
+
+
+def test_what_a_layer_adds_is_normalized_with_its_bias():
+    config = type("Config", (), {"hidden_size": 8, "layernorm_epsilon": 1e-5})
+    add = OutputNorm(config, lambda config, hidden_size, eps: RmsNorm(hidden_size, eps=eps))
+    x, bias, residual = torch.randn(3, 1, 8), torch.randn(8), torch.randn(3, 1, 8)
+    found = add(False, False)((x, bias), residual, 0.5)
+    expected = residual + F.rms_norm(x + bias, (8,), torch.ones(8), 1e-5)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(
+        add(False, False)((x, None), residual, 0.5), residual + add.norm(x), atol=1e-6
+    )
 
 
 def test_extreme_gates_and_nan_come_out_as_torchs(backend):

@@ -1,0 +1,147 @@
+"""A mixture of experts on every parallel layout: losses, gradients, scales, resumed training."""
+
+import pytest
+import torch
+
+from mqat.checkpoints.reader import CheckpointReader
+from tests.distributed.test_layouts import run
+
+pytestmark = pytest.mark.timeout(1500)
+EXPERTS = ["--model", "experts"]
+IDLE = [f"decoder.layers.0.mlp.experts.3.linear_fc{n}" for n in (1, 2)]
+LAYOUTS = {
+    "ep1": (1, []),
+    "ep2": (2, ["--ep", "2"]),
+    "tp2-sp": (2, ["--tp", "2", "--sp"]),
+    "pp2": (2, ["--pp", "2"]),
+}
+LARGER = {
+    "tp2-sp-ep2": (4, ["--tp", "2", "--sp", "--ep", "2"]),
+    "ep2-etp1": (4, ["--tp", "2", "--sp", "--ep", "2", "--etp", "1"]),
+    "ep2-pp2": (4, ["--pp", "2", "--ep", "2"]),
+    "ep2-cp2": (4, ["--cp", "2", "--ep", "2"]),
+}
+OTHERS = {
+    "idle": (1, ["--idle", "--ptq"]),
+    "idle-ep2": (2, ["--idle", "--ep", "2"]),
+    "ep1-unreduced": (2, ["--unreduced", "--ptq"]),
+}
+LEARNED = {
+    "learned": (1, ["--learned"]),
+    "learned-ep2": (2, ["--learned", "--ep", "2"]),
+    "learned-tp2-sp": (2, ["--learned", "--tp", "2", "--sp"]),
+}
+# Layout that saved, layout that resumes: with one optimizer, and with one more for experts.
+RESUMED = [("ep1", "ep2"), ("ep2", "ep1"), ("tp2-sp", "ep2")]
+
+
+def with_model(jobs):
+    return {name: (count, [*EXPERTS, *options]) for name, (count, options) in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("experts"), with_model(LAYOUTS | OTHERS))
+
+
+@pytest.fixture(scope="module")
+def larger(layouts, tmp_path_factory):
+    return layouts | run(tmp_path_factory.mktemp("larger"), with_model(LARGER))
+
+
+@pytest.fixture(scope="module")
+def resumed(layouts, tmp_path_factory):
+    jobs = {
+        f"{saved}-{layout}": (
+            LAYOUTS[layout][0], [*LAYOUTS[layout][1], "--resume", str(layouts[saved][0] / "qat")]
+        )
+        for saved, layout in RESUMED
+    }  # fmt: skip
+    return run(tmp_path_factory.mktemp("resumed"), with_model(jobs))
+
+
+def assert_alike(layouts, name):
+    """Losses and gradients within rounding; every tensor of the calibrated model to the bit."""
+    (first, expected), (second, found) = layouts["ep1"], layouts[name]
+    assert found["unquantized"] == pytest.approx(expected["unquantized"], rel=1e-6)
+    assert found["quantized"] == pytest.approx(expected["quantized"], rel=1e-3)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
+    assert found["resumed_alike"] and found["idle"] == []
+    assert_same_scales(first, second)
+
+
+def assert_same_scales(first, second):
+    one, other = (CheckpointReader(path / "ptq") for path in (first, second))
+    assert set(one.keys()) == set(other.keys())
+    for key in one.keys():
+        assert torch.equal(one.read(key), other.read(key)), key
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS)[1:])
+def test_a_mixture_is_the_same_on_every_layout(layouts, name):
+    assert_alike(layouts, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGER)
+def test_expert_parallelism_changes_nothing_with_any_other(larger, name):
+    assert_alike(larger, name)
+
+
+def test_each_expert_has_scales_of_its_own(layouts):
+    checkpoint = CheckpointReader(layouts["ep1"][0] / "ptq")
+    for operand in ("input", "weight"):
+        names = [f"decoder.layers.1.mlp.experts.{n}.linear_fc2" for n in range(4)]
+        found = [checkpoint.frozen(name, operand, "scale") for name in names]
+        assert not all(torch.equal(found[0], scale) for scale in found[1:])
+
+
+def test_scales_without_the_other_ranks_tokens_would_be_noticed(layouts):
+    with pytest.raises(AssertionError, match=r"experts.*input_scale"):
+        assert_same_scales(layouts["ep1"][0], layouts["ep1-unreduced"][0])
+
+
+def test_an_expert_without_tokens_is_reported_and_calibrated_alike(layouts):
+    (first, alone), (second, shared) = layouts["idle"], layouts["idle-ep2"]
+    assert alone["idle"] == shared["idle"] == IDLE
+    assert_same_scales(first, second)
+    checkpoint = CheckpointReader(first / "ptq")
+    for kind in ("linear_fc1", "linear_fc2"):
+        *others, own = [
+            checkpoint.frozen(f"decoder.layers.0.mlp.experts.{n}.{kind}", "input", "scale")
+            for n in range(4)
+        ]
+        assert torch.equal(own, torch.stack(others).amax(dim=0))
+    assert shared["resumed_alike"] and shared["losses"][1] < shared["losses"][0]
+
+
+@pytest.mark.parametrize(("saved", "layout"), RESUMED)
+def test_training_goes_on_at_another_expert_parallel_size(layouts, resumed, saved, layout):
+    expected, found = layouts[saved][1], resumed[f"{saved}-{layout}"][1]
+    assert found["losses"] == pytest.approx(expected["ahead"], rel=2e-3)
+    assert found["losses"] != pytest.approx(expected["losses"], rel=2e-3)  # control: it went on
+
+
+@pytest.fixture(scope="module")
+def learned(layouts, tmp_path_factory):
+    return layouts | run(tmp_path_factory.mktemp("learned"), with_model(LEARNED))
+
+
+@pytest.mark.parametrize("name", ["learned-ep2", "learned-tp2-sp"])
+def test_scales_of_experts_learn_alike(learned, name):
+    (first, expected), (second, found) = learned["learned"], learned[name]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
+    assert found["resumed_alike"]
+    one, other, start = (
+        CheckpointReader(path) for path in (first / "qat", second / "qat", first / "ptq")
+    )
+    for number in range(4):
+        for operand in ("weight", "input"):
+            linear = f"decoder.layers.1.mlp.experts.{number}.linear_fc1"
+            trained, again, before = (
+                c.frozen(linear, operand, "scale") for c in (one, other, start)
+            )
+            assert not torch.equal(trained, before)  # control: it learned
+            assert torch.allclose(trained, again, rtol=0.02), (linear, operand)
