@@ -86,25 +86,32 @@ def check_parallel_sizes(
 
 
 def check_group_sizes(
-    model: DecoderConfig, layers: Mapping[str, Scheme], *, tp: int, purpose: str
+    model: DecoderConfig,
+    layers: Mapping[str, Scheme],
+    *,
+    tp: int,
+    purpose: str,
+    expert_tp: int | None = None,
 ) -> None:
     """Refuses groups and squares that would cross a cut at tensor-parallel size `tp`.
 
     Caches have none. `purpose`, for the message, is the config key, of training or inference, that set
-    `tp`.
+    `tp`; `expert_tp` is that of experts, if it is another.
 
     Raises:
         UserError: Names the linear, its local width, and the group sizes that fit.
     """
     for name, scheme in linear_schemes(layers).items():
-        linear = model.linear(split_name(name)[1])
+        linear, cut = model.linear(split_name(name)[1]), (tp, purpose)
+        if linear.expert is not None and expert_tp is not None:
+            cut = expert_tp, "expert_tensor_parallel_size"
         for kind, operand in scheme.operands.items():
             granularity = operand.granularity
             if isinstance(granularity, PerGroup | PerBlock) and linear.parallel == "row":
                 in_features = model.size(linear.columns)
-                _check_columns(f"{name}.{kind}", granularity, in_features, tp, purpose)
+                _check_columns(f"{name}.{kind}", granularity, in_features, *cut)
             if isinstance(granularity, PerBlock):
-                _check_rows(f"{name}.{kind}", granularity, model, linear, tp, purpose)
+                _check_rows(f"{name}.{kind}", granularity, model, linear, *cut)
 
 
 def _check_columns(

@@ -340,7 +340,10 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     _check_training(quantization, linears)
     recipes = {name: algorithm.recipe for name, algorithm in algorithms.items()}
     check_recipes(recipes, {name: scheme.weight for name, scheme in linears.items()}, model)
-    check_group_sizes(model, layers, tp=tp, purpose="tensor_model_parallel_size")
+    check_group_sizes(
+        model, layers, tp=tp, purpose="tensor_model_parallel_size",
+        expert_tp=settings.expert_tensor_parallel_size,
+    )  # fmt: skip
     if config.export.format is not None:
         target = exporter(config.export.format, config.export.style)
         target.check(model, layers, export_options(config.export))

@@ -16,8 +16,9 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--sp", action="store_true")
+    parser.add_argument("--ep", type=int, default=1)
     args = parser.parse_args()
-    groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp)
+    groups.initialize(tensor_parallel=args.tp, pipeline_parallel=args.pp, expert_parallel=args.ep)
     for model in sorted(args.models.iterdir()):
         result = one_model(model, args)
         if groups.is_main():
@@ -41,7 +42,7 @@ def one_model(path: Path, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     source = HuggingFaceCheckpoint(path)
     settings = ModelConfig(
         tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp,
-        sequence_parallel=args.sp,
+        sequence_parallel=args.sp, expert_model_parallel_size=args.ep,
     )  # fmt: skip
     tokens = torch.load(path / "tokens.pt")
     batch = {

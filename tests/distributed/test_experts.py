@@ -1,10 +1,22 @@
 """A mixture of experts on every parallel layout: losses, gradients, scales, resumed training."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from mqat.checkpoints.reader import CheckpointReader
+from tests.distributed.launch import torchrun
 from tests.distributed.test_layouts import run
+from tests.unit.checkpoints.test_experts import random_model
+
+FAMILIES_WORKER = Path(__file__).with_name("families_worker.py")
+HF_LAYOUTS = {
+    "TP 2 + SP": ["--tp", "2", "--sp"],
+    "EP 2": ["--ep", "2"],
+    "TP 2": ["--tp", "2"],
+    "PP 2": ["--pp", "2"],
+}
 
 pytestmark = pytest.mark.timeout(1500)
 EXPERTS = ["--model", "experts"]
@@ -145,3 +157,34 @@ def test_scales_of_experts_learn_alike(learned, name):
             )
             assert not torch.equal(trained, before)  # control: it learned
             assert torch.allclose(trained, again, rtol=0.02), (linear, operand)
+
+
+@pytest.fixture(scope="module")
+def huggingface(tmp_path_factory):
+    """Directories of transformers, and its logits for 24 tokens of each."""
+    root, expected = tmp_path_factory.mktemp("models"), {}
+    tokens = torch.randint(0, 301, (2, 24), generator=torch.Generator().manual_seed(1))
+    for name in ("mixtral", "qwen3_moe"):
+        model = random_model(name)
+        model.save_pretrained(root / name)
+        torch.save(tokens, root / name / "tokens.pt")
+        with torch.no_grad():
+            expected[name] = model(tokens).logits
+    return root, expected
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        n if n in ("TP 2 + SP", "EP 2") else pytest.param(n, marks=pytest.mark.slow)
+        for n in HF_LAYOUTS
+    ],
+)
+def test_logits_are_those_of_transformers_on_every_layout(huggingface, tmp_path, layout):
+    root, expected = huggingface
+    done = torchrun(2, FAMILIES_WORKER, root, tmp_path, *HF_LAYOUTS[layout], timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, wanted in expected.items():
+        found = torch.load(tmp_path / f"{name}.pt")
+        assert float((found["plain"] - wanted).abs().max()) < 1e-3, name
+        assert float((found["quantized"] - wanted).abs().max()) > 1e-3  # control

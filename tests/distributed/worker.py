@@ -179,13 +179,17 @@ def run(args: argparse.Namespace) -> None:
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     if args.unreduced:
         group = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
-        for module in quantized_modules(chunks).values():
-            if module.expert_groups is not None:
-                module.expert_groups = ExpertGroups(group, group, module.expert_groups.ep)
+    experts = [m for m in quantized_modules(chunks).values() if m.expert_groups is not None]
+    sharing = [module.expert_groups for module in experts]
+    if args.unreduced:
+        for module in experts:
+            module.expert_groups = ExpertGroups(group, group, module.expert_groups.ep)
     result = {"unquantized": evaluate(chunks, [batches])[0]}
     result["idle"] = calibrate(
         chunks, lambda: run_layers(chunks, [batches]), group=group, method="percentile"
     )
+    for module, shared in zip(experts, sharing, strict=True):
+        module.expert_groups = shared  # by which ranks know who saves
     result["quantized"] = evaluate(chunks, [batches])[0]
     if linear_schemes(layers) and not model.num_experts:
         result["quality"] = quality_report(

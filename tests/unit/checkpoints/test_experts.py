@@ -39,9 +39,8 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def huggingface(request, tmp_path_factory):
-    """A random model of transformers and its directory; norms and biases moved off their start."""
+def random_model(which):
+    """A model of transformers; norms, biases and routers moved off their start."""
     from transformers import (
         MixtralConfig,
         MixtralForCausalLM,
@@ -54,16 +53,21 @@ def huggingface(request, tmp_path_factory):
         "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     }
     torch.manual_seed(0)
-    name, own = MODELS[request.param]
+    name, own = MODELS[which]
     config, decoder = kinds[name]
     model = decoder(config(**SIZES | own))
-    for parameter in model.parameters():
+    for key, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn(parameter.shape)
-    for key, parameter in model.named_parameters():
         if key.endswith("mlp.gate.weight"):
             parameter.data = 0.3 * torch.randn(parameter.shape)
-    path = tmp_path_factory.mktemp("hf") / request.param
+    return model
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def huggingface(request, tmp_path_factory):
+    """A random model and its directory."""
+    model, path = random_model(request.param), tmp_path_factory.mktemp("hf") / request.param
     model.save_pretrained(path)
     return model, path
 
