@@ -76,7 +76,7 @@ def _compare_positions(model: ServedModel, checkpoint: CheckpointReader) -> Iter
     if reaches_all and served.window is None and trained.windowed_rope_theta is None:
         window, windowed = None, frozenset()
     wanted: dict[str, tuple[Any, Any]] = {
-        model.keys["rope_scaling"]: (dict(served.scaling), scaling),
+        model.keys.get("rope_scaling", "rope_scaling"): (dict(served.scaling), scaling),
         "rotary_fraction (channels)": (served.rotated, trained.rotary_channels),
         "sliding_window": (served.window if served.windowed else None, window),
         "windowed_layers": (sorted(served.windowed), sorted(windowed)),
