@@ -77,8 +77,10 @@ def positions(family: Family, hf: Mapping[str, Any], layers: int, head_dim: int)
     found: dict[str, Any] = {"sliding_window": window, "windowed_layers": windowed}
     for key, default in family.attention.items():
         value = hf.get(key, default)
-        if value is not None and not is_positive(value):
-            raise UserError(f"config.json: {key} is {value!r}, must be a positive number, or null.")
+        may_be_null = key.endswith("_softcapping")
+        if not is_positive(value) and not (value is None and may_be_null):
+            rule = "a positive number" + ", or null" * may_be_null
+            raise UserError(f"config.json: {key} is {value!r}, must be {rule}.")
         found[HF_ATTENTION[key]] = value
     if (scalar := found.get("attention_scale")) is not None:
         found["attention_scale"] = None if scalar == head_dim else float(scalar) ** -0.5
@@ -128,7 +130,8 @@ def _by_layer_type(hf: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _window(family: Family, hf: Mapping[str, Any], layers: int) -> tuple[int | None, list[int]]:
     """The window, and which layers have it."""
     types, told, size = hf.get("layer_types"), family.window, None
-    known = isinstance(types, list) and len(types) == layers and {*types} <= {*_LAYER_TYPES}
+    is_listed = isinstance(types, list) and len(types) == layers
+    known = is_listed and all(kind in _LAYER_TYPES for kind in types or [])
     if types is not None and not known:
         raise UserError(
             f"config.json: layer_types={types!r}: must be one of {', '.join(_LAYER_TYPES)} for each "

@@ -242,20 +242,24 @@ class DecoderConfig:
 
         Megatron stacks the layers of a model in one tensor, whose first dimension is the layer.
         """
-        shapes: dict[str, tuple[int, ...]] = {
-            table.key: (self.size(table.rows), self.hidden_size) for table in self.tables
-        }
+        first, *others = self.tables
+        shapes: dict[str, tuple[int, ...]] = {first.key: (self.size(first.rows), self.hidden_size)}
+        shapes |= self._norm_shapes(self.architecture.final_norm, ())
+        shapes |= {table.key: (self.size(table.rows), self.hidden_size) for table in others}
         for linear in self.linears:
             shapes[linear.key] = linear.stacked_shape(self, self.num_layers)
             if linear.name in self.biases:
                 shapes[linear.bias_key] = shapes[linear.key][:-1]
-        last, has_bias = self.architecture.final_norm, "bias" in self.architecture.norm_kinds
-        for norm, lead in ((last, ()), *((norm, (self.num_layers,)) for norm in self.norms)):
-            for key in (norm.key, norm.bias_key)[: 1 + has_bias]:
-                shapes[key] = (*lead, self.size(norm.size))
+        for norm in self.norms:
+            shapes |= self._norm_shapes(norm, (self.num_layers,))
         if self.router is not None:
             shapes[self.router.key] = (self.num_layers, self.num_experts, self.hidden_size)
         return shapes
+
+    def _norm_shapes(self, norm: Norm, lead: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        keys = {"weight": norm.key, "bias": norm.bias_key}
+        kinds = self.architecture.norm_kinds
+        return {keys[kind]: (*lead, self.size(norm.size)) for kind in kinds}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form, as stored in `mqat.json`."""

@@ -44,6 +44,8 @@ from mqat.specs.slots import class_name, spec_slot, with_slots
 from mqat.specs.transformer_engine import FUSED_LINEAR, adapt_layer_spec
 from mqat.specs.window import with_own_positions
 
+# Of `cp_comm_type`: ranks see the keys of all tokens at once.
+_WHOLE_KEYS = ("all_gather", "a2a")
 _SELF_ATTENTION = "self_attention"
 _REPLACEMENTS = {"column": QuantColumnParallelLinear, "row": QuantRowParallelLinear}
 
@@ -81,11 +83,23 @@ def _check_norms(spec: ModuleSpec, norms: Sequence[Norm]) -> None:
 
 
 def _check_core_attention(spec: ModuleSpec, config: Any) -> None:
-    """Refuses Megatron's own core attention under context parallelism, of which it knows nothing."""
-    if (
-        config.context_parallel_size > 1
-        and spec_slot(spec, CORE_ATTENTION.name) is DotProductAttention
-    ):
+    """Refuses core attentions that cannot do what they should under context parallelism.
+
+    Megatron's own knows nothing of it, and Transformer Engine's rings have no windows.
+    """
+    if config.context_parallel_size == 1:
+        return
+    core = spec_slot(spec, CORE_ATTENTION.name)
+    core = core.module if isinstance(core, ModuleSpec) else core
+    is_ours = isinstance(core, type) and issubclass(core, SdpaAttention)
+    if config.window_size is not None and not is_ours and config.cp_comm_type not in _WHOLE_KEYS:
+        raise UserError(
+            f"layer spec: {CORE_ATTENTION.name} is {class_name(core)}, with windows and "
+            f"context_parallel_size={config.context_parallel_size}: model.megatron.cp_comm_type="
+            f"{config.cp_comm_type!r} must be one of {', '.join(_WHOLE_KEYS)}, or use torch's attention "
+            "(model.transformer_engine=false)."
+        )
+    if core is DotProductAttention:
         raise UserError(
             f"layer spec: {CORE_ATTENTION.name} is Megatron's DotProductAttention, which cannot compute "
             f"with context_parallel_size={config.context_parallel_size}. Use mqat.specs.backend."

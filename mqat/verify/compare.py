@@ -20,7 +20,6 @@ from mqat.verify.check import same_bytes
 from mqat.verify.checkpoint_linear import CheckpointLinear
 from mqat.verify.export import Export, PlainTensor, Rank
 from mqat.verify.facts import Facts
-from mqat.verify.positions import Positions
 from mqat.verify.reference_quant import expand, w4a8_range_scale
 from mqat.verify.served_model import NUMBERS, SIZES, ServedModel
 from mqat.verify.storage import Storage, StoredLinear
@@ -61,15 +60,15 @@ def _compare_config(export: Export, checkpoint: CheckpointReader) -> Iterator[st
         if served != wanted:
             key = model.keys.get(name, name)
             yield f"config.json: {key}={served!r}, but the checkpoint has {wanted!r}"
-    yield from _compare_positions(model.positions, checkpoint)
+    yield from _compare_positions(model, checkpoint)
     caches = sorted({scheme.name.upper() for scheme in checkpoint.kv_cache.values()})
     if caches != ([str(export.cache)] if export.cache else []):
         yield f"config.json: kv_cache is {export.cache}, but the checkpoint has {caches}"
 
 
-def _compare_positions(served: Positions, checkpoint: CheckpointReader) -> Iterator[str]:
+def _compare_positions(model: ServedModel, checkpoint: CheckpointReader) -> Iterator[str]:
     """Angles, windows and caps, by the checkpoint's names for them."""
-    trained = checkpoint.model
+    trained, served = checkpoint.model, model.positions
     scaling = dict(trained.rope_scaling or {})
     scaling = {"kind": scaling.pop("rope_type"), **scaling} if scaling else {}
     window, windowed = trained.sliding_window, frozenset(trained.windowed_layers)
@@ -77,7 +76,7 @@ def _compare_positions(served: Positions, checkpoint: CheckpointReader) -> Itera
     if reaches_all and served.window is None and trained.windowed_rope_theta is None:
         window, windowed = None, frozenset()
     wanted: dict[str, tuple[Any, Any]] = {
-        "rope_scaling": (dict(served.scaling), scaling),
+        model.keys.get("rope_scaling", "rope_scaling"): (dict(served.scaling), scaling),
         "rotary_fraction (channels)": (served.rotated, trained.rotary_channels),
         "sliding_window": (served.window if served.windowed else None, window),
         "windowed_layers": (sorted(served.windowed), sorted(windowed)),

@@ -134,3 +134,35 @@ def test_windows_are_where_megatrons_configuration_has_them(size, skip, found):
     config.window_size = (6, 1)
     with pytest.raises(UserError, match="attention is causal"):
         window_of(SimpleNamespace(window_size=(6, 1), window_attn_skip_freq=None), 1)
+
+
+def test_attention_that_cannot_do_it_is_refused(world):
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from mqat.config import ModelConfig
+    from mqat.specs.backend import SdpaAttention, gpt_layer_spec
+    from mqat.specs.gpt import quantize_block_spec
+    from mqat.specs.model import transformer_config
+
+    capped = replace(MODEL, family="gemma2", attention_softcap=50.0)
+    config = transformer_config(capped, ModelConfig(), torch.float32, spec_has_activation=False)
+
+    def block(model, attention):
+        return quantize_block_spec(
+            gpt_layer_spec(model.norms, attention, config=config), {}, model=model,
+            transformer_config=config, pp_rank=0,
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match="is DotProductAttention, which does not cap scores at 50"):
+        block(capped, DotProductAttention)
+    spec = block(capped, SdpaAttention).layer_specs[0]
+    core = spec.submodules.self_attention.submodules.core_attention
+    assert core(config, 1, AttnMaskType.causal, "self").softcap == 50.0
+
+    windowed = replace(MODEL, family="qwen3", sliding_window=8, windowed_layers=(1,))
+    config = transformer_config(windowed, ModelConfig(), torch.float32)
+    config.context_parallel_size = 2
+    block(windowed, SdpaAttention)
+    with pytest.raises(UserError, match=r"with windows .* must be one of all_gather, a2a"):
+        block(windowed, DotProductAttention)
