@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mqat.checkpoints.random_weights import RandomWeights
-from mqat.config import ModelConfig, OptimizerConfig
+from mqat.config import ModelConfig, OptimizerConfig, QuantizationConfig
 from mqat.data.packing import document_ends
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import linear_schemes
@@ -200,8 +200,9 @@ def run(args: argparse.Namespace) -> None:
         finish(args, result)
         return
     optimizer, scheduler = build_optimizer(
-        chunks, OptimizerConfig(lr=1e-3), max_steps=10, clip_grad=1.0
-    )
+        chunks, OptimizerConfig(lr=1e-3), max_steps=10, clip_grad=1.0,
+        scales=QuantizationConfig(lsq_lr=1e-5),
+    )  # fmt: skip
     state = TrainingState(optimizer, scheduler)
     if args.resume:  # before any step: a process that resumes has an optimizer without state
         load_checkpoint(args.resume, chunks, layers=layers, training=state)
