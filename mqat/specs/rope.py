@@ -29,6 +29,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 from torch import Tensor
 
 from mqat.models.decoder import DecoderConfig
+from mqat.transfer import to_device
 
 _ORIGINAL = "original_max_position_embeddings"
 # What Megatron's RotaryEmbedding._apply_scaling hard-codes besides the factor.
@@ -154,7 +155,7 @@ class DecoderRotary(RotaryEmbedding):  # type: ignore[misc]
         found = []
         for is_windowed in kinds:
             rates = frequencies(self.model, max_seq_len + offset, is_windowed=is_windowed)
-            angles = torch.outer(places, rates.to(device))
+            angles = torch.outer(places, to_device(rates, places.device))
             if self.rotary_interleaved:
                 found.append(angles.repeat_interleave(2, dim=-1))
             else:

@@ -29,9 +29,16 @@ def test_an_interleaved_pipeline_gets_whole_rounds_of_microbatches(monkeypatch):
     from mqat.evaluation import forward
 
     monkeypatch.setattr(forward.parallel_state, "get_pipeline_model_parallel_world_size", lambda: 2)
+    sizes = {"experts": 1}
+    monkeypatch.setattr(
+        forward.parallel_state, "get_expert_model_parallel_world_size", lambda: sizes["experts"]
+    )
     own = microbatches(3)
-    filled = forward._filled_up(["chunk", "chunk"], own)
+    filled = forward._filled_up(["chunk", "chunk"], own, own, 1)
     assert len(filled) == 4 and all(a is b for a, b in zip(filled, own, strict=False))
     assert not filled[3]["token_mask"].any() and filled[3]["token_mask"].shape == (2, 32)
-    assert forward._filled_up(["chunk"], own) is own
-    assert forward._filled_up(["chunk", "chunk"], []) == []
+    assert forward._filled_up(["chunk"], own, own, 1) is own
+    assert forward._filled_up(["chunk", "chunk"], [], [], 1) == []
+    alone = forward._filled_up(["chunk"], own[1::2], own, 2)
+    sizes["experts"] = 2  # the other context-parallel rank has two
+    assert len(alone) == 1 and len(forward._filled_up(["chunk"], own[1::2], own, 2)) == 2

@@ -78,4 +78,4 @@ def test_a_dense_mask_is_refused_under_context_parallelism():
 
     attention = SdpaAttention(config(), 1, AttnMaskType.causal, "self", pg_collection=Groups)
     with pytest.raises(UserError, match=r"attention_mask: a mask of \(1, 1, 8, 8\).*=2"):
-        attention._check_dense(torch.zeros(1, 1, 8, 8, dtype=torch.bool))
+        attention._dense(*[torch.zeros(1, 1, 8, 8)] * 3, torch.zeros(1, 1, 8, 8, dtype=torch.bool))
