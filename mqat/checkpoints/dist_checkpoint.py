@@ -443,6 +443,7 @@ def delete_old_checkpoints(directory: Path, keep_last: int) -> None:
     """Deletes complete `step_N` directories but the newest `keep_last` >= 1; call on one rank only."""
     for path in _complete_checkpoints(directory)[:-keep_last]:
         doomed = path.with_name(f".{path.name}.deleted")  # never half a checkpoint under its name
+        shutil.rmtree(doomed, ignore_errors=True)  # left by a run that was killed
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 

@@ -32,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mqat {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, command in COMMANDS.items():
-        added = commands.add_parser(name, help=command.HELP, description=command.HELP)
+        added = commands.add_parser(
+            name, help=command.HELP, description=command.HELP, allow_abbrev=False
+        )
         command.add_arguments(added)
         added.set_defaults(run=command.run)
     return parser

@@ -53,6 +53,8 @@ def _launch(processes: int) -> None:
     at = next(i for i, word in enumerate(arguments) if word.startswith("--nproc-per-node"))
     del arguments[at : at + (1 if "=" in arguments[at] else 2)]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # A signal lets the step in progress end and be saved, which may take longer than torchrun's 30 s.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     logging.disable(logging.ERROR)  # torchrun's; errors are said by the processes
     options = ["--standalone", "--nproc-per-node", str(processes), "-m", "mqat.cli"]
     try:

@@ -33,7 +33,7 @@ from mqat.evaluation.sqnr_hooks import CLIPPED, COUNT, NOISE, SIGNAL, SqnrHooks,
 from mqat.models.structure import is_in_layer, split_name
 from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.linear import QuantizedLinear
-from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
+from mqat.parallel.quantized_module import QuantizedModule, quantized_modules, unwrapped
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.quant.quantizer import Quantizer
 from mqat.runtime.groups import gathered
@@ -100,8 +100,14 @@ def quality_report(
         The table at the top of this module as plain data, in model order, on every rank.
 
     Raises:
-        ValueError: Nothing is quantized, no token reached a module, or one is not finite; on every rank.
+        ValueError: A mixture of experts, nothing is quantized, no token reached a module, or one is not
+            finite; on every rank.
     """
+    if unwrapped(chunks)[0].config.num_moe_experts:
+        raise UserError(
+            "quality report: experts see some tokens each, in another order, which it does not follow; "
+            "there is none of mixtures yet."
+        )
     modules = {
         name: module
         for name, module in quantized_modules(chunks).items()

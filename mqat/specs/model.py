@@ -263,7 +263,7 @@ def build_model(
     has_activation = family.activation == "silu" and family.is_gated
     if layer_spec is not None:
         slot = f"{EXPERTS}.activation_func" if model.num_experts else ACTIVATION
-        has_activation = spec_slot(layer_spec, slot) is not None
+        has_activation = has_activation and spec_slot(layer_spec, slot) is not None
     config = transformer_config(model, settings, dtype, spec_has_activation=has_activation)
     spec = layer_spec or gpt_layer_spec(
         model.norms, attention, num_experts=model.num_experts, config=config

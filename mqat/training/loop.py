@@ -11,7 +11,7 @@ from typing import Any
 from mqat.checkpoints.dist_checkpoint import TrainingState, delete_old_checkpoints
 from mqat.data.loader import Batches
 from mqat.errors import UserError
-from mqat.runtime.groups import is_main, largest_on_any_rank, peak_memory_bytes
+from mqat.runtime.groups import is_main, largest_on_any_rank, on_all_ranks, peak_memory_bytes
 from mqat.runtime.interruption import Interrupted, children_outlive_signals, stop_request
 from mqat.training.gradients import nonfinite_gradients
 from mqat.training.log import RunLog
@@ -94,15 +94,16 @@ def train_phase(
             is_late = 0 < phase.checkpoint_minutes <= minutes
             number, late = largest_on_any_rank([request.number, is_late])
             is_due = late or _due(state.step, phase.checkpoint_interval)
-            if phase.keeps_last_state if is_last else (is_due or number):
+            if number or (phase.keeps_last_state if is_last else is_due):
                 path = directory / f"step_{state.step:08d}"
                 with children_outlive_signals():
                     save(path)
                 log.say(f"  {phase.name}: saved {path}")
                 saved = time.monotonic()
-                if phase.keep_last and is_main():
-                    delete_old_checkpoints(directory, phase.keep_last)
-            if number and not is_last:
+                with on_all_ranks():
+                    if phase.keep_last and is_main():
+                        delete_old_checkpoints(directory, phase.keep_last)
+            if number:
                 raise Interrupted(
                     f"{signal.Signals(number).name}: {phase.name} ended after step {state.step} of "
                     f"{phase.max_steps} and saved {path}; the same command with "

@@ -37,7 +37,7 @@ _MAY_CHANGE = (
 # What a run writes: only this is ever moved, whatever else the directory holds.
 _FILES = (
     "config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "checkpoint",
-    "trtllm", "hf", "quality",
+    "trtllm", "hf", "model.nemo", "quality",
 )  # fmt: skip
 
 
@@ -167,6 +167,8 @@ def _previous_summary(directory: Path) -> dict[str, Any]:
         previous = json.loads(file.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: damaged ({error}); delete it to start over.") from error
+    # Releases before this key wrote the other one at the end of a run.
+    previous.setdefault("finished", "gap_recovered" in previous)
     previous["seconds_before"] = previous.get("seconds", 0.0)
     return dict(fresh | previous)
 

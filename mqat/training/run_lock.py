@@ -1,21 +1,25 @@
 """One run at a time in a directory: a file names the process that has it."""
 
 import atexit
+import fcntl
 import json
 import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from mqat.errors import UserError
+from mqat.files import write_whole
 
 FILE = "run.lock"
-_BEAT_SECONDS = 60.0
+_BEAT_SECONDS = 20.0
 # A process of another machine cannot be asked; its file is touched as long as it lives.
-_SILENT_SECONDS = 600.0
+_SILENT_SECONDS = 180.0
 
 
 def lock_run_directory(directory: Path) -> None:
@@ -31,17 +35,25 @@ def lock_run_directory(directory: Path) -> None:
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
     }
-    while True:
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                json.dump(own, file)
-            break
-        except FileExistsError:
+    with _one_at_a_time(directory):
+        if path.exists():
             _refuse_if_alive(path, own["host"])
-            path.unlink(missing_ok=True)
+        write_whole(path, json.dumps(own))
     ended = threading.Event()
-    threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
+    threading.Thread(target=_beat, args=(path, ended, own), daemon=True).start()
     atexit.register(_release, path, ended, own)
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Between looking at the file and writing it, where the file system has locks."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _refuse_if_alive(path: Path, host: object) -> None:
@@ -78,12 +90,13 @@ def _is_alive(pid: int, started: float) -> bool:
         return False
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
+def _beat(path: Path, ended: threading.Event, own: dict[str, object]) -> None:
     while not ended.wait(_BEAT_SECONDS):
-        try:
-            os.utime(path)
-        except OSError:  # a full or absent disk ends the run elsewhere, with its reason
-            continue
+        with suppress(
+            OSError, ValueError
+        ):  # an absent disk ends the run elsewhere, with its reason
+            if json.loads(path.read_text("utf-8")) == own:
+                os.utime(path)
 
 
 def _release(path: Path, ended: threading.Event, own: dict[str, object]) -> None:
