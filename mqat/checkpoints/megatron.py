@@ -100,7 +100,7 @@ class MegatronCheckpoint:
     def _stored(self) -> Stored:
         """What the tensors say of the model."""
         linears = {linear.name for family in FAMILIES.values() for linear in family.linears}
-        norms = {n for n, norm in known_norms().items() if self._norm_key(norm, 0) is not None}
+        norms = {norm.name for norm in known_norms() if self._norm_key(norm, 0) is not None}
         biases = {n for n in linears if self._layer_key(f"{n}.bias", 0) is not None}
         rows = self._tensors.shape(self._keys[EMBEDDING.key])[0]
         return Stored(

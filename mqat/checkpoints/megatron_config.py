@@ -34,7 +34,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 # Would change what is computed with any value but none, false, zero or an empty one.
 _ABSENT = {
     "layernorm_zero_centered_gamma", "rotary_interleaved", "num_moe_experts", "multi_latent_attention",
-    "mtp_num_layers", "mtp_hybrid_override_pattern", "window_size", "qk_l2_norm", "glu_linear_offset",
+    "mtp_num_layers", "mtp_hybrid_override_pattern", "window_size", "window_attn_skip_freq",
+    "qk_l2_norm", "glu_linear_offset",
     "apply_residual_connection_post_layernorm", "activation_func_clamp_value", "attention_output_gate",
     "no_rope_freq", "experimental_attention_variant", "mrope_section", "is_hybrid_model",
     "heterogeneous_block_specs", "heterogeneous_layers_config_path", "use_mup", "mup_base_hidden_size",
@@ -203,9 +204,9 @@ def _is_plain(family: Family) -> bool:
     return rotates_halves and normalizes and is_swiglu and not family.scales_embedding
 
 
-def known_norms() -> dict[str, Norm]:
-    """Every norm of a layer that a family has, by its name in Megatron."""
-    return {norm.name: norm for family in FAMILIES.values() for norm in family.norms}
+def known_norms() -> frozenset[Norm]:
+    """Every norm of a layer that a family has; some share a name, under keys of their own."""
+    return frozenset(norm for family in FAMILIES.values() for norm in family.norms)
 
 
 def _llama3(factor: Any, numbers: Mapping[str, Any] = MEGATRON_LLAMA3) -> dict[str, Any]:
