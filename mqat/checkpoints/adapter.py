@@ -69,6 +69,13 @@ class MergedAdapter:
     def __init__(self, path: Path, base: Base) -> None:
         self.path, self.config, self._base = path, base.config, base
         self.tokenizer_source = base.tokenizer_source
+        family = base.config.architecture
+        if any(linear.is_transposed_in_hf for linear in family.linears):
+            raise UserError(
+                f"{path}: adapters of {family.name} models, whose weights are stored transposed, are "
+                "not merged here; merge it with peft (merge_and_unload, then save_pretrained) and "
+                "import that."
+            )
         said = read_json(path / ADAPTER_CONFIG)
         rank = _check(path, said)
         alpha = said.get("lora_alpha", 8)

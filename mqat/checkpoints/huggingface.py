@@ -63,9 +63,8 @@ class HuggingFaceCheckpoint:
         kept = {n: own for n, own in self._stored.items() if not n.endswith(family.hf_buffers)}
         shapes = {name: shapes[own] for name, own in kept.items()}
         dtypes = {name: dtypes[own] for name, own in kept.items()}
-        dtypes_of_stored = dtypes
         shapes, self._places = one_by_one(shapes, self.config)
-        dtypes = {name: dtypes_of_stored[self._places[name].name] for name in shapes}
+        dtypes = {name: dtypes[self._places[name].name] for name in shapes}
         table, head = f"{family.embedding.hf}.weight", f"{family.output_layer.hf}.weight"
         has_copy = self.config.tie_word_embeddings and head in shapes
         told = (path, shapes, self.config, "config.json")

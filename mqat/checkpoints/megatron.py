@@ -20,6 +20,7 @@ from mqat.checkpoints.stored_tensors import finite
 from mqat.checkpoints.torch_dist import ChunkedTensors
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES, DecoderConfig
+from mqat.models.family import Family
 from mqat.models.structure import (
     EMBEDDING,
     FINAL_NORM,
@@ -39,6 +40,27 @@ _PREFIX = re.compile(rf"((?:(?:model|module)\.)*){re.escape(EMBEDDING.key)}$")
 _NO_WEIGHT = re.compile(r"^(optimizer|rng_state|opt_param|rerun_state)|_extra_state|\.inv_freq$")
 _HALVES = ("_w", "_v")  # gate, up: Megatron's `singleton_local_shards`
 Region = tuple[slice, ...]
+
+
+def check_family(family: Family, said_by: object) -> None:
+    """Refuses a family that `MegatronCheckpoint` has no way to read.
+
+    Raises:
+        UserError: It does not have Llama's names in Hugging Face, one of each part, dense and gated.
+    """
+    has_names = (family.hf_layer, family.embedding, family.final_norm, family.output_layer) == (
+        HF_LAYER,
+        EMBEDDING,
+        FINAL_NORM,
+        OUTPUT_LAYER,
+    )
+    is_dense = family.mixture is None and family.is_gated and family.positions is None
+    is_apart = all(len(linear.hf_modules()) == len(linear.parts) for linear in family.linears)
+    if not (has_names and is_dense and is_apart and family.normalization == "RMSNorm"):
+        raise UserError(
+            f"{said_by}: {family.name} models are not read from checkpoints of Megatron or NeMo; "
+            "convert the checkpoint to a Hugging Face directory and import that."
+        )
 
 
 class MegatronCheckpoint:
@@ -100,7 +122,7 @@ class MegatronCheckpoint:
     def _stored(self) -> Stored:
         """What the tensors say of the model."""
         linears = {linear.name for family in FAMILIES.values() for linear in family.linears}
-        norms = {n for n, norm in known_norms().items() if self._norm_key(norm, 0) is not None}
+        norms = {norm.name for norm in known_norms() if self._norm_key(norm, 0) is not None}
         biases = {n for n in linears if self._layer_key(f"{n}.bias", 0) is not None}
         rows = self._tensors.shape(self._keys[EMBEDDING.key])[0]
         return Stored(

@@ -34,7 +34,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 # Would change what is computed with any value but none, false, zero or an empty one.
 _ABSENT = {
     "layernorm_zero_centered_gamma", "rotary_interleaved", "num_moe_experts", "multi_latent_attention",
-    "mtp_num_layers", "mtp_hybrid_override_pattern", "window_size", "qk_l2_norm", "glu_linear_offset",
+    "mtp_num_layers", "mtp_hybrid_override_pattern", "window_size", "window_attn_skip_freq",
+    "qk_l2_norm", "glu_linear_offset",
     "apply_residual_connection_post_layernorm", "activation_func_clamp_value", "attention_output_gate",
     "no_rope_freq", "experimental_attention_variant", "mrope_section", "is_hybrid_model",
     "heterogeneous_block_specs", "heterogeneous_layers_config_path", "use_mup", "mup_base_hidden_size",
@@ -149,6 +150,59 @@ class TrainingConfig:
                 f"{self.where}: softmax_scale={scale}, must be None or 1/sqrt({model.head_dim})."
             )
 
+    def check_is(self, model: DecoderConfig, said_by: str) -> None:
+        """Refuses a description of another model than this configuration was trained with.
+
+        Raises:
+            UserError: Sizes, norms, positions or the activation are others.
+        """
+        says, family = self.values.get, model.architecture
+        heads, hidden = says("num_attention_heads"), says("hidden_size")
+        derived = heads and hidden and hidden // heads
+        wanted: dict[str, tuple[Any, float]] = {
+            "num_layers": (says("num_layers"), model.num_layers),
+            "hidden_size": (hidden, model.hidden_size),
+            "ffn_hidden_size": (says("ffn_hidden_size"), model.intermediate_size),
+            "num_attention_heads": (heads, model.num_attention_heads),
+            "num_query_groups": (says("num_query_groups") or heads, model.num_query_groups),
+            "kv_channels": (says("kv_channels") or derived, model.head_dim),
+            "layernorm_epsilon": (says("layernorm_epsilon"), model.rms_norm_eps),
+            "rotary_base": (says("rotary_base"), model.rope_theta),
+        }
+        for word, (value, other) in wanted.items():
+            if is_positive(value) and not math.isclose(value, other, rel_tol=1e-6):
+                raise self._contradiction(word, f"{word}={other!r}", said_by)
+        gamma = "layernorm_zero_centered_gamma"
+        if says("normalization") not in (None, family.normalization):
+            raise self._contradiction("normalization", f"norms are {family.normalization}", said_by)
+        if gamma in self.values and bool(says(gamma)) != family.zero_centered_gamma:
+            raise self._contradiction(
+                gamma, f"{family.name} has {gamma}={family.zero_centered_gamma}", said_by
+            )
+        function, told = (
+            says("activation_func", "not said"),
+            f"the activation is {family.activation}",
+        )
+        if function != "not said" and (function == "silu") != (family.activation == "silu"):
+            raise self._contradiction("activation_func", told, said_by)
+        if (
+            says("gated_linear_unit") is False
+            and family.is_gated
+            and function in ("not said", "silu")
+        ):
+            raise self._contradiction("gated_linear_unit", f"{told}, with a gate", said_by)
+        if self.rope_scaling not in (None, model.rope_scaling):
+            raise UserError(
+                f"{self.where}: positions are scaled by {self.rope_scaling}, but {said_by} says "
+                f"{model.rope_scaling}; they are of different models."
+            )
+
+    def _contradiction(self, word: str, other: str, said_by: str) -> UserError:
+        return UserError(
+            f"{self.where}: {self._said(word)}, but {said_by} says that {other}; they are of different "
+            "models."
+        )
+
     def _said(self, word: str) -> str:
         own = self.spelled.get(word, word)
         return f"{own}={self.values.get(own, self.values[word])!r}"
@@ -203,9 +257,9 @@ def _is_plain(family: Family) -> bool:
     return rotates_halves and normalizes and is_swiglu and not family.scales_embedding
 
 
-def known_norms() -> dict[str, Norm]:
-    """Every norm of a layer that a family has, by its name in Megatron."""
-    return {norm.name: norm for family in FAMILIES.values() for norm in family.norms}
+def known_norms() -> frozenset[Norm]:
+    """Every norm of a layer that a family has; some share a name, under keys of their own."""
+    return frozenset(norm for family in FAMILIES.values() for norm in family.norms)
 
 
 def _llama3(factor: Any, numbers: Mapping[str, Any] = MEGATRON_LLAMA3) -> dict[str, Any]:
@@ -254,7 +308,9 @@ def from_transformer_config(config: Mapping[str, Any], where: str) -> TrainingCo
         )
         numbers = {name: config.get(own, MEGATRON_LLAMA3[name]) for name, own in names.items()}
         scaling = _llama3(config["scale_factor"], numbers)
-    elif config.get("rope_scaling"):
+    elif (switch := config.get("rope_scaling")) not in (None, False, True):
+        raise UserError(f"{where}: rope_scaling={switch!r}, must be true or false.")
+    elif switch:
         scaling = _llama3(config.get("rope_scaling_factor", 8.0))
     return TrainingConfig(where, values, {}, scaling)
 

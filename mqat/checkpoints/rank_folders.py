@@ -27,8 +27,16 @@ from mqat.checkpoints.folder import Folder
 from mqat.checkpoints.records import MappedFile
 from mqat.checkpoints.torch_dist import ChunkedTensors
 from mqat.errors import UserError
-from mqat.models.decoder import FAMILIES
-from mqat.models.structure import OUTPUT_LAYER, TABLES, Linear, in_layer, is_in_layer, split_name
+from mqat.models.structure import (
+    DENSE_LINEARS,
+    OUTPUT_LAYER,
+    TABLES,
+    Linear,
+    by_name,
+    in_layer,
+    is_in_layer,
+    split_name,
+)
 
 _RANK = re.compile(r"(?:mp_rank_(\d+)(?:_(\d+))?|tp_rank_(\d+)_pp_rank_(\d+))/")
 
@@ -126,10 +134,9 @@ def _joined(key: str, parts: Sequence[Tensor]) -> SimpleNamespace:
     """The whole of what tensor-parallel ranks hold parts of, as an index of chunks."""
     bare = _bare(key)
     module, _, kind = bare.rpartition(".")
-    linears = {linear.name: linear for f in FAMILIES.values() for linear in f.linears}
     linear = None
     if is_in_layer(module) and kind in ("weight", "bias"):
-        linear = linears.get(split_name(module)[1])
+        linear = by_name(DENSE_LINEARS).get(split_name(module)[1])  # NeMo's gated families
     is_table = bare in [table.key for table in TABLES]
     size = list(parts[0].shape)
     if is_table or (linear is not None and linear.parallel == "column"):

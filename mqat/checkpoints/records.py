@@ -13,6 +13,7 @@ import mmap
 import pickle
 import zipfile
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ _STORAGES = {
 _OTHERS = (
     "megatron", "nemo", "transformer_engine", "modelopt", "signal", "pathlib", "numpy", "datetime",
 )  # fmt: skip
+
+
+_PICKLE_BYTES = 1 << 26  # of real ones: up to some MB, as tensors stand beside them
 
 
 class Foreign:
@@ -84,6 +88,11 @@ class MappedFile:
         """
         archive = zipfile.ZipFile(_Window(self._map, start, length))
         names = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+        for name, info in names.items():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{name} is compressed, which torch.save never does")
+        if names["data.pkl"].file_size > _PICKLE_BYTES:
+            raise UserError(f"data.pkl is larger than {_PICKLE_BYTES} bytes")
         if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
             raise UserError("written on a big-endian machine")
 
@@ -95,8 +104,8 @@ class MappedFile:
                 int.from_bytes(self._map[header + i : header + i + 2], "little") for i in (26, 28)
             )
             offset = header + 30 + extra
-            if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > start + length:
-                raise UserError(f"storage {key} is compressed or cut off")
+            if offset + info.file_size > start + length:
+                raise UserError(f"storage {key} is cut off")
             count = info.file_size // dtype.itemsize
             if not count:
                 return torch.empty(0, dtype=dtype)
@@ -142,15 +151,18 @@ def _attribute(owner: Any, _: str) -> Foreign:
     return Foreign()
 
 
-_WORDS = {
+# A pickle can set attributes of whatever it names. Those of these words, in C, cannot be set.
+_WORDS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "set"): set,
+    ("_codecs", "encode"): codecs.encode,  # bytes, in the protocol of torch.save
+    ("torch", "Size"): torch.Size,
+}
+# Those of these could; a pickle gets a subclass of its own.
+_CLASSES: dict[tuple[str, str], type] = {
     ("argparse", "Namespace"): argparse.Namespace,
     ("types", "SimpleNamespace"): argparse.Namespace,
-    ("builtins", "set"): set,
-    ("builtins", "getattr"): _attribute,
-    ("_codecs", "encode"): codecs.encode,  # bytes, in the protocol of torch.save
     ("_io", "BytesIO"): Foreign,  # Transformer Engine's extra state
-    ("torch", "Size"): torch.Size,
 }
 
 
@@ -164,8 +176,10 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _WORDS:
             return _WORDS[module, name]
-        if module == "torch._utils" and name in _REBUILD:
-            return _REBUILD[name]
+        if (module, name) in _CLASSES:
+            return type(name, (_CLASSES[module, name],), {})
+        if (module, name) in _FUNCTIONS:
+            return partial(_FUNCTIONS[module, name])
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -193,8 +207,10 @@ def _rebuild_parameter(tensor: Tensor, *_: Any) -> Tensor:
     return tensor
 
 
-_REBUILD = {
-    "_rebuild_tensor_v2": _rebuild,
-    "_rebuild_tensor_v3": _rebuild_typed,
-    "_rebuild_parameter": _rebuild_parameter,
+# A pickle gets a `partial` of its own.
+_FUNCTIONS: dict[tuple[str, str], Any] = {
+    ("builtins", "getattr"): _attribute,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
 }

@@ -5,12 +5,12 @@ records, one per saved chunk. The index is read by an unpickler that knows only 
 classes; of the records (`records.py`) only what overlaps the request is touched.
 """
 
-import enum
 import io
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ INDEX = ".metadata"
 _INDEX_CLASSES = {
     "pathlib": {"PosixPath"},  # where it was saved, if that was given as a Path
     "pathlib._local": {"PosixPath"},  # the same in Python 3.13
-    "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
@@ -49,11 +48,28 @@ _INDEX_CLASSES = {
 }
 
 
+class _Entry:
+    """Stands for any object of an index, with what it holds.
+
+    A pickle can set attributes of every class that it names, so none gets the real one.
+    """
+
+    members: frozenset[str] = frozenset()
+    offset: Any = None  # of a `MetadataIndex` without one
+
+    def __init__(self, *_: Any) -> None:
+        """Takes whatever the object was made of: the parts of a path, the value of a member."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Takes what the object held; `TensorProperties` has a tuple that begins with the dtype."""
+        self.__dict__.update({"dtype": state[0]} if isinstance(state, tuple) else state)
+
+
 def _enum_member(owner: Any, name: str) -> Any:
     """`getattr` of an enumeration's members: so Python 3.11.0 to 3.11.3 pickle them."""
-    if not (isinstance(owner, enum.EnumMeta) and name in owner.__members__):
+    if not (isinstance(owner, type) and issubclass(owner, _Entry) and name in owner.members):
         raise pickle.UnpicklingError(f"{owner}.{name} does not belong in a checkpoint index")
-    return owner[name]
+    return owner()
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -61,11 +77,16 @@ class _IndexUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _INDEX_CLASSES.get(module, ()):
+            return partial(_enum_member)
+        if module == "torch" and (
+            name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return getattr(torch, name)  # in C: their attributes cannot be set
+        if name not in _INDEX_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint index")
-        return super().find_class(module, name)
+        real = super().find_class(module, name) if module.startswith("torch.") else None
+        members = frozenset(getattr(real, "__members__", ()))
+        return type(name, (_Entry,), {"members": members})
 
 
 def _read_index(folder: Folder) -> tuple[dict[str, Any], dict[Any, Any]]:

@@ -27,7 +27,7 @@ import yaml
 from mqat.checkpoints.folder import Folder
 from mqat.checkpoints.hf_config import decoder_config
 from mqat.checkpoints.huggingface import read_json
-from mqat.checkpoints.megatron import MegatronCheckpoint
+from mqat.checkpoints.megatron import MegatronCheckpoint, check_family
 from mqat.checkpoints.megatron_config import (
     Stored,
     TrainingConfig,
@@ -56,7 +56,9 @@ def is_training_checkpoint(path: Path) -> bool:
     """Whether one of the above is there."""
     if path.is_file():
         return path.suffix == ".nemo" or tarfile.is_tarfile(path)
-    names = (_LATEST, INDEX, _FORMAT, _NEMO1, _NEMO2, "context/io.json")
+    names = [_LATEST, INDEX, _NEMO1, _NEMO2, "context/io.json"]
+    if not (path / "config.json").is_file():  # Hugging Face's, beside metadata of somebody else
+        names.append(_FORMAT)
     return any((path / name).exists() for name in names) or any(path.glob("*p_rank_*"))
 
 
@@ -92,8 +94,14 @@ Parts = tuple[TorchDist | RankFolders, TrainingConfig | None, Tokenizer]
 
 def _description(config: TrainingConfig | None, config_from: Path | None) -> tuple[Describe, str]:
     if config_from is not None:
-        model = decoder_config(read_json(config_from / "config.json"))
-        return lambda _: model, f"{config_from}/config.json"
+        model, said_by = (
+            decoder_config(read_json(config_from / "config.json")),
+            config_from / "config.json",
+        )
+        check_family(model.architecture, said_by)
+        if config is not None:
+            config.check_is(model, str(said_by))
+        return lambda _: model, str(said_by)
     assert config is not None
     return config.describe, config.where
 
@@ -142,19 +150,19 @@ def _megatron(folder: Folder, config_from: Path | None) -> Parts:
     tensors = _torch_dist(folder)
     config, tokenizer = None, folder.path / "tokenizer"
     found: Tokenizer = tokenizer if tokenizer.is_dir() else None
-    if config_from is not None:
-        return tensors, None, found
     if folder.has(_BRIDGE):
         model = _yaml(folder, _BRIDGE).get("model")
         said = _mapping(folder, _BRIDGE, "model", model)
         config = from_transformer_config(said, f"{folder.path / _BRIDGE}")
         return tensors, config, found
-    args = _args(folder, tensors)
-    return (
-        tensors,
-        from_megatron_lm(args, f"args in {folder.path / _COMMON}"),
-        found or _local(args),
-    )
+    try:
+        args = _args(folder, tensors)
+    except UserError:
+        if config_from is None:
+            raise
+        return tensors, None, found  # they say nothing that could contradict the description
+    config = from_megatron_lm(args, f"args in {folder.path / _COMMON}")
+    return tensors, config, found or _local(args)
 
 
 def _args(folder: Folder, tensors: TorchDist) -> dict[str, Any]:

@@ -300,8 +300,8 @@ MLP_NORM = Norm(
     gguf="ffn_norm",
     trtllm="post_layernorm",
 )
-# Of what attention and MLP add to the hidden states (Gemma 2 and 3); `specs/post_norm.py` puts them
-# where Megatron adds. Checkpoints hold them as NeMo does.
+# Of what attention and MLP add to the hidden states (Gemma 2 and 3); `specs/elementwise.py` (OutputNorm)
+# puts them where Megatron adds. Checkpoints hold them as NeMo does.
 ATTENTION_OUTPUT_NORM = Norm(
     "self_attn_bda.norm",
     "hidden",

@@ -29,6 +29,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from mqat.errors import UserError
+from mqat.models.structure import FC1, FC2
 from mqat.parallel.linear import QuantizedLinear
 from mqat.parallel.quantized_module import ExpertGroups
 from mqat.parallel.reduce import all_reduce_fused_
@@ -68,7 +69,7 @@ class QuantExperts(SequentialMLP):  # type: ignore[misc]
                 ffn_hidden_size=self.config.moe_ffn_hidden_size,
                 tp_group=self.tp_group,
             )
-            for linear in (expert.linear_fc1, expert.linear_fc2):
+            for linear in _linears_of(expert):
                 linear.expert_groups = groups
             self.local_experts.append(expert)
 
@@ -108,7 +109,7 @@ class QuantMoELayer(MoELayer):  # type: ignore[misc]
         Raises:
             UserError: Training with tensor but without sequence parallelism.
         """
-        if self.experts.local_experts[0].linear_fc1.is_calibrating:
+        if _linears(self.experts)[0].is_calibrating:
             return self._exact(hidden_states), None
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise UserError(
@@ -142,7 +143,7 @@ class QuantMoELayer(MoELayer):  # type: ignore[misc]
                     taken = routing[source, :, number].nonzero()[:, 0]
                     if not len(taken):
                         continue
-                    for linear in (expert.linear_fc1, expert.linear_fc2):
+                    for linear in _linears_of(expert):
                         linear.token_mask = real[source, taken][None].cpu()
                     output = _weighted(expert, rows[source, taken], probs[source, taken, number])
                     slots[source, taken, place[source, taken, number]] = output
@@ -162,7 +163,11 @@ class QuantMoELayer(MoELayer):  # type: ignore[misc]
 
 
 def _linears(experts: SequentialMLP) -> list[QuantizedLinear]:
-    return [x for expert in experts.local_experts for x in (expert.linear_fc1, expert.linear_fc2)]
+    return [linear for expert in experts.local_experts for linear in _linears_of(expert)]
+
+
+def _linears_of(expert: MLP) -> list[QuantizedLinear]:
+    return [getattr(expert, linear.kind) for linear in (FC1, FC2)]
 
 
 def _of_all(local: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -26,7 +26,8 @@ from tests.unit.checkpoints.malformed_sources import (
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2"}
 GGUF_EXTRA: dict[str, list[Any]] = {
     "attention.sliding_window": [8, 4096], "rope.scaling.type": ["linear", "yarn", "none", 3],
-    "rope.scaling.factor": [4.0, 1.0], "attention.key_length": [8, 16], "attention.value_length": [8,
+    # Others scale positions, as llama.cpp does; transformers would overlook them.
+    "rope.scaling.factor": [0.0, 1.0], "attention.key_length": [8, 16], "attention.value_length": [8,
     4],
     "rope.dimension_count": [8, 4], "expert_count": [0, 8], "attention.causal": [True, False],
     "vocab_size": [40, 41],

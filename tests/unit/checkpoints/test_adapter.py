@@ -2,12 +2,15 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from mqat.checkpoints.adapter import MergedAdapter
 from mqat.checkpoints.source import open_pretrained
+from mqat.models.decoder import FAMILIES
 from tests.unit.checkpoints.malformed_sources import good, write_directory
 
 EVERYTHING = slice(None)
@@ -102,3 +105,15 @@ def test_an_adapter_alone_is_no_model_and_a_model_no_adapter(base, tmp_path):
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "x.bin")
     with pytest.raises(ValueError, match="missing, truncated or not safetensors"):
         open_pretrained(tmp_path / "adapter", base=path)
+
+
+def test_a_family_with_transposed_weights_is_refused(tmp_path):
+    base = SimpleNamespace(
+        path=tmp_path,
+        config=SimpleNamespace(architecture=FAMILIES["gpt2"]),
+        tokenizer_source=tmp_path,
+    )
+    with pytest.raises(
+        ValueError, match="adapters of gpt2 models, whose weights are stored transposed"
+    ):
+        MergedAdapter(tmp_path, base)

@@ -176,7 +176,7 @@ def gguf(path, change=lambda case: None):
 
 
 @pytest.mark.parametrize(("told", "message"), [
-    ({"llama.rope.scaling.factor": 4.0}, "rope.scaling.factor' is 4.0, which is not honoured"),
+    ({"llama.rope.scaling.factor": -4.0}, "rope.scaling.factor' is -4.0, must be a positive number"),
     ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"), ({"llama.expert_count": 8},
     "expert_count' is 8"),
     ({"llama.logit_scale": 2.0}, "logit_scale"), ({"llama.attention.value_length": 4},
@@ -191,6 +191,12 @@ def gguf(path, change=lambda case: None):
 ])  # fmt: skip
 def test_what_metadata_say_and_nobody_honours_is_refused(tmp_path, told, message):
     refused(gguf(tmp_path / "m", lambda case: case.config.update(told))[0], match=message)
+
+
+def test_a_factor_alone_scales_positions_linearly_as_in_llama_cpp(tmp_path):
+    told = {"llama.rope.scaling.factor": 4.0}
+    config = open_pretrained(gguf(tmp_path / "m", lambda case: case.config.update(told))[0]).config
+    assert config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
 
 
 def test_harmless_metadata_are_read(tmp_path):

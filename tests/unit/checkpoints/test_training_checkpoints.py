@@ -18,12 +18,17 @@ import pytest
 import torch
 import yaml
 
+from mqat.checkpoints import rank_folders
 from mqat.checkpoints.folder import Folder
+from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
+from mqat.checkpoints.megatron import check_family
+from mqat.checkpoints.megatron_config import from_transformer_config
 from mqat.checkpoints.source import open_pretrained
 from mqat.data.tokenizer import load_tokenizer, train_small_tokenizer
-from mqat.models.decoder import hf_shapes
+from mqat.models.decoder import FAMILIES, hf_shapes
 from mqat.runtime import groups
 from tests.distributed import megatron_worker as worker
+from tests.unit.checkpoints.malformed_sources import good, write_directory
 
 LAYOUTS = {"stacked": "", "layers": "module.", "halves": "module.", "nemo": "model."}
 NEMO1 = {
@@ -253,6 +258,84 @@ def test_weights_without_args_need_a_description(saved, tmp_path):
     torch.save({"args": worker.megatron_lm_args(options())}, path / "common.pt")
     with pytest.raises(ValueError, match=r"brings no tokenizer .*--tokenizer DIR"):
         _ = open_pretrained(path).tokenizer_source
+
+
+@pytest.fixture
+def described(saved, tmp_path):
+    """Makes a Hugging Face directory that describes the saved model, with changes."""
+
+    def make(**changes: Any) -> Path:
+        path = tmp_path / "described"
+        path.mkdir()
+        config = open_pretrained(saved[0] / "stacked").config.to_hf("bfloat16") | changes
+        (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(("changes", "args", "message"), [
+    ({"rope_theta": 10000.0}, {}, "rotary_base=5000, but .*config.json says that rotary_base=10000.0"),
+    ({"rms_norm_eps": 1e-5}, {}, "norm_epsilon=1e-06, but .*layernorm_epsilon=1e-05"),
+    ({"num_attention_heads": 8, "head_dim": 12}, {}, "num_attention_heads=4, but"),
+    ({"rope_scaling": None}, {}, "positions are scaled by .*llama3.* says None"),
+    ({}, {"normalization": "LayerNorm"}, "normalization='LayerNorm', but .* norms are RMSNorm"),
+    ({}, {"apply_layernorm_1p": True}, "apply_layernorm_1p=True, but .*gamma=False"),
+    ({}, {"squared_relu": True}, "squared_relu=True, but .* the activation is silu"),
+    ({}, {"swiglu": False}, "swiglu=False, but .* with a gate"),
+])  # fmt: skip
+def test_a_description_that_contradicts_the_run_is_refused(
+    saved, tmp_path, described, changes, args, message
+):
+    path = with_args(saved, tmp_path, **args)
+    with pytest.raises(ValueError, match=message):
+        open_pretrained(path, config_from=described(**changes))
+
+
+def test_a_description_that_agrees_with_the_run_is_taken(saved, described):
+    path = described()
+    source = open_pretrained(saved[0] / "stacked", config_from=path)
+    check_weights(source, saved[1])
+    assert source.config.family == "qwen3"
+
+
+@pytest.mark.parametrize(("family", "is_read"), [
+    *((name, True) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")),
+    *((name, False) for name in ("phi3", "chatglm", "gpt2", "nemotron", "starcoder2", "mixtral",
+                                 "qwen3_moe")),
+])  # fmt: skip
+def test_families_without_llamas_names_are_refused_by_name(family, is_read):
+    if is_read:
+        check_family(FAMILIES[family], "config.json")
+        return
+    with pytest.raises(
+        ValueError, match=f"{family} models are not read from checkpoints of Megatron"
+    ):
+        check_family(FAMILIES[family], "config.json")
+
+
+def test_rope_scaling_is_a_switch():
+    with pytest.raises(ValueError, match=r"rope_scaling={'factor': 4.0}, must be true or false"):
+        from_transformer_config({"rope_scaling": {"factor": 4.0}}, "run_config.yaml")
+    assert from_transformer_config({"rope_scaling": True}, "").rope_scaling is not None
+
+
+def test_a_hugging_face_directory_with_a_metadata_file_is_one(tmp_path):
+    path = write_directory(good("llama"), tmp_path / "model")
+    (path / "metadata.json").write_text("{}")
+    assert isinstance(open_pretrained(path), HuggingFaceCheckpoint)
+
+
+def test_rows_of_rank_folders_are_those_of_a_gated_mlp():
+    """Each rank holds its rows of the gate, then of the up projection."""
+    gate, up = torch.arange(8.0).view(4, 2), 10 + torch.arange(8.0).view(4, 2)
+    ranks = [torch.cat([gate[r : r + 2], up[r : r + 2]]) for r in (0, 2)]
+    found = rank_folders._joined("model.decoder.layers.0.mlp.linear_fc1.weight", ranks)
+    whole = torch.empty(found.size)
+    for chunk in found.chunks:
+        start = chunk.offsets[0]
+        whole[start : start + chunk.sizes[0]] = chunk.tensor
+    assert torch.equal(whole, torch.cat([gate, up]))
 
 
 def test_other_forms_of_checkpoints_are_refused_by_name(saved, tmp_path):

@@ -28,6 +28,10 @@ SMALL = DecoderConfig(
     num_query_groups=2, head_dim=2,
 )  # fmt: skip
 
+MIXTURE = {
+    "family": "mixtral", "num_experts": 3, "experts_per_token": 2, "expert_intermediate_size": 6,
+}  # fmt: skip
+
 
 def rows(parts):
     return [row for part in parts for row in range(part.start, part.stop)]
@@ -62,9 +66,13 @@ def test_the_pieces_of_all_ranks_are_the_fused_weight(linear, tp):
 
 
 def test_experts_are_a_dimension_of_the_stored_weight():
-    expert = replace(FC1, experts=3)
+    sizes = replace(SMALL, **MIXTURE)
+    expert = sizes.linears[-1]
+    assert expert.name == "mlp.experts.2.linear_fc2"
     assert FC1.stacked_shape(SMALL, 2) == (2, 8, 4)
-    assert expert.stacked_shape(SMALL, 2) == (2, 3, 8, 4)
+    assert expert.stacked_shape(sizes, 2) == (2, 3, 4, 6)
+    assert expert.stored_at(1) == (slice(1, 2), slice(2, 3))
+    assert FC1.stored_at(1) == (slice(1, 2),)
 
 
 def test_names_are_taken_apart_as_they_were_put_together():
