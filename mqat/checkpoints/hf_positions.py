@@ -196,6 +196,11 @@ def _scaling(family: Family, key: str, rope: Any, hf: Mapping[str, Any]) -> dict
     if not isinstance(kind, str) or kind not in SCALINGS or any(o != kind for o in kinds):
         told = " and ".join(map(repr, kinds))
         raise UserError(f"rope_type={told}: supported are {', '.join(map(repr, SCALINGS))}.")
+    if kind != "default" and family.rope_scalings is not None and kind not in family.rope_scalings:
+        raise UserError(
+            f"config.json: {key}: rope_type {kind!r} is none that transformers takes for models of "
+            f"model_type {family.name!r}; supported are default, {', '.join(family.rope_scalings)}."
+        )
     needed, optional = SCALINGS[kind]
     rope = {word: value for word, value in rope.items() if value is not None}
     if kind == "longrope" and hf.get(_ORIGINAL) is not None:

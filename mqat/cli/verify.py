@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mqat.cli.arguments import DEFAULT, positive
 from mqat.errors import UserError
@@ -47,45 +47,27 @@ def _token_window(text: Path, tokenizer_dir: Path, length: int) -> torch.Tensor:
     return torch.tensor([ids])
 
 
-def _json_object(file: Path) -> dict[str, Any]:
-    """Contents of a JSON file; empty if it is missing, which verification reports itself."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}.")
-    return value
-
-
 def _verified(directory: Path, args: argparse.Namespace) -> Report:
     from mqat.checkpoints.reader import CheckpointReader
-    from mqat.data.sample import NUM_TOKENS, sample_tokens
-    from mqat.export.exporter import DTYPES
-    from mqat.verify.verify import verify_export
+    from mqat.data.sample import sample_tokens
+    from mqat.verify.verify import read_model, verify_export
 
-    tokens = None
-    config = _json_object(directory / "config.json")
+    tokens, served = None, read_model(directory)
     if args.text is not None:
         tokens = _token_window(args.text, directory, args.tokens)
-    elif config:
+    elif served is not None:
         tokens = sample_tokens(
             directory,
-            vocab_size=config.get("vocab_size", 2),
-            longest=config.get("max_position_embeddings", NUM_TOKENS),
+            vocab_size=served.value("vocab_size"),
+            longest=served.value("max_position_embeddings"),
         )
-    if args.reference is None or tokens is None:
+    if args.reference is None or tokens is None or served is None:
         return verify_export(directory, reference=args.reference, tokens=tokens)
-    dtype = config.get("torch_dtype", config.get("dtype", "float32"))
-    if dtype not in DTYPES:
-        raise UserError(f"{directory / 'config.json'}: dtype={dtype!r} is not one mqat writes.")
-    trained = CheckpointReader(args.reference).model.vocab_size
-    if trained != config.get("vocab_size"):
+    trained, vocab = CheckpointReader(args.reference).model.vocab_size, served.value("vocab_size")
+    if trained != vocab:
         raise UserError(
-            f"{args.reference}: has vocab_size={trained}, {directory} has "
-            f"{config.get('vocab_size')}: this is not the checkpoint that was exported there."
+            f"{args.reference}: has vocab_size={trained}, {directory} has {vocab}: "
+            "this is not the checkpoint that was exported there."
         )
     from mqat.checkpoints.load_model import load_model
     from mqat.runtime import groups
@@ -95,7 +77,7 @@ def _verified(directory: Path, args: argparse.Namespace) -> Report:
     from mqat.evaluation.verification import verify_with_model
 
     report = verify_with_model(
-        directory, args.reference, model.chunks, tokens, dtype, is_rebuilt=True
+        directory, args.reference, model.chunks, tokens, served.value("dtype"), is_rebuilt=True
     )
     groups.finalize()
     return report

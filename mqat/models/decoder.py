@@ -115,10 +115,34 @@ class DecoderConfig:
             )
         if self.windowed_rope_theta is not None and not layers:
             raise UserError("model.windowed_rope_theta: no layer has a window.")
+        scalar = self.score_scale**-2
+        is_whole = math.isclose(scalar, round(scalar), rel_tol=1e-6)
+        if "query_pre_attn_scalar" in family.attention and not is_whole:
+            raise UserError(
+                f"model.attention_scale={self.attention_scale}: its power of -2 is {scalar:g}, but "
+                f"query_pre_attn_scalar of a {family.name} model must be a whole number."
+            )
+        self._check_windowed_base()
         if wanted := self._unsaid(family) or self._fixed(family):
             raise UserError(
                 f"model.{wanted}={getattr(self, wanted)!r}: the config.json of a {family.name} model "
                 "cannot say that."
+            )
+
+    def _check_windowed_base(self) -> None:
+        """Refuses scalings that would reach windowed layers, or in Hugging Face would not."""
+        kind, base = (self.rope_scaling or {}).get("rope_type"), self.windowed_rope_theta
+        if base is not None and kind in ("yarn", "longrope"):
+            raise UserError(
+                f"model.windowed_rope_theta={base:g} with rope_scaling of type {kind!r}: its factor of "
+                "attention would reach windowed layers, which are never scaled; supported there are "
+                "linear, dynamic and llama3."
+            )
+        has_own = "rope_local_base_freq" in self.architecture.attention
+        if has_own and self.windowed_layers and base is None and kind is not None:
+            raise UserError(
+                f"model.rope_scaling of type {kind!r} without windowed_rope_theta: windowed layers of a "
+                f"{self.family} model are never scaled; state their base."
             )
 
     def _fixed(self, family: Family) -> str | None:
@@ -173,6 +197,13 @@ class DecoderConfig:
             raise UserError(
                 f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}: a token "
                 "cannot go to more experts than there are."
+            )
+        mixture = self.architecture.mixture
+        is_said = mixture is not None and mixture.normalizes is not None
+        if has_experts and not is_said and not self.normalizes_expert_weights:
+            raise UserError(
+                f"normalizes_expert_weights=False: the weights of a token's experts add up to one in "
+                f"every {self.family} model; its config.json has no key that says otherwise."
             )
         if self.experts_per_token == 1 and self.normalizes_expert_weights:
             raise UserError(
@@ -335,7 +366,8 @@ class DecoderConfig:
             keys["sliding_window"] = self.sliding_window
             if window.switch is not None:
                 keys[window.switch] = self.sliding_window is not None
-            if self.sliding_window is not None and not window.is_of_all_layers:
+            has_pattern = window.every is not None or self.sliding_window is not None
+            if has_pattern and not window.is_of_all_layers:
                 keys["layer_types"] = [
                     ("sliding" if layer in self.windowed_layers else "full") + "_attention"
                     for layer in range(self.num_layers)
@@ -343,8 +375,11 @@ class DecoderConfig:
             if self.sliding_window is not None and window.first_layer is not None:
                 keys[window.first_layer[0]] = self.windowed_layers[0]
         for key in family.attention:
-            value = getattr(self, HF_ATTENTION[key])
-            keys[key] = round(self.score_scale**-2) if key == "query_pre_attn_scalar" else value
+            keys[key] = getattr(self, HF_ATTENTION[key])
+            if key == "query_pre_attn_scalar":
+                keys[key] = round(self.score_scale**-2)
+            elif key == "rope_local_base_freq" and keys[key] is None:  # it has no null
+                keys[key] = self.rope_theta
         return keys
 
 

@@ -112,6 +112,7 @@ class Family:
         head_dim_is_stated: transformers has a default of its own for `head_dim`.
         window: How a sliding window is declared; None: there is none.
         rope_theta: Rotary base where it is absent.
+        rope_scalings: Kinds that its class in transformers takes; None: all.
         rotary_fraction: Of a head's channels that are rotated, where `partial_rotary_factor` is absent;
             None: always all.
         is_rotary_interleaved: Neighbouring channels are rotated against each other, not halves.
@@ -157,6 +158,7 @@ class Family:
     head_dim_is_stated: bool = False
     window: SlidingWindow | None = None
     rope_theta: float = 10000.0
+    rope_scalings: tuple[str, ...] | None = None
     rotary_fraction: float | None = None
     is_rotary_interleaved: bool = False
     attention: Mapping[str, float | None] = field(default_factory=dict)

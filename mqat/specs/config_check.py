@@ -61,7 +61,7 @@ _HARMLESS = {
 # With experts, fields that begin with `moe_` are harmless only if they are among these: how tokens
 # travel, and what is added to the loss.
 _HARMLESS_OF_EXPERTS = {
-    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+    "moe_aux_loss_coeff", "moe_z_loss_coeff",
     "moe_token_dispatcher_type",
     "moe_enable_deepep", "moe_flex_dispatcher_backend", "moe_per_layer_logging", "moe_permute_fusion",
     "moe_router_fusion", "moe_layer_recompute", "moe_token_drop_policy", "moe_router_dtype",
@@ -69,7 +69,8 @@ _HARMLESS_OF_EXPERTS = {
     "moe_router_bias_update_rate", "moe_use_legacy_grouped_gemm", "moe_router_padding_for_fp8",
     "moe_router_padding_for_quantization", "moe_pad_expert_input_to_capacity",
 }  # fmt: skip
-
+# Losses alone; others choose experts in a way of their own.
+_HARMLESS_BALANCING = {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}
 
 # Of a description with experts -> of Megatron's configuration.
 SIZES_OF_EXPERTS = {
@@ -130,6 +131,10 @@ def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
                 yield f"softmax_scale={value}, must be {scale_text(described)}"
         elif name == "window_size":
             yield from _window_differences(config, described)
+        elif name == "moe_router_load_balancing_type":
+            kinds = value if isinstance(value, list) else [value]
+            if described.num_experts and not {*kinds} <= _HARMLESS_BALANCING:
+                yield f"{name}={value!r}, must be of {', '.join(sorted(_HARMLESS_BALANCING))}"
         elif name == "window_attn_skip_freq":
             continue  # with window_size
         elif name in wanted:

@@ -127,7 +127,6 @@ class Decoder:
     def _mixture(self, ranks: Sequence[Rank], layer: int, x: Tensor) -> Tensor:
         """Experts of each token, weighted by a softmax over all experts, or over the token's alone."""
         model, tokens = self.model, x.flatten(0, 1)
-        activate = ACTIVATIONS[model.facts.activation]
         router = ranks[0].tensor(f"{model.routers()[layer]}.weight").float()
         weights, chosen = (tokens @ router.t()).softmax(-1).topk(model.value("experts_per_token"))
         if model.normalizes:

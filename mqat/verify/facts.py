@@ -43,14 +43,11 @@ class Facts:
     activation: str  # of `activations.ACTIVATIONS`; gated where there is a part `gate`
     scales_embedding: bool  # by sqrt(hidden), rounded to the model's dtype
     transposed: tuple[str, ...]  # formats that hold unquantized weights as (in, out)
+    experts: Mapping[str, Any]  # empty: a dense MLP; names have `{}` for the number of an expert
 
     def norm_tensors(self) -> tuple[str, ...]:
         """Parameters of a norm."""
         return ("weight", "bias") if self.norm == "layer" else ("weight",)
-
-    experts: Mapping[
-        str, Any
-    ]  # empty: a dense MLP; its names have `{}` for the number of an expert
 
     def with_experts(self, count: int) -> "Facts":
         """With the linears of `count` experts, whose roles end in their numbers (`gate 3`)."""

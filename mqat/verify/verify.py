@@ -16,7 +16,7 @@ from mqat.verify.compare import compare_with_checkpoint
 from mqat.verify.decoder import SERVED_OTHERWISE, Decoder
 from mqat.verify.export import Export
 from mqat.verify.formats import huggingface, trtllm
-from mqat.verify.served_model import read_json
+from mqat.verify.served_model import ServedModel, read_json
 
 
 @dataclass
@@ -182,6 +182,14 @@ def read_export(directory: Path) -> Export:
     if export is None:
         raise UserError(f"{directory}: {problems[0]}")
     return export
+
+
+def read_model(directory: Path) -> ServedModel | None:
+    """What `config.json` describes; None if verification would refuse it."""
+    problems: list[str] = []
+    adapter = huggingface if is_huggingface(directory) else trtllm
+    export = adapter.read_config(directory, problems) if directory.is_dir() else None
+    return None if export is None or problems else export.model
 
 
 def open_export(directory: Path) -> Decoder:

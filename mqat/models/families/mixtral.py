@@ -10,7 +10,7 @@ MIXTRAL = Family(
     name="mixtral",
     hf_architecture="MixtralForCausalLM",
     gguf_architecture=None,
-    is_interleaved_in_gguf=True,
+    is_interleaved_in_gguf=False,
     trtllm_architecture="MixtralForCausalLM",
     decoder_types=("mixtral",),
     linears=(QKV, PROJ),
@@ -25,5 +25,4 @@ MIXTRAL = Family(
         count="num_local_experts",
         size="intermediate_size",
     ),
-    hf_extra={"sliding_window": None},
 )

@@ -27,6 +27,7 @@ PHI3 = Family(
     linears=(_QKV, PROJ, _FC1, FC2),
     cache=replace(CORE_ATTENTION, hf_parts=(_FUSED, _FUSED)),
     may_omit_groups=True,
+    rope_scalings=("longrope",),
     rotary_fraction=1.0,
     window=SlidingWindow(None),
     # Rates of dropout in pretraining.

@@ -33,6 +33,5 @@ QWEN3_MOE = Family(
         normalizes="norm_topk_prob",
         is_everywhere={"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
-    hf_extra={"use_sliding_window": False, "sliding_window": None},
     trtllm_extra={"qwen_type": "qwen3_moe", "seq_length": 8192, "use_logn_attn": False},
 )

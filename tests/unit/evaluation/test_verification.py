@@ -75,21 +75,25 @@ def test_what_ranks_round_otherwise_is_allowed_where_it_is_described(calibrated,
 
 
 def _wrong_rotation(patch):
-    from mqat.verify import decoder
+    from mqat.verify.positions import Positions
 
-    rotate = decoder.rotate
-    patch.setattr(decoder, "rotate", lambda x, base, scaling: rotate(x, 2 * base, scaling))
+    rotate = Positions.rotate
+    patch.setattr(
+        Positions, "rotate", lambda self, *args: rotate(replace(self, base=2 * self.base), *args)
+    )
 
 
 def _wrong_activation(patch):
-    patch.setattr(torch.nn.functional, "silu", torch.nn.functional.gelu)
+    from mqat.verify.activations import ACTIVATIONS
+
+    patch.setitem(ACTIVATIONS, "silu", torch.nn.functional.gelu)
 
 
 def _wrong_mask(patch):
+    from mqat.verify.positions import Positions
+
     attention = torch.nn.functional.scaled_dot_product_attention
-    patch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v)
-    )
+    patch.setattr(Positions, "attend", lambda self, q, k, v, layer: attention(q, k, v))
 
 
 @pytest.mark.parametrize("wrong", [_wrong_rotation, _wrong_activation, _wrong_mask])
@@ -133,7 +137,8 @@ def test_recorded_logits_tell_whether_the_rebuilt_model_is_the_trained_one(calib
     report = verified()
     assert report.problems == [] and "logits that training recorded: KL" in report.headline()
     # A model that computes something else than its description says, in a way no check of it sees.
-    chunks[0].rotary_pos_emb.inv_freq *= 1.5
+    rotary = chunks[0].rotary_pos_emb
+    rotary.model = replace(rotary.model, rope_theta=2 * rotary.model.rope_theta)
     chunks[0].rotary_pos_emb.forward.cache_clear()
     (first, *_) = verified().problems
     assert "rebuilt from mqat.json it computes other logits than training recorded" in first

@@ -61,10 +61,12 @@ def test_a_clean_directory_passes_and_computes_the_trained_logits(case):
         directory, reference=checkpoint, tokens=TOKENS, reference_logits=expected
     )
     assert report.problems == [] and report.compared_with_checkpoint
-    assert report.max_abs_difference < 1e-4 and report.num_files > 1
+    is_mixed = len({scheme.name for scheme in layers.values()}) > 1  # a code of an activation flips
+    tolerance = 1e-2 if is_mixed else 1e-4
+    assert report.max_abs_difference < tolerance and report.num_files > 1
     if layers:  # control: the unquantized model computes something else
         unquantized = transformers_logits(UNTIED, layers, TOKENS, quantize=False)
-        assert float((unquantized - expected).abs().max()) > 1e-2
+        assert float((unquantized - expected).abs().max()) > 100 * tolerance
 
 
 def test_one_flipped_bit_in_any_kind_of_tensor_is_named(case, copy):

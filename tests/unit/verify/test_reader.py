@@ -183,9 +183,10 @@ def relative(a, b):
     return float((a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt())
 
 
-# float32 rounding alone, or activation codes that flip because sums are ordered differently.
+# float32 rounding alone, or activation codes that flip because sums are ordered differently; then what
+# later tokens attend to has changed. FP8 has the coarsest codes, and steps of a token flip together.
 TOLERANCE = {
-    "null": 1e-5, "int4": 1e-5, "int8": 5e-3, "fp8": 1e-2, "nvfp4": 1e-2, "fp8_pc_pt": 1e-2,
+    "null": 1e-5, "int4": 1e-5, "int8": 5e-3, "fp8": 1e-2, "nvfp4": 1e-2, "fp8_pc_pt": 3e-2,
 }  # fmt: skip
 
 
