@@ -9,7 +9,7 @@ PYTHON_LATEST ?= $(firstword $(foreach p,python3.12 $(wildcard $(HOME)/.pyenv/ve
 LATEST := .venv-latest
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: print-latest install install-latest lint test test-latest test-all demo clean
+.PHONY: install install-latest lint test test-latest test-all demo clean
 
 # torch is pinned first: a loose range would pull several gigabytes of CUDA libraries.
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
@@ -29,10 +29,6 @@ $(LATEST)/installed: pyproject.toml
 	touch $@
 
 install-latest: $(LATEST)/installed
-
-# What test-latest would run with; nothing where it cannot.
-print-latest:
-	@echo $(PYTHON_LATEST)
 
 lint: install
 	$(BIN)/ruff format --check .
