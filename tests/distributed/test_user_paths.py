@@ -233,17 +233,19 @@ def test_training_ended_at_random_goes_on_to_the_same_losses(tmp_path):
     moment = random.Random(0)
     for number in (signal.SIGKILL, signal.SIGTERM):
         before, start = checkpoints(), time.monotonic()
-        process = subprocess.Popen(
-            command("killed"), env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        with (tmp_path / "said").open("wb") as said:  # no pipe: writers may outlive a killed rank
+            process = subprocess.Popen(
+                command("killed"), env=variables, stdout=subprocess.DEVNULL, stderr=said
+            )
         while len(checkpoints() - before) < 1:
             assert time.monotonic() - start < 100 and process.poll() is None
             time.sleep(0.02)
         time.sleep(moment.uniform(0.0, 1.0))  # within a step or while the next one is written
         process.send_signal(number)
-        _, said = process.communicate()
+        process.wait()
     # The last one was asked, not killed: it finished its step, saved, and said so.
-    (step,) = re.findall(rb"interrupted by SIGTERM: sft ended after step (\d) of 8 and saved", said)
+    words = "interrupted by SIGTERM: sft ended after step (\\d) of 8 and saved"
+    (step,) = re.findall(words, (tmp_path / "said").read_text())
     assert process.returncode == 128 + signal.SIGTERM
     assert max(checkpoints()) == f"step_{int(step):08d}" and len(checkpoints()) == 2  # keep_last
     assert "resumed from" in finish("killed")  # it went on, it did not start over
