@@ -59,7 +59,14 @@ class HuggingFaceCheckpoint:
             shapes, dtypes = self._quantized.take(shapes, dtypes, self._view)
         # Tables of rotary frequencies, masks, once saved by transformers, are computed from config.json.
         family = self.config.architecture
-        self._stored = {_full_name(name, family): name for name in shapes}
+        self._stored: dict[str, str] = {}
+        for name in shapes:
+            own = self._stored.setdefault(_full_name(name, family), name)
+            if own != name:
+                raise UserError(
+                    f"{path}: tensors {own!r} and {name!r} are the same one; "
+                    "remove the one that is not meant."
+                )
         kept = {n: own for n, own in self._stored.items() if not n.endswith(family.hf_buffers)}
         shapes = {name: shapes[own] for name, own in kept.items()}
         dtypes = {name: dtypes[own] for name, own in kept.items()}

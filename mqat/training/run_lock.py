@@ -92,9 +92,8 @@ def _is_alive(pid: int, started: float) -> bool:
 
 def _beat(path: Path, ended: threading.Event, own: dict[str, object]) -> None:
     while not ended.wait(_BEAT_SECONDS):
-        with suppress(
-            OSError, ValueError
-        ):  # an absent disk ends the run elsewhere, with its reason
+        # An absent disk ends the run elsewhere, with its reason.
+        with suppress(OSError, ValueError):
             if json.loads(path.read_text("utf-8")) == own:
                 os.utime(path)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.unit.models.hf_models import CASES, hf_gradients, imported, transformers_model
 from tests.unit.verify.exports import rewrite
@@ -191,8 +191,6 @@ def test_an_input_that_nothing_before_can_rescale_is_refused_by_name(world, tmp_
 
 def test_gpt2_files_of_the_model_inside_are_read(world, tmp_path, tokens):
     """Published ones have neither the prefix `transformer.` nor a head, but masks."""
-    from safetensors.torch import save_file
-
     from mqat.evaluation.forward import logits
 
     hf = transformers_model("gpt2")
@@ -205,3 +203,17 @@ def test_gpt2_files_of_the_model_inside_are_read(world, tmp_path, tokens):
     _, chunk = imported(tmp_path)
     with torch.no_grad():
         assert (logits([chunk], tokens) - hf(tokens).logits).abs().max() <= LIMIT
+
+
+def test_a_tensor_that_stands_twice_is_refused(tmp_path):
+    from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
+
+    transformers_model("gpt2").save_pretrained(tmp_path)
+    HuggingFaceCheckpoint(tmp_path)  # control
+    tensors = load_file(tmp_path / "model.safetensors")
+    twice = {"wpe.weight": tensors["transformer.wpe.weight"] + 1}
+    save_file(tensors | twice, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"'transformer\.wpe\.weight' and 'wpe\.weight'|'wpe\.weight' and"
+    ):
+        HuggingFaceCheckpoint(tmp_path)
