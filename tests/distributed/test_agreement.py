@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("agreement_worker.py")
 
@@ -14,7 +14,7 @@ WORKER = Path(__file__).with_name("agreement_worker.py")
 def ranks(tmp_path_factory):
     """What each of two ranks found, and the job's output."""
     out = tmp_path_factory.mktemp("agreement")
-    done = torchrun(2, WORKER, out, timeout=300)
+    done = run_ranks(2, WORKER, out, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)], done.stdout
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mqat.checkpoints.reader import CheckpointReader
-from tests.distributed.launch import torchrun
+from tests.distributed.ranks import run_ranks
 from tests.distributed.test_layouts import run
 from tests.unit.checkpoints.test_experts import random_model
 
@@ -185,7 +185,7 @@ def huggingface(tmp_path_factory):
 )
 def test_logits_are_those_of_transformers_on_every_layout(huggingface, tmp_path, layout):
     root, expected = huggingface
-    done = torchrun(2, FAMILIES_WORKER, root, tmp_path, *HF_LAYOUTS[layout], timeout=900)
+    done = run_ranks(2, FAMILIES_WORKER, root, tmp_path, *HF_LAYOUTS[layout], timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, wanted in expected.items():
         found = torch.load(tmp_path / f"{name}.pt")

@@ -12,6 +12,7 @@ from mqat.data.packaged import python_docs_documents
 from mqat.data.tokenizer import train_small_tokenizer
 from mqat.verify.verify import verify_export
 from tests.distributed.launch import mqat, torchrun
+from tests.distributed.ranks import run_ranks
 from tests.distributed.test_import import family
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -71,7 +72,7 @@ def trained(tmp_path_factory):
     for name, processes, options in (("one", 1, []), ("two", 2, ["--tp", "2", "--sp"])):
         jobs = root / f"{name}.json"
         jobs.write_text(json.dumps([[str(root / name), *options]]))
-        done = torchrun(processes, WORKER, jobs)
+        done = run_ranks(processes, WORKER, jobs)
         assert done.returncode == 0, done.stderr[-4000:]
     return root
 

@@ -7,7 +7,7 @@ import torch
 
 from mqat.export.export import export_trtllm
 from mqat.verify.verify import verify_export
-from tests.distributed.launch import torchrun
+from tests.distributed.ranks import run_ranks
 from tests.unit.models.hf_models import transformers_model
 
 WORKER = Path(__file__).with_name("families_worker.py")
@@ -45,7 +45,7 @@ def run(models, tmp_path_factory):
         if name not in done:
             out = tmp_path_factory.mktemp("out")
             count, options = (1, []) if name == "one rank" else LAYOUTS[name]
-            ended = torchrun(count, WORKER, models[0], out, *options, timeout=900)
+            ended = run_ranks(count, WORKER, models[0], out, *options, timeout=900)
             assert ended.returncode == 0, ended.stderr[-3000:]
             done[name] = out
         return done[name]

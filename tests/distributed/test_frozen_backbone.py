@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launch import torchrun
+from tests.distributed.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("frozen_worker.py")
 
 
 def gradients(out: Path, *options: str) -> dict[str, torch.Tensor]:
-    done = torchrun(int(options[0]), WORKER, out, *options)
+    done = run_ranks(int(options[0]), WORKER, out, *options)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(out, weights_only=True)
 

@@ -7,7 +7,7 @@ import torch
 
 from mqat.data.packaged import python_docs_documents, smollm2_gguf
 from mqat.data.tokenizer import load_tokenizer, train_small_tokenizer
-from tests.distributed.launch import torchrun
+from tests.distributed.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("logits_worker.py")
 LLAMA3_ROPE = {
@@ -21,7 +21,7 @@ LIMIT = 1e-3  # float32, other summation order
 def served(tmp_path: Path, model: Path, tokens: torch.Tensor, tp: int, pp: int) -> torch.Tensor:
     torch.save(tokens, tmp_path / "tokens.pt")
     out = tmp_path / f"logits-{tp}-{pp}.pt"
-    done = torchrun(
+    done = run_ranks(
         tp * pp, WORKER, model, tmp_path / "tokens.pt", out, "--tp", tp, "--pp", pp, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,6 +9,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 
 from mqat.checkpoints.reader import CheckpointReader
 from tests.distributed.launch import ROOT, torchrun
+from tests.distributed.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("learned_worker.py")
 QAT = ROOT / "examples" / "gpt_qat.py"
@@ -34,7 +35,7 @@ def run(root: Path, jobs: dict[str, tuple[int, list[str]]]) -> dict[str, tuple[P
         file = root / f"jobs{processes}.json"
         lines = [[str(root / n), *how] for n, (count, how) in jobs.items() if count == processes]
         file.write_text(json.dumps(lines))
-        done = torchrun(processes, WORKER, file, timeout=580)
+        done = run_ranks(processes, WORKER, file, timeout=580)
         assert done.returncode == 0, done.stderr[-4000:]
     return {name: (root / name, json.loads((root / name / "result.json").read_text()))
             for name in jobs}  # fmt: skip

@@ -10,7 +10,8 @@ import yaml
 
 from mqat.data.packaged import python_docs_documents
 from mqat.data.tokenizer import train_small_tokenizer
-from tests.distributed.launch import mqat, torchrun
+from tests.distributed.launch import mqat
+from tests.distributed.ranks import run_ranks
 from tests.distributed.test_import import WORKER as LOGITS
 from tests.distributed.test_import import served
 from tests.unit.checkpoints.test_training_checkpoints import NEMO1, sentencepiece_model
@@ -24,7 +25,7 @@ def saved(tmp_path, out, tp, pp, *flags):
     tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
     torch.save(tokens, tmp_path / "tokens-in.pt")
     files = (out, tmp_path / "tokens-in.pt", tmp_path / "own.pt")
-    done = torchrun(tp * pp, MEGATRON, *files, "--tp", tp, "--pp", pp, *flags, timeout=600)
+    done = run_ranks(tp * pp, MEGATRON, *files, "--tp", tp, "--pp", pp, *flags, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return tokens, torch.load(tmp_path / "own.pt")
 

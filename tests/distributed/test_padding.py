@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import torchrun
 from tests.distributed.padding_worker import CASES
+from tests.distributed.ranks import run_ranks
 from tests.distributed.test_recipes import differences, tensors
 
 WORKER = Path(__file__).with_name("padding_worker.py")
@@ -22,7 +22,7 @@ def results(tmp_path_factory):
     for processes, layouts in LAYOUTS.items():
         file = root / f"{processes}.json"
         file.write_text(json.dumps(layouts))
-        done = torchrun(processes, WORKER, root, file, timeout=300)
+        done = run_ranks(processes, WORKER, root, file, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
     return root
 

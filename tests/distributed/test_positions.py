@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from tests.distributed.launch import torchrun
 from tests.distributed.positions_worker import LAYOUTS
+from tests.distributed.ranks import run_ranks
 from tests.unit.checkpoints.test_positions import LIMIT, transformers_model
 
 WORKER = Path(__file__).with_name("positions_worker.py")
@@ -26,7 +26,7 @@ def found(tmp_path_factory):
         model.save_pretrained(folder / name)
         with torch.no_grad():
             expected[name] = model(tokens).logits
-    done = torchrun(2, WORKER, folder, timeout=600)
+    done = run_ranks(2, WORKER, folder, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return tokens, expected, torch.load(folder / "results.pt")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launch import torchrun
+from tests.distributed.ranks import run_ranks
 from tests.distributed.recipes_worker import MODEL, RECIPES
 
 WORKER = Path(__file__).with_name("recipes_worker.py")
@@ -28,7 +28,7 @@ def run(root: Path, worlds: dict[int, dict[str, dict]]) -> None:
     for processes, layouts in worlds.items():
         file = root / f"{processes}.json"
         file.write_text(json.dumps(layouts))
-        done = torchrun(processes, WORKER, root, file, timeout=580)
+        done = run_ranks(processes, WORKER, root, file, timeout=580)
         assert done.returncode == 0, done.stderr[-4000:]
 
 

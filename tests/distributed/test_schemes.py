@@ -8,7 +8,7 @@ import torch
 
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.quant.algorithm import ALGORITHMS, named_scheme
-from tests.distributed.launch import torchrun
+from tests.distributed.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("schemes_worker.py")
 QUANTIZED = [name for name in ALGORITHMS if name != "null"]
@@ -21,7 +21,7 @@ LAYOUTS = {"tp2-sp": (2, ["--tp", "2", "--sp"]), "pp2": (2, ["--pp", "2"])}
 
 def run(out: Path, processes: int, algorithms: list[str], *options: str) -> dict:
     out.mkdir(parents=True)
-    done = torchrun(processes, WORKER, out, *algorithms, *options, timeout=580)
+    done = run_ranks(processes, WORKER, out, *algorithms, *options, timeout=580)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "result.json").read_text())
 

@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
     if args.contiguous:
         forward.own_tokens = lambda x, group, dim=1: x.chunk(group.size(), dim)[group.rank()]
     ends = document_ends(SEGMENTS) if args.documents else None
-    tokens = torch.randint(0, 301, (8, 2, 33), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 301, (4, 2, 33), generator=torch.Generator().manual_seed(0))
     size, rank = (
         parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank(),
     )  # fmt: skip
