@@ -106,7 +106,10 @@ def test_transformers_computes_the_same_from_an_unquantized_directory(tmp_path):
     assert torch.equal(found, transformers_logits(model, {}, TOKENS))
 
 
-@pytest.mark.parametrize("algorithm", ["null", "int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    "algorithm",
+    ["null", "int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "fp8"))],
+)
 @pytest.mark.parametrize(
     "model", [BIASED, QWEN2, replace(TINY, family="mistral")], ids=["biased", "qwen2", "mistral"]
 )

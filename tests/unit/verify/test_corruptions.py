@@ -59,7 +59,7 @@ def layers_of(algorithm: str, cache: str | None) -> dict[str, object]:
 
 
 # The others take as long together as all other tests of this folder.
-FAST = ("int8-trtllm-int8", "int4-compressed-tensors-fp8")
+FAST = ("int8-trtllm-int8",)
 _CASES = [
     *((name, target, None) for name in FORMATS for target in ("trtllm", "compressed-tensors", "modelopt")
       if (name, {"trtllm": "TensorRT-LLM TP 1 x PP 1", "modelopt": "ModelOpt style"}.get(target, target))

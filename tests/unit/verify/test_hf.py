@@ -13,18 +13,23 @@ from tests.unit.export.checkpoints import TINY, UNTIED, all_layers, tensors_of, 
 from tests.unit.export.test_hf import mixture
 from tests.unit.verify.test_reader import TOKENS, replace, transformers_logits
 
-FORMS = [
+_FORMS = [
     ("null", "compressed-tensors"), ("int8", "compressed-tensors"),
     ("int8_wo", "compressed-tensors"), ("int4", "compressed-tensors"),
     ("int4_w_int8_a", "compressed-tensors"), ("fp8", "compressed-tensors"), ("fp8", "modelopt"),
     ("mixture", "compressed-tensors"),
 ]  # fmt: skip
+FAST = ("int4-compressed-tensors", "fp8-modelopt", "mixture-compressed-tensors")
+FORMS = [
+    pytest.param(form, id="-".join(form), marks=[] if "-".join(form) in FAST else pytest.mark.slow)
+    for form in _FORMS
+]
 LAYER = "model.layers.2."
 Q, K, V = (f"{LAYER}self_attn.{p}_proj" for p in "qkv")
 GATE, UP, DOWN = (f"{LAYER}mlp.{p}_proj" for p in ("gate", "up", "down"))
 
 
-@pytest.fixture(scope="module", params=FORMS, ids=lambda form: "-".join(form))
+@pytest.fixture(scope="module", params=FORMS)
 def case(request, tmp_path_factory):
     """(schemes, checkpoint, exported directory in two shards); shared, so never changed."""
     algorithm, style = request.param

@@ -63,7 +63,13 @@ def flip(tensor):
     bits[bits.numel() // 2 & ~3] ^= 1
 
 
-@pytest.mark.parametrize("algorithm", EXPORTABLE)
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        name if name in ("int4", "fp8_pc_pt") else pytest.param(name, marks=pytest.mark.slow)
+        for name in EXPORTABLE
+    ],
+)
 def test_one_flipped_bit_in_any_tensor_is_found_and_named(algorithm, tiny, exported, tmp_path):
     names = load_file(exported(algorithm) / "rank0.safetensors").keys()
     kinds = [n for n in names if n.startswith(LAYER) or not n.startswith("transformer.layers.")]
