@@ -128,6 +128,7 @@ def test_an_expert_without_tokens_is_reported_and_calibrated_alike(layouts):
     assert shared["resumed_alike"] and shared["losses"][1] < shared["losses"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved", "layout"), RESUMED)
 def test_training_goes_on_at_another_expert_parallel_size(layouts, resumed, saved, layout):
     expected, found = layouts[saved][1], resumed[f"{saved}-{layout}"][1]
@@ -140,6 +141,7 @@ def learned(layouts, tmp_path_factory):
     return layouts | run(tmp_path_factory.mktemp("learned"), with_model(LEARNED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["learned-ep2", "learned-tp2-sp"])
 def test_scales_of_experts_learn_alike(learned, name):
     (first, expected), (second, found) = learned["learned"], learned[name]
@@ -178,10 +180,7 @@ def huggingface(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        n if n in ("TP 2 + SP", "EP 2") else pytest.param(n, marks=pytest.mark.slow)
-        for n in HF_LAYOUTS
-    ],
+    [n if n == "EP 2" else pytest.param(n, marks=pytest.mark.slow) for n in HF_LAYOUTS],
 )
 def test_logits_are_those_of_transformers_on_every_layout(huggingface, tmp_path, layout):
     root, expected = huggingface

@@ -10,15 +10,11 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.recipes_worker import MODEL, RECIPES
 
 WORKER = Path(__file__).with_name("recipes_worker.py")
-ALONE = {
-    "tp1": {}, "tp1-other-text": {"seed": 1}, "tp1-one-batch": {"batches": 1},
-}  # fmt: skip
-PAIRS = {
-    "tp2-sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "dp2-one-batch": {"batches": 1},
-}  # fmt: skip
+ALONE = {"tp1": {}, "tp1-other-text": {"seed": 1}}
+PAIRS = {"tp2-sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "dp2": {}}
 MORE = {
-    1: {"tp1-bf16": {"bf16": True}},
-    2: {"tp2": {"tp": 2}, "dp2": {}, "tp2-sp-bf16": {"tp": 2, "sp": True, "bf16": True}},
+    1: {"tp1-bf16": {"bf16": True}, "tp1-one-batch": {"batches": 1}},
+    2: {"tp2": {"tp": 2}, "dp2-one-batch": {"batches": 1}, "tp2-sp-bf16": {"tp": 2, "sp": True, "bf16": True}},
     4: {"tp4-sp": {"tp": 4, "sp": True}, "tp2-dp2": {"tp": 2}},
 }  # fmt: skip
 
@@ -107,7 +103,7 @@ def test_gptq_leaves_weights_on_grid_points(results, recipe, block, levels):
     assert plain.view(-1, block)[0].unique().numel() > levels  # control
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "dp2-one-batch"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "dp2"])
 def test_scales_cost_one_collective_for_each_statistic(results, layout):
     """Not one for each linear: maxima, and histograms where the method has them."""
     assert MODEL.num_layers > 1

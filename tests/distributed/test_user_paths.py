@@ -27,6 +27,7 @@ def trained(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_qat_story_on_eight_processes(tmp_path):
     done = torchrun(
         8,
@@ -100,6 +101,7 @@ def test_sft_on_answers_of_a_jsonl_file(tmp_path):
     assert "800 documents" in done.stdout  # both files
 
 
+@pytest.mark.slow
 def test_a_bad_line_names_file_and_line_or_is_counted(tmp_path):
     data = tmp_path / "chat.jsonl"
     lines = _chat_lines(200)
@@ -178,6 +180,7 @@ def test_bad_text_stops_every_rank(tmp_path, content, message):
     assert done.returncode != 0 and message in done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_starts_its_processes_and_nothing_follows_their_one_line(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("four tokens")
@@ -195,6 +198,7 @@ def test_the_command_starts_its_processes_and_nothing_follows_their_one_line(tmp
     assert line.startswith("error: 1 documents have")
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_all_ranks_and_leaves_no_checkpoint(tmp_path):
     done = torchrun(
         2, SFT, "trainer.max_steps=2", "exp_manager.checkpoint_interval=1",
@@ -207,6 +211,7 @@ def test_a_full_disk_ends_all_ranks_and_leaves_no_checkpoint(tmp_path):
     assert list((tmp_path / "checkpoints" / "sft").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_training_ended_at_random_goes_on_to_the_same_losses(tmp_path):
     variables = environment(1) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
