@@ -9,7 +9,7 @@ PYTHON_LATEST ?= $(firstword $(foreach p,python3.12 $(wildcard $(HOME)/.pyenv/ve
 LATEST := .venv-latest
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-latest lint test test-latest test-all demo clean
+.PHONY: install install-latest print-latest lint test test-latest test-all demo clean
 
 # torch is pinned first: a loose range would pull several gigabytes of CUDA libraries.
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
@@ -29,6 +29,10 @@ $(LATEST)/installed: pyproject.toml
 	touch $@
 
 install-latest: $(LATEST)/installed
+
+# Nothing where there is no such Python.
+print-latest:
+	@echo $(PYTHON_LATEST)
 
 lint: install
 	$(BIN)/ruff format --check .

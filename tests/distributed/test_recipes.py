@@ -14,7 +14,10 @@ ALONE = {"tp1": {}, "tp1-other-text": {"seed": 1}}
 PAIRS = {"tp2-sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "dp2": {}}
 MORE = {
     1: {"tp1-bf16": {"bf16": True}, "tp1-one-batch": {"batches": 1}},
-    2: {"tp2": {"tp": 2}, "dp2-one-batch": {"batches": 1}, "tp2-sp-bf16": {"tp": 2, "sp": True, "bf16": True}},
+    2: {
+        "tp2": {"tp": 2}, "dp2-one-batch": {"batches": 1},
+        "tp2-sp-bf16": {"tp": 2, "sp": True, "bf16": True},
+    },
     4: {"tp4-sp": {"tp": 4, "sp": True}, "tp2-dp2": {"tp": 2}},
 }  # fmt: skip
 

@@ -258,9 +258,8 @@ def test_training_ended_at_random_goes_on_to_the_same_losses(tmp_path):
     assert losses["killed"] == losses["whole"]  # each step once, in order
 
 
-@pytest.mark.parametrize(
-    "schedule", [pytest.param("constant", marks=pytest.mark.slow), "CosineAnnealing"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["constant", "CosineAnnealing"])
 def test_a_finished_run_goes_on_for_more_steps(tmp_path, schedule):
     def train(run: str, steps: int, *arguments: str) -> list[dict]:
         done = torchrun(
