@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mqat.errors import UserError
+
 # Elements of a chunk on a rank: 64 MiB in float32; about six such tensors exist at a time.
 CHUNK_ELEMENTS = 1 << 24
 DIVERGENCES = ("forward_kl", "reverse_kl")
@@ -43,6 +45,12 @@ class DistillationLoss:
     weight: float = 1.0
     temperature: float = 1.0
     top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.divergence not in DIVERGENCES:
+            raise UserError(
+                f"divergence={self.divergence!r} is not one of: {', '.join(DIVERGENCES)}."
+            )
 
 
 def distillation_losses(
@@ -111,7 +119,9 @@ class _Distillation(torch.autograd.Function):
         return total, divergence, entropy
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(
+        ctx: Any, upstream: Tensor, *_: Any
+    ) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.unsqueeze(1).to(gradient.dtype), None, None, None, None, None
 
