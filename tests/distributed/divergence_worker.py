@@ -1,4 +1,4 @@
-"""Run by torchrun: distillation losses of a vocabulary cut over all ranks, against those of whole rows."""
+"""Run by torchrun: distillation losses of a vocabulary cut over all ranks, against whole rows."""
 
 import json
 from itertools import product

@@ -65,3 +65,19 @@ def test_losses_and_gradients_are_those_of_the_definition(ranks):
     assert done.returncode == 0, done.stderr[-4000:]
     worst = json.loads(done.stdout.splitlines()[-1])
     assert worst["loss"] < 1e-4 and worst["gradient"] < 1e-5, worst
+
+
+@pytest.mark.slow
+def test_the_example_distils_exports_and_verifies(tmp_path):
+    script, run = HERE.parents[1] / "examples" / "gpt_qad.py", tmp_path / "run"
+    done = torchrun(
+        2, script, f"exp_manager.exp_dir={run}", "model.pipeline_model_parallel_size=1",
+        "model.sequence_parallel=true", "trainer.max_steps=8", "model.pretrain.max_steps=20",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "teacher: the unquantized weights that QAT starts from" in done.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["export"]["verified"] and summary["finished"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    taught = [line for line in lines if line["phase"] == "qat" and line["divergence"] > 0]
+    assert len(taught) == 8
