@@ -145,6 +145,23 @@ class RuleConfig:
 
 
 @dataclass
+class DistillConfig:
+    """Quantization-aware distillation (QAD): an unquantized model teaches the quantized one."""
+
+    teacher: str | None = None  # as model.restore_from_path; null: the weights that QAT starts from
+    divergence: str = "forward_kl"  # KL(teacher || student); or reverse_kl
+    weight: float = (
+        1.0  # share of the divergence in the loss; the rest is cross entropy with the text
+    )
+    temperature: float = 1.0
+    top_k: int | None = None  # compare the teacher's likeliest k tokens alone
+    hidden_weight: float = (
+        0.0  # of the distance between last hidden states, relative to the teacher's
+    )
+    offload_teacher: bool = False  # its weights wait in host memory while the student trains
+
+
+@dataclass
 class QuantizationConfig:
     """What is quantized, how scales are found, and when fake quantization starts."""
 
@@ -168,6 +185,7 @@ class QuantizationConfig:
     lsq_lr: float | None = None  # null: model.optim.lr
     pact_a_lr: float = 0.01  # of clip values, in units of the input
     pact_a_decay: float = 5e-5  # decoupled weight decay of clip values
+    distill: DistillConfig | None = None
     decoder_type: str | None = None
     # Recipe of the weights (docs/quality.md); auto: the algorithm's own.
     smoothquant: Any = "auto"  # true: first move activation outliers into weights (same function)
@@ -320,6 +338,10 @@ _RENAMED = {
 }
 
 
+# Sections that are null unless somebody sets one of their keys.
+_OPTIONAL = {"model.architecture": ArchitectureConfig, "quantization.distill": DistillConfig}
+
+
 def _check_keys(given: Any, schema: Any, path: str) -> None:
     """Refuses former keys with their new name, unknown ones with the nearest known.
 
@@ -336,7 +358,7 @@ def _check_keys(given: Any, schema: Any, path: str) -> None:
             raise UserError(f"config: {full} is now {_RENAMED[full]}.")
         if key not in known:
             raise UserError(f"config: unknown key {full!r}; {nearest_hint(key, known)}")
-        nested: Any = ArchitectureConfig if full == "model.architecture" else None
+        nested: Any = _OPTIONAL.get(full)
         if isinstance(schema, RuleConfig) and key in ("weight", "input", "output"):
             nested = OperandConfig
         default = getattr(schema, key, None) if not isinstance(schema, type) else None
@@ -381,6 +403,28 @@ def _check_values(config: RunConfig) -> None:
             "99.99 keeps all but one value in 10,000."
         )
     Recipe().with_keys(quantization.recipe, "quantization")
+    if quantization.distill is not None:
+        _check_distill(quantization.distill)
+
+
+def _check_distill(distill: DistillConfig) -> None:
+    rules = {
+        "divergence": (
+            distill.divergence in ("forward_kl", "reverse_kl"),
+            "forward_kl or reverse_kl",
+        ),
+        "weight": (
+            0 < distill.weight <= 1,
+            "a number in (0, 1]; without a divergence, leave out distill",
+        ),
+        "temperature": (0 < distill.temperature < math.inf, "a number above 0"),
+        "top_k": (distill.top_k is None or distill.top_k > 1, "null, or at least 2 tokens"),
+        "hidden_weight": (0 <= distill.hidden_weight < math.inf, "a number of at least 0"),
+    }
+    for key, (is_right, rule) in rules.items():
+        if not is_right:
+            value = getattr(distill, key)
+            raise UserError(f"config: quantization.distill.{key}={value} must be {rule}.")
 
 
 def _check_optimizer(config: RunConfig) -> None:

@@ -215,7 +215,8 @@ def step(system: System, data: list[dict[str, Any]]) -> float:
     for chunk in system.chunks:
         chunk.zero_grad_buffer()
     system.optimizer.zero_grad()
-    loss, tokens = forward_backward(system.chunks, data)
+    sums = forward_backward(system.chunks, data)
+    loss, tokens = sums["loss"], sums["tokens"]
     system.optimizer.step()
     system.scheduler.step(increment=1)
     return loss / tokens

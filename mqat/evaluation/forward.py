@@ -1,6 +1,6 @@
 """Forward passes over microbatches, through Megatron's own pipeline schedules."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,9 +22,12 @@ from mqat.runtime.groups import device
 from mqat.transfer import to_device
 
 Microbatch = dict[str, Tensor | None]
+# What Megatron's schedules call: a chunk's output, and how the last stage's becomes a loss.
+StepOutput = tuple[Tensor, Callable[..., Any]]
+ForwardStep = Callable[[Iterator[Microbatch], Any], StepOutput]
 
 
-def _to_device(batch: Microbatch) -> Microbatch:
+def on_device(batch: Microbatch) -> Microbatch:
     """Without what the host decides by what it starts: ends of documents, and real tokens."""
     return {
         key: value if value is None or _is_of_host(key, value) else to_device(value, device())
@@ -37,34 +40,43 @@ def _is_of_host(key: str, value: Tensor) -> bool:
     return is_document_ends or key == "token_mask"
 
 
-def _loss_and_count(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Megatron's per-token contract: loss sum, token count, values to report."""
+def masked_sums(
+    loss_mask: Tensor, parts: Mapping[str, Tensor], losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's per-token contract: loss sum, token count, values to report (those of `parts` too)."""
     mask = loss_mask.reshape(-1)
     total = (losses.reshape(-1).float() * mask).sum()
     count = mask.sum().to(torch.int)
-    return total, count, {"loss": total.detach().double(), "tokens": count.double()}
+    reported = {"loss": total.detach().double(), "tokens": count.double()}
+    reported |= {key: (part.reshape(-1) * mask).sum().double() for key, part in parts.items()}
+    return total, count, reported
 
 
-def forward_loss(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+def forward_loss(batches: Iterator[Microbatch], chunk: Any) -> StepOutput:
     """One microbatch through a chunk, for Megatron's schedules: output, and how it becomes a loss."""
-    batch = _to_device(next(batches))
+    batch = on_device(next(batches))
     output = chunk(
         batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
     )
     loss_mask = batch["loss_mask"]
     assert loss_mask is not None
-    return output, partial(_loss_and_count, loss_mask)
+    return output, partial(masked_sums, loss_mask, {})
 
 
-def _forward_logits(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-    batch = _to_device(next(batches))
+def _forward_logits(batches: Iterator[Microbatch], chunk: Any) -> StepOutput:
+    batch = on_device(next(batches))
     output = chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"])
     return output, lambda logits: (logits.new_zeros(()), {"logits": logits.detach()})
 
 
-def _forward_hidden(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+def _forward_hidden(batches: Iterator[Microbatch], chunk: Any) -> StepOutput:
     output, _ = _forward_logits(batches, chunk)
     return output, lambda hidden: (hidden.new_zeros(()), {})
+
+
+def _forward_last_states(batches: Iterator[Microbatch], chunk: Any) -> StepOutput:
+    output, _ = _forward_logits(batches, chunk)
+    return output, lambda hidden: (hidden.new_zeros(()), {"hidden": hidden.detach()})
 
 
 def _of_context_rank(batch: Microbatch) -> Microbatch:
@@ -84,7 +96,7 @@ def _announced(chunk: Any, microbatches: Sequence[Microbatch]) -> Iterator[Micro
 
 
 def run_microbatches(
-    forward_step: Callable[..., Any],
+    forward_step: ForwardStep,
     chunks: Sequence[Any],
     microbatches: Sequence[Microbatch],
     *,
@@ -126,16 +138,15 @@ def run_microbatches(
     return results
 
 
-def loss_totals(results: list[dict[str, Tensor]]) -> tuple[float, float]:
-    """Sum of losses and tokens over microbatches, data-parallel ranks, known on every stage."""
-    pair = torch.zeros(2, dtype=torch.float64, device=device())
+def totals(results: list[dict[str, Tensor]], keys: Sequence[str]) -> dict[str, float]:
+    """Sums of what was reported over microbatches and data-parallel ranks, known on every stage."""
+    sums = torch.zeros(len(keys), dtype=torch.float64, device=device())
     for result in results:
-        pair += torch.stack([result["loss"], result["tokens"]])
-    dist.all_reduce(pair, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        sums += torch.stack([result[key] for key in keys])
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(pair, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    loss, tokens = pair.tolist()
-    return loss, tokens
+    dist.broadcast(sums, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return dict(zip(keys, sums.tolist(), strict=True))
 
 
 @contextmanager
@@ -160,7 +171,8 @@ def evaluate(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> tu
     with _eval_mode(chunks), quantized_step(chunks, for_backward=False):
         for microbatches in steps:
             results += run_microbatches(forward_loss, chunks, microbatches, forward_only=True)
-    return loss_totals(results)
+    found = totals(results, ("loss", "tokens"))
+    return found["loss"], found["tokens"]
 
 
 @contextmanager
@@ -194,6 +206,18 @@ def run_layers(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> 
         for microbatches in steps:
             own = _filled_up(chunks, microbatches[rank::cp], microbatches, cp)
             run_microbatches(_forward_hidden, chunks, own, forward_only=True, are_whole=True)
+
+
+@torch.no_grad()
+def hidden_states(chunks: Sequence[Any], microbatches: Sequence[Microbatch]) -> list[Tensor]:
+    """What the output layer would be given, for each microbatch; on the last stage only.
+
+    [s, b, h], this rank's part of the sequence under context and sequence parallelism. The output layer
+    itself must not be quantized.
+    """
+    with _eval_mode(chunks), _without_logits(chunks), quantized_step(chunks, for_backward=False):
+        results = run_microbatches(_forward_last_states, chunks, microbatches, forward_only=True)
+    return [result["hidden"] for result in results]
 
 
 def _filled_up(

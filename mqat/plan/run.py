@@ -31,6 +31,9 @@ from mqat.runtime import groups
 from mqat.specs.megatron_options import check_switches
 from mqat.specs.policy import Policy, Rule
 
+# Where weights come from; a path is the directory of an mqat checkpoint.
+Origin = PretrainedSource | RandomWeights | Path
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -39,21 +42,22 @@ class RunPlan:
     Attributes:
         config: As loaded.
         model: Global sizes of the model.
-        source: Where weights come from: a pretrained source, random weights, or the directory of an
-            mqat checkpoint.
+        source: Where weights come from.
         layers: Global name -> scheme, of quantized linears, tables and caches.
         recipes: Global name -> what is done to its weight first, of quantized linears and tables.
         dtype: Of parameters and activations.
         data_parallel: World size / (TP x PP x CP).
+        teacher: Another model than the one that is trained, to learn from, and where its weights are.
     """
 
     config: RunConfig
     model: DecoderConfig
-    source: PretrainedSource | RandomWeights | Path
+    source: Origin
     layers: dict[str, Scheme]
     recipes: dict[str, Recipe]
     dtype: torch.dtype
     data_parallel: int
+    teacher: tuple[DecoderConfig, Origin] | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -72,7 +76,7 @@ def resolve_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" or native else torch.float32
 
 
-def _source(config: RunConfig) -> tuple[DecoderConfig, PretrainedSource | RandomWeights | Path]:
+def _source(config: RunConfig) -> tuple[DecoderConfig, Origin]:
     settings = config.model
     given = {
         "model.restore_from_path": settings.restore_from_path,
@@ -97,16 +101,63 @@ def _source(config: RunConfig) -> tuple[DecoderConfig, PretrainedSource | Random
         model = DecoderConfig(**asdict(sizes) | {"head_dim": head_dim})
         return model, RandomWeights(model, config.trainer.seed)
     path = smollm2_gguf() if settings.packaged else Path(str(settings.restore_from_path))
+    return _opened(path, "model.restore_from_path")
+
+
+def _opened(path: Path, key: str) -> tuple[DecoderConfig, Origin]:
+    """A model in files; `key` names it in errors."""
     if (path / DESCRIPTION).exists():
         return DecoderConfig.from_dict(read_description(path)["model"]), path
     if not path.exists():
         raise UserError(
-            f"model.restore_from_path={path}: no such file or directory. (conf/ptq_tiny.yaml continues "
+            f"{key}={path}: no such file or directory. (conf/ptq_tiny.yaml continues "
             "from what examples/gpt_sft.py writes.)"
         )
     source = open_pretrained(path)
     _ = source.tokenizer_source  # refused here where there is none
     return source.config, source
+
+
+def _teacher(config: RunConfig, model: DecoderConfig) -> tuple[DecoderConfig, Origin] | None:
+    """Another model to learn from; refuses one that cannot teach this one on this layout."""
+    distill, key = config.quantization.distill, "quantization.distill"
+    if distill is None:
+        return None
+    if distill.top_k is not None and distill.top_k > model.vocab_size:
+        raise UserError(
+            f"config: {key}.top_k={distill.top_k} exceeds the vocabulary's {model.vocab_size} tokens."
+        )
+    if distill.teacher is None:
+        return None
+    teacher, origin = _opened(Path(distill.teacher), f"{key}.teacher")
+    if teacher.vocab_size != model.vocab_size:
+        raise UserError(
+            f"config: {key}.teacher={distill.teacher} has a vocabulary of {teacher.vocab_size} tokens, "
+            f"the student of {model.vocab_size}: distributions over different tokens cannot be "
+            "compared. Use a teacher of the same vocabulary, such as a larger model of the family."
+        )
+    if distill.hidden_weight and teacher.hidden_size != model.hidden_size:
+        raise UserError(
+            f"config: {key}.hidden_weight={distill.hidden_weight}: the teacher's hidden states have "
+            f"{teacher.hidden_size} channels, the student's {model.hidden_size}; set it to 0."
+        )
+    if config.model.data.seq_length > teacher.max_position_embeddings:
+        raise UserError(
+            f"model.data.seq_length={config.model.data.seq_length} exceeds the teacher's "
+            f"max_position_embeddings={teacher.max_position_embeddings}."
+        )
+    settings = config.model
+    try:
+        check_parallel_sizes(
+            teacher,
+            tp=settings.tensor_model_parallel_size,
+            pp=settings.pipeline_model_parallel_size,
+            virtual_pp=settings.virtual_pipeline_model_parallel_size or 1,
+            ep=settings.expert_model_parallel_size,
+        )
+    except ValueError as error:
+        raise UserError(f"config: {key}.teacher={distill.teacher}: {error}") from error
+    return teacher, origin
 
 
 def _check_experts(config: RunConfig, model: DecoderConfig, world_size: int) -> None:
@@ -363,6 +414,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         recipes=recipes,
         dtype=resolve_dtype(config.trainer.precision),
         data_parallel=data_parallel,
+        teacher=_teacher(config, model),
     )
 
 
@@ -380,7 +432,15 @@ def describe(plan: RunPlan) -> dict[str, Any]:
         "algorithm": plan.config.quantization.algorithm,
         "quantized linears": len(linear_schemes(plan.layers)),
         "key/value cache": plan.config.quantization.kv_cache,
-    }
+    } | _described_teacher(plan)
+
+
+def _described_teacher(plan: RunPlan) -> dict[str, str]:
+    distill = plan.config.quantization.distill
+    if distill is None:
+        return {}
+    who = distill.teacher or "the unquantized weights that QAT starts from"
+    return {"teacher": f"{who} ({distill.divergence}, weight {distill.weight:g})"}
 
 
 def memory_estimate(plan: RunPlan) -> dict[str, str]:

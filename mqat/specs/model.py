@@ -109,15 +109,16 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
         output: Tensor = super().forward(
             input_ids, position_ids, attention_mask, decoder_input, labels, *args, **kwargs
         )
-        return self._capped(output) if self.post_process and labels is None else output
+        return self.capped(output) if self.post_process and labels is None else output
 
-    def _capped(self, logits: Tensor) -> Tensor:
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits as the family bounds them: `cap * tanh(logits / cap)`, or as they are."""
         cap = self.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Per-token loss [b, s] from this rank's logits [s, b, Vp/tp]."""
-        logits = self._capped(logits)
+        logits = self.capped(logits)
         columns = logits.shape[-1]
         first = self.pg_collection.tp.rank() * columns
         if first + columns > self.true_vocab_size:

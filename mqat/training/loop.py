@@ -13,6 +13,7 @@ from mqat.data.loader import Batches
 from mqat.errors import UserError
 from mqat.runtime.groups import is_main, largest_on_any_rank, on_all_ranks, peak_memory_bytes
 from mqat.runtime.interruption import Interrupted, children_outlive_signals, stop_request
+from mqat.training.distillation import Teacher
 from mqat.training.gradients import nonfinite_gradients
 from mqat.training.log import RunLog
 from mqat.training.optimizer import prepare_gradients, step_with_gradients
@@ -57,6 +58,7 @@ def train_phase(
     validate: Callable[[], float],
     save: Callable[[Path], None],
     directory: Path,
+    teacher: Teacher | None = None,
 ) -> None:
     """Runs the steps that are left of a phase.
 
@@ -69,6 +71,7 @@ def train_phase(
         validate: Returns the validation loss per token; called on all ranks.
         save: Writes a checkpoint to the given path; called on all ranks.
         directory: Checkpoints go to `directory/step_N`.
+        teacher: Whom the model learns from; None: the labels alone.
 
     Raises:
         UserError: On every rank, before a weight has changed: loss or gradient norm is not finite.
@@ -82,7 +85,7 @@ def train_phase(
         while state.step < phase.max_steps:
             started = time.perf_counter()
             phase.schedule.apply_(chunks, state.step)
-            metrics = _train_step(phase.name, chunks, state, batches)
+            metrics = _train_step(phase.name, chunks, state, batches, teacher)
             seconds = time.perf_counter() - started
             metrics["tokens_per_second"] = metrics.pop("tokens") / seconds
             metrics["peak_memory_bytes"] = peak_memory_bytes()
@@ -114,15 +117,21 @@ def train_phase(
 
 
 def _train_step(
-    name: str, chunks: Sequence[Any], state: TrainingState, batches: Batches
+    name: str,
+    chunks: Sequence[Any],
+    state: TrainingState,
+    batches: Batches,
+    teacher: Teacher | None,
 ) -> dict[str, float]:
     """One optimizer step; what was measured of it, with its number of `tokens`."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     microbatches = batches.microbatches(state.consumed_samples)
-    loss_sum, tokens = forward_backward(chunks, microbatches, step=state.step)
-    loss = loss_sum / max(tokens, 1)
+    sums = forward_backward(chunks, microbatches, step=state.step, teacher=teacher)
+    tokens = sums.pop("tokens")
+    means = {key: value / max(tokens, 1) for key, value in sums.items()}
+    loss = means["loss"]
     if not math.isfinite(loss):
         raise UserError(
             f"{name}: loss is {loss} at step {state.step + 1}. Lower "
@@ -142,8 +151,7 @@ def _train_step(
     state.scheduler.step(increment=1)
     state.step += 1
     state.consumed_samples += batches.global_batch_size
-    return {
-        "loss": loss,
+    return means | {
         "lr": lr,
         "grad_norm": grad_norm,
         "tokens": tokens,

@@ -244,7 +244,10 @@ def run_qat(config: RunConfig) -> Path:
         if session.is_done("qat"):
             session.restore(path)
         else:
-            session.train_phase(_phase(session.plan, "qat", steps, quantized=True))
+            session.train_phase(
+                _phase(session.plan, "qat", steps, quantized=True),
+                teacher=session.teacher(pretrained),
+            )
             session.measure("qat")
             session.save(path)
             session.finish("qat")

@@ -22,23 +22,27 @@ from mqat.checkpoints.dist_checkpoint import (
     save_checkpoint,
 )
 from mqat.checkpoints.pretrained import load_pretrained_
+from mqat.checkpoints.random_weights import RandomWeights
 from mqat.data.dataset import load_run_data
 from mqat.data.loader import Batches
+from mqat.data.tokenizer import load_tokenizer
 from mqat.errors import UserError
 from mqat.evaluation.forward import evaluate, run_layers
 from mqat.evaluation.generation import generate_greedy
 from mqat.evaluation.quality import quality_report
 from mqat.evaluation.verification import record_logits
 from mqat.files import write_json
+from mqat.parallel.divergence import DistillationLoss
 from mqat.parallel.learned_scales import learn_scales_
 from mqat.parallel.low_precision_backward import set_backward_
-from mqat.parallel.quantized_module import all_quantizers
-from mqat.plan.run import RunPlan, describe
+from mqat.parallel.quantized_module import all_quantizers, unwrapped
+from mqat.plan.run import Origin, RunPlan, describe
 from mqat.quant.algorithm import Recipe
 from mqat.report.page import write_report
 from mqat.runtime.groups import any_rank, decided_by_main, is_main, on_all_ranks
 from mqat.specs.model import build_model
 from mqat.specs.transformer_engine import core_attention
+from mqat.training.distillation import Teacher
 from mqat.training.log import RunLog
 from mqat.training.loop import Phase, train_phase
 from mqat.training.optimizer import build_optimizer, wrap_for_training
@@ -88,12 +92,7 @@ class Session:
 
     def restore_source(self) -> None:
         """(Re)loads the weights the run starts from; scales are the run's own, found by `calibrate`."""
-        source = self.plan.source
-        if isinstance(source, Path):
-            load_checkpoint(source, self.chunks, layers={})
-            return
-        with on_all_ranks():
-            load_pretrained_([chunk.module for chunk in self.chunks], source)
+        _load_weights_(self.chunks, self.plan.source)
 
     def restore(self, path: Path) -> None:
         """Loads a checkpoint of this run."""
@@ -191,7 +190,47 @@ class Session:
                 name = self.plan.config.quantization.algorithm or "quantized"
                 write_report(report, self.plan.run_dir / "quality", f"{name}: quality by linear")
 
-    def train_phase(self, phase: Phase, *, lr: float | None = None) -> None:
+    def teacher(self, start: Path | None) -> Teacher | None:
+        """Whom `quantization.distill` names, by default the unquantized weights QAT starts from.
+
+        `start`: the run's own checkpoint of those; None: they are the source's.
+        """
+        distill = self.plan.config.quantization.distill
+        if distill is None:
+            return None
+        model, origin = self.plan.teacher or (self.plan.model, start or self.plan.source)
+        if self.plan.teacher is not None:
+            self._check_tokenizer(origin, str(distill.teacher))
+        chunks = build_model(model, self.plan.config.model, {}, self.plan.dtype)
+        _load_weights_(chunks, origin)
+        loss = DistillationLoss(
+            distill.divergence, distill.weight, distill.temperature, distill.top_k
+        )
+        return Teacher(
+            chunks,
+            loss,
+            hidden_weight=distill.hidden_weight,
+            is_offloaded=distill.offload_teacher,
+        )
+
+    def _check_tokenizer(self, origin: Origin, teacher: str) -> None:
+        """Refuses a teacher whose tokens are others than the student's, though as many."""
+        if isinstance(origin, RandomWeights):
+            return
+        with on_all_ranks():
+            path = origin / "tokenizer" if isinstance(origin, Path) else origin.tokenizer_source
+            theirs, ours = load_tokenizer(path).get_vocab(), self.tokenizer.get_vocab()
+            other = sorted(t for t in theirs.keys() | ours.keys() if theirs.get(t) != ours.get(t))
+            if other:
+                raise UserError(
+                    f"config: quantization.distill.teacher={teacher}: {len(other)} tokens have other "
+                    f"numbers than the student's, such as {other[0]!r} ({theirs.get(other[0])}, not "
+                    f"{ours.get(other[0])}). Use a teacher with the same tokenizer."
+                )
+
+    def train_phase(
+        self, phase: Phase, *, lr: float | None = None, teacher: Teacher | None = None
+    ) -> None:
         """Trains the present weights, or resumes this phase from its latest checkpoint."""
         config = self.plan.config
         optimizer, scheduler = build_optimizer(
@@ -219,9 +258,18 @@ class Session:
             validate=self.validation_loss,
             save=lambda path: self.save(path, state),
             directory=directory,
+            teacher=teacher,
         )
         batch_tokens = self.train.global_batch_size * config.model.data.seq_length
         self.summary["tokens"][phase.name] = phase.max_steps * batch_tokens
+
+
+def _load_weights_(chunks: list[Any], origin: Origin) -> None:
+    if isinstance(origin, Path):
+        load_checkpoint(origin, chunks, layers={})
+        return
+    with on_all_ranks():
+        load_pretrained_(unwrapped(chunks), origin)
 
 
 def open_session(plan: RunPlan) -> Session:

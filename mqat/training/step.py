@@ -3,13 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mqat.evaluation.forward import Microbatch, forward_loss, loss_totals, run_microbatches
+from mqat.evaluation.forward import Microbatch, forward_loss, run_microbatches, totals
 from mqat.parallel.quantized_step import quantized_step
+from mqat.training.distillation import Teacher
 
 
 def forward_backward(
-    chunks: Sequence[Any], microbatches: Sequence[Microbatch], *, step: int | None = None
-) -> tuple[float, float]:
+    chunks: Sequence[Any],
+    microbatches: Sequence[Microbatch],
+    *,
+    step: int | None = None,
+    teacher: Teacher | None = None,
+) -> dict[str, float]:
     """Accumulates gradients of the mean loss per token over the global batch.
 
     Args:
@@ -17,10 +22,13 @@ def forward_backward(
         microbatches: This data-parallel rank's share of the global batch; whole sequences, of which
             each context-parallel rank takes its part.
         step: As for `quantized_step`.
+        teacher: Whose distribution takes the place of the labels; None: cross entropy.
 
     Returns:
-        Loss summed over the global batch's counted tokens, and their number, on every rank.
+        Sums over the global batch's counted tokens, on every rank: `loss`, `tokens` (their number) and,
+        with a teacher, the parts of the loss.
     """
+    forward_step = forward_loss if teacher is None else teacher.forward_step(microbatches)
     with quantized_step(chunks, step=step):
-        results = run_microbatches(forward_loss, chunks, microbatches, forward_only=False)
-    return loss_totals(results)
+        results = run_microbatches(forward_step, chunks, microbatches, forward_only=False)
+    return totals(results, ("loss", "tokens", *(teacher.reported if teacher else ())))

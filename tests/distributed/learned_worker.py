@@ -129,7 +129,8 @@ def run(args: argparse.Namespace) -> None:
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        loss, count = forward_backward(chunks, batches)
+        sums = forward_backward(chunks, batches)
+        loss, count = sums["loss"], sums["tokens"]
         if state.step == 0:
             save_gradients(args.out / "gradients", chunks, optimizer)
         if alone:

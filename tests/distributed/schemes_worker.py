@@ -161,7 +161,8 @@ def run(algorithm: str, out: Path, args: argparse.Namespace) -> dict:
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        loss, count = forward_backward(chunks, batches)
+        sums = forward_backward(chunks, batches)
+        loss, count = sums["loss"], sums["tokens"]
         optimizer.step()
         scheduler.step(increment=1)
         return loss / count

@@ -99,6 +99,9 @@ def parse(options: list[str]) -> argparse.Namespace:
         "--unreduced", action="store_true", help="each rank's own statistics: wrong"
     )
     parser.add_argument("--logits", action="store_true", help="save those of the trained model")
+    parser.add_argument(
+        "--distill", type=json.loads, help="of `DistillationLoss`, and hidden_weight"
+    )
     parser.add_argument("--resume", type=Path, help="training checkpoint of another layout")
     return parser.parse_args(options)
 
@@ -135,10 +138,12 @@ def run(args: argparse.Namespace) -> None:
     from mqat.evaluation import forward
     from mqat.evaluation.forward import evaluate, logits, run_layers
     from mqat.evaluation.quality import quality_report
+    from mqat.parallel.divergence import DistillationLoss
     from mqat.parallel.learned_scales import learn_scales_
     from mqat.parallel.low_precision_backward import set_backward_
     from mqat.parallel.quantized_module import ExpertGroups, quantized_modules
     from mqat.specs.model import build_model
+    from mqat.training.distillation import Teacher
     from mqat.training.optimizer import build_optimizer, wrap_for_training
     from mqat.training.step import forward_backward
 
@@ -207,11 +212,19 @@ def run(args: argparse.Namespace) -> None:
     if args.resume:  # before any step: a process that resumes has an optimizer without state
         load_checkpoint(args.resume, chunks, layers=layers, training=state)
 
+    teacher = None
+    if args.distill:
+        frozen = build_model(model, settings, {}, dtype)
+        load_pretrained_(frozen, RandomWeights(model, 1, 0.1))
+        hidden_weight = args.distill.pop("hidden_weight", 0.0)
+        teacher = Teacher(frozen, DistillationLoss(**args.distill), hidden_weight=hidden_weight)
+
     def step() -> float:
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        loss, count = forward_backward(chunks, batches, step=state.step)
+        sums = forward_backward(chunks, batches, step=state.step, teacher=teacher)
+        loss, count = sums["loss"], sums["tokens"]
         state.step += 1
         _, norm, _ = optimizer.step()
         scheduler.step(increment=1)

@@ -32,7 +32,8 @@ def main() -> None:
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     calibrate(chunks, lambda: evaluate(chunks, [microbatches()]), group=group)
     optimizer, _ = build_optimizer(chunks, OptimizerConfig(lr=1e-3), max_steps=2, clip_grad=1.0)
-    loss, tokens = forward_backward(chunks, microbatches())
+    sums = forward_backward(chunks, microbatches())
+    loss, tokens = sums["loss"], sums["tokens"]
     named = dict(chunks[0].named_parameters())
     gradients = {name: p.main_grad.float().cpu().clone() for name, p in named.items()}
     optimizer.step()

@@ -36,7 +36,7 @@ def loss_and_gradients(chunks):
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    loss, _ = forward_backward(chunks, microbatches())
+    loss = forward_backward(chunks, microbatches())["loss"]
     return loss, {n: p.main_grad.clone() for n, p in chunks[0].named_parameters()}
 
 
@@ -249,7 +249,7 @@ def test_weights_written_between_any_two_passes_are_seen(calibrated):
     chunks = calibrated("int8")
     tokens = microbatches()[0]["tokens"]
     passes = {
-        "train": lambda: forward_backward(chunks, microbatches())[0],
+        "train": lambda: forward_backward(chunks, microbatches())["loss"],
         "evaluate": lambda: evaluate(chunks, [microbatches()])[0],
         "logits": lambda: float(logits(chunks, tokens).square().mean()),
     }

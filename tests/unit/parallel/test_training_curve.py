@@ -27,7 +27,8 @@ def losses(chunks, is_reference: bool, seed: int) -> list[float]:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         picked = torch.randint(16, (2,), generator=order).tolist()
-        loss, tokens = forward_backward(chunks, [data[i] for i in picked])
+        sums = forward_backward(chunks, [data[i] for i in picked])
+        loss, tokens = sums["loss"], sums["tokens"]
         optimizer.step()
         scheduler.step(increment=1)
         found.append(loss / tokens)
