@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launch import torchrun
+from tests.distributed.ranks import run_ranks
 
 HERE = Path(__file__).parent
 MIXED = {"weight": 0.7, "temperature": 2.0, "top_k": 20, "hidden_weight": 0.5}
@@ -36,7 +37,7 @@ def results(tmp_path_factory):
         file = root / f"jobs{processes}.json"
         lines = [[str(root / name), "--algorithm", "int4", *how] for name, how in jobs.items()]
         file.write_text(json.dumps(lines))
-        done = torchrun(processes, HERE / "worker.py", file)
+        done = run_ranks(processes, HERE / "worker.py", file)
         assert done.returncode == 0, done.stderr[-4000:]
     return {
         name: json.loads((root / name / "result.json").read_text())
@@ -61,7 +62,7 @@ def test_recomputed_activations_change_nothing(results):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_losses_and_gradients_are_those_of_the_definition(ranks):
-    done = torchrun(ranks, HERE / "divergence_worker.py")
+    done = run_ranks(ranks, HERE / "divergence_worker.py")
     assert done.returncode == 0, done.stderr[-4000:]
     worst = json.loads(done.stdout.splitlines()[-1])
     assert worst["loss"] < 1e-4 and worst["gradient"] < 1e-5, worst
