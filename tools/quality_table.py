@@ -159,6 +159,8 @@ def main() -> None:
         name = options.config.stem
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         text = options.markdown.read_text("utf-8")
+        if begin not in text:
+            raise SystemExit(f"error: {options.markdown}: no line {begin.strip()!r} to write after")
         before, rest = text.split(begin, 1)
         options.markdown.write_text(before + begin + table + end + rest.split(end, 1)[1])
 
