@@ -1,9 +1,9 @@
-"""Perplexity of SmolLM2-135M under every algorithm: unquantized, PTQ, recipe, QAT.
+"""Perplexity of a model under every algorithm: unquantized, PTQ, recipe, QAT.
 
     python tools/quality_table.py --rows int8 int4_g64 --json quality.json --markdown docs/quality.md
 
 Each row is a run of `examples/gpt_qat.py` in its own directory, with the settings below on top of
-`conf/quality_smollm2.yaml`; a row that has a `summary.json` from an earlier call is not run again.
+`--config`; a row that has a `summary.json` from an earlier call is not run again.
 `--peers` adds a column from what `tools/quality_peers.py` wrote: the same model, calibration samples
 and held-out text under another system's algorithm.
 """
@@ -78,14 +78,14 @@ ROWS = {
 }  # fmt: skip
 
 
-def run(name: str, directory: Path, steps: int, extra: list[str]) -> dict[str, Any]:
+def run(name: str, directory: Path, steps: int, config: Path, extra: list[str]) -> dict[str, Any]:
     """The row's `summary.json`, from an earlier run or from a new one."""
     summary = directory / "summary.json"
     if not summary.is_file():
         recipe = "sft" if name == "bf16" else ("qat" if steps else "ptq")
         command = [
             sys.executable, str(ROOT / "examples" / f"gpt_{recipe}.py"),
-            "--config", str(ROOT / "conf" / "quality_smollm2.yaml"),
+            "--config", str(config.resolve()),
             f"exp_manager.exp_dir={directory}", *([f"trainer.max_steps={steps}"] if steps else []),
             *ROWS[name].overrides(), *extra,
         ]  # fmt: skip
@@ -133,14 +133,17 @@ def main() -> None:
     """Runs the rows, then writes both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--config", type=Path, default=ROOT / "conf" / "quality_smollm2.yaml")
     parser.add_argument("--steps", type=int, default=60, help="of QAT; 0: PTQ only")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path, help="only the part between the markers changes")
+    parser.add_argument(
+        "--markdown", type=Path, help="only the part between the markers of --config changes"
+    )
     parser.add_argument("--peers", type=Path, help="from tools/quality_peers.py")
     options, extra = parser.parse_known_args()
     for name in options.rows:
-        run(name, (options.runs / name).resolve(), options.steps, extra)
+        run(name, (options.runs / name).resolve(), options.steps, options.config, extra)
     results = {
         name: {key: found[key] for key in ("ppl", "loss", "tokens", "seconds") if key in found}
         for name in ROWS
@@ -153,8 +156,11 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps({"mqat": results, "peers": peers}, indent=1) + "\n")
     if options.markdown:
-        begin, end = "<!-- table -->\n", "<!-- end of table -->"
+        name = options.config.stem
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         text = options.markdown.read_text("utf-8")
+        if begin not in text:
+            raise SystemExit(f"error: {options.markdown}: no line {begin.strip()!r} to write after")
         before, rest = text.split(begin, 1)
         options.markdown.write_text(before + begin + table + end + rest.split(end, 1)[1])
 

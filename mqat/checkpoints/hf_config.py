@@ -31,6 +31,7 @@ _COUNTS = ("num_experts", "num_local_experts")  # transformers 5 takes either fo
 _HARMLESS = {
     # configuration_utils.PreTrainedConfig: where a file comes from, what a call returns, kinds of tasks
     "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "torch_dtype", "dtype",
+    "_model_name_or_path", "unk_token_id",  # left over from a GGUF file that transformers loaded
     "use_cache", "return_dict", "output_hidden_states", "output_attentions", "torchscript",
     "use_bfloat16", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
     "task_specific_params", "tokenizer_class", "prefix", "sep_token_id", "is_decoder",

@@ -175,11 +175,16 @@ def _byte_level(values: dict[str, Any], pre: str) -> Any:
 
 
 def _pieces(values: dict[str, Any]) -> Any:
+    kinds = list(values["token_type"])
+    unknown = values.get("unknown_token_id", -1)
+    # Converters of Gemma list every special token as a control piece, this one too.
+    if UNKNOWN not in kinds and 0 <= unknown < len(kinds):
+        kinds[unknown] = UNKNOWN
     return fast_tokenizer(
         Pieces(
             names=values["tokens"],
             scores=values["scores"],
-            kinds=values["token_type"],
+            kinds=kinds,
             unigram=False,
             add_dummy_prefix=bool(values.get("add_space_prefix", True)),
             remove_extra_whitespaces=bool(values.get("remove_extra_whitespaces", False)),

@@ -111,7 +111,7 @@ class _Distillation(torch.autograd.Function):
             divergence[start:stop], entropy[start:stop], slope = _chunk(
                 s, t, own, loss, group, with_gradient=gradient is not None
             )
-            if gradient is not None:
+            if gradient is not None and slope is not None:
                 gradient[start:stop] = slope
         ctx.save_for_backward(gradient)
         total = loss.weight * divergence + (1 - loss.weight) * entropy

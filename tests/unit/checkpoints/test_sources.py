@@ -75,7 +75,8 @@ def test_harmless_keys_of_real_configs_are_read():
             "attention_dropout": 0.0, "rope_interleaved": False, "is_llama_config": True,
             "pad_token_id": -1,
             "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": [0, 2],
-            "temperature": 0.6, "whatever": None}  # fmt: skip
+            "temperature": 0.6, "whatever": None, "unk_token_id": 3,
+            "_model_name_or_path": "a GGUF file"}  # fmt: skip
     model = llama(**told)
     assert model.token_ids == {"bos_token_id": 1, "eos_token_id": [0, 2]}
     assert model.to_hf("bfloat16")["eos_token_id"] == [0, 2]

@@ -308,7 +308,8 @@ def test_minus_one_is_no_token_of_a_gguf_file(tmp_path: Path) -> None:
     assert tokenizer.pad_token is None and tokenizer.eos_token == "<e>"
 
 
-def test_gguf_pieces_are_tokenized_as_sentencepiece_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unknown_kind", [2, 3])  # Gemma's file calls it a control piece
+def test_gguf_pieces_are_tokenized_as_sentencepiece_does(tmp_path: Path, unknown_kind: int) -> None:
     right = sentencepiece.SentencePieceProcessor(
         model_file=str(
             train_sentencepiece(
@@ -319,12 +320,14 @@ def test_gguf_pieces_are_tokenized_as_sentencepiece_does(tmp_path: Path) -> None
     )  # fmt: skip
     ids = range(right.get_piece_size())
     kinds = [
-        2 if right.is_unknown(i) else 3 if right.is_control(i) else 6 if right.is_byte(i) else 1
+        unknown_kind if right.is_unknown(i)
+        else 3 if right.is_control(i) else 6 if right.is_byte(i) else 1
         for i in ids
-    ]
+    ]  # fmt: skip
     file = gguf(
         tmp_path / "a.gguf", [right.id_to_piece(i) for i in ids], kinds, ggml__model="llama",
         ggml__scores=[float(right.get_score(i)) for i in ids], ggml__bos_token_id=1,
+        ggml__unknown_token_id=right.unk_id(),
     )  # fmt: skip
     tokenizer = load_tokenizer(file)
     for text in (TEXT, "  the wall", "été 🙂"):
