@@ -154,7 +154,7 @@ def run(out: Path, layout: dict, asked: Policy, calibrator: str, at_once: int) -
 
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     result = {"unquantized": evaluate(chunks, [batches])[0]}
-    qparams = apply_weight_recipe_(
+    qparams, _ = apply_weight_recipe_(
         chunks, run_batches, {name: algorithm.recipe for name, algorithm in algorithms.items()},
         model=MODEL, calib_layers_at_once=at_once, group=group,
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
