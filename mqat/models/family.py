@@ -133,6 +133,7 @@ class Family:
         trtllm_attention: Of the keys of windows and of `attention`, those that it has, too.
         trtllm_fraction: Its key for the part of a head that is rotated; None: always all.
         trtllm_states_head: Its class takes heads of any size; otherwise of hidden_size / heads.
+        trtllm_expert_size: Its key for the intermediate size of experts, where that is not that of MLPs.
         trtllm_extra: Further keys of TensorRT-LLM's.
     """
 
@@ -180,6 +181,7 @@ class Family:
     trtllm_attention: tuple[str, ...] = ()
     trtllm_fraction: str | None = None
     trtllm_states_head: bool = True
+    trtllm_expert_size: str = "intermediate_size"
     trtllm_extra: Mapping[str, Any] = field(default_factory=dict)
 
     def inner_default(self, hidden: int) -> int | None:

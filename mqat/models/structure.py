@@ -420,6 +420,7 @@ def expert_linears(experts: Experts, count: int) -> tuple[Linear, ...]:
             (Part(rows, hf + gate, "", "mlp.fc"), Part(rows, hf + up, "", "mlp.fc")),
             norm=MIXTURE_NORM.name,
             expert=number,
+            trtllm_order=(1, 0),
         )
         fc2 = Linear(
             f"{prefix}.{FC2.name.rpartition('.')[2]}",

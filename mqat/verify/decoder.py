@@ -142,7 +142,10 @@ class Decoder:
             gate, up, down = (modules[f"{role} {number}"] for role in ("gate", "up", "down"))
             own, products = self._noisy(tokens[rows]), []
             for rank in ranks:
-                inner = activate(_product(rank, gate, own)) * _product(rank, up, own)
+                features: dict[str, Tensor] = {}
+                for module in (gate,) if gate == up else (gate, up):
+                    features |= module.by_part(_product(rank, module, own), dim=-1)
+                inner = activate(features[f"gate {number}"]) * features[f"up {number}"]
                 products.append(_product(rank, down, self._noisy(inner)))
             total[rows] += weights[rows, place, None] * torch.stack(products).sum(0)
         return total.view_as(x)

@@ -25,4 +25,5 @@ MIXTRAL = Family(
         count="num_local_experts",
         size="intermediate_size",
     ),
+    trtllm_activation="swiglu",
 )

@@ -33,5 +33,7 @@ QWEN3_MOE = Family(
         normalizes="norm_topk_prob",
         is_everywhere={"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
+    trtllm_activation="swiglu",
+    trtllm_expert_size="moe_intermediate_size",
     trtllm_extra={"qwen_type": "qwen3_moe", "seq_length": 8192, "use_logn_attn": False},
 )
