@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> None:
     for module, shared in zip(experts, sharing, strict=True):
         module.expert_groups = shared  # by which ranks know who saves
     result["quantized"] = evaluate(chunks, [batches])[0]
-    if linear_schemes(layers) and not model.num_experts:
+    if linear_schemes(layers):
         result["quality"] = quality_report(
             chunks, lambda: run_layers(chunks, [batches]), group=group
         )["linears"]
