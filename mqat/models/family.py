@@ -72,6 +72,8 @@ class Mixture:
         experts: Their names.
         count: Key of their number.
         size: Key of their intermediate size.
+        gguf_size: The same in a file of llama.cpp, which makes the weights of a token's experts add up
+            to one whatever the model says.
         normalizes: Key that says whether a token's weights for its experts add up to one; None: they
             always do.
         is_everywhere: Keys that could leave layers without experts, with the values that do not.
@@ -81,6 +83,7 @@ class Mixture:
     count: str
     size: str
     normalizes: str | None = None
+    gguf_size: str = "feed_forward_length"
     is_everywhere: Mapping[str, Any] = field(default_factory=dict)
 
 
