@@ -41,9 +41,9 @@ class Naming:
         adds_one: Norms hold what they multiply by, also where checkpoints hold that less one.
         transposes: Weights are stored as the table says for Hugging Face.
         router_dtype: Of routers' weights; None: the model's.
-        stacks_experts: The linears that experts of a layer have in one module are one tensor each,
-            [experts, ...], but for
-        of_all_experts: suffixes of tensors of which all experts have the same.
+        stacks_experts: What experts of a layer have in one module are one tensor each, [experts, ...],
+            but for
+        of_all_experts: suffixes of tensors that all experts share: where they differ, the largest.
     """
 
     layer: Callable[[Family], str]
@@ -139,11 +139,11 @@ class DecoderTensors:
                     plan = replace(build(served), name=f"{prefix}{module}.{suffix}")
                     if linear.expert is None or not self.naming.stacks_experts:
                         yield plan
-                    elif suffix not in self.naming.of_all_experts:
+                    else:
                         stacks.setdefault(plan.name, []).append(plan)
-                    elif linear.expert == 0:
-                        yield plan
-        yield from map(_stacked, stacks.values())
+        for name, plans in stacks.items():
+            is_one = name.rpartition(".")[2] in self.naming.of_all_experts
+            yield _largest(plans) if is_one else _stacked(plans)
         if model.router is not None:
             module, kind = self.naming.module(model.router), self.naming.router_dtype or dtype
             yield _plan_router(reader, prefix + module, layer, kind)
@@ -203,6 +203,15 @@ def _stacked(plans: Sequence[TensorPlan]) -> TensorPlan:
     return replace(
         plans[0], shape=shape, chunks=lambda: chain.from_iterable(p.chunks() for p in plans)
     )
+
+
+def _largest(plans: Sequence[TensorPlan]) -> TensorPlan:
+    """One small tensor in the place of several, element by element the largest."""
+
+    def chunks() -> Iterator[Tensor]:
+        yield torch.stack([chunk for plan in plans for chunk in plan.chunks()]).amax(dim=0)
+
+    return replace(plans[0], chunks=chunks)
 
 
 def _plan_router(

@@ -17,8 +17,8 @@ from mqat.verify.export import Export, Rank
 from mqat.verify.reference_quant import quantize_input
 from mqat.verify.storage import Module
 
-# On purpose (docs/export.md): W8A16 rounds weights again, and ranks take the steps of a token from their
-# own channels. Both are within the noise of 8 bits, relative.
+# On purpose (docs/export.md): W8A16 rounds weights again, ranks take the steps of a token from their own
+# channels, and experts of a layer may share a step. All are within the noise of 8 bits, relative.
 SERVED_OTHERWISE = 0.1
 
 
@@ -101,6 +101,7 @@ class Decoder:
         is_cut = self.model.tp > 1
         return any(
             m.storage.is_reloaded
+            or m.shares_input_scale
             or (m.is_row_parallel and is_cut and (m.storage.input or "").startswith("token"))
             for m in self.modules(number)
         )

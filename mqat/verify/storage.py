@@ -97,6 +97,11 @@ class Module:
         """Whether it is a slice of a stored one; otherwise all experts have the same."""
         return self.num_experts > 0 and tensor in ("weight", "codes", "scale")
 
+    @property
+    def shares_input_scale(self) -> bool:
+        """Whether the experts of its layer have one step of inputs: the largest that was trained."""
+        return self.num_experts > 0 and "input_scale" in self.suffixes
+
     def specs(self) -> dict[str, TensorSpec]:
         """Tensor of the table above -> what a rank must hold."""
         storage, (out, width), model = self.storage, self.shape, (self.dtype,)

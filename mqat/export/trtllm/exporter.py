@@ -19,13 +19,17 @@ from mqat.export.trtllm.forms import FORMS, TENSORS, TrtllmForm
 from mqat.export.trtllm.positions import position_fields
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
-from mqat.models.structure import Linear, in_layer, split_name
+from mqat.models.structure import Linear, in_layer, is_expert, split_name
 from mqat.quant.scheme import LinearScheme
 
 _REQUANTIZED = (
     "W8A16 checkpoints hold unquantized weights: TensorRT-LLM quantizes them again at load time, "
     "with amax/128 of each output channel on each rank, so the served weights are not the trained "
     "ones."
+)
+_ONE_INPUT = (
+    "{} and {} more linears of experts have input scales of their own; TensorRT-LLM has one for "
+    "the experts of a layer: the largest is written. Unquantized inputs (int4) are served as trained."
 )
 
 
@@ -61,9 +65,12 @@ class TensorRtLlmExporter:
             FORMS.check_groups(name, scheme, model.size(linear.columns), ranks)
 
     def warning(self, schemes: Mapping[str, Scheme]) -> str | None:
-        """That the loader changes weights."""
-        layers = linear_schemes(schemes).values()
-        return _REQUANTIZED if any(FORMS.of(s).is_requantized for s in layers) else None
+        """That the loader changes weights, or that a layer's experts share an input scale."""
+        layers = linear_schemes(schemes)
+        if any(FORMS.of(scheme).is_requantized for scheme in layers.values()):
+            return _REQUANTIZED
+        static = [n for n, scheme in layers.items() if is_expert(n) and scheme.input is not None]
+        return _ONE_INPUT.format(static[0], len(static) - 1) if static else None
 
     def contents(
         self, reader: CheckpointReader, tokenizer: Path, options: ExportOptions
@@ -130,8 +137,8 @@ def _check_experts(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -> 
             known = ", ".join(form.name for form in FORMS.forms if form.takes_experts)
             raise UserError(
                 f"{name}: {operands_text(scheme)} is {form.name} in TensorRT-LLM, which is not written "
-                f"for experts: its kernels or its loader lack it, or all experts would get one input "
-                f"scale. Experts can be {known} (int4, int4_awq), or {elsewhere}"
+                f"for experts: its kernels or its loader lack it. Experts can be {known} (fp8, int4, "
+                f"int4_awq), or {elsewhere}"
             )
     if names and is_mixed(layers):
         raise UserError(

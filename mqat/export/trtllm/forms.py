@@ -75,6 +75,7 @@ FORMS = Forms(
                 "weights_scaling_factor": build.cast_scale,
                 "activation_scaling_factor": build.cast_input_scale,
             },
+            takes_experts=True,
         ),
         TrtllmForm(
             "FP8_PER_CHANNEL_PER_TOKEN", operands.FP8_CHANNELS, operands.FP8_TOKENS, _PER_CHANNEL
@@ -128,7 +129,7 @@ NAMING = Naming(
     transposes=False,
     router_dtype=torch.float32,
     stacks_experts=True,
-    of_all_experts=("prequant_scaling_factor",),
+    of_all_experts=("prequant_scaling_factor", "activation_scaling_factor"),
 )
 CACHE = CacheForm(
     lambda cache: {f"{cache.trtllm}.kv_cache_scaling_factor": "kv"},

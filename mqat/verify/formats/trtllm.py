@@ -45,7 +45,10 @@ _LINEAR = {
 _WHOLE_MODEL = {None: UNQUANTIZED, "W8A16": replace(UNQUANTIZED, bits=8, is_reloaded=True)}
 _ALGORITHMS = (*_WHOLE_MODEL, *_LINEAR, "MIXED_PRECISION")
 _GROUP_SIZES = {"W4A16_AWQ": (64, 128), "W4A8_AWQ": (128,)}
-_OF_EXPERTS = ("W4A16_AWQ",)  # what its kernels and its loader know for mixtures, of the above
+_OF_EXPERTS = (
+    "FP8",
+    "W4A16_AWQ",
+)  # what its kernels and its loader know for mixtures, of the above
 _OTHER = {"producer", "rotary_scaling", "use_parallel_embedding", "mapping", "quantization"}
 _MAPPING = ("world_size", "tp_size", "pp_size")
 _QUANTIZATION = {
