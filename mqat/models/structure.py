@@ -214,11 +214,13 @@ class Router:
         name: In a Megatron layer.
         hf: Hugging Face module, after `HF_LAYER`.
         trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`.
+        gguf: llama.cpp tensor without its suffix, after `GGUF_LAYER`.
     """
 
     name: str
     hf: str
     trtllm: str
+    gguf: str = "ffn_gate_inp"
 
     @property
     def key(self) -> str:
@@ -406,7 +408,7 @@ ROUTER = Router("mlp.router", "mlp.gate", "mlp.router")
 def expert_linears(experts: Experts, count: int) -> tuple[Linear, ...]:
     """The linears of all experts of a layer, expert by expert.
 
-    TensorRT-LLM stacks them in `mlp.fc` and `mlp.proj`, with up before gate.
+    TensorRT-LLM stacks them in `mlp.fc` and `mlp.proj`, with up before gate; llama.cpp in three tensors.
     """
     gate, up, down = experts.hf_parts
     found = []
@@ -417,15 +419,19 @@ def expert_linears(experts: Experts, count: int) -> tuple[Linear, ...]:
             f"{prefix}.{FC1.name.rpartition('.')[2]}",
             "column",
             "hidden",
-            (Part(rows, hf + gate, "", "mlp.fc"), Part(rows, hf + up, "", "mlp.fc")),
+            (
+                Part(rows, hf + gate, "ffn_gate_exps", "mlp.fc"),
+                Part(rows, hf + up, "ffn_up_exps", "mlp.fc"),
+            ),
             norm=MIXTURE_NORM.name,
             expert=number,
+            trtllm_order=(1, 0),
         )
         fc2 = Linear(
             f"{prefix}.{FC2.name.rpartition('.')[2]}",
             "row",
             rows,
-            (Part("hidden", hf + down, "", "mlp.proj"),),
+            (Part("hidden", hf + down, "ffn_down_exps", "mlp.proj"),),
             fed_by=(fc1.name, 1),
             expert=number,
         )

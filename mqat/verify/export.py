@@ -57,9 +57,17 @@ class Rank:
         """One tensor."""
         return self._handles[self.found[name]].get_tensor(name)
 
+    def _of_module(self, module: Module, tensor: str) -> Tensor:
+        """One of its tensors, or its slice of it."""
+        name = module.full(tensor)
+        if not module.is_stacked(tensor):
+            return self.tensor(name)
+        found: Tensor = self._handles[self.found[name]].get_slice(name)[module.expert]
+        return found
+
     def linear(self, module: Module) -> StoredLinear:
         """This rank's part of a module."""
-        tensors = {t: self.tensor(module.full(t)) for t in module.suffixes}
+        tensors = {t: self._of_module(module, t) for t in module.suffixes}
         if module.is_transposed and "weight" in tensors:
             tensors["weight"] = tensors["weight"].t()
         return StoredLinear(module, tensors)
@@ -99,9 +107,9 @@ class Export:
             shape = (sum(rows), model.on_rank[parts[0].columns])
             cut = (rows, shape, parts[0].is_row_parallel, model.copies)
             is_transposed = model.form in facts.transposed
-            found.append(
-                Module(full, parts, self.storage[full], suffixes, model.dtype, *cut, is_transposed)
-            )
+            stack = (model.on_rank["experts"], _slice(name)) if "[" in name else ()
+            kind = (suffixes, model.dtype, *cut, is_transposed, *stack)
+            found.append(Module(full, parts, self.storage[full], *kind))
         return found
 
     def plain(self, stage: int) -> list[PlainTensor]:
@@ -133,7 +141,8 @@ class Export:
                     found.append(PlainTensor(name, spec, role, place, kind))
             if router := model.facts.experts.get("router"):
                 shape = (model.on_rank["experts"], model.on_rank["hidden"])
-                spec = TensorSpec(shape, dtypes, True)
+                kinds = dtypes if model.form == "hf" else ("F32",)
+                spec = TensorSpec(shape, kinds, True)
                 found.append(
                     PlainTensor(f"{prefix}{router[model.form]}.weight", spec, "router", place)
                 )
@@ -158,3 +167,8 @@ class Export:
         """A table [vocab or positions, hidden] without its padding."""
         rows = [rank.tensor(f"{self.model.names[role]}.weight") for rank in self.stages[stage]]
         return torch.cat(rows)[: self.model.rows(role)]
+
+
+def _slice(name: str) -> int:
+    """Number of the expert in the name of a module, such as `mlp.fc[3]`."""
+    return int(name.partition("[")[2].removesuffix("]"))

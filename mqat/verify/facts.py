@@ -49,8 +49,15 @@ class Facts:
         """Parameters of a norm."""
         return ("weight", "bias") if self.norm == "layer" else ("weight",)
 
+    def experts_in(self, form: str) -> Mapping[str, Any]:
+        """`experts` as a format has them."""
+        return {**self.experts, **self.experts.get(form, {})}
+
     def with_experts(self, count: int) -> "Facts":
-        """With the linears of `count` experts, whose roles end in their numbers (`gate 3`)."""
+        """With the linears of `count` experts, whose roles end in their numbers (`gate 3`).
+
+        A module of TensorRT-LLM has a slice for each expert, which is a module here (`mlp.fc[3]`).
+        """
         fused, parts = dict(self.fused), dict(self.parts)
         modules = {form: dict(found) for form, found in self.modules.items()}
         for number in range(count):
@@ -59,6 +66,8 @@ class Facts:
                 cut = {key: value for key, value in entry.items() if key != "hf"}
                 parts[own] = Part(own, **cut)
                 modules["hf"][entry["hf"].format(number)] = (own,)
+            for name, roles in self.experts_in("trtllm")["modules"].items():
+                modules["trtllm"][f"{name}[{number}]"] = tuple(f"{role} {number}" for role in roles)
             for name, entry in self.experts["fused"].items():
                 roles = [f"{role} {number}" for role in entry["parts"]]
                 found = {"parts": roles, "stacked": entry["stacked"], "expert": number}

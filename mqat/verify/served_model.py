@@ -38,7 +38,7 @@ class ServedModel:
 
     def __init__(self, facts: Facts, form: str, keys: Keys, raw: Raw, tp: int, pp: int) -> None:
         self.form, self.raw = form, raw
-        of_experts = facts.experts.get("config", {})
+        of_experts = facts.experts_in(form).get("config", {})
         self.keys = {**keys, **of_experts}
         count = self.value("num_experts")
         self.facts = facts.with_experts(count) if of_experts else facts
@@ -71,7 +71,7 @@ class ServedModel:
     @property
     def normalizes(self) -> bool:
         """Whether the weights of a token's experts add up to one."""
-        told = self.facts.experts["normalizes"]
+        told = self.facts.experts_in(self.form)["normalizes"]
         return told if isinstance(told, bool) else bool(self.raw[told])
 
     def value(self, name: str) -> Any:
@@ -132,7 +132,7 @@ def is_positive(value: Any, kind: Any = int) -> bool:
 
 def model_problems(raw: Raw, keys: Keys, facts: Facts, form: str) -> Iterator[str]:
     """What is wrong with the keys that describe the model, in a format."""
-    fixed, of_experts = facts.config[form], facts.experts.get("config", {})
+    fixed, of_experts = facts.config[form], facts.experts_in(form).get("config", {})
     named = [keys[name] for name in (*SIZES, "head_dim") if name in keys]
     for key in (*named, *of_experts.values()):
         if not is_positive(raw.get(key)):
