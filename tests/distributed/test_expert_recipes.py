@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launch import torchrun
+from tests.distributed.ranks import run_ranks
 from tests.distributed.recipes_worker import EXPERT_RECIPES
 from tests.distributed.test_recipes import WORKER, differences, printed, run, tensors
 
@@ -66,7 +66,7 @@ def test_other_text_gives_other_weights_and_scales(results, recipe):
 def test_factors_of_one_ranks_experts_alone_would_be_noticed(results, tmp_path):
     file = tmp_path / "jobs.json"
     file.write_text(json.dumps({"unmerged": {"experts": True, "ep": 2, "unmerged": True}}))
-    done = torchrun(2, WORKER, tmp_path, file, timeout=580)
+    done = run_ranks(2, WORKER, tmp_path, file, timeout=580)
     assert done.returncode != 0
     assert "pre_mlp_layernorm.weight: ranks disagree" in done.stderr
 
