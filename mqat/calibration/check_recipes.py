@@ -56,14 +56,15 @@ def check_recipes(
 
 
 def _check_single_reader(name: str, model: DecoderConfig) -> None:
-    linear = model.linear(split_name(name)[1])
+    layer, own = split_name(name)
+    linear = model.linear(own)
     if linear.norm is None and linear.fed_by is None:
         raise UserError(
             f"{name}: its input comes from an activation, which no tensor before it can rescale in a "
             f"{model.family} model; switch smoothquant off for it by a rule with pattern "
             f"'*.{linear.name}' (recipe: {{smoothquant: false}})."
         )
-    for other in model.linears:
+    for other in model.linears_of(layer):
         shares = (other.norm, other.fed_by) == (linear.norm, linear.fed_by)
         if shares and other.name != linear.name:
             raise UserError(

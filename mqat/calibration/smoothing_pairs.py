@@ -93,7 +93,7 @@ def find_smoothing_pairs(
     pairs: dict[str, SmoothingPair] = {}
     for chunk in unwrapped(chunks):
         for layer in chunk.decoder.layers:
-            for linear in model.linears:
+            for linear in model.linears_of(layer.layer_number - 1):
                 if linear.expert is not None:
                     continue  # no recipe rescales its input (`check_recipes`)
                 module = layer.get_submodule(linear.name)

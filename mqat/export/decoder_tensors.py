@@ -22,9 +22,10 @@ from mqat.export.served_linear import ServedLinear
 from mqat.export.stream import TensorPlan
 from mqat.export.tensor_builders import TensorBuilders, bias, transposed, unquantized
 from mqat.models.decoder import DecoderConfig
+from mqat.models.experts import Selector
 from mqat.models.family import Family
 from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes, table_schemes
-from mqat.models.structure import Linear, Norm, Router, Table, in_layer
+from mqat.models.structure import Linear, Norm, Table, in_layer
 from mqat.quant.scheme import LinearScheme
 
 
@@ -34,7 +35,7 @@ class Naming:
 
     Attributes:
         layer: Before those of a layer of a family, with its number as `{i}`.
-        module: Of a norm, router or table.
+        module: Of a norm or table; the tensor of a selector.
         linears: Modules of a trained linear -> the numbers of its parts in them.
         writes_tied_head: The head is written even where it is the embedding.
         adds_one: Norms hold what they multiply by, also where checkpoints hold that less one.
@@ -42,7 +43,7 @@ class Naming:
     """
 
     layer: Callable[[Family], str]
-    module: Callable[[Norm | Router | Table], str]
+    module: Callable[[Norm | Selector | Table], str]
     linears: Callable[[Linear], Mapping[str, Sequence[int]]]
     writes_tied_head: bool
     adds_one: bool
@@ -57,7 +58,7 @@ class Naming:
                 in_layer(layer, linear.name)
             )
             for local, layer in enumerate(numbers)
-            for linear in model.linears
+            for linear in model.linears_of(layer)
             for module in self.linears(linear)
         }
 
@@ -119,9 +120,9 @@ class DecoderTensors:
         layer: int,
     ) -> Iterator[TensorPlan]:
         model = reader.model
-        for norm in model.norms:
+        for norm in model.norms_of(layer):
             yield from self._plan_norm(reader, prefix, norm, layer, dtype)
-        for linear in model.linears:
+        for linear in model.linears_of(layer):
             cols = linear_columns(model, linear, rank)
             scheme = reader.layers.get(in_layer(layer, linear.name))
             for module, parts in self.naming.linears(linear).items():
@@ -129,8 +130,9 @@ class DecoderTensors:
                 served = ServedLinear(reader, layer, linear, rows, cols, dtype)
                 for suffix, build in self._builders(scheme, served).items():
                     yield replace(build(served), name=f"{prefix}{module}.{suffix}")
-        if model.router is not None:
-            yield _plan_router(reader, prefix + self.naming.module(model.router), layer, dtype)
+        for selector in model.selectors_of(layer):
+            name = prefix + self.naming.module(selector)
+            yield _plan_selector(reader, selector, name, layer, dtype)
         yield from self.cache.plan(reader, layer, prefix)
 
     def _builders(self, scheme: LinearScheme | None, served: ServedLinear) -> TensorBuilders:
@@ -150,10 +152,10 @@ class DecoderTensors:
     ) -> Iterator[TensorPlan]:
         """A norm's parameters: one layer's, or (None) the model's last."""
         family = reader.model.architecture
-        region = () if layer is None else (slice(layer, layer + 1),)
         shape = (reader.model.size(norm.size),)
 
         def chunks(key: str, offset: float) -> Iterator[Tensor]:
+            key, region = (key, ()) if layer is None else reader.model.place(key, layer)
             values = reader.read(key, region)
             yield ((values.float() + offset) if offset else values).to(dtype)
 
@@ -170,7 +172,7 @@ def _check_experts(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -> 
     Raises:
         UserError: Names the two linears.
     """
-    for layer in range(model.num_layers if model.num_experts else 0):
+    for layer in filter(model.has_experts, range(model.num_layers)):
         names = [in_layer(layer, x.name) for x in model.linears if x.expert is not None]
         for name in names[1:]:
             if layers.get(name) != layers.get(names[0]):
@@ -181,18 +183,17 @@ def _check_experts(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -> 
                 )
 
 
-def _plan_router(
-    reader: CheckpointReader, module: str, layer: int, dtype: torch.dtype
+def _plan_selector(
+    reader: CheckpointReader, selector: Selector, name: str, layer: int, dtype: torch.dtype
 ) -> TensorPlan:
-    """A router's weight [experts, hidden]."""
-    model = reader.model
-    assert model.router is not None, "the caller has one"
-    key = model.router.key
+    """A router's weight, or what is beside it."""
+    shape = reader.model.selector_shape(selector)
+    dtype = torch.float32 if selector.is_float32 else dtype
 
     def chunks() -> Iterator[Tensor]:
-        yield reader.read(key, (slice(layer, layer + 1),))[0].to(dtype)
+        yield reader.read(*reader.model.place(selector.key, layer)).view(shape).to(dtype)
 
-    return TensorPlan(dtype, (model.num_experts, model.hidden_size), chunks, f"{module}.weight")
+    return TensorPlan(dtype, shape, chunks, name)
 
 
 def _plan_table(

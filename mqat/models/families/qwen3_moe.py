@@ -1,19 +1,11 @@
-"""Qwen 3 with experts in the place of the MLP, in every layer.
+"""Qwen 3 with experts in the place of the MLP, in every layer or in some.
 
 Sources: transformers `models/qwen3_moe`; TensorRT-LLM `models/qwen/{config,model}.py`.
 """
 
-from mqat.models.family import Family, Mixture, SlidingWindow
-from mqat.models.structure import (
-    INPUT_NORM,
-    KEY_NORM,
-    MIXTURE_NORM,
-    PROJ,
-    QKV,
-    QUERY_NORM,
-    ROUTER,
-    Experts,
-)
+from mqat.models.experts import MIXTURE_NORM, ROUTER, Experts
+from mqat.models.family import DenseLayers, Family, Mixture, SlidingWindow
+from mqat.models.structure import INPUT_NORM, KEY_NORM, PROJ, QKV, QUERY_NORM
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
@@ -31,7 +23,7 @@ QWEN3_MOE = Family(
         count="num_experts",
         size="moe_intermediate_size",
         normalizes="norm_topk_prob",
-        is_everywhere={"decoder_sparse_step": 1, "mlp_only_layers": []},
+        dense=DenseLayers(listed="mlp_only_layers", step="decoder_sparse_step"),
     ),
     trtllm_extra={"qwen_type": "qwen3_moe", "seq_length": 8192, "use_logn_attn": False},
 )
