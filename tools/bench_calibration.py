@@ -56,7 +56,7 @@ def _mqat_awq(source: Any, steps: Steps) -> float:
 
     began = time.process_time()
     recipes = {name: algorithm.recipe for name, algorithm in algorithms.items()}
-    qparams = apply_weight_recipe_(
+    qparams, _ = apply_weight_recipe_(
         chunks, run, recipes, model=source.config, group=group, dp_group=dp_group
     )
     calibrate(chunks, run, group=group, weight_qparams=qparams)

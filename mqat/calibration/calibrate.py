@@ -19,7 +19,11 @@ from mqat.calibration.idle_experts import idle_experts, substituted
 from mqat.errors import UserError
 from mqat.parallel.linear import quantized_linears, tp_axis
 from mqat.parallel.parameter_sync import gather_parameters
-from mqat.parallel.quantized_module import QuantizedModule, quantized_modules
+from mqat.parallel.quantized_module import (
+    QuantizedModule,
+    quantized_modules,
+    sharing_statistics,
+)
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.quant.qparams import statistic_of
 from mqat.runtime.groups import any_rank, gathered, on_all_ranks
@@ -94,7 +98,7 @@ def calibrate(
     }
     whole = {name: local.amax().reshape(1) for name, local in amax.items()}  # of two-level scales
     observers = {name: q.observer for name, q in activations.items() if q.observer is not None}
-    for names, groups in _sharing(modules, group):
+    for names, groups in sharing_statistics(modules, group):
         own = {f"{name}." for name in names}
         seen = [o for name, o in observers.items() if f"{name.rpartition('.')[0]}." in own]
         maxima = [
@@ -132,16 +136,6 @@ def calibrate(
     for name, quantizer in activations.items():
         quantizer.freeze_(found[name])
     return sorted({name for names in gathered(sorted(idle)) for name in names})
-
-
-def _sharing(
-    modules: Mapping[str, QuantizedModule], group: dist.ProcessGroup
-) -> Iterator[tuple[list[str], tuple[dist.ProcessGroup, ...]]]:
-    """Names of modules, and the groups of ranks over which their statistics merge, one after another."""
-    yield [n for n, m in modules.items() if m.expert_groups is None], (group,)
-    experts = {n: m.expert_groups for n, m in modules.items() if m.expert_groups is not None}
-    for groups in list(experts.values())[:1]:  # the same for all
-        yield list(experts), (groups.tp, groups.dp)
 
 
 def _check_finite(

@@ -1,7 +1,7 @@
 """Scales of experts that no calibration token reached: their inputs take the largest of the others'.
 
-Their weights have maxima of their own. Another token may reach them in training or when served, and
-the largest scale of the layer clips it least.
+Their weights have maxima of their own, and recipes round them to nearest. Another token may reach them
+in training or when served, and the largest scale of the layer clips it least.
 """
 
 from collections.abc import Mapping
@@ -15,20 +15,29 @@ from mqat.parallel.quantized_module import QuantizedModule
 
 
 def idle_experts(modules: Mapping[str, QuantizedModule]) -> set[str]:
-    """Names of this rank's expert modules that watched activations, after merging, and saw none.
-
-    An expert in a layer of which none was reached is not idle: nothing went through the layer.
-    """
-    seen: dict[tuple[int, str], bool] = {}
-    flags = {}
+    """Names of this rank's expert modules that watched activations, after merging, and saw none."""
+    watched = {}
     for name, module in modules.items():
         observers = [q.observer for q in module.quantizers.values() if q.observer is not None]
         if module.expert_groups is not None and observers:
-            flags[name] = bool(observers[0].statistics[2])
-            place = _place(name)
-            seen[place] = seen.get(place, False) or flags[name]
+            watched[name] = bool(observers[0].statistics[2])
+    return unreached(modules, watched)
+
+
+def unreached(modules: Mapping[str, QuantizedModule], watched: Mapping[str, bool]) -> set[str]:
+    """Names of expert modules without tokens, among others that had some (a collective).
+
+    An expert in a layer of which none was reached is not idle: nothing went through the layer.
+
+    Args:
+        modules: All of this rank.
+        watched: Whether a token was seen, merged over copies and parts, by name; of experts alone.
+    """
+    seen: dict[tuple[int, str], bool] = {}
+    for name, was in watched.items():
+        seen[_place(name)] = seen.get(_place(name), False) or was
     reached = _merged(modules, {place: torch.ones(1) * was for place, was in seen.items()})
-    return {name for name, was in flags.items() if not was and bool(reached[_place(name)])}
+    return {name for name, was in watched.items() if not was and bool(reached[_place(name)])}
 
 
 def substituted(

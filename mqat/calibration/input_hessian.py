@@ -14,11 +14,14 @@ microbatches are added as 64-bit integers in units of 2**-FRACTION_BITS, in any 
 | the same, sequence parallel `[S/tp, B, I]`| gather of sequence  | I / tp               | DP          |
 | row-parallel `[S, B, I/tp]`               | gather of channels  | I / tp               | DP          |
 
-Memory per rank: 8 I² / tp bytes for each watched linear; a search adds a few float64 matrices [I, I] for
-one linear at a time.
+An expert's linear sees the tokens that are sent to it, of all ranks that share experts (`experts.py`),
+so that ranks with copies of it take the place of DP.
+
+Memory per rank: 8 I² / tp bytes for each watched linear whose recipe looks at more than maxima; a search
+adds a few float64 matrices [I, I] for one linear at a time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +59,7 @@ def whole_input(linear: QuantizedLinear, x: Tensor) -> Tensor:
     """All tokens of the microbatch with all channels, float32 [S * B, I], on every tensor rank."""
     if isinstance(linear, QuantRowParallelLinear):
         x = gather_from_tensor_model_parallel_region(x, group=linear.tp_group)
-    elif linear.sequence_parallel:
+    elif linear.sequence_parallel and linear.expert_groups is None:  # experts have whole tokens
         x = gather_from_sequence_parallel_region(x, group=linear.tp_group)
     return x.detach().reshape(-1, x.shape[-1]).float().contiguous()
 
@@ -67,7 +70,7 @@ class InputHessian:
 
     Attributes:
         hessian: Fixed-point rows of XᵀX of this rank's channels, int64 [I/tp, I]; what is left of each
-            shard's first channel is zero.
+            shard's first channel is zero. [0, I] where maxima are enough.
         amax: Largest |x_j| of each channel, float32 [I].
         tokens: Number of real tokens (`QuantizedModule.token_mask`), int64 (1,).
         flag: float32 (): 1 if the input was not finite or the sum left the fixed-point range.
@@ -94,21 +97,37 @@ class InputHessian:
         finite = largest.isfinite()
         torch.maximum(self.amax, torch.where(finite, largest, 0.0), out=self.amax)
         bad = ~finite.all()
+        if len(self.hessian):
+            bad |= self._add_products_(linear, rows, MAX_SUM / dp_size)
+        torch.maximum(self.flag, bad.float(), out=self.flag)
+        self.tokens += tokens
+
+    def _add_products_(self, linear: QuantizedLinear, rows: Tensor, limit: float) -> Tensor:
+        """Adds this rank's part of XᵀX; bool (): a sum left its share of the range, `limit`."""
+        bad = torch.zeros((), dtype=torch.bool, device=rows.device)
         bounds = shard_bounds(rows.shape[1], num_shards(linear))
         first = linear.tp_group.rank() * linear.shards_per_rank
         for shard in range(first, first + linear.shards_per_rank):
             low, high = bounds[shard], bounds[shard + 1]
             # XᵀX is symmetric: from the diagonal to the right.
             product = (rows[:, low:high].contiguous().t() @ rows[:, low:]).double()
-            bad |= ~(product.abs().amax() <= MAX_SUM / dp_size)
+            bad |= ~(product.abs().amax() <= limit)
             product.nan_to_num_(0.0).clamp_(-MAX_SUM, MAX_SUM).mul_(2.0**FRACTION_BITS).round_()
             total = self.hessian[low - self.first_row : high - self.first_row, low:]
             total += product.to(torch.int64)
             # Diagonals bound everything else; each rank stays below its share of the range.
             diagonal = total.diagonal().double() * 2.0**-FRACTION_BITS
-            bad |= ~(diagonal.amax() <= MAX_SUM / dp_size)
-        torch.maximum(self.flag, bad.float(), out=self.flag)
-        self.tokens += tokens
+            bad |= ~(diagonal.amax() <= limit)
+        return bad
+
+    def diagonal(self, linear: QuantizedLinear) -> Tensor:
+        """Of `matrix`: squares of each channel, summed over tokens; float64 [I] (a collective)."""
+        count, size = self.hessian.shape
+        whole = torch.zeros(size, dtype=torch.int64, device=self.hessian.device)
+        own = slice(self.first_row, self.first_row + count)
+        whole[own] = self.hessian[:, own].diagonal()
+        all_reduce_fused_([whole], dist.ReduceOp.SUM, linear.tp_group)
+        return whole.double().mul_(2.0**-FRACTION_BITS)
 
     def matrix(self, linear: QuantizedLinear) -> Tensor:
         """XᵀX, float64 [I, I], the same on every rank of the tensor-parallel group (a collective)."""
@@ -126,14 +145,17 @@ def input_width(linear: QuantizedLinear) -> int:
     return int(linear.weight.shape[1] * cut)
 
 
-def _empty(linears: Mapping[str, QuantizedLinear]) -> tuple[Tensor, dict[str, InputHessian]]:
+def _empty(
+    linears: Mapping[str, QuantizedLinear], matrices: Collection[str]
+) -> tuple[Tensor, dict[str, InputHessian]]:
     """One flat integer buffer, so that merging needs no copy, and its views."""
     extents: dict[str, tuple[int, int, int]] = {}
     for name, linear in linears.items():
         width = input_width(linear)
         bounds = shard_bounds(width, num_shards(linear))
         first = linear.tp_group.rank() * linear.shards_per_rank
-        extents[name] = (bounds[first], bounds[first + linear.shards_per_rank], width)
+        last = first + linear.shards_per_rank if name in matrices else first
+        extents[name] = (bounds[first], bounds[last], width)
     size = sum((last - first) * width + 1 for first, last, width in extents.values())
     device = next((linear.weight.device for linear in linears.values()), torch.device("cpu"))
     flat = torch.zeros(size, dtype=torch.int64, device=device)
@@ -157,39 +179,60 @@ def collect_input_hessians(
     *,
     group: dist.ProcessGroup,
     dp_group: dist.ProcessGroup,
+    matrices: Collection[str] | None = None,
 ) -> dict[str, InputHessian]:
     """Runs the batches and merges: one SUM over `dp_group`, one MAX over `group`.
+
+    Those of experts are merged over their copies and parts (`ExpertGroups`) instead.
 
     Args:
         linears: The watched ones of this rank, already computing layout-exactly.
         run_batches: The forward passes; a rank without batches just returns.
         group: TP x DP x CP of this pipeline stage.
         dp_group: DP x CP.
+        matrices: Names of linears of which XᵀX is wanted, not maxima alone; None: of all.
     """
-    flat, input_hessians = _empty(linears)
+    experts = {n: x for n, x in linears.items() if x.expert_groups is not None}
+    dense = {n: x for n, x in linears.items() if n not in experts}
+    # Linears, the ranks whose counts add up, and those whose maxima merge, one after another.
+    parts: list[tuple[dict[str, QuantizedLinear], Any, tuple[Any, ...]]]
+    parts = [(dense, dp_group, (group,))]
+    for groups in [x.expert_groups for x in experts.values() if x.expert_groups is not None][:1]:
+        parts.append((experts, groups.dp, (groups.tp, groups.dp)))
+    wanted = linears if matrices is None else matrices
+    buffers = [_empty(part, wanted) for part, *_ in parts]
+    input_hessians = {name: found for _, views in buffers for name, found in views.items()}
+    copies = {name: dp.size() for part, dp, _ in parts for name in part}
 
     def observe(name: str, linear: Any, inputs: tuple[Tensor, ...]) -> None:
-        input_hessians[name].observe_(linear, inputs[0], dp_group.size())
+        input_hessians[name].observe_(linear, inputs[0], copies[name])
 
     with ExitStack() as stack:
         for name, linear in linears.items():
             stack.enter_context(linear.register_forward_pre_hook(partial(observe, name)))
         run_batches()
-    if linears and dp_group.size() > 1:
-        dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=dp_group)
-    maxima = [tensor for m in input_hessians.values() for tensor in (m.amax, m.flag)]
     for name, linear in linears.items():
         if linear.overflow is not None:
             flag = input_hessians[name].flag
             torch.maximum(flag, linear.overflow.float(), out=flag)
-    all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
-    return input_hessians
+    for (flat, views), (_, dp, sharing) in zip(buffers, parts, strict=True):
+        if views and dp.size() > 1:
+            dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=dp)
+        maxima = [tensor for m in views.values() for tensor in (m.amax, m.flag)]
+        for shared in sharing:
+            all_reduce_fused_(maxima, dist.ReduceOp.MAX, shared)
+    return {name: input_hessians[name] for name in linears}
 
 
-def check_input_hessians(input_hessians: Mapping[str, InputHessian]) -> None:
-    """Raises UserError, naming the layer, for an input that was never seen or is not usable."""
+def check_input_hessians(
+    input_hessians: Mapping[str, InputHessian], idle: Collection[str] = ()
+) -> None:
+    """Raises UserError, naming the layer, for an input that was never seen or is not usable.
+
+    `idle` are those of experts that no token reached, while others of their layer were reached.
+    """
     for name, input_hessian in input_hessians.items():
-        if not int(input_hessian.tokens):
+        if not int(input_hessian.tokens) and name not in idle:
             raise UserError(
                 f"{name}: no calibration token reached this layer. Check that the calibration "
                 "batches run through the whole model."

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mqat.calibration.smoothing_pairs import SmoothingPair
 from mqat.calibration.smoothquant import FLOOR, round_scale, smoothquant_scale
 from mqat.quant.qparams import rounded
 from mqat.quant.scales import divide
@@ -45,25 +44,18 @@ class InputStatistics:
 
 
 def candidate_scales(
-    pair: SmoothingPair,
-    inputs: InputStatistics,
-    weight_amax: Tensor,
-    *,
-    search_steps: int,
-    sq_grid: str,
+    input_amax: Tensor, weight_amax: Tensor, input_rms: Tensor, *, search_steps: int, sq_grid: str
 ) -> Tensor:
     """Factors to try, float32 [C, I]; the first row leaves everything as it is.
 
-    From the largest |W_oj| of each column, float32 [I], and `search_steps` alphas between 0 and 1 in
-    each of the two families.
+    From the largest |x_j| and |W_oj| and the root of the mean x_j² of each channel, float32 [I], and
+    `search_steps` alphas between 0 and 1 in each of the two families.
     """
-    x, w = pair.tied(inputs.amax), pair.tied(weight_amax)
-    rms = pair.tied(divide(inputs.hessian.diagonal(), inputs.tokens).sqrt().float())
-    rows = [torch.ones_like(x)]
+    rows = [torch.ones_like(input_amax)]
     for number in range(search_steps + 1):
         alpha = number / search_steps
-        rows.append(smoothquant_scale(x, w, alpha))
-        rows.append(rms.clamp_min(FLOOR) ** alpha)
+        rows.append(smoothquant_scale(input_amax, weight_amax, alpha))
+        rows.append(input_rms.clamp_min(FLOOR) ** alpha)
     return torch.unique_consecutive(round_scale(torch.stack(rows), sq_grid), dim=0)
 
 

@@ -8,7 +8,7 @@ the ranks' tensors adds only zeros and is exact.
     row-parallel     [O, I/tp]  columns gathered, then this rank's share of num_shards row shards
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,24 @@ def row_shards(linear: QuantizedLinear) -> list[Tensor]:
     return [
         whole[bounds[n] : bounds[n + 1]].float().contiguous() for n in row_shard_numbers(linear)
     ]
+
+
+def of_all_shards(
+    linears: Mapping[str, QuantizedLinear], local: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """float64 [..., this rank's shards] by linear -> [..., all shards]: one collective for all.
+
+    All `linears` have the tensor-parallel group of the first.
+    """
+    found = {}
+    for name, values in local.items():
+        linear = linears[name]
+        found[name] = values.new_zeros(*values.shape[:-1], row_shard_count(linear))
+        found[name][..., row_shard_numbers(linear)] = values
+    if found:
+        group = next(iter(linears.values())).tp_group
+        all_reduce_fused_(list(found.values()), dist.ReduceOp.SUM, group)
+    return found
 
 
 def local_from_shards(

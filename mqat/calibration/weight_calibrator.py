@@ -1,4 +1,4 @@
-"""The recipes of some layers' linears, from statistics that every rank of a stage shares.
+"""Scales and rounding of some layers' weights, from statistics that every rank of a stage shares.
 
 Work is done on row shards (`tp_invariant_shards.py`); what decides about a whole tensor is added over
 shards through tensors with a slot for every shard, one collective for all linears.
@@ -14,20 +14,7 @@ from mqat.calibration.clipping import WeightShard
 from mqat.calibration.clipping_methods import CLIPPING_METHODS
 from mqat.calibration.gptq import inverse_factor, round_shard
 from mqat.calibration.input_hessian import InputHessian
-from mqat.calibration.scale_search import (
-    InputStatistics,
-    best_candidate,
-    candidate_scales,
-    shard_losses,
-)
-from mqat.calibration.smoothing_pairs import SmoothingPair
-from mqat.calibration.smoothquant import round_scale, smoothquant_scale
-from mqat.calibration.tp_invariant_shards import (
-    local_from_shards,
-    row_shard_count,
-    row_shard_numbers,
-    row_shards,
-)
+from mqat.calibration.tp_invariant_shards import local_from_shards, of_all_shards, row_shards
 from mqat.parallel.linear import QuantizedLinear
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.quant.algorithm import Recipe
@@ -51,11 +38,10 @@ class WeightCalibrator:
     Args:
         linears: By name, in model order; the same names on all ranks of the stage.
         recipes: Of each of them.
-        pairs: Those whose input is to be rescaled.
+        scales: Rescalings that were folded, float32 [I], by linear; others' inputs are as they were.
         input_hessians: Merged statistics, of those whose recipe needs them.
 
     Attributes:
-        scales: Rescalings that were folded, float32 [I], by pair.
         statistics: Maxima or ranges that scales are made from, one for each of this rank's shards, of
             weights whose recipe chooses scales.
         global_amax: float32 (1,), where such a weight has two levels of scales.
@@ -66,14 +52,13 @@ class WeightCalibrator:
         self,
         linears: Mapping[str, QuantizedLinear],
         recipes: Mapping[str, Recipe],
-        pairs: Mapping[str, SmoothingPair],
+        scales: Mapping[str, Tensor],
         input_hessians: Mapping[str, InputHessian],
     ) -> None:
         self.linears = linears
         self.recipes = recipes
-        self.pairs = pairs
+        self.scales = scales
         self.input_hessians = input_hessians
-        self.scales: dict[str, Tensor] = {}
         self.statistics: dict[str, list[Tensor]] = {}
         self.global_amax: dict[str, Tensor] = {}
         self.frozen: dict[str, list[dict[str, Tensor]]] = {}
@@ -83,69 +68,11 @@ class WeightCalibrator:
             group = next(iter(self.linears.values())).tp_group
             all_reduce_fused_(list(tensors.values()), op, group)
 
-    def _from_all_ranks(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """float64 [..., this rank's shards] by linear -> [..., all shards]."""
-        found = {}
-        for name, values in local.items():
-            linear = self.linears[name]
-            found[name] = values.new_zeros(*values.shape[:-1], row_shard_count(linear))
-            found[name][..., row_shard_numbers(linear)] = values
-        self._reduce(found, dist.ReduceOp.SUM)
-        return found
-
     def _hessian(self, name: str) -> Tensor:
         """XᵀX of the input as it is after rescaling, float64 [I, I]."""
         hessian = self.input_hessians[name].matrix(self.linears[name])
         scale = self.scales.get(name)
         return hessian if scale is None else hessian / torch.outer(scale.double(), scale.double())
-
-    def _column_amax(self) -> dict[str, Tensor]:
-        """Largest |W_oj| of each input channel j, float32 [I], by pair."""
-        amax = {}
-        for name in self.pairs:
-            shards = row_shards(self.linears[name])
-            amax[name] = torch.stack([shard.abs().amax(dim=0) for shard in shards]).amax(dim=0)
-        self._reduce(amax, dist.ReduceOp.MAX)
-        return amax
-
-    def smoothquant_(self) -> None:
-        """Chooses a rescaling for every pair and folds it."""
-        columns = self._column_amax()
-        self.scales = self._searched_scales(columns)
-        for name, pair in self.pairs.items():
-            alpha = self.recipes[name].sq_alpha
-            if alpha is not None:
-                x, w = pair.tied(self.input_hessians[name].amax), pair.tied(columns[name])
-                raw = smoothquant_scale(x, w, alpha)
-                self.scales[name] = round_scale(raw, self.recipes[name].sq_grid)
-        for name, pair in self.pairs.items():
-            pair.fold_(self.scales[name])
-
-    def _searched_scales(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        candidates: dict[str, Tensor] = {}
-        losses: dict[str, Tensor] = {}
-        for name, pair in self.pairs.items():
-            recipe, linear = self.recipes[name], self.linears[name]
-            if recipe.sq_alpha is not None:
-                continue
-            input_hessian = self.input_hessians[name]
-            inputs = InputStatistics(
-                input_hessian.matrix(linear), input_hessian.amax, int(input_hessian.tokens)
-            )
-            candidates[name] = candidate_scales(
-                pair,
-                inputs,
-                columns[name],
-                search_steps=recipe.search_steps,
-                sq_grid=recipe.sq_grid,
-            )
-            schemes = {kind: quantizer.scheme for kind, quantizer in linear.quantizers.items()}
-            losses[name] = shard_losses(
-                row_shards(linear), inputs, candidates[name], schemes.get("weight"),
-                schemes.get("input"),
-            )  # fmt: skip
-        found = self._from_all_ranks(losses)
-        return {name: candidates[name][best_candidate(found[name])] for name in found}
 
     def choose_scales(self) -> None:
         """Fills `frozen`, for weights whose recipe has a calibrator of its own or rounds them."""
@@ -190,7 +117,7 @@ class WeightCalibrator:
             for name, found in measured.items()
             if name in single
         }
-        for name, of_shards in self._from_all_ranks(sums).items():
+        for name, of_shards in of_all_shards(self.linears, sums).items():
             total = of_shards.sum(dim=-1)[:, None, None]
             measured[name] = [total] * len(measured[name])
         for name, found in measured.items():
@@ -208,11 +135,16 @@ class WeightCalibrator:
         return [method.measure(WeightShard(w, s, scheme, above, hessian)) for w, s in pairs]
 
     def round_(self) -> None:
-        """Moves weights to values of their frozen grids, errors compensated within each row."""
+        """Moves weights to values of their frozen grids, errors compensated within each row.
+
+        Not those of an expert that no token reached, whose errors nobody knows: they are rounded to
+        nearest when they are used.
+        """
         for name, frozen in self.frozen.items():
-            if self.recipes[name].rounding != "gptq":
-                continue
             linear = self.linears[name]
+            is_idle = name in self.input_hessians and not int(self.input_hessians[name].tokens)
+            if self.recipes[name].rounding != "gptq" or is_idle:
+                continue
             scheme = _weight_scheme(linear)
             factor, order = inverse_factor(self._hessian(name))
             pairs = zip(row_shards(linear), frozen, strict=True)

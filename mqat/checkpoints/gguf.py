@@ -27,17 +27,34 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def gguf_names(model: DecoderConfig) -> dict[str, str]:
-    """Hugging Face name of every tensor that a file of this model may hold -> llama.cpp's."""
+    """Hugging Face name of every tensor that a file of this model may hold -> llama.cpp's.
+
+    Experts of a layer share theirs, [experts, out, in].
+    """
     family = model.architecture
     top = {table.hf: table.gguf for table in family.tables}
     top[family.final_norm.hf] = family.final_norm.gguf
     inside = {norm.hf: norm.gguf for norm in model.norms}
     inside |= {part.hf: part.gguf for linear in model.linears for part in linear.parts}
+    if model.router is not None:
+        inside[model.router.hf] = model.router.gguf
     for layer in range(model.num_layers):
         hf, gguf = family.hf_layer.format(i=layer), GGUF_LAYER.format(i=layer)
         top |= {hf + name: gguf + other for name, other in inside.items()}
     kinds = ("weight", "bias")
     return {f"{a}.{kind}": f"{b}.{kind}" for a, b in top.items() for kind in kinds}
+
+
+def expert_numbers(model: DecoderConfig) -> dict[str, int]:
+    """Hugging Face name of every expert's weight -> its slice of llama.cpp's tensor."""
+    prefixes = [model.architecture.hf_layer.format(i=layer) for layer in range(model.num_layers)]
+    return {
+        f"{prefix}{part.hf}.weight": linear.expert
+        for prefix in prefixes
+        for linear in model.linears
+        for part in linear.parts
+        if linear.expert is not None
+    }
 
 
 def split_file(path: Path, number: int) -> Path:
@@ -87,7 +104,12 @@ class GgufCheckpoint:
         told = (self.path, shapes, self.config, "its metadata")
         check_layer_count(*told, layer=GGUF_LAYER)
         self._names = gguf_names(self.config)
-        check_tensors(*told, {self._names[n]: shape for n, shape in hf_shapes(self.config).items()})
+        self._experts = expert_numbers(self.config)
+        wanted = dict[str, tuple[int, ...]]()
+        for name, shape in hf_shapes(self.config).items():
+            stacked = (self.config.num_experts,) if name in self._experts else ()
+            wanted[self._names[name]] = (*stacked, *shape)
+        check_tensors(*told, wanted)
         self._check_types()
 
     def _check_types(self) -> None:
@@ -118,8 +140,9 @@ class GgufCheckpoint:
                 found = found - 1
             return finite(file, tensor.name, found)
         index = self._rows(name, int(tensor.shape[1]))
+        data = tensor.data[self._experts[name]] if name in self._experts else tensor.data
         # Quantization blocks lie along the columns, so only the wanted rows are dequantized.
-        block = dequantize(tensor.data[index[rows]], tensor.tensor_type)
+        block = dequantize(data[index[rows]], tensor.tensor_type)
         return finite(file, tensor.name, torch.from_numpy(np.array(block[:, cols])))
 
     def _rows(self, name: str, count: int) -> np.ndarray[Any, Any]:

@@ -35,6 +35,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scale_linear": (1, 0), "rope.scaling.attn_factor": (1,),
     "tensor_data_layout": ("Meta AI original pth",),
 }  # fmt: skip
+# The same in mixtures, whose experts are chosen by a softmax (1), with weights that add up to one.
+_OF_EXPERTS = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
+_NEUTRAL_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "expert_gating_func": (1,), "expert_weights_norm": (True,), "expert_weights_scale": (0, 1),
+    "expert_shared_count": (0,), "leading_dense_block_count": (0,), "expert_group_count": (0, 1),
+}  # fmt: skip
 # Layers of Gemma 3 27B, whose scores llama.cpp scales by (width / heads)^(-1/2), not by that of a head.
 _SCALED_BY_WIDTH = 62
 # YaRN's only, which `rope.scaling.type` rules out.
@@ -111,12 +117,15 @@ def architecture(metadata: Metadata) -> Family:
             "its base model first (llama.cpp: llama-export-lora)."
         )
     name = metadata.value("general.architecture")
-    # Mistral's files say `llama`: the first family of an architecture stands for all.
-    family = next((f for f in FAMILIES.values() if f.gguf_architecture == name), None)
-    if family is None:
+    families = [f for f in FAMILIES.values() if f.gguf_architecture == name and name is not None]
+    if not families:
         known = sorted({f.gguf_architecture for f in FAMILIES.values() if f.gguf_architecture})
         raise UserError(f"{metadata.path}: architecture {name!r}; known are {known}.")
-    return family
+    # Mistral's files say `llama`: the first family of an architecture stands for all. So do Mixtral's,
+    # which have experts.
+    has_experts = bool(metadata.value(f"{name}.expert_count"))
+    alike = (f for f in families if (f.mixture is not None) == has_experts)
+    return next(alike, families[0])
 
 
 def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
@@ -132,7 +141,9 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
     """
     family = architecture(metadata)
     prefix = f"{family.gguf_architecture}."
-    _check_keys(metadata, prefix, _UNDERSTOOD | {_EPSILON[family.normalization]})
+    understood = _UNDERSTOOD | {_EPSILON[family.normalization]}
+    is_mixture = family.mixture is not None
+    _check_keys(metadata, prefix, understood | (_OF_EXPERTS if is_mixture else set()))
     context = metadata.whole(f"{prefix}context_length")
     heads = metadata.whole(f"{prefix}attention.head_count")
     hidden = metadata.whole(f"{prefix}embedding_length")
@@ -161,6 +172,7 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
         max_position_embeddings=context,
         tie_word_embeddings=f"{OUTPUT_LAYER.gguf}.weight" not in shapes,
         family=family.name,
+        **_experts(metadata, prefix, family),
         biases=tuple(
             linear.name
             for linear in family.linears
@@ -168,6 +180,18 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
         ),
         token_ids=_token_ids(metadata, vocab),
     )
+
+
+def _experts(metadata: Metadata, prefix: str, family: Family) -> dict[str, Any]:
+    """Of mixtures."""
+    if family.mixture is None:
+        return {}
+    return {
+        "num_experts": metadata.whole(f"{prefix}expert_count"),
+        "experts_per_token": metadata.whole(f"{prefix}expert_used_count"),
+        "expert_intermediate_size": metadata.whole(prefix + family.mixture.gguf_size),
+        "normalizes_expert_weights": True,
+    }
 
 
 def _scaling(metadata: Metadata, prefix: str) -> dict[str, Any] | None:
@@ -209,7 +233,8 @@ def _check_keys(metadata: Metadata, prefix: str, understood: set[str]) -> None:
     for key in metadata.keys():
         if key.startswith(prefix):
             inside = key.removeprefix(prefix)
-            if inside in understood | _HARMLESS or metadata.value(key) in _NEUTRAL.get(inside, ()):
+            neutral = _NEUTRAL.get(inside, ()) + _NEUTRAL_OF_EXPERTS.get(inside, ())
+            if inside in understood | _HARMLESS or metadata.value(key) in neutral:
                 continue
         elif key.split(".")[0] in _OUTSIDE and not key.startswith("general.tensor_extra."):
             continue

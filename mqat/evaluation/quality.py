@@ -16,11 +16,17 @@ the same on every layout, up to the order in which floats are added.
 |                                     | `scale`, and `sqnr_db` of the operand (an output's: of all)     |
 | `linears[].outliers`                | channels with an amax above `OUTLIER_RATIO` x the median's      |
 | `caches[].output_sqnr_db`           | of an attention that reads a quantized cache                    |
+| `linears[].is_idle`                 | of an expert alone: no token reached it, so that nothing but    |
+|                                     | its weight has figures                                          |
+| `mixtures[].layer, module`          | number, and name of a linear in each expert of that layer       |
+| `mixtures[].experts, idle`          | how many, and the numbers of those that no token reached        |
+| `mixtures[].output_sqnr_db`         | `worst` and `median` of the others; null: exact                 |
+| `mixtures[].worst`                  | name of the linear among `linears`                              |
 | `caches[].kv`, or `key` and `value` | as operands of linears                                          |
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,10 +36,15 @@ from torch import Tensor
 
 from mqat.errors import UserError
 from mqat.evaluation.sqnr_hooks import CLIPPED, COUNT, NOISE, SIGNAL, SqnrHooks, operand_sums
-from mqat.models.structure import is_in_layer, split_name
+from mqat.models.structure import is_expert, is_in_layer, split_name
 from mqat.parallel.attention import KvCacheAttention
+from mqat.parallel.experts import following_tokens
 from mqat.parallel.linear import QuantizedLinear
-from mqat.parallel.quantized_module import QuantizedModule, quantized_modules, unwrapped
+from mqat.parallel.quantized_module import (
+    QuantizedModule,
+    quantized_modules,
+    sharing_statistics,
+)
 from mqat.parallel.reduce import all_reduce_fused_
 from mqat.quant.quantizer import Quantizer
 from mqat.runtime.groups import gathered
@@ -100,14 +111,9 @@ def quality_report(
         The table at the top of this module as plain data, in model order, on every rank.
 
     Raises:
-        ValueError: A mixture of experts, nothing is quantized, no token reached a module, or one is not
-            finite; on every rank.
+        ValueError: Nothing is quantized, no token reached a module (or any expert of a layer), or one is
+            not finite; on every rank.
     """
-    if unwrapped(chunks)[0].config.num_moe_experts:
-        raise UserError(
-            "quality report: experts see some tokens each, in another order, which it does not follow; "
-            "there is none of mixtures yet."
-        )
     modules = {
         name: module
         for name, module in quantized_modules(chunks).items()
@@ -115,6 +121,7 @@ def quality_report(
     }
     watched = {name: SqnrHooks(module) for name, module in modules.items()}
     with ExitStack() as stack:
+        stack.enter_context(following_tokens(chunks))
         for hooks in watched.values():
             stack.enter_context(hooks.attach())
         run_batches()
@@ -124,11 +131,14 @@ def quality_report(
         name: {kind: _scale_range(q) for kind, q in module.quantizers.items()}
         for name, module in modules.items()
     }
-    totals = [t for w in watched.values() for t in (*w.sums.values(), w.tokens)]
-    maxima = [amax for w in watched.values() for amax in w.maxima.values()]
-    maxima += [pair for kinds in ends.values() for pair in kinds.values()]
-    all_reduce_fused_(totals, dist.ReduceOp.SUM, group)
-    all_reduce_fused_(maxima, dist.ReduceOp.MAX, group)
+    for names, sharing in sharing_statistics(modules, group):
+        part = [watched[name] for name in names]
+        totals = [t for w in part for t in (*w.sums.values(), w.tokens)]
+        maxima = [amax for w in part for amax in w.maxima.values()]
+        maxima += [pair for name in names for pair in ends[name].values()]
+        for shared in sharing:
+            all_reduce_fused_(totals, dist.ReduceOp.SUM, shared)
+            all_reduce_fused_(maxima, dist.ReduceOp.MAX, shared)
     own = {name: _entry(name, w, ends[name]) for name, w in watched.items()}
     found: dict[str, Any] = {}
     for stage in gathered(own):
@@ -160,6 +170,8 @@ def _entry(name: str, watched: SqnrHooks, ends: Mapping[str, Tensor]) -> dict[st
     if is_linear:
         channels = maxima["channels"]
         entry |= {"input_amax": float(channels.amax()), "outliers": _outliers(channels)}
+    if is_expert(name):
+        entry["is_idle"] = not entry["tokens"]
     return entry
 
 
@@ -167,12 +179,49 @@ def _model_order(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else -1 for part in name.split(".")]
 
 
+def _place(entry: Mapping[str, Any]) -> tuple[int, str]:
+    """Layer, and the name that an expert's linear has in every expert."""
+    return entry["layer"], entry["module"].rpartition(".")[2]
+
+
+def _mixtures(experts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A summary of each linear of a layer's experts, from their entries in model order."""
+    groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for entry in experts:
+        groups.setdefault(_place(entry), []).append(entry)
+    found = []
+    for (layer, module), entries in groups.items():
+        reached = [entry for entry in entries if not entry["is_idle"]]
+        order = sorted(reached, key=lambda entry: _or_infinity(entry["output_sqnr_db"]))
+        middle, worst = order[len(order) // 2 : len(order) // 2 + 1], order[:1]
+        figures = {"worst": worst, "median": middle}
+        found.append({
+            "layer": layer,
+            "module": module,
+            "experts": len(entries),
+            "idle": [n for n, entry in enumerate(entries) if entry["is_idle"]],
+            "output_sqnr_db": {
+                key: next((e["output_sqnr_db"] for e in one), None) for key, one in figures.items()
+            },
+            "worst": next((e["name"] for e in worst), None),
+        })  # fmt: skip
+    return found
+
+
+def _or_infinity(decibel: float | None) -> float:
+    return math.inf if decibel is None else decibel  # None: exact
+
+
 def _checked(found: Mapping[str, Any]) -> dict[str, Any]:
     """Raises ValueError if there is nothing to report about, or NaN or infinite values."""
     if not found:
         raise UserError("quality report: nothing of this model is quantized.")
+    ordered = [found[name] for name in sorted(found, key=_model_order)]
+    mixtures = _mixtures([entry for entry in ordered if "is_idle" in entry])
+    whole = {(m["layer"], m["module"]): m for m in mixtures}
     for name, entry in found.items():
-        if not entry["tokens"]:
+        mixture = whole.get(_place(entry)) if "is_idle" in entry else None
+        if not entry["tokens"] and (mixture is None or mixture["worst"] is None):
             raise UserError(
                 f"quality report: no token reached {name}; the text has too few tokens."
             )
@@ -181,12 +230,12 @@ def _checked(found: Mapping[str, Any]) -> dict[str, Any]:
                 f"quality report: weight, input or output of {name} is NaN or infinite; look at the "
                 "checkpoint, or restore an earlier one."
             )
-    ordered = [found[name] for name in sorted(found, key=_model_order)]
     for entry in ordered:
         del entry["tokens"], entry["is_finite"]  # tokens count several times where ranks share them
     linears = [entry for entry in ordered if "outliers" in entry]
     return {
         "version": VERSION,
         "linears": linears,
+        "mixtures": mixtures,
         "caches": [entry for entry in ordered if "outliers" not in entry],
     }

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mqat.parallel.attention import KvCacheAttention
 from mqat.parallel.linear import QuantizedLinear, QuantRowParallelLinear
 from mqat.parallel.quantized_module import QuantizedModule
+from mqat.parallel.reduce import all_reduce_fused_
 from mqat.quant.granularity import grouped_view
 from mqat.quant.quantizer import Quantizer
 
@@ -91,7 +93,7 @@ class SqnrHooks:
         with torch.no_grad(), _unquantized(self.module):
             exact = _first(self.module(*args, **kwargs))
         self._is_inside = False
-        self._compare_outputs(_first(output), exact)
+        self._compare_outputs(self._whole(_first(output)), self._whole(exact))
         if isinstance(self.module, KvCacheAttention):
             arguments = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             for kind in ("key", "value"):
@@ -100,6 +102,15 @@ class SqnrHooks:
         self._channels(args[0])
         if "input" in self.module.quantizers:
             self._operand("input", args[0])
+
+    def _whole(self, output: Tensor) -> Tensor:
+        """Of all ranks: an expert's row-parallel linear leaves its sum to the layer."""
+        module = self.module
+        if module.expert_groups is None or not isinstance(module, QuantRowParallelLinear):
+            return output
+        whole = output.detach().clone()
+        all_reduce_fused_([whole], dist.ReduceOp.SUM, module.tp_group)
+        return whole
 
     def _compare_outputs(self, quantized: Tensor, exact: Tensor) -> None:
         quantized, exact = self.module.real_tokens(quantized), self.module.real_tokens(exact)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class Naming:
         writes_tied_head: The head is written even where it is the embedding.
         adds_one: Norms hold what they multiply by, also where checkpoints hold that less one.
         transposes: Weights are stored as the table says for Hugging Face.
+        router_dtype: Of routers' weights; None: the model's.
+        stacks_experts: What experts of a layer have in one module are one tensor each, [experts, ...],
+            but for
+        of_all_experts: suffixes of tensors that all experts share: where they differ, the largest.
     """
 
     layer: Callable[[Family], str]
@@ -48,6 +53,9 @@ class Naming:
     writes_tied_head: bool
     adds_one: bool
     transposes: bool
+    router_dtype: torch.dtype | None = None
+    stacks_experts: bool = False
+    of_all_experts: tuple[str, ...] = ()
 
     def schemes(
         self, model: DecoderConfig, layers: Mapping[str, LinearScheme], numbers: range
@@ -119,7 +127,7 @@ class DecoderTensors:
         prefix: str,
         layer: int,
     ) -> Iterator[TensorPlan]:
-        model = reader.model
+        model, stacks = reader.model, dict[str, list[TensorPlan]]()
         for norm in model.norms_of(layer):
             yield from self._plan_norm(reader, prefix, norm, layer, dtype)
         for linear in model.linears_of(layer):
@@ -129,10 +137,17 @@ class DecoderTensors:
                 rows = linear_rows(model, linear, parts, rank)
                 served = ServedLinear(reader, layer, linear, rows, cols, dtype)
                 for suffix, build in self._builders(scheme, served).items():
-                    yield replace(build(served), name=f"{prefix}{module}.{suffix}")
+                    plan = replace(build(served), name=f"{prefix}{module}.{suffix}")
+                    if linear.expert is None or not self.naming.stacks_experts:
+                        yield plan
+                    else:
+                        stacks.setdefault(plan.name, []).append(plan)
+        for name, plans in stacks.items():
+            is_one = name.rpartition(".")[2] in self.naming.of_all_experts
+            yield _largest(plans) if is_one else _stacked(plans)
         for selector in model.selectors_of(layer):
-            name = prefix + self.naming.module(selector)
-            yield _plan_selector(reader, selector, name, layer, dtype)
+            name, kind = prefix + self.naming.module(selector), self.naming.router_dtype or dtype
+            yield _plan_selector(reader, selector, name, layer, kind)
         yield from self.cache.plan(reader, layer, prefix)
 
     def _builders(self, scheme: LinearScheme | None, served: ServedLinear) -> TensorBuilders:
@@ -181,6 +196,23 @@ def _check_experts(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -> 
                     "in one kernel. Give them one rule, such as pattern '*.mlp.experts.*', or set "
                     "export.format=null."
                 )
+
+
+def _stacked(plans: Sequence[TensorPlan]) -> TensorPlan:
+    """The tensors of one name of a layer's experts as one, whose first dimension is the expert."""
+    shape = (len(plans), *plans[0].shape)
+    return replace(
+        plans[0], shape=shape, chunks=lambda: chain.from_iterable(p.chunks() for p in plans)
+    )
+
+
+def _largest(plans: Sequence[TensorPlan]) -> TensorPlan:
+    """One small tensor in the place of several, element by element the largest."""
+
+    def chunks() -> Iterator[Tensor]:
+        yield torch.stack([chunk for plan in plans for chunk in plan.chunks()]).amax(dim=0)
+
+    return replace(plans[0], chunks=chunks)
 
 
 def _plan_selector(

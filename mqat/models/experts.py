@@ -66,12 +66,14 @@ class Router:
         trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`.
         correction: What Hugging Face calls, in its module, the numbers [experts] that are added to the
             scores by which experts are chosen, and not to those that weigh them; None: there are none.
+        gguf: llama.cpp tensor of the weight without its suffix, after `GGUF_LAYER`.
     """
 
     name: str
     hf: str
     trtllm: str
     correction: str | None = None
+    gguf: str = "ffn_gate_inp"
 
     @property
     def selectors(self) -> tuple[Selector, ...]:
@@ -141,7 +143,8 @@ class Experts:
 def expert_linears(experts: Experts, count: int) -> tuple[Linear, ...]:
     """The linears of all experts of a layer, expert by expert; then those of a shared one.
 
-    TensorRT-LLM stacks those of experts in `mlp.fc` and `mlp.proj`, with up before gate.
+    TensorRT-LLM stacks those of experts in `mlp.fc` and `mlp.proj`, with up before gate; llama.cpp in
+    three tensors.
     """
     found: list[Linear] = []
     for number in range(count):
@@ -159,19 +162,24 @@ def _gated(
 ) -> tuple[Linear, Linear]:
     """The linears of a gated MLP in a mixture."""
     gate, up, down = hf_parts
+    stack = "shexp" if expert is None else "exps"
     fc1 = Linear(
         f"{name}.{FC1.kind}",
         "column",
         "hidden",
-        (Part(rows, hf + gate, "", "mlp.fc"), Part(rows, hf + up, "", "mlp.fc")),
+        (
+            Part(rows, hf + gate, f"ffn_gate_{stack}", "mlp.fc"),
+            Part(rows, hf + up, f"ffn_up_{stack}", "mlp.fc"),
+        ),
         norm=MIXTURE_NORM.name,
         expert=expert,
+        trtllm_order=(1, 0),
     )
     fc2 = Linear(
         f"{name}.{FC2.kind}",
         "row",
         rows,
-        (Part("hidden", hf + down, "", "mlp.proj"),),
+        (Part("hidden", hf + down, f"ffn_down_{stack}", "mlp.proj"),),
         fed_by=(fc1.name, 1),
         expert=expert,
     )

@@ -99,6 +99,8 @@ class Mixture:
         experts: Their names.
         count: Key of their number.
         size: Key of their intermediate size.
+        gguf_size: The same in a file of llama.cpp, which makes the weights of a token's experts add up
+            to one whatever the model says.
         normalizes: Key that says whether a token's weights for its experts add up to one; None: they
             always do.
         scores: What becomes of the router's output: a softmax over experts, or a sigmoid of each, whose
@@ -115,6 +117,7 @@ class Mixture:
     count: str
     size: str
     normalizes: str | None = None
+    gguf_size: str = "feed_forward_length"
     scores: Literal["softmax", "sigmoid"] = "softmax"
     scaling: str | None = None
     groups: tuple[str, str] | None = None
@@ -193,6 +196,7 @@ class Family:
         trtllm_attention: Of the keys of windows and of `attention`, those that it has, too.
         trtllm_fraction: Its key for the part of a head that is rotated; None: always all.
         trtllm_states_head: Its class takes heads of any size; otherwise of hidden_size / heads.
+        trtllm_expert_size: Its key for the intermediate size of experts, where that is not that of MLPs.
         trtllm_extra: Further keys of TensorRT-LLM's.
     """
 
@@ -242,6 +246,7 @@ class Family:
     trtllm_attention: tuple[str, ...] = ()
     trtllm_fraction: str | None = None
     trtllm_states_head: bool = True
+    trtllm_expert_size: str = "intermediate_size"
     trtllm_extra: Mapping[str, Any] = field(default_factory=dict)
 
     def inner_default(self, hidden: int) -> int | None:

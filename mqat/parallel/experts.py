@@ -4,8 +4,8 @@ A token's weight for an expert multiplies the expert's output, as servers do it;
 multiply the input of `linear_fc2`, whose scales would then belong to numbers that no server quantizes.
 
 While calibrating, a layer is computed microbatch by microbatch, so that GEMMs have the same shapes and
-sums the same order on every layout. Legend: `N` tokens of a microbatch, `E` experts, `K` of a token,
-`R` ranks that share experts (EP), `H` hidden.
+sums the same order on every layout; likewise, quantized, where a report follows tokens. Legend: `N`
+tokens of a microbatch, `E` experts, `K` of a token, `R` ranks that share experts (EP), `H` hidden.
 
     hidden         [N/tp, H]       -> [N, H]        gathered under sequence parallelism
     all microbatches of EP ranks      [R, N, H]     all-gather over EP; routing [R, N, E] likewise
@@ -17,7 +17,8 @@ Shared experts are an MLP like any other, whose linears are exact on every layou
 weighs their output sees all N tokens of a microbatch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,7 +106,13 @@ def _weighted(expert: MLP, tokens: Tensor, probs: Tensor) -> Tensor:
 
 
 class QuantMoELayer(MoELayer):  # type: ignore[misc]
-    """Megatron's, with layout-exact calibration."""
+    """Megatron's, with layout-exact calibration.
+
+    Attributes:
+        follows_tokens: Compute as while calibrating, where linears know which of their tokens are real.
+    """
+
+    follows_tokens = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As Megatron's, on [S, B, H] or its part under sequence parallelism.
@@ -113,7 +120,7 @@ class QuantMoELayer(MoELayer):  # type: ignore[misc]
         Raises:
             UserError: Training with tensor but without sequence parallelism.
         """
-        if _linears(self.experts)[0].is_calibrating:
+        if self.follows_tokens or _linears(self.experts)[0].is_calibrating:
             return self._exact(hidden_states), None
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise UserError(
@@ -124,7 +131,7 @@ class QuantMoELayer(MoELayer):  # type: ignore[misc]
         return output
 
     def _exact(self, hidden: Tensor) -> Tensor:
-        """Unquantized, in shapes and orders of no layout (table above)."""
+        """In shapes and orders of no layout (table above)."""
         is_cut = self.config.sequence_parallel and self.attn_tp_group.size() > 1
         whole = hidden
         if is_cut:
@@ -176,6 +183,19 @@ class QuantMoELayer(MoELayer):  # type: ignore[misc]
         if self.shared_experts is None or self.shared_experts.gate_weight is None:
             return None
         return torch.sigmoid(F.linear(whole, self.shared_experts.gate_weight))
+
+
+@contextmanager
+def following_tokens(chunks: Sequence[Any]) -> Iterator[None]:
+    """Inside, experts' linears have a `token_mask` of the tokens that they are given."""
+    layers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, QuantMoELayer)]
+    for layer in layers:
+        layer.follows_tokens = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.follows_tokens = False
 
 
 def _linears(experts: SequentialMLP) -> list[QuantizedLinear]:

@@ -1,5 +1,6 @@
 """What calibration, checkpoints and schedules know of a module: its name and its quantizers."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,19 @@ def quantized_modules(model: Any) -> dict[str, QuantizedModule]:
             )
         found[module.quantized_name] = module
     return found
+
+
+def sharing_statistics(
+    modules: Mapping[str, QuantizedModule], group: Any
+) -> Iterator[tuple[list[str], tuple[Any, ...]]]:
+    """Names of modules, and the groups of ranks over which their statistics merge, one after another.
+
+    `group` is TP x DP x CP of this pipeline stage; experts know theirs.
+    """
+    yield [n for n, m in modules.items() if m.expert_groups is None], (group,)
+    experts = {n: m.expert_groups for n, m in modules.items() if m.expert_groups is not None}
+    for groups in list(experts.values())[:1]:  # the same for all
+        yield list(experts), (groups.tp, groups.dp)
 
 
 def set_token_mask(model: Any, mask: Tensor | None) -> None:

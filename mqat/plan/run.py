@@ -135,11 +135,6 @@ def _check_experts(config: RunConfig, model: DecoderConfig, world_size: int) -> 
             f"config: model.tensor_model_parallel_size={tp}: experts are trained with tensor "
             "parallelism only together with sequence parallelism; set model.sequence_parallel=true."
         )
-    if config.exp_manager.quality_report:
-        raise UserError(
-            "config: exp_manager.quality_report=true: experts see some tokens each, in another order, "
-            "which the report does not follow; set it to false."
-        )
 
 
 def _check_batches(config: RunConfig, world_size: int) -> int:

@@ -51,8 +51,11 @@ def _plots(linears: Sequence[dict[str, Any]]) -> str:
     from matplotlib.figure import Figure
 
     kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for entry in linears:
-        kinds.setdefault(entry["module"], []).append((entry["layer"] or 0, entry))
+    for entry in sorted(linears, key=lambda entry: entry["layer"] or 0):
+        module = entry["module"]
+        if "is_idle" in entry:  # an expert, the worst of its layer
+            module = f"worst expert, {module.rpartition('.')[2]}"
+        kinds.setdefault(module, []).append((entry["layer"] or 0, entry))
     figure = Figure(figsize=(11, 7), layout="constrained")
     above, below = figure.subplots(2, 1)
     for kind, entries in kinds.items():
@@ -69,6 +72,12 @@ def _plots(linears: Sequence[dict[str, Any]]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def shown(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The linears of a report, and of each layer's experts the worst, worst first."""
+    worst = {mixture["worst"] for mixture in report["mixtures"]}
+    return worst_first([e for e in report["linears"] if "is_idle" not in e or e["name"] in worst])
+
+
 def html_page(report: dict[str, Any], title: str) -> str:
     """The report for people, worst linears first; needs `check_plots`."""
     environment = Environment(
@@ -78,11 +87,13 @@ def html_page(report: dict[str, Any], title: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters["hint"] = hint
+    linears = shown(report)
     return environment.get_template("page.html.jinja").render(
         title=title,
-        linears=worst_first(report["linears"]),
+        linears=linears,
+        mixtures=report["mixtures"],
         caches=report["caches"],
-        plots=_plots(report["linears"]) if report["linears"] else "",
+        plots=_plots(linears) if linears else "",
         low_db=_LOW_DB,
     )
 

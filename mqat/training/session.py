@@ -155,9 +155,9 @@ class Session:
         self.reset_quantizers()
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         run_batches = self._calibration_pass()
-        weight_qparams = None
+        weight_qparams, unseen = None, list[str]()
         if recipes is not None:
-            weight_qparams = apply_weight_recipe_(
+            weight_qparams, unseen = apply_weight_recipe_(
                 self.chunks,
                 run_batches,
                 recipes,
@@ -174,11 +174,12 @@ class Session:
             percentile=settings.percentile,
             weight_qparams=weight_qparams,
         )
-        self.summary["idle_experts"] = idle
+        self.summary["idle_experts"] = idle = sorted({*idle, *unseen})
         if idle:
             self.log.say(
-                f"  {len(idle)} linears of experts saw no calibration token and took the largest input "
-                f"scale of their layer: {', '.join(idle[:4])}{' ...' if idle[4:] else ''}"
+                f"  {len(idle)} linears of experts saw no calibration token: inputs take the largest "
+                "scale of their layer, and recipes round weights to nearest: "
+                f"{', '.join(idle[:4])}{' ...' if idle[4:] else ''}"
             )
 
     def report_quality(self) -> None:

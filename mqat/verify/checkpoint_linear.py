@@ -1,6 +1,6 @@
 """What a linear of a checkpoint must look like when served: codes on its frozen grid."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -72,6 +72,12 @@ class CheckpointLinear:
     def frozen(self, tensor: str) -> Tensor:
         """A frozen tensor: `weight_scale`, `weight_zero_point`, `input_scale`, ..."""
         return self.checkpoint.frozen(self.name, *tensor.split("_", 1))
+
+    def of_all_experts(self) -> list["CheckpointLinear"]:
+        """The same linear in every expert of the layer."""
+        own = self.facts.fused[self.linear]["stacked"]
+        names = [name for name, entry in self.facts.fused.items() if entry.get("stacked") == own]
+        return [replace(self, linear=name) for name in names]
 
     @cached_property
     def codes(self) -> Tensor:

@@ -230,6 +230,9 @@ class _Comparison:
         sources = {"global_scale": "weight_global_scale", "range_scale": "weight_scale"}
         for tensor in names.keys() & {"input_scale", "input_global_scale", *sources}:
             number = frozen(sources.get(tensor, tensor))
+            if tensor == "input_scale" and module.shares_input_scale:
+                number = torch.stack([x.frozen(tensor) for x in self.trained.of_all_experts()])
+                number = number.amax(dim=0)
             if tensor == "range_scale":
                 number = w4a8_range_scale(number)
             elif "global" in tensor and module.storage.is_reciprocal:

@@ -17,8 +17,8 @@ from mqat.verify.export import Export, Rank
 from mqat.verify.reference_quant import quantize_input
 from mqat.verify.storage import Module
 
-# On purpose (docs/export.md): W8A16 rounds weights again, and ranks take the steps of a token from their
-# own channels. Both are within the noise of 8 bits, relative.
+# On purpose (docs/export.md): W8A16 rounds weights again, ranks take the steps of a token from their own
+# channels, and experts of a layer may share a step. All are within the noise of 8 bits, relative.
 SERVED_OTHERWISE = 0.1
 
 
@@ -101,6 +101,7 @@ class Decoder:
         is_cut = self.model.tp > 1
         return any(
             m.storage.is_reloaded
+            or m.shares_input_scale
             or (m.is_row_parallel and is_cut and (m.storage.input or "").startswith("token"))
             for m in self.modules(number)
         )
@@ -180,7 +181,10 @@ class Decoder:
         own, products = self._noisy(tokens), []
         activate = ACTIVATIONS[self.model.facts.activation]
         for rank in ranks:
-            inner = activate(_product(rank, gate, own)) * _product(rank, up, own)
+            features: dict[str, Tensor] = {}
+            for module in (gate,) if gate == up else (gate, up):
+                features |= module.by_part(_product(rank, module, own), dim=-1)
+            inner = activate(features[f"gate {owner}"]) * features[f"up {owner}"]
             products.append(_product(rank, down, self._noisy(inner)))
         return torch.stack(products).sum(0)
 

@@ -57,9 +57,17 @@ class Rank:
         """One tensor."""
         return self._handles[self.found[name]].get_tensor(name)
 
+    def _of_module(self, module: Module, tensor: str) -> Tensor:
+        """One of its tensors, or its slice of it."""
+        name = module.full(tensor)
+        if not module.is_stacked(tensor):
+            return self.tensor(name)
+        found: Tensor = self._handles[self.found[name]].get_slice(name)[module.expert]
+        return found
+
     def linear(self, module: Module) -> StoredLinear:
         """This rank's part of a module."""
-        tensors = {t: self.tensor(module.full(t)) for t in module.suffixes}
+        tensors = {t: self._of_module(module, t) for t in module.suffixes}
         if module.is_transposed and "weight" in tensors:
             tensors["weight"] = tensors["weight"].t()
         return StoredLinear(module, tensors)
@@ -99,9 +107,9 @@ class Export:
             shape = (sum(rows), model.on_rank[parts[0].columns])
             cut = (rows, shape, parts[0].is_row_parallel, model.copies)
             is_transposed = model.form in facts.transposed
-            found.append(
-                Module(full, parts, self.storage[full], suffixes, model.dtype, *cut, is_transposed)
-            )
+            stack = (model.on_rank["experts"], _slice(name)) if "[" in name else ()
+            kind = (suffixes, model.dtype, *cut, is_transposed, *stack)
+            found.append(Module(full, parts, self.storage[full], *kind))
         return found
 
     def plain(self, stage: int) -> list[PlainTensor]:
@@ -133,7 +141,8 @@ class Export:
                     found.append(PlainTensor(name, spec, role, place, kind))
             for role, told in facts.selectors().items() if model.has_experts(layer) else ():
                 shape = tuple(model.on_rank[axis] for axis in told["shape"])
-                spec = TensorSpec(shape, ("F32",) if told.get("is_float32") else dtypes, True)
+                is_float32 = told.get("is_float32") or model.form != "hf"
+                spec = TensorSpec(shape, ("F32",) if is_float32 else dtypes, True)
                 found.append(PlainTensor(prefix + told[model.form], spec, role, place))
             for role, name in self.cache.names.items() if self.cache else ():
                 found.append(PlainTensor(prefix + name, scale, role, place))
@@ -156,3 +165,8 @@ class Export:
         """A table [vocab or positions, hidden] without its padding."""
         rows = [rank.tensor(f"{self.model.names[role]}.weight") for rank in self.stages[stage]]
         return torch.cat(rows)[: self.model.rows(role)]
+
+
+def _slice(name: str) -> int:
+    """Number of the expert in the name of a module, such as `mlp.fc[3]`."""
+    return int(name.partition("[")[2].removesuffix("]"))

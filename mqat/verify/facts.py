@@ -50,10 +50,15 @@ class Facts:
         """Parameters of a norm."""
         return ("weight", "bias") if self.norm == "layer" else ("weight",)
 
+    def experts_in(self, form: str) -> Mapping[str, Any]:
+        """`experts` as a format has them."""
+        return {**self.experts, **self.experts.get(form, {})}
+
     def with_experts(self, count: int) -> "Facts":
         """Of a layer with `count` experts in the place of the MLP.
 
-        Roles end in their numbers (`gate 3`), and those of a shared one in `shared`.
+        Roles end in their numbers (`gate 3`), and those of a shared one in `shared`. A module of
+        TensorRT-LLM has a slice for each expert, which is a module here (`mlp.fc[3]`).
         """
         outside = {name: e for name, e in self.fused.items() if not {*e["parts"]} & {*_MLP}}
         fused, parts = dict(outside), {r: p for r, p in self.parts.items() if r not in _MLP}
@@ -62,6 +67,9 @@ class Facts:
             for form, found in self.modules.items()
         }
         norm = {**self.norms["mlp_norm"], "checkpoint": self.experts["norm"]}
+        for name, roles in self.experts_in("trtllm").get("modules", {}).items():
+            for number in range(count):
+                modules["trtllm"][f"{name}[{number}]"] = tuple(f"{role} {number}" for role in roles)
         owners: list[tuple[Any, Mapping[str, Any]]] = [(n, self.experts) for n in range(count)]
         if "shared" in self.experts:
             owners.append(("shared", self.experts["shared"]))

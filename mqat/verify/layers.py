@@ -84,9 +84,10 @@ class LayerComparison:
             if role not in served:
                 served |= self.decoder.linears(number, role, x)
         modules = self.decoder.modules(number)
-        reloaded = {p.role for m in modules if m.storage.is_reloaded for p in m.parts}
+        changed = [m for m in modules if m.storage.is_reloaded or m.shares_input_scale]
+        otherwise = {part.role for module in changed for part in module.parts}
         for role, wanted in trained.items():
-            limit = SERVED_OTHERWISE if role in reloaded else _LINEAR[self.dtype]
+            limit = SERVED_OTHERWISE if role in otherwise else _LINEAR[self.dtype]
             error = (served[role] - wanted).norm(dim=0) / wanted.norm(dim=0).clamp_min(1e-30)
             found = _median(error)
             self.worst_linear = max(self.worst_linear, found)

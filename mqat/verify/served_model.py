@@ -39,7 +39,7 @@ class ServedModel:
 
     def __init__(self, facts: Facts, form: str, keys: Keys, raw: Raw, tp: int, pp: int) -> None:
         self.form, self.raw = form, raw
-        of_experts = facts.experts.get("config", {})
+        of_experts = facts.experts_in(form).get("config", {})
         self.keys = {**keys, **of_experts}
         count = self.value("num_experts")
         told = facts.experts.get("dense", {}) if form == "hf" else {}
@@ -93,7 +93,7 @@ class ServedModel:
     @property
     def normalizes(self) -> bool:
         """Whether the weights of a token's experts add up to one."""
-        told = self.facts.experts["normalizes"]
+        told = self.facts.experts_in(self.form)["normalizes"]
         return told if isinstance(told, bool) else bool(self.raw[told])
 
     def value(self, name: str) -> Any:
@@ -115,6 +115,11 @@ class ServedModel:
     def prefix(self, layer: int) -> str:
         """Of a layer's names; layers count from 0 in every stage."""
         return self.names["layer"].format(layer)
+
+    def routers(self) -> list[str]:
+        """Full names of what chooses experts, in the layers that have some."""
+        layers = filter(self.has_experts, range(self.layers_per_stage))
+        return [self.prefix(i) + self.facts.experts["router"][self.form] for i in layers]
 
     def unquantized_names(self) -> list[str]:
         """Routers, and gates of shared experts: what readers take for linears, and must not round."""
@@ -150,7 +155,7 @@ def _norms(raw: Raw, facts: Facts) -> dict[str, Mapping[str, str]]:
 
 
 def _problems_of_experts(raw: Raw, facts: Facts) -> Iterator[str]:
-    """Of the keys that only mixtures have, but for `config`; they leave as Hugging Face directories."""
+    """Of the keys that only mixtures have, but for `config`, of Hugging Face."""
     told, shared = facts.experts.get("dense", {}), facts.experts.get("shared", {})
     count = raw.get("num_hidden_layers")
     layers = range(count if isinstance(count, int) else 0)
@@ -198,7 +203,7 @@ def is_positive(value: Any, kind: Any = int) -> bool:
 
 def model_problems(raw: Raw, keys: Keys, facts: Facts, form: str) -> Iterator[str]:
     """What is wrong with the keys that describe the model, in a format."""
-    fixed, of_experts = facts.config[form], facts.experts.get("config", {})
+    fixed, of_experts = facts.config[form], facts.experts_in(form).get("config", {})
     named = [keys[name] for name in (*SIZES, "head_dim") if name in keys]
     for key in (*named, *of_experts.values()):
         if not is_positive(raw.get(key)):

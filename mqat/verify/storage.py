@@ -16,7 +16,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,10 +86,21 @@ class Module:
     is_row_parallel: bool  # ranks hold columns; otherwise rows
     copies: int  # consecutive ranks that hold the same key/value head
     is_transposed: bool = False  # an unquantized weight is stored as (in, out)
+    num_experts: int = 0  # whose tensors are stored as one, [experts, ...]; 0: it has its own
+    expert: int = 0  # its slice
 
     def full(self, tensor: str) -> str:
         """Name in the files of a tensor of the table above."""
-        return f"{self.name}.{self.suffixes[tensor]}"
+        return f"{without_slice(self.name)}.{self.suffixes[tensor]}"
+
+    def is_stacked(self, tensor: str) -> bool:
+        """Whether it is a slice of a stored one; otherwise all experts have the same."""
+        return self.num_experts > 0 and tensor in ("weight", "codes", "scale")
+
+    @property
+    def shares_input_scale(self) -> bool:
+        """Whether the experts of its layer have one step of inputs: the largest that was trained."""
+        return self.num_experts > 0 and "input_scale" in self.suffixes
 
     def specs(self) -> dict[str, TensorSpec]:
         """Tensor of the table above -> what a rank must hold."""
@@ -117,7 +128,12 @@ class Module:
             "smoothing": TensorSpec((width,), model, not self.is_row_parallel),
             "bias": TensorSpec((out,), model, self.is_row_parallel),
         }
-        return {tensor: specs.get(tensor, one) for tensor in self.suffixes}
+        found = {tensor: specs.get(tensor, one) for tensor in self.suffixes}
+        return {tensor: self._stored(tensor, spec) for tensor, spec in found.items()}
+
+    def _stored(self, tensor: str, spec: TensorSpec) -> TensorSpec:
+        experts = (self.num_experts,) if self.is_stacked(tensor) else ()
+        return replace(spec, shape=(*experts, *spec.shape))
 
     def by_part(self, tensor: Tensor, dim: int = 0) -> dict[str, Tensor]:
         """Output features of one rank, by role."""
@@ -132,6 +148,11 @@ class Module:
         split = [self.by_part(tensor) for tensor in tensors]
         strides = {p.role: self.copies if p.rows == "key_value" else 1 for p in self.parts}
         return {role: torch.cat([s[role] for s in split[::n]]) for role, n in strides.items()}
+
+
+def without_slice(name: str) -> str:
+    """Name in the files of a module; `mlp.fc[3]` is the slice of `mlp.fc` for an expert."""
+    return name.partition("[")[0]
 
 
 def int4_codes(packed: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def run(
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     linears = [name for name, scheme in layers.items() if isinstance(scheme, LinearScheme)]
-    qparams = apply_weight_recipe_(
+    qparams, _ = apply_weight_recipe_(
         chunks, run_batches, dict.fromkeys(linears, recipe),
         model=MODEL, group=group, dp_group=dp_group,
     )  # fmt: skip

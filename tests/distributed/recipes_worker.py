@@ -1,7 +1,8 @@
 """Run by torchrun: carries out calibration recipes on a tiny model, in each of some layouts.
 
 Arguments: output directory, and a JSON file {layout: {"tp": 2, ...}} of layouts of this world size.
-For every layout there is a `result.json`, and for every recipe `<recipe>.pt`: all global tensors.
+With `experts` the model is a mixture. For every layout there is a `result.json`, and for every recipe
+`<recipe>.pt`: all global tensors.
 """
 
 import json
@@ -21,6 +22,7 @@ from mqat.models.decoder import DecoderConfig
 from mqat.models.structure import DENSE_LINEARS
 from mqat.runtime import groups
 from mqat.specs.policy import Policy, Rule
+from tests.distributed.worker import EXPERTS, avoid_an_expert
 
 MODEL = DecoderConfig(
     vocab_size=301, hidden_size=128, intermediate_size=256, num_layers=2,
@@ -52,6 +54,13 @@ RECIPES = {
     "levels": (policy("nvfp4", weight_calibrator="mse", rounding="gptq"), "max", 0),
     "mixed": (policy("int8", rules=_MIXED), "max", 1),
 }  # fmt: skip
+# Of a mixture, in which the fourth expert of the first layer sees no token.
+_ATTENTION = Rule("*.self_attention.*", "int8")
+EXPERT_RECIPES = {
+    "smoothquant": (policy("int8_sq"), "percentile", 0),
+    "awq-gptq": (policy("int4_awq", rules=(_ATTENTION,), rounding="gptq"), "max", 0),
+    "gptq": (policy("int8", rounding="gptq", weight_calibrator="awq"), "max", 1),
+}
 
 
 @contextmanager
@@ -102,10 +111,15 @@ def main() -> None:
     out, layouts = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text("utf-8"))
     for name, layout in layouts.items():
         sizes = {"tensor_parallel": layout.get("tp", 1), "pipeline_parallel": layout.get("pp", 1)}
-        groups.initialize(**sizes)
+        groups.initialize(**sizes, expert_parallel=layout.get("ep", 1))
         from megatron.core import parallel_state
 
-        result = {recipe: run(out / name / recipe, layout, *how) for recipe, how in RECIPES.items()}
+        from mqat.calibration.smoothing_pairs import SmoothingPair
+
+        if layout.get("unmerged"):  # wrong: factors of each rank's own experts
+            SmoothingPair.expert_ranks = property(lambda pair: None)
+        recipes = EXPERT_RECIPES if layout.get("experts") else RECIPES
+        result = {recipe: run(out / name / recipe, layout, *how) for recipe, how in recipes.items()}
         if groups.is_main():
             (out / name / "result.json").write_text(json.dumps(result))
         parallel_state.destroy_model_parallel()  # the next layout has other groups of this world
@@ -122,15 +136,19 @@ def run(out: Path, layout: dict, asked: Policy, calibrator: str, at_once: int) -
     from mqat.parallel.checkpoint import quantizer_sharded_state
     from mqat.specs.model import build_model
 
-    algorithms = asked.resolve(MODEL)
+    model = EXPERTS if layout.get("experts") else MODEL
+    algorithms = asked.resolve(model)
     layers = {name: algorithm.scheme for name, algorithm in algorithms.items()}
     settings = ModelConfig(
         tensor_model_parallel_size=layout.get("tp", 1), sequence_parallel=layout.get("sp", False),
         pipeline_model_parallel_size=layout.get("pp", 1),
+        expert_model_parallel_size=layout.get("ep", 1),
     )  # fmt: skip
     dtype = torch.bfloat16 if layout.get("bf16") else torch.float32
-    chunks = build_model(MODEL, settings, layers, dtype)
-    load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
+    chunks = build_model(model, settings, layers, dtype)
+    load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
+    if model.num_experts:
+        avoid_an_expert(chunks)
     seed = layout.get("seed", 0)
     tokens = torch.randint(0, 301, (layout.get("batches", 8), 2, 33),
                            generator=torch.Generator().manual_seed(seed))  # fmt: skip
@@ -154,9 +172,9 @@ def run(out: Path, layout: dict, asked: Policy, calibrator: str, at_once: int) -
 
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     result = {"unquantized": evaluate(chunks, [batches])[0]}
-    qparams = apply_weight_recipe_(
+    qparams, result["idle"] = apply_weight_recipe_(
         chunks, run_batches, {name: algorithm.recipe for name, algorithm in algorithms.items()},
-        model=MODEL, calib_layers_at_once=at_once, group=group,
+        model=model, calib_layers_at_once=at_once, group=group,
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )  # fmt: skip
     result["prepared"] = evaluate(chunks, [batches])[0]

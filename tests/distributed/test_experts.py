@@ -100,6 +100,22 @@ def test_expert_parallelism_changes_nothing_with_any_other(larger, name):
     assert_alike(larger, name)
 
 
+@pytest.mark.parametrize("name", [*list(LAYOUTS)[1:], "idle-ep2"])
+def test_the_quality_report_of_experts_is_the_same(layouts, name):
+    (_, expected), (_, found) = (layouts[n] for n in ("idle" if "idle" in name else "ep1", name))
+    assert [e["name"] for e in found["quality"]] == [e["name"] for e in expected["quality"]]
+    for entry, same in zip(expected["quality"], found["quality"], strict=True):
+        assert same.get("is_idle") == entry.get("is_idle")
+        assert entry.get("is_idle", False) == (entry["name"] in expected["idle"])
+        if entry.get("is_idle"):
+            continue
+        assert same["output_sqnr_db"] == pytest.approx(entry["output_sqnr_db"], abs=0.05)
+        assert same["weight"]["sqnr_db"] == pytest.approx(entry["weight"]["sqnr_db"], rel=1e-9)
+        assert same["input_amax"] == pytest.approx(entry["input_amax"], rel=1e-2)
+    figures = [e["output_sqnr_db"] for e in expected["quality"] if "fc2" in e["name"]]
+    assert max(filter(None, figures)) - min(filter(None, figures)) > 0.2  # control: they differ
+
+
 def test_each_expert_has_scales_of_its_own(layouts):
     checkpoint = CheckpointReader(layouts["ep1"][0] / "ptq")
     for operand in ("input", "weight"):

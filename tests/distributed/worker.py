@@ -124,7 +124,9 @@ def finish(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
 def avoid_an_expert(chunks: list[Any]) -> None:
     """Leaves the last expert of the first layer without tokens."""
-    for layer in (layer for chunk in chunks for layer in chunk.module.decoder.layers):
+    from mqat.parallel.quantized_module import unwrapped
+
+    for layer in (layer for chunk in unwrapped(chunks) for layer in chunk.decoder.layers):
         if layer.layer_number == 1:
             router, away = layer.mlp.router, torch.tensor([0.0, 0.0, 0.0, -1e4])
             router.gating = lambda x, gating=router.gating, away=away: gating(x) + away
@@ -201,7 +203,7 @@ def run(args: argparse.Namespace) -> None:
     for module, shared in zip(experts, sharing, strict=True):
         module.expert_groups = shared  # by which ranks know who saves
     result["quantized"] = evaluate(chunks, [batches])[0]
-    if linear_schemes(layers) and not model.num_experts:
+    if linear_schemes(layers):
         result["quality"] = quality_report(
             chunks, lambda: run_layers(chunks, [batches]), group=group
         )["linears"]

@@ -72,6 +72,20 @@ def quant_cfg_json(
     }
 
 
+def _expert_fields(model: DecoderConfig) -> dict[str, Any]:
+    """Keys of a mixture; every rank has a part of every expert, which `mapping` means unless it says."""
+    if not model.num_experts:
+        return {}
+    # Weights of a token's experts: a softmax over all experts (0), or over the token's alone (1).
+    moe = {
+        "num_experts": model.num_experts,
+        "top_k": model.experts_per_token,
+        "normalization_mode": int(model.normalizes_expert_weights),
+    }
+    size = {model.architecture.trtllm_expert_size: model.expert_intermediate_size}
+    return {"moe": moe, **size}
+
+
 def config_json(
     model: DecoderConfig,
     layers: Mapping[str, LinearScheme],
@@ -110,6 +124,7 @@ def config_json(
         "use_parallel_embedding": tp > 1,
         "embedding_sharding_dim": 0,
         "share_embedding_table": False,
+        **_expert_fields(model),
         "mapping": {"world_size": tp * pp, "tp_size": tp, "pp_size": pp},
         "quantization": quantization,
     }

@@ -19,13 +19,17 @@ from mqat.export.trtllm.forms import FORMS, TENSORS, TrtllmForm
 from mqat.export.trtllm.positions import position_fields
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
-from mqat.models.structure import Linear, split_name
+from mqat.models.structure import Linear, in_layer, is_expert, split_name
 from mqat.quant.scheme import LinearScheme
 
 _REQUANTIZED = (
     "W8A16 checkpoints hold unquantized weights: TensorRT-LLM quantizes them again at load time, "
     "with amax/128 of each output channel on each rank, so the served weights are not the trained "
     "ones."
+)
+_ONE_INPUT = (
+    "{} and {} more linears of experts have input scales of their own; TensorRT-LLM has one for "
+    "the experts of a layer: the largest is written. Unquantized inputs (int4) are served as trained."
 )
 
 
@@ -42,12 +46,6 @@ class TensorRtLlmExporter:
     ) -> None:
         """As `Exporter.check`."""
         layers, tp = linear_schemes(schemes), options.tensor_parallel
-        if model.num_experts:
-            raise UserError(
-                f"export.format=trtllm: {model.family} has experts, which are not written in its "
-                "stacked layout; use export.format=hf, which its PyTorch backend reads too "
-                "(export.style=modelopt)."
-            )
         if options.max_shard_bytes is not None:
             raise UserError(
                 "export.format=trtllm: every inference rank has one file; leave out --max-shard-gb."
@@ -56,6 +54,7 @@ class TensorRtLlmExporter:
         _check_layout(model, tp, options.pipeline_parallel)
         position_fields(model)
         TENSORS.check(model, schemes)
+        _check_experts(model, layers)
         _check_requantized(layers, options.allow_requantization)
         stage_schemes(model, layers, options.pipeline_parallel)
         for name, scheme in layers.items():
@@ -66,9 +65,12 @@ class TensorRtLlmExporter:
             FORMS.check_groups(name, scheme, model.size(linear.columns), ranks)
 
     def warning(self, schemes: Mapping[str, Scheme]) -> str | None:
-        """That the loader changes weights."""
-        layers = linear_schemes(schemes).values()
-        return _REQUANTIZED if any(FORMS.of(s).is_requantized for s in layers) else None
+        """That the loader changes weights, or that a layer's experts share an input scale."""
+        layers = linear_schemes(schemes)
+        if any(FORMS.of(scheme).is_requantized for scheme in layers.values()):
+            return _REQUANTIZED
+        static = [n for n, scheme in layers.items() if is_expert(n) and scheme.input is not None]
+        return _ONE_INPUT.format(static[0], len(static) - 1) if static else None
 
     def contents(
         self, reader: CheckpointReader, tokenizer: Path, options: ExportOptions
@@ -96,6 +98,13 @@ class TensorRtLlmExporter:
 def _check_family(model: DecoderConfig) -> None:
     """Refuses models of which TensorRT-LLM has no class, or no switch for their biases."""
     family = model.architecture
+    if model.shared_intermediate_size or model.dense_layers:
+        kind = "shared experts" if model.shared_intermediate_size else "layers without experts"
+        raise UserError(
+            f"export.format=trtllm: this {model.family} model has {kind}, which are not written beside "
+            "stacked experts; use export.format=hf, which its PyTorch backend reads too "
+            "(export.style=modelopt)."
+        )
     if family.trtllm_architecture is None:
         raise UserError(
             f"export.format=trtllm: TensorRT-LLM has no {family.name} models; use export.format=hf."
@@ -114,16 +123,48 @@ def _check_family(model: DecoderConfig) -> None:
         )
 
 
+def _check_experts(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -> None:
+    """Refuses what TensorRT-LLM's one module for all experts of a layer cannot be told or serve."""
+    elsewhere = "use export.format=hf, which its PyTorch backend reads too (export.style=modelopt)."
+    names = [
+        in_layer(layer, linear.name)
+        for layer in range(model.num_layers)
+        for linear in model.linears
+        if linear.expert is not None
+    ]
+    for name in names if layers else ():
+        if name not in layers:
+            raise UserError(
+                f"export.format=trtllm: {name} is not quantized while other linears are; TensorRT-LLM "
+                "makes its experts for the algorithm of the whole model. Quantize the experts of all "
+                f"layers, or {elsewhere}"
+            )
+        scheme, form = layers[name], FORMS.of(layers[name])
+        if not form.takes_experts:
+            known = ", ".join(form.name for form in FORMS.forms if form.takes_experts)
+            raise UserError(
+                f"{name}: {operands_text(scheme)} is {form.name} in TensorRT-LLM, which is not written "
+                f"for experts: its kernels or its loader lack it. Experts can be {known} (fp8, int4, "
+                f"int4_awq), or {elsewhere}"
+            )
+    if names and is_mixed(layers):
+        raise UserError(
+            "export.format=trtllm: linears are quantized in several ways, which TensorRT-LLM cannot be "
+            f"told of a mixture of experts; quantize all in one way, or {elsewhere}"
+        )
+
+
 def _check_layout(model: DecoderConfig, tp: int, pp: int) -> None:
     for key, size in (("tensor", tp), ("pipeline", pp)):
         if size < 1:
             raise UserError(f"export.inference_{key}_parallel={size}: must be at least 1.")
     heads, groups = model.num_attention_heads, model.num_query_groups
-    fits = heads % tp == 0 and model.intermediate_size % tp == 0
-    if not fits or (groups % tp and tp % groups):
+    axis = "expert_intermediate_size" if model.num_experts else "intermediate_size"
+    inner: int = getattr(model, axis)
+    if heads % tp or inner % tp or (groups % tp and tp % groups):
         raise UserError(
             f"export.inference_tensor_parallel={tp} does not fit num_attention_heads={heads}, "
-            f"num_query_groups={groups}, intermediate_size={model.intermediate_size}: it must "
+            f"num_query_groups={groups}, {axis}={inner}: it must "
             "divide heads and intermediate size, and divide the groups or be a multiple of them."
         )
     if model.num_layers % pp:

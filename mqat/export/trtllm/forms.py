@@ -2,12 +2,14 @@
 
 Facts of the format (TensorRT-LLM 0.17 to 1.2): `models/modeling_utils.py` and
 `quantization/{quantize,layers}.py` of NVIDIA/TensorRT-LLM. Scaling factors multiply when
-dequantizing. SmoothQuant and AWQ are folded into weights and norms.
+dequantizing. SmoothQuant and AWQ are folded into weights and norms. Experts: `layers/moe.py`.
 """
 
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
+
+import torch
 
 from mqat.export import operands
 from mqat.export import tensor_builders as build
@@ -27,10 +29,12 @@ class TrtllmForm(Form):
     Attributes:
         group_sizes: That its group-wise INT4 kernels take; with them come size rules and options.
         is_requantized: The loader quantizes again; the served weights are not the trained ones.
+        takes_experts: Its mixtures have kernels for it, and its loader reads stacked tensors of it.
     """
 
     group_sizes: tuple[int, ...] = ()
     is_requantized: bool = False
+    takes_experts: bool = False
 
     def options(self, scheme: LinearScheme) -> dict[str, Any]:
         """The `quantization` entries of a linear, as in a config for a whole model of such linears."""
@@ -71,11 +75,14 @@ FORMS = Forms(
                 "weights_scaling_factor": build.cast_scale,
                 "activation_scaling_factor": build.cast_input_scale,
             },
+            takes_experts=True,
         ),
         TrtllmForm(
             "FP8_PER_CHANNEL_PER_TOKEN", operands.FP8_CHANNELS, operands.FP8_TOKENS, _PER_CHANNEL
         ),
-        TrtllmForm("W4A16_AWQ", operands.INT4_GROUPS, None, _INT4, group_sizes=(64, 128)),
+        TrtllmForm(
+            "W4A16_AWQ", operands.INT4_GROUPS, None, _INT4, group_sizes=(64, 128), takes_experts=True
+        ),
         TrtllmForm(
             "W4A8_AWQ", operands.INT4_GROUPS, _FP8,
             _INT4 | {"weights_scaling_factor_2": build.fp8_range_scale} | _INPUT, group_sizes=(128,),
@@ -120,6 +127,9 @@ NAMING = Naming(
     writes_tied_head=True,
     adds_one=True,
     transposes=False,
+    router_dtype=torch.float32,
+    stacks_experts=True,
+    of_all_experts=("prequant_scaling_factor", "activation_scaling_factor"),
 )
 CACHE = CacheForm(
     lambda cache: {f"{cache.trtllm}.kv_cache_scaling_factor": "kv"},

@@ -10,8 +10,8 @@ from mqat.models.structure import INPUT_NORM, PROJ, QKV
 MIXTRAL = Family(
     name="mixtral",
     hf_architecture="MixtralForCausalLM",
-    gguf_architecture=None,
-    is_interleaved_in_gguf=False,
+    gguf_architecture="llama",
+    is_interleaved_in_gguf=True,
     trtllm_architecture="MixtralForCausalLM",
     decoder_types=("mixtral",),
     linears=(QKV, PROJ),
@@ -26,4 +26,5 @@ MIXTRAL = Family(
         count="num_local_experts",
         size="intermediate_size",
     ),
+    trtllm_activation="swiglu",
 )

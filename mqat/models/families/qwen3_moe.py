@@ -10,7 +10,7 @@ from mqat.models.structure import INPUT_NORM, KEY_NORM, PROJ, QKV, QUERY_NORM
 QWEN3_MOE = Family(
     name="qwen3_moe",
     hf_architecture="Qwen3MoeForCausalLM",
-    gguf_architecture=None,
+    gguf_architecture="qwen3moe",
     is_interleaved_in_gguf=False,
     trtllm_architecture="Qwen3MoeForCausalLM",
     decoder_types=("qwen3_moe",),
@@ -22,8 +22,11 @@ QWEN3_MOE = Family(
         experts=Experts("mlp.experts.{e}.", ("gate_proj", "up_proj", "down_proj"), ROUTER),
         count="num_experts",
         size="moe_intermediate_size",
+        gguf_size="expert_feed_forward_length",
         normalizes="norm_topk_prob",
         dense=DenseLayers(listed="mlp_only_layers", step="decoder_sparse_step"),
     ),
+    trtllm_activation="swiglu",
+    trtllm_expert_size="moe_intermediate_size",
     trtllm_extra={"qwen_type": "qwen3_moe", "seq_length": 8192, "use_logn_attn": False},
 )

@@ -1,6 +1,6 @@
 """TensorRT-LLM checkpoint directories: `config.json` and `quant_cfg.json`, checked key by key."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +17,7 @@ from mqat.verify.served_model import (
     own_keys,
     read_json,
 )
-from mqat.verify.storage import UNQUANTIZED, Module, Storage
+from mqat.verify.storage import UNQUANTIZED, Module, Storage, without_slice
 
 _KEYS = SIZES | {
     "family": "architecture", "head_dim": "head_size", "rms_norm_eps": "norm_epsilon",
@@ -45,6 +45,10 @@ _LINEAR = {
 _WHOLE_MODEL = {None: UNQUANTIZED, "W8A16": replace(UNQUANTIZED, bits=8, is_reloaded=True)}
 _ALGORITHMS = (*_WHOLE_MODEL, *_LINEAR, "MIXED_PRECISION")
 _GROUP_SIZES = {"W4A16_AWQ": (64, 128), "W4A8_AWQ": (128,)}
+_OF_EXPERTS = (
+    "FP8",
+    "W4A16_AWQ",
+)  # what its kernels and its loader know for mixtures, of the above
 _OTHER = {"producer", "rotary_scaling", "use_parallel_embedding", "mapping", "quantization"}
 _MAPPING = ("world_size", "tp_size", "pp_size")
 _QUANTIZATION = {
@@ -66,7 +70,10 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
     if facts is None:
         return None
     keys = own_keys(_KEYS, facts, "trtllm")
-    known = {*keys.values(), *facts.config["trtllm"], *_OTHER} - {keys["rope_type"]}
+    of_experts = facts.experts_in("trtllm").get("config", {})
+    raw = _with_moe_keys(raw) if of_experts else raw
+    known = {*keys.values(), *facts.config["trtllm"], *of_experts.values(), *_OTHER}
+    known -= {keys["rope_type"]}
     positions = facts.positions.get("trtllm", {})
     known |= {*map(str, positions.values())}
     known |= {*WINDOW_PATTERN} if positions.get("window") == "pattern" else set()
@@ -76,7 +83,7 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
     if not found:
         tp, pp = raw["mapping"]["tp_size"], raw["mapping"]["pp_size"]
         model = ServedModel(facts, "trtllm", keys, raw, tp, pp)
-        found += _layout_problems(model)
+        found += [*_layout_problems(model), *_expert_problems(model)]
     problems += [f"config.json: {problem}" for problem in found]
     entries = {} if problems else _entries(directory, model, problems)
     if problems:
@@ -107,6 +114,40 @@ def find_ranks(directory: Path, export: Export, problems: list[str]) -> list[lis
     return [ranks[stage * model.tp :][: model.tp] for stage in range(model.pp)]
 
 
+def _with_moe_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """With the keys of the object `moe` beside the others, as `moe.top_k`."""
+    moe = raw.get("moe")
+    found = {key: value for key, value in raw.items() if key != "moe"}
+    return found | {f"moe.{key}": value for key, value in (moe or {}).items()}
+
+
+def _expert_problems(model: ServedModel) -> Iterator[str]:
+    """What a module of all experts of a layer would be made as, against the configuration."""
+    names, quantization = model.linear_names(), model.raw["quantization"]
+    experts = {without_slice(name) for name in names if "[" in name}
+    if not experts:
+        return
+    if model.value("experts_per_token") > model.value("num_experts"):
+        yield "a token has more experts than there are"
+    if quantization["quant_algo"] is None:
+        return
+    if quantization["quant_algo"] not in _OF_EXPERTS:
+        yield f"quant_algo={quantization['quant_algo']}: experts are read as {_OF_EXPERTS} only"
+        return
+    for name in sorted(experts | set(model.routers())):
+        is_left = any(fnmatchcase(name, pattern) for pattern in _exclusions(quantization))
+        if is_left and name in experts:
+            yield f"exclude_modules has {name}, but experts are made for the whole model's algorithm"
+        elif not is_left and name not in experts:
+            yield f"exclude_modules lets the router {name} be quantized"
+
+
+def _exclusions(quantization: Mapping[str, Any]) -> Sequence[str]:
+    """Patterns of modules that the loader leaves unquantized."""
+    told: Sequence[str] | None = quantization.get("exclude_modules")
+    return _BUILT_IN_EXCLUSIONS if told is None else told
+
+
 def _storage(entry: Mapping[str, Any], dtype: str) -> Storage:
     """How a linear is stored, by its entry of the configuration."""
     algorithm = entry.get("quant_algo")
@@ -120,9 +161,8 @@ def _entries(directory: Path, model: ServedModel, problems: list[str]) -> dict[s
     """What the configuration says about every linear of a stage; complaints go to `problems`."""
     quantization, names = model.raw["quantization"], model.linear_names()
     if quantization["quant_algo"] != "MIXED_PRECISION":
-        told = quantization.get("exclude_modules")
-        patterns = _BUILT_IN_EXCLUSIONS if told is None else told
-        excluded = {name for name in names if any(fnmatchcase(name, p) for p in patterns)}
+        patterns = _exclusions(quantization)
+        excluded = {n for n in names if any(fnmatchcase(without_slice(n), p) for p in patterns)}
         return {name: {} if name in excluded else quantization for name in names}
     found = read_json(directory / _MIXED, problems)
     layers, cache = found.get("quantized_layers"), quantization.get("kv_cache_quant_algo")
@@ -196,7 +236,8 @@ def _quantization_problems(quantization: Any, names: Mapping[str, str]) -> Itera
 def _layout_problems(model: ServedModel) -> Iterator[str]:
     """Rules that tie sizes and layout together."""
     heads, groups = model.value("num_attention_heads"), model.value("num_query_groups")
-    inner, layers, t = model.value("intermediate_size"), model.value("num_layers"), model.tp
+    inner = model.value(f"{'expert_' * bool(model.routers())}intermediate_size")
+    layers, t = model.value("num_layers"), model.tp
     if heads % t or inner % t or (groups % t and t % groups) or heads % groups:
         yield f"tp_size={t} does not fit heads {heads}, key/value heads {groups}, MLP {inner}"
     if layers % model.pp:

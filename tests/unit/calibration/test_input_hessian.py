@@ -78,9 +78,13 @@ def test_the_input_hessian_is_that_of_the_real_rows_alone(world):
     real = x[mask.t()]
     x[~mask.t()] = float("nan")  # padding cannot spoil anything
     set_token_mask(linear, mask)
-    hessian = _empty({"a": linear})[1]["a"]
+    hessian, maxima = (_empty({"a": linear}, names)[1]["a"] for names in (["a"], []))
     hessian.observe_(linear, x, 1)
+    maxima.observe_(linear, x, 1)
+    assert maxima.hessian.numel() == 0 and torch.equal(maxima.amax, hessian.amax)
+    assert int(maxima.tokens) == int(hessian.tokens)
     assert torch.equal(hessian.matrix(linear), (real.t() @ real).double())
+    assert torch.equal(hessian.diagonal(linear), hessian.matrix(linear).diagonal())
     assert torch.equal(hessian.amax, real.abs().amax(dim=0))
     assert int(hessian.tokens) == len(real) == int(mask.sum()) and not hessian.flag
     set_token_mask(linear, torch.zeros_like(mask))

@@ -34,7 +34,7 @@ def carried_out(world):
             change_(linear.weight.data)
         before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-        qparams = apply_weight_recipe_(
+        qparams, _ = apply_weight_recipe_(
             chunks, lambda: evaluate(chunks, [microbatches()]),
             {name: algorithm.recipe for name, algorithm in algorithms.items()},
             model=MODEL, group=group, calib_layers_at_once=at_once,

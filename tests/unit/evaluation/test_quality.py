@@ -232,7 +232,7 @@ def test_the_page_shows_the_worst_first_and_is_whole_or_absent(tmp_path, monkeyp
         "output_sqnr_db": 30.0,
         "kv": {"format": "int8", "amax": 2.0, "clip_rate": 0.25, "scale": [1, 1], "sqnr_db": 31.0},
     }
-    report = {"version": 1, "linears": linears, "caches": [cache]}
+    report = {"version": 1, "linears": linears, "mixtures": [], "caches": [cache]}
     assert worst_first(linears)[0] is linears[1]
     page = html_page(report, "a <b>")
     assert "a &lt;b&gt;" in page and "data:image/png;base64," in page

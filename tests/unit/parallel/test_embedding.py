@@ -134,7 +134,7 @@ def test_recipes_leave_tables_alone(chunks):
     from mqat.quant.algorithm import Recipe
 
     recipes = dict.fromkeys(quantized_linears(chunks), Recipe(smoothquant=True))
-    qparams = apply_weight_recipe_(
+    qparams, _ = apply_weight_recipe_(
         chunks, lambda: evaluate(chunks, [microbatches()]), recipes,
         model=UNTIED,
         group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
