@@ -107,6 +107,8 @@ class ModelConfig:
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
     moe_aux_loss_coeff: float = 0.0  # of the load-balancing loss in training (Switch Transformer's)
+    # By how much a training step moves the numbers that correct a router's choice, where there are some.
+    moe_router_bias_update_rate: float = 0.0
     micro_batch_size: int = 1
     global_batch_size: int = 8
     activations_checkpoint_granularity: str | None = None  # selective or full
@@ -314,6 +316,7 @@ _MINIMUM = {
     "model.expert_model_parallel_size": 1,
     "model.expert_tensor_parallel_size": 1,
     "model.moe_aux_loss_coeff": 0,
+    "model.moe_router_bias_update_rate": 0,
     "model.micro_batch_size": 1,
     "model.global_batch_size": 1,
     "model.data.seq_length": 2,

@@ -20,6 +20,11 @@ refused by name. TensorRT-LLM's class is named where it has one; what that class
 longrope, windows but Gemma 3's, experts in other forms than FP8 and INT4 groups) is refused at export.
 GPT-2 is quantized for TensorRT-LLM only: Hugging Face stores its weights transposed.
 
+Routers, their corrections and the gates of shared experts are never quantized; shared experts are, by
+names such as `decoder.layers.3.mlp.shared_experts.linear_fc1`. A correction is in float32 in checkpoints
+and exports, and stays as it is in training unless `model.moe_router_bias_update_rate` moves it. Further
+layers of a `glm4_moe` file, which predict several tokens at once, are left out with a warning.
+
 A further family is a file like `qwen2.py` there, its name in `decoder.FAMILIES`, and its facts in
 `mqat/verify/facts/`, which are kept apart on purpose. Then add it to
 `tests/unit/models/test_dense_families.py`, which compares logits, gradients, files and exports with
@@ -32,15 +37,28 @@ def _norms(family: Family) -> str:
     if family.zero_centered_gamma:
         found += ", 1 + weight"
     if KEY_NORM in family.norms:
-        found += ", of query and key heads"
+        found += ", of query and key heads" + (" or not" if family.head_norms_switch else "")
     if any(norm in family.norms for norm in OUTPUT_NORMS):
         found += ", of what attention and MLP add"
     return found
 
 
 def _mlp(family: Family) -> str:
-    found = f"{family.activation}{', gated' if family.is_gated else ''}"
-    return f"experts: {found}" if family.mixture is not None else found
+    found, mixture = f"{family.activation}{', gated' if family.is_gated else ''}", family.mixture
+    if mixture is None:
+        return found
+    shared, words = mixture.experts.shared, ["experts"]
+    if mixture.scores == "sigmoid":
+        words.append(
+            "sigmoid scores, corrected" if mixture.experts.router.correction else "sigmoid"
+        )
+    if mixture.groups is not None:
+        words.append("of the best groups")
+    if shared is not None:
+        words.append("shared ones" + (" behind a gate" if shared.gate else ""))
+    if mixture.dense is not None:
+        words.append("or dense by layer")
+    return f"{', '.join(words)}: {found}"
 
 
 def _positions(family: Family) -> str:

@@ -40,14 +40,18 @@ def check_recipes(
     Raises:
         UserError: Names the first linear, its recipe, and what would work.
     """
-    readers: dict[Any, list[Linear]] = {}
-    for linear in model.linears:
-        readers.setdefault((linear.norm, linear.fed_by), []).append(linear)
+    readers: dict[Any, list[Linear]] = {}  # by kind of layer and what feeds them
+    layers = {model.has_experts(layer): layer for layer in range(model.num_layers)}
+    for has_experts, layer in layers.items():
+        for linear in model.linears_of(layer):
+            readers.setdefault((has_experts, linear.norm, linear.fed_by), []).append(linear)
     for name, scheme in weights.items():
         recipe = recipes[name]
         if recipe.smoothquant:
-            linear = model.linear(split_name(name)[1])
-            _check_readers(name, linear, readers[(linear.norm, linear.fed_by)], recipes, model)
+            layer, own = split_name(name)
+            linear = model.linear(own)
+            found = readers[(model.has_experts(layer), linear.norm, linear.fed_by)]
+            _check_readers(name, linear, found, recipes, model)
         if scheme is None or not recipe.chooses_scales:
             continue
         if isinstance(scheme.granularity, PerBlock):

@@ -119,7 +119,7 @@ def find_smoothing_pairs(
     for layer in (layer for chunk in unwrapped(chunks) for layer in chunk.decoder.layers):
         number = layer.layer_number - 1
         experts: dict[str, QuantizedLinear] = {}
-        for linear in model.linears:
+        for linear in model.linears_of(number):
             name = in_layer(number, linear.name)
             if name not in modules or name not in names:
                 continue

@@ -20,7 +20,8 @@ from torch import Tensor
 from mqat.checkpoints.huggingface import read_json
 from mqat.checkpoints.stored_tensors import finite
 from mqat.errors import UserError
-from mqat.models.decoder import DecoderConfig, hf_shapes
+from mqat.models.decoder import DecoderConfig
+from mqat.models.hf_keys import hf_shapes
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."

@@ -17,10 +17,12 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES, DecoderConfig
+from mqat.models.experts import SHARED_EXPERTS
 from mqat.models.family import Family
 from mqat.models.structure import (
     CORE_ATTENTION,
     DENSE_LINEARS,
+    EXPERTS,
     FC2,
     KEY_NORM,
     OUTPUT_NORMS,
@@ -28,6 +30,7 @@ from mqat.models.structure import (
     Norm,
     is_in_layer,
     is_table_key,
+    split_name,
 )
 from mqat.parallel.layout import shard_count
 from mqat.parallel.quantized_module import unwrapped
@@ -35,8 +38,11 @@ from mqat.specs.activations import FUNCTIONS, activation_of, find_activation
 from mqat.specs.config_check import (
     SIZES,
     SIZES_OF_EXPERTS,
+    built_dense_layers,
     config_differences,
     is_softmax_scale,
+    mixture_of,
+    mixture_of_family,
     position_word,
     refuse,
     scale_text,
@@ -69,15 +75,14 @@ def describe_model(model: Any) -> DecoderConfig:
     sizes |= _built_positions(chunk)
     has_experts = config.num_moe_experts is not None
     if has_experts:
-        sizes |= {name: getattr(config, field) for name, field in SIZES_OF_EXPERTS.items()}
-        sizes["normalizes_expert_weights"] = not config.moe_router_pre_softmax
+        sizes |= _built_experts(config)
     names = [linear.name for linear in DENSE_LINEARS]
     biases = tuple(n for n in names if any(_at(layer, f"{n}.bias") is not None for layer in layers))
     families = [
         family
         for family in FAMILIES.values()
         if has_experts == (family.mixture is not None)
-        and has_norms == (QUERY_NORM in family.norms)
+        and (has_norms == (QUERY_NORM in family.norms) or family.head_norms_switch)
         and family.may_have(biases)
     ]
     if not families:
@@ -90,7 +95,10 @@ def describe_model(model: Any) -> DecoderConfig:
     unsaid: UserError | None = None
     for family in fitting:
         try:
-            described = DecoderConfig(**sizes, family=family.name, biases=biases)
+            of_heads = family.head_norms_switch is None or has_norms
+            described = DecoderConfig(
+                **sizes, family=family.name, biases=biases, normalizes_heads=of_heads
+            )
         except UserError as error:
             unsaid = unsaid or error  # another family may have keys for it
             continue
@@ -111,11 +119,24 @@ def _computes(chunk: Any, family: Family) -> bool:
         find_activation(config), chunk.position_embedding_type,
         getattr(chunk, "embedding_scale", 1.0) != 1, output_norms, config.rotary_interleaved,
     )  # fmt: skip
-    return found == (
+    return mixture_of(config) == mixture_of_family(family) and found == (
         family.normalization, family.zero_centered_gamma, family.is_gated, family.activation,
         position_word(family), family.scales_embedding, bool({*family.norms} & {*OUTPUT_NORMS}),
         family.is_rotary_interleaved,
     )  # fmt: skip
+
+
+def _built_experts(config: Any) -> dict[str, Any]:
+    """Fields of a description, of a mixture."""
+    groups = config.moe_router_num_groups if config.moe_router_group_topk else None
+    return {name: getattr(config, field) for name, field in SIZES_OF_EXPERTS.items()} | {
+        "normalizes_expert_weights": not config.moe_router_pre_softmax,
+        "shared_intermediate_size": config.moe_shared_expert_intermediate_size or 0,
+        "dense_layers": built_dense_layers(config),
+        "expert_groups": groups or 1,
+        "expert_groups_per_token": config.moe_router_group_topk or 1,
+        "expert_weight_scale": config.moe_router_topk_scaling_factor or 1.0,
+    }
 
 
 def check_description(model: Any, described: DecoderConfig) -> None:
@@ -256,17 +277,14 @@ def _at(owner: Any, name: str) -> Any:
 
 def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
     where = f"layer {layer.layer_number - 1}"
-    for norm in dict.fromkeys((*described.norms, *_HEAD_NORMS, *OUTPUT_NORMS)):
-        if norm not in described.norms and _at(layer, norm.name) is not None:
+    norms = described.norms_of(layer.layer_number - 1)
+    for norm in dict.fromkeys((*norms, *_HEAD_NORMS, *OUTPUT_NORMS)):
+        if norm not in norms and _at(layer, norm.name) is not None:
             kind = "q/k norm" if norm in _HEAD_NORMS else "norm of what is added"
             yield f"{where}: {norm.name} ({kind}), which a {described.family} does not have"
-        elif norm in described.norms:
+        elif norm in norms:
             yield from (f"{where}: {text}" for text in _norm_differences(layer, norm, described))
-    attention, mlp = layer.self_attention, layer.mlp
-    if described.num_experts:
-        mlp = layer.mlp.experts.local_experts[0]
-    activation = getattr(mlp, "activation_func", None)
-    activation = _at(layer, f"{FC2.name}.activation") or activation  # inside of a linear
+    attention = layer.self_attention
     if attention.attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
         yield f"{where}: attn_mask_type={attention.attn_mask_type}, must be causal"
     core = _core(layer)
@@ -275,7 +293,19 @@ def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
         yield f"{where}: softmax_scale={scale}, must be {scale_text(described)}"
     if (cap := getattr(core, "softcap", None)) != described.attention_softcap:
         yield f"{where}: softcap={cap}, but it is described with {described.attention_softcap}"
-    wanted = described.architecture.activation
+    mlps = {"mlp": layer.mlp}
+    if (experts := _at(layer, EXPERTS)) is not None:
+        mlps = {EXPERTS: experts.local_experts[0]}
+        if layer.mlp.shared_experts is not None:
+            mlps[SHARED_EXPERTS] = layer.mlp.shared_experts
+    for name, mlp in mlps.items():
+        for text in _activation_differences(layer, mlp, described):
+            yield f"{where}: {name}.{text}"
+
+
+def _activation_differences(layer: Any, mlp: Any, described: DecoderConfig) -> Iterator[str]:
+    wanted, activation = described.architecture.activation, getattr(mlp, "activation_func", None)
+    activation = _at(mlp, f"{FC2.kind}.activation") or activation  # inside of a linear
     if layer.config.use_te_activation_func and activation is not None:
         device = next(layer.parameters()).device
         x = torch.linspace(-3, 3, 32, device=device, dtype=layer.config.params_dtype)
@@ -283,10 +313,10 @@ def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
         if not torch.allclose(
             activation(x).float(), FUNCTIONS[wanted](gate) * up, rtol=0.05, atol=0.05
         ):
-            yield f"{where}: mlp.activation_func does not compute {wanted} with a gate"
+            yield f"activation_func does not compute {wanted} with a gate"
     elif activation_of(activation, layer.config) != wanted:
         name = getattr(activation, "__name__", activation)
-        yield f"{where}: mlp.activation_func={name}, must be {wanted}"
+        yield f"activation_func={name}, must be {wanted}"
 
 
 @torch.no_grad()
@@ -317,7 +347,7 @@ def _norm_differences(owner: Any, norm: Norm, described: DecoderConfig) -> Itera
 
 def _state_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
     """Tensors of the checkpoint that have no place, are missing, or of another shape."""
-    places, found = described.checkpoint_shapes(), set()
+    places, found = described.checkpoint_shapes(), set[str]()
     for key, shape in stored_shapes(chunk.sharded_state_dict()).items():
         place = places.get(key)
         is_padded = is_table_key(key) and place is not None and shape[1:] == place[1:]
@@ -326,7 +356,11 @@ def _state_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
         elif shape != place and not (is_padded and shape[0] >= place[0]):
             yield f"tensor {key} is {shape}, described as {place}"
         found.add(key)
-    expected = {key for key in places if is_in_layer(key) and len(chunk.decoder.layers)}
+    own = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+    if described.dense_layers:  # each layer has keys of its own
+        expected = {key for key in places if is_in_layer(key) and split_name(key)[0] in own}
+    else:
+        expected = {key for key in places if is_in_layer(key) and own}
     family, last = described.architecture, described.architecture.final_norm
     if chunk.pre_process:
         expected |= {table.key for table in family.tables if table != family.output_layer}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mqat.models.decoder import DecoderConfig
-from mqat.models.structure import FUSED_EXPERTS, ROUTER
+from mqat.models.experts import FUSED_EXPERTS, ROUTER
 
 Shape = tuple[int, ...]
 

@@ -15,7 +15,8 @@ import torch
 from mqat.checkpoints.gguf_metadata import Metadata, decoder_config
 from mqat.checkpoints.stored_tensors import check_layer_count, check_tensors, finite
 from mqat.errors import UserError
-from mqat.models.decoder import DecoderConfig, hf_shapes
+from mqat.models.decoder import DecoderConfig
+from mqat.models.hf_keys import hf_shapes
 from mqat.models.structure import (
     GGUF_LAYER,
     QKV,

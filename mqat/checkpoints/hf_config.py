@@ -112,7 +112,7 @@ def decoder_config(hf: Any) -> DecoderConfig:
         biases=family.biases_of({key: _flag(hf, key) for key in family.bias_switches}),
         token_ids=token_ids(hf, vocab),
         **positions(family, hf, layers, head_dim),
-        **_experts(family, hf),
+        **_experts(family, hf, layers),
     )
 
 
@@ -145,9 +145,9 @@ def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
         own |= {"sliding_window", window.switch, window.every and window.every[0]}
     mixture = family.mixture
     if mixture is not None:
-        own |= {*_COUNTS, mixture.size, mixture.normalizes, *_MIXTURE}
-        _check_everywhere(hf, mixture)
-        own |= mixture.is_everywhere.keys()
+        own |= {*mixture.keys, *_MIXTURE}
+        own |= {*_COUNTS} if mixture.count in _COUNTS else set()
+    own |= {family.head_norms_switch, family.hf_further_layers}
     for key, value in hf.items():
         if value is None or key in understood or key in own or key in _HARMLESS:
             continue
@@ -171,33 +171,51 @@ def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
         )
 
 
-def _check_everywhere(hf: Mapping[str, Any], mixture: Mixture) -> None:
-    for key, value in mixture.is_everywhere.items():
-        if hf.get(key, value) not in (value, None):
-            raise UserError(
-                f"config.json: {key}={hf[key]!r} leaves layers without experts; only models with them "
-                f"in every layer are built ({key}={value!r})."
-            )
-
-
-def _experts(family: Family, hf: Told) -> dict[str, Any]:
+def _experts(family: Family, hf: Told, layers: int) -> dict[str, Any]:
     """The description's fields about experts; empty for dense models."""
     mixture = family.mixture
     if mixture is None:
         return {}
-    normalizes = True
-    if mixture.normalizes is not None:
-        normalizes = _flag(hf, mixture.normalizes)
-    counts = {key: hf[key] for key in _COUNTS if hf.get(key) is not None}
+    names = _COUNTS if mixture.count in _COUNTS else (mixture.count,)
+    counts = {key: hf[key] for key in names if hf.get(key) is not None}
     if len(set(map(str, counts.values()))) > 1:
         raise UserError(f"config.json: {counts} contradict each other; keep the one that is meant.")
     coefficient = hf.get("router_aux_loss_coef", 0.0)
     if coefficient != 0:
         coefficient = _positive(hf, "router_aux_loss_coef")
-    return {
+    switch, size = family.head_norms_switch, _whole(hf, mixture.size)
+    found: dict[str, Any] = {
         "num_experts": _whole(hf, next(iter(counts), mixture.count)),
         "experts_per_token": _whole(hf, "num_experts_per_tok"),
-        "expert_intermediate_size": _whole(hf, mixture.size),
-        "normalizes_expert_weights": normalizes,
+        "expert_intermediate_size": size,
+        "normalizes_expert_weights": mixture.normalizes is None or _flag(hf, mixture.normalizes),
         "router_aux_loss_coef": float(coefficient),
+        "normalizes_heads": switch is None or _flag(hf, switch),
+        "dense_layers": _dense_layers(hf, mixture, layers),
     }
+    if mixture.shared_size is not None:
+        found["shared_intermediate_size"] = _whole(hf, mixture.shared_size)
+    if mixture.shared_count is not None:
+        found["shared_intermediate_size"] = _whole(hf, mixture.shared_count) * size
+    if mixture.scaling is not None:
+        found["expert_weight_scale"] = _positive(hf, mixture.scaling)
+    if mixture.groups is not None:
+        names = ("expert_groups", "expert_groups_per_token")
+        found |= {name: _whole(hf, key) for name, key in zip(names, mixture.groups, strict=True)}
+    return found
+
+
+def _dense_layers(hf: Told, mixture: Mixture, layers: int) -> list[int]:
+    """Layers without experts."""
+    dense = mixture.dense
+    if dense is None:
+        return []
+    if dense.first is not None:
+        return list(range(min(_whole(hf, dense.first, least=0), layers)))
+    assert dense.listed is not None and dense.step is not None, "there is one way or the other"
+    listed, step = hf.get(dense.listed) or [], _whole(hf, dense.step, 1)
+    if not isinstance(listed, list) or not all(is_whole(x, 0) and x < layers for x in listed):
+        raise UserError(
+            f"config.json: {dense.listed}={listed!r}: must be a list of numbers of {layers} layers."
+        )
+    return [layer for layer in range(layers) if layer in listed or (layer + 1) % step]

@@ -12,10 +12,12 @@ from mqat.checkpoints.fused_experts import one_by_one
 from mqat.checkpoints.hf_config import decoder_config
 from mqat.checkpoints.quantized_source import quantized_source
 from mqat.checkpoints.stored_tensors import check_layer_count, check_tensors, finite
+from mqat.checkpoints.values import is_whole
 from mqat.data.strict_json import parse_json
 from mqat.errors import UserError
-from mqat.models.decoder import hf_shapes
+from mqat.models.decoder import DecoderConfig
 from mqat.models.family import Family
+from mqat.models.hf_keys import hf_shapes
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # safetensors' name of each dtype that holds weights as they are; others are codes of quantized ones.
@@ -44,10 +46,15 @@ class HuggingFaceCheckpoint:
             said = {key: value for key, value in said.items() if key != "quantization_config"}
         self.config = decoder_config(said)
         self._files: dict[str, Path] = {}
+        self._left_out: set[str] = set()
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, str] = {}
+        further = _further_layers(said, self.config)
         for file in self._weight_files():
             for name, (shape, dtype) in _header(file).items():
+                if name.startswith(further):
+                    self._left_out.add(name)
+                    continue
                 if name in self._files:
                     raise UserError(
                         f"{path}: tensor {name!r} is in {self._files[name].name} and in {file.name}; "
@@ -55,6 +62,13 @@ class HuggingFaceCheckpoint:
                     )
                 self._files[name], shapes[name], dtypes[name] = file, shape, dtype
         self._check_index()
+        if self._left_out:
+            warnings.warn(
+                f"{path}: {len(self._left_out)} tensors of layers after the {self.config.num_layers} of "
+                "the model are left out, among them "
+                f"{min(self._left_out)!r}: they predict further tokens, which is not built.",
+                stacklevel=2,
+            )
         if self._quantized is not None:
             shapes, dtypes = self._quantized.take(shapes, dtypes, self._view)
         # Tables of rotary frequencies, masks, once saved by transformers, are computed from config.json.
@@ -119,7 +133,7 @@ class HuggingFaceCheckpoint:
         """Refuses an index that names other tensors, or other files for them, than there are."""
         if (self.path / _SINGLE).is_file():
             return
-        named = self._weight_map()
+        named = {n: f for n, f in self._weight_map().items() if n not in self._left_out}
         held = {name: file.name for name, file in self._files.items()}
         for name in sorted(named.keys() | held.keys()):
             if named.get(name) != held.get(name) and not name.endswith(".inv_freq"):
@@ -135,7 +149,9 @@ class HuggingFaceCheckpoint:
                     f"{self.path}: tensor {name!r} is {dtype}, which are codes of quantized weights; "
                     "import the unquantized model."
                 )
-        counts = Counter(dtypes.values())
+        selectors = self.config.architecture.selectors
+        exact = tuple(selector.hf for selector in selectors if selector.is_float32)
+        counts = Counter(dtype for name, dtype in dtypes.items() if not name.endswith(exact))
         if len(counts) > 1:
             told = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
             warnings.warn(f"{self.path}: tensors are {told}; each is read as stored.", stacklevel=3)
@@ -189,6 +205,18 @@ _OTHERS = {
     ".pth": "Pickled weights (*.pth) are not read, because unpickling can run code; convert them with "
     "transformers' convert_llama_weights_to_hf.py.",
 }
+
+
+def _further_layers(said: dict[str, Any], model: DecoderConfig) -> tuple[str, ...]:
+    """Prefixes of what comes after the last layer, as far as config.json says so."""
+    family = model.architecture
+    count = said.get(family.hf_further_layers or "", 0) or 0
+    if not is_whole(count, 0):
+        raise UserError(
+            f"config.json: {family.hf_further_layers} is {count!r}, must be an integer of at least 0."
+        )
+    layers = range(model.num_layers, model.num_layers + count)
+    return tuple(family.hf_layer.format(i=layer) for layer in layers)
 
 
 def _full_name(name: str, family: Family) -> str:

@@ -1,6 +1,7 @@
 """Fills a built model from a pretrained source; each rank reads only the slices it owns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 
@@ -70,8 +71,9 @@ def _local_tensor(
     if module == family.final_norm.name:
         return source.read(f"{family.final_norm.hf}.{kind}", slice(None))
     prefix, short = family.hf_layer.format(i=layer), split_name(module)[1]
-    if model.router is not None and short == model.router.name:
-        return source.read(f"{prefix}{model.router.hf}.{kind}", slice(None), slice(None))
+    selectors = {selector.name: selector for selector in model.selectors_of(layer)}
+    if selector := selectors.get(f"{short}.{kind}"):
+        return source.read(prefix + selector.hf, *(slice(None) for _ in selector.axes))
     norms = {norm.name: norm for norm in model.norms}
     if short in norms:
         return source.read(f"{prefix}{norms[short].hf}.{kind}", slice(None))
@@ -80,18 +82,28 @@ def _local_tensor(
     return torch.cat([_part_rows(source, linear, prefix, kind, piece) for piece in pieces])
 
 
+def _corrections(chunk: DecoderModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that checkpoints hold, which are of routers."""
+    for name, module in chunk.named_modules():
+        bias = getattr(module, "expert_bias", None)
+        if bias is not None:
+            yield f"{name}.expert_bias", bias
+
+
 @torch.no_grad()
 def load_pretrained_(
     chunks: Sequence[DecoderModel], source: PretrainedSource | RandomWeights
 ) -> None:
     """Copies weights into every parameter of `chunks` but scales, in the parameters' dtype.
 
+    Numbers that correct a router's choice are a buffer; they stay in float32.
+
     Raises:
         ValueError: A tensor is missing or has another shape than the config promises.
     """
     for chunk in chunks:
         tp_group = chunk.pg_collection.tp
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in chain(chunk.named_parameters(), _corrections(chunk)):
             if scale_rule(parameter) is not None:
                 continue  # calibration finds it
             layer, place, group = -1, name, tp_group

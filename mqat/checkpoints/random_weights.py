@@ -9,7 +9,8 @@ import zlib
 
 import torch
 
-from mqat.models.decoder import DecoderConfig, hf_shapes
+from mqat.models.decoder import DecoderConfig
+from mqat.models.hf_keys import hf_shapes
 
 
 class RandomWeights:

@@ -78,11 +78,11 @@ def _checkpoint_rows(path: Path) -> Iterator[Row]:
         shape = (reader.model.vocab_size, reader.model.hidden_size)
         yield _quantized_row(reader, name, table, shape)
     for layer in range(reader.model.num_layers):
-        for linear in reader.model.linears:
+        for linear in reader.model.linears_of(layer):
             name = in_layer(layer, linear.name)
             shape, scheme = linear.shape(reader.model), reader.layers.get(name)
             if scheme is None or scheme.weight is None:
-                stored = reader.dtype(linear.key)
+                stored = reader.dtype(reader.model.place(linear.key, layer)[0])
                 form = f"unquantized {str(stored).removeprefix('torch.')}"
                 form += _BIAS * (linear.name in reader.model.biases)
                 yield Row("", name, form, 8 * stored.itemsize, shape)

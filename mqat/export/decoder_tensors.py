@@ -23,9 +23,10 @@ from mqat.export.served_linear import ServedLinear
 from mqat.export.stream import TensorPlan
 from mqat.export.tensor_builders import TensorBuilders, bias, transposed, unquantized
 from mqat.models.decoder import DecoderConfig
+from mqat.models.experts import Selector
 from mqat.models.family import Family
 from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes, table_schemes
-from mqat.models.structure import Linear, Norm, Router, Table, in_layer
+from mqat.models.structure import Linear, Norm, Table, in_layer
 from mqat.quant.scheme import LinearScheme
 
 
@@ -35,7 +36,7 @@ class Naming:
 
     Attributes:
         layer: Before those of a layer of a family, with its number as `{i}`.
-        module: Of a norm, router or table.
+        module: Of a norm or table; the tensor of a selector.
         linears: Modules of a trained linear -> the numbers of its parts in them.
         writes_tied_head: The head is written even where it is the embedding.
         adds_one: Norms hold what they multiply by, also where checkpoints hold that less one.
@@ -47,7 +48,7 @@ class Naming:
     """
 
     layer: Callable[[Family], str]
-    module: Callable[[Norm | Router | Table], str]
+    module: Callable[[Norm | Selector | Table], str]
     linears: Callable[[Linear], Mapping[str, Sequence[int]]]
     writes_tied_head: bool
     adds_one: bool
@@ -65,7 +66,7 @@ class Naming:
                 in_layer(layer, linear.name)
             )
             for local, layer in enumerate(numbers)
-            for linear in model.linears
+            for linear in model.linears_of(layer)
             for module in self.linears(linear)
         }
 
@@ -127,9 +128,9 @@ class DecoderTensors:
         layer: int,
     ) -> Iterator[TensorPlan]:
         model, stacks = reader.model, dict[str, list[TensorPlan]]()
-        for norm in model.norms:
+        for norm in model.norms_of(layer):
             yield from self._plan_norm(reader, prefix, norm, layer, dtype)
-        for linear in model.linears:
+        for linear in model.linears_of(layer):
             cols = linear_columns(model, linear, rank)
             scheme = reader.layers.get(in_layer(layer, linear.name))
             for module, parts in self.naming.linears(linear).items():
@@ -144,9 +145,9 @@ class DecoderTensors:
         for name, plans in stacks.items():
             is_one = name.rpartition(".")[2] in self.naming.of_all_experts
             yield _largest(plans) if is_one else _stacked(plans)
-        if model.router is not None:
-            module, kind = self.naming.module(model.router), self.naming.router_dtype or dtype
-            yield _plan_router(reader, prefix + module, layer, kind)
+        for selector in model.selectors_of(layer):
+            name, kind = prefix + self.naming.module(selector), self.naming.router_dtype or dtype
+            yield _plan_selector(reader, selector, name, layer, kind)
         yield from self.cache.plan(reader, layer, prefix)
 
     def _builders(self, scheme: LinearScheme | None, served: ServedLinear) -> TensorBuilders:
@@ -166,10 +167,10 @@ class DecoderTensors:
     ) -> Iterator[TensorPlan]:
         """A norm's parameters: one layer's, or (None) the model's last."""
         family = reader.model.architecture
-        region = () if layer is None else (slice(layer, layer + 1),)
         shape = (reader.model.size(norm.size),)
 
         def chunks(key: str, offset: float) -> Iterator[Tensor]:
+            key, region = (key, ()) if layer is None else reader.model.place(key, layer)
             values = reader.read(key, region)
             yield ((values.float() + offset) if offset else values).to(dtype)
 
@@ -186,7 +187,7 @@ def _check_experts(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -> 
     Raises:
         UserError: Names the two linears.
     """
-    for layer in range(model.num_layers if model.num_experts else 0):
+    for layer in filter(model.has_experts, range(model.num_layers)):
         names = [in_layer(layer, x.name) for x in model.linears if x.expert is not None]
         for name in names[1:]:
             if layers.get(name) != layers.get(names[0]):
@@ -214,18 +215,17 @@ def _largest(plans: Sequence[TensorPlan]) -> TensorPlan:
     return replace(plans[0], chunks=chunks)
 
 
-def _plan_router(
-    reader: CheckpointReader, module: str, layer: int, dtype: torch.dtype
+def _plan_selector(
+    reader: CheckpointReader, selector: Selector, name: str, layer: int, dtype: torch.dtype
 ) -> TensorPlan:
-    """A router's weight [experts, hidden]."""
-    model = reader.model
-    assert model.router is not None, "the caller has one"
-    key = model.router.key
+    """A router's weight, or what is beside it."""
+    shape = reader.model.selector_shape(selector)
+    dtype = torch.float32 if selector.is_float32 else dtype
 
     def chunks() -> Iterator[Tensor]:
-        yield reader.read(key, (slice(layer, layer + 1),))[0].to(dtype)
+        yield reader.read(*reader.model.place(selector.key, layer)).view(shape).to(dtype)
 
-    return TensorPlan(dtype, (model.num_experts, model.hidden_size), chunks, f"{module}.weight")
+    return TensorPlan(dtype, shape, chunks, name)
 
 
 def _plan_table(

@@ -64,16 +64,20 @@ class ServedLinear:
         return scheme
 
     def _weight(self, rows: Rows) -> Tensor:
-        lead, width = self.linear.stored_at(self.layer), self.cols.stop - self.cols.start
+        width = self.cols.stop - self.cols.start
+        key, lead = self._place(self.linear.key)
         spans = [
-            self.reader.view(self.linear.key, (*lead, span, self.cols)).reshape(-1, width)
-            for span in rows
+            self.reader.view(key, (*lead, span, self.cols)).reshape(-1, width) for span in rows
         ]
         return spans[0] if len(spans) == 1 else torch.cat(spans)
 
+    def _place(self, key: str) -> tuple[str, tuple[slice, ...]]:
+        key, lead = self.reader.model.place(key, self.layer)
+        return key, (*lead, *self.linear.stored_at)
+
     def bias(self) -> Tensor:
         """The bias of the served rows; whole where columns are cut."""
-        key, lead = self.linear.bias_key, self.linear.stored_at(self.layer)
+        key, lead = self._place(self.linear.bias_key)
         return torch.cat([self.reader.read(key, (*lead, span)).reshape(-1) for span in self.rows])
 
     def weights(self) -> Iterator[Tensor]:

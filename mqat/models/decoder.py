@@ -9,10 +9,13 @@ from functools import cache
 from typing import Any
 
 from mqat.errors import UserError
+from mqat.models.expert_check import check_experts
+from mqat.models.experts import MIXTURE_NORM, Router, Selector, expert_linears, in_mixture
 from mqat.models.families.chatglm import CHATGLM
 from mqat.models.families.gemma import GEMMA
 from mqat.models.families.gemma2 import GEMMA2
 from mqat.models.families.gemma3 import GEMMA3
+from mqat.models.families.glm4_moe import GLM4_MOE
 from mqat.models.families.gpt2 import GPT2
 from mqat.models.families.llama import LLAMA
 from mqat.models.families.mistral import MISTRAL
@@ -20,23 +23,43 @@ from mqat.models.families.mixtral import MIXTRAL
 from mqat.models.families.nemotron import NEMOTRON
 from mqat.models.families.phi3 import PHI3
 from mqat.models.families.qwen2 import QWEN2
+from mqat.models.families.qwen2_moe import QWEN2_MOE
 from mqat.models.families.qwen3 import QWEN3
 from mqat.models.families.qwen3_moe import QWEN3_MOE
 from mqat.models.families.starcoder2 import STARCODER2
 from mqat.models.family import HF_ATTENTION, Family
-from mqat.models.structure import Axis, Linear, Norm, Router, Table, by_name, expert_linears
+from mqat.models.hf_keys import experts_to_hf, positions_to_hf
+from mqat.models.structure import (
+    FC1,
+    FC2,
+    KEY_NORM,
+    MLP_NORM,
+    QUERY_NORM,
+    Axis,
+    Linear,
+    Norm,
+    Table,
+    by_name,
+    layer_key,
+)
 
 _DENSE = (
     LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, NEMOTRON, STARCODER2, PHI3, GPT2, CHATGLM
 )  # fmt: skip
-_OF_MIXTURES = (MIXTRAL, QWEN3_MOE)
+_OF_MIXTURES = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, GLM4_MOE)
 FAMILIES = {family.name: family for family in (*_DENSE, *_OF_MIXTURES)}
 # Fields that a family may have no keys for.
 _ATTENTION = (
     "rotary_fraction", "sliding_window", "windowed_layers", "windowed_rope_theta", "attention_scale",
     "attention_softcap", "logit_softcap",
 )  # fmt: skip
-_OF_EXPERTS = ("num_experts", "experts_per_token", "expert_intermediate_size")
+# Zero where there are none.
+_OF_EXPERTS = (
+    "num_experts",
+    "experts_per_token",
+    "expert_intermediate_size",
+    "shared_intermediate_size",
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +91,19 @@ class DecoderConfig:
     attention_scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # scores s become c tanh(s / c)
     logit_softcap: float | None = None
+    normalizes_heads: bool = (
+        True  # as the family has norms of query and key heads; or it has a switch
+    )
     # Of mixtures of experts; 0: a dense model.
     num_experts: int = 0
     experts_per_token: int = 0
     expert_intermediate_size: int = 0
+    shared_intermediate_size: int = 0  # of all shared experts of a layer together; 0: none
+    dense_layers: tuple[int, ...] = ()  # with a dense MLP in the place of experts
+    # A token's experts are in so many groups of neighbours, those whose best two scores are largest.
+    expert_groups: int = 1
+    expert_groups_per_token: int = 1
+    expert_weight_scale: float = 1.0  # what a token's weights for its experts are multiplied by
     # Whether a token's weights for its experts add up to one: a softmax over their scores alone.
     normalizes_expert_weights: bool = True
     # Of the load-balancing loss that Hugging Face adds if it is asked for (`output_router_logits`).
@@ -85,13 +117,14 @@ class DecoderConfig:
         self.architecture.switches_of(self.biases)
         for size in fields(self):
             value = getattr(self, size.name)
-            if size.name in _OF_EXPERTS and self.num_experts == value == 0:
+            if size.name in _OF_EXPERTS and value == 0:
                 continue
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise UserError(f"model.{size.name}={value}: must be at least 1.")
-        object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))  # likewise
+        for name in ("windowed_layers", "dense_layers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # likewise
         self._check_positions()
-        self._check_experts()
+        check_experts(self)
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -186,46 +219,63 @@ class DecoderConfig:
         """What the family says of every model of it."""
         return FAMILIES[self.family]
 
-    def _check_experts(self) -> None:
-        has_experts = self.architecture.mixture is not None
-        if has_experts != bool(self.num_experts):
-            raise UserError(
-                f"num_experts={self.num_experts}: a {self.family} model has "
-                f"{'experts in every layer' if has_experts else 'none'}."
-            )
-        if self.experts_per_token > self.num_experts:
-            raise UserError(
-                f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}: a token "
-                "cannot go to more experts than there are."
-            )
-        mixture = self.architecture.mixture
-        is_said = mixture is not None and mixture.normalizes is not None
-        if has_experts and not is_said and not self.normalizes_expert_weights:
-            raise UserError(
-                f"normalizes_expert_weights=False: the weights of a token's experts add up to one in "
-                f"every {self.family} model; its config.json has no key that says otherwise."
-            )
-        if self.experts_per_token == 1 and self.normalizes_expert_weights:
-            raise UserError(
-                "experts_per_token=1 with normalized weights: the one expert's weight is always 1, so "
-                "the router could not learn, and Megatron-Core refuses it."
-            )
+    @property
+    def limits_groups(self) -> bool:
+        """Whether a token's experts are in some groups only."""
+        return self.expert_groups_per_token < self.expert_groups
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Of every layer, in the order of the forward pass; those of experts one by one."""
-        return tuple(_linears_by_name(self.family, self.num_experts).values())
+        """Of all kinds of layers, in the order of the forward pass; those of experts one by one."""
+        return tuple(self._linears_by_name().values())
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in the place of a dense MLP."""
+        return self.num_experts > 0 and layer not in self.dense_layers
+
+    def linears_of(self, layer: int) -> tuple[Linear, ...]:
+        """Of one layer, likewise."""
+        if not self.dense_layers:
+            return self.linears
+        dense, has_experts = (FC1.name, FC2.name), self.has_experts(layer)
+        return tuple(
+            x for x in self.linears if not (x.name in dense if has_experts else in_mixture(x))
+        )
+
+    def _linears_by_name(self) -> dict[str, Linear]:
+        return _linears_by_name(self.family, self.num_experts, bool(self.dense_layers))
 
     @property
     def router(self) -> Router | None:
-        """Of every layer; None: there are no experts."""
+        """Of every layer with experts; None: there are none."""
         mixture = self.architecture.mixture
         return None if mixture is None else mixture.experts.router
 
+    def selectors_of(self, layer: int) -> tuple[Selector, ...]:
+        """What chooses and weighs a layer's experts."""
+        return self.architecture.selectors if self.has_experts(layer) else ()
+
     @property
     def norms(self) -> tuple[Norm, ...]:
-        """Of every layer."""
-        return self.architecture.norms
+        """Of every layer; of those with experts, where they differ (by their keys)."""
+        norms = self.architecture.norms
+        heads = () if self.normalizes_heads else (QUERY_NORM, KEY_NORM)
+        return tuple(norm for norm in norms if norm not in heads)
+
+    def norms_of(self, layer: int) -> tuple[Norm, ...]:
+        """Of one layer."""
+        if self.num_experts == 0 or self.has_experts(layer):
+            return self.norms
+        return tuple(MLP_NORM if norm == MIXTURE_NORM else norm for norm in self.norms)
+
+    def place(self, key: str, layer: int) -> tuple[str, tuple[slice, ...]]:
+        """Where checkpoints hold a layer's part of what is `key` in the table: key, leading indices.
+
+        Megatron stacks layers in one tensor, unless they differ; then each has keys of its own.
+        """
+        if self.dense_layers:
+            return layer_key(layer, key), ()
+        return key, (slice(layer, layer + 1),)
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -244,7 +294,7 @@ class DecoderConfig:
         Raises:
             UserError: This model has none of that name; says which it has.
         """
-        known = _linears_by_name(self.family, self.num_experts)
+        known = self._linears_by_name()
         if name not in known:
             raise UserError(f"{name}: not a linear of this model; known are {list(known)[:16]}.")
         return known[name]
@@ -261,6 +311,8 @@ class DecoderConfig:
             "positions": self.max_position_embeddings,
             "experts": self.num_experts,
             "expert_intermediate": self.expert_intermediate_size,
+            "shared_intermediate": self.shared_intermediate_size,
+            "one": 1,
         }
         return sizes[axis]
 
@@ -271,26 +323,38 @@ class DecoderConfig:
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every weight in a checkpoint; vocabulary tables may have more rows.
 
-        Megatron stacks the layers of a model in one tensor, whose first dimension is the layer.
+        Megatron stacks layers that are alike in one tensor, whose first dimension is the layer.
         """
         first, *others = self.tables
         shapes: dict[str, tuple[int, ...]] = {first.key: (self.size(first.rows), self.hidden_size)}
-        shapes |= self._norm_shapes(self.architecture.final_norm, ())
+        shapes |= self._norm_shapes(self.architecture.final_norm)
         shapes |= {table.key: (self.size(table.rows), self.hidden_size) for table in others}
-        for linear in self.linears:
-            shapes[linear.key] = linear.stacked_shape(self, self.num_layers)
-            if linear.name in self.biases:
-                shapes[linear.bias_key] = shapes[linear.key][:-1]
-        for norm in self.norms:
-            shapes |= self._norm_shapes(norm, (self.num_layers,))
-        if self.router is not None:
-            shapes[self.router.key] = (self.num_layers, self.num_experts, self.hidden_size)
+        if not self.dense_layers:
+            of_layers = self._layer_shapes(0).items()
+            return shapes | {key: (self.num_layers, *shape) for key, shape in of_layers}
+        for layer in range(self.num_layers):
+            of_layers = self._layer_shapes(layer).items()
+            shapes |= {layer_key(layer, key): shape for key, shape in of_layers}
         return shapes
 
-    def _norm_shapes(self, norm: Norm, lead: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    def _layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Key in the table -> shape of a layer's part."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for linear in self.linears_of(layer):
+            shapes[linear.key] = linear.stored_shape(self)
+            if linear.name in self.biases:
+                shapes[linear.bias_key] = shapes[linear.key][:-1]
+        for norm in self.norms_of(layer):
+            shapes |= self._norm_shapes(norm)
+        return shapes | {x.key: self.selector_shape(x) for x in self.selectors_of(layer)}
+
+    def selector_shape(self, selector: Selector) -> tuple[int, ...]:
+        """Of a router's weight, and what is beside it."""
+        return tuple(self.size(axis) for axis in selector.axes)
+
+    def _norm_shapes(self, norm: Norm) -> dict[str, tuple[int, ...]]:
         keys = {"weight": norm.key, "bias": norm.bias_key}
-        kinds = self.architecture.norm_kinds
-        return {keys[kind]: (*lead, self.size(norm.size)) for kind in kinds}
+        return {keys[kind]: (self.size(norm.size),) for kind in self.architecture.norm_kinds}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form, as stored in `mqat.json`."""
@@ -315,17 +379,6 @@ class DecoderConfig:
             dtype: Of unquantized tensors, such as `bfloat16`.
         """
         family = self.architecture
-        mixture, of_experts = family.mixture, dict[str, Any]()
-        if mixture is not None:
-            of_experts = {
-                mixture.count: self.num_experts,
-                "num_experts_per_tok": self.experts_per_token,
-                mixture.size: self.expert_intermediate_size,
-                "router_aux_loss_coef": self.router_aux_loss_coef,
-                **mixture.is_everywhere,
-            }
-            if mixture.normalizes is not None:
-                of_experts[mixture.normalizes] = self.normalizes_expert_weights
         values = {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -337,7 +390,7 @@ class DecoderConfig:
             "hidden_act": family.hf_activations[0],
             "rms_norm_eps": self.rms_norm_eps,
             "max_position_embeddings": self.max_position_embeddings,
-            **self.positions_to_hf(),
+            **positions_to_hf(self),
         }
         own = ((family.hf_keys.get(key, key), value) for key, value in values.items())
         return {
@@ -347,75 +400,17 @@ class DecoderConfig:
             **{key: value for key, value in own if key is not None},
             **family.switches_of(self.biases),
             **family.hf_extra,
-            **of_experts,
+            **experts_to_hf(self),
             "tie_word_embeddings": self.tie_word_embeddings,
             "use_cache": True,
             **self.token_ids,
         }
 
-    def positions_to_hf(self) -> dict[str, Any]:
-        """Keys of positions and attention."""
-        family, window = self.architecture, self.architecture.window
-        keys: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
-        if (self.rope_scaling or {}).get("rope_type") == "longrope":  # transformers 4 reads it here
-            name = "original_max_position_embeddings"
-            keys[name] = (self.rope_scaling or {})[name]
-        if family.rotary_fraction is not None:
-            keys["partial_rotary_factor"] = self.rotary_fraction
-        if window is not None:
-            keys["sliding_window"] = self.sliding_window
-            if window.switch is not None:
-                keys[window.switch] = self.sliding_window is not None
-            has_pattern = window.every is not None or self.sliding_window is not None
-            if has_pattern and not window.is_of_all_layers:
-                keys["layer_types"] = [
-                    ("sliding" if layer in self.windowed_layers else "full") + "_attention"
-                    for layer in range(self.num_layers)
-                ]
-            if self.sliding_window is not None and window.first_layer is not None:
-                keys[window.first_layer[0]] = self.windowed_layers[0]
-        for key in family.attention:
-            keys[key] = getattr(self, HF_ATTENTION[key])
-            if key == "query_pre_attn_scalar":
-                keys[key] = round(self.score_scale**-2)
-            elif key == "rope_local_base_freq" and keys[key] is None:  # it has no null
-                keys[key] = self.rope_theta
-        return keys
-
 
 @cache
-def _linears_by_name(family: str, num_experts: int) -> dict[str, Linear]:
+def _linears_by_name(family: str, num_experts: int, has_dense: bool) -> dict[str, Linear]:
     """The linears of a layer; a model may have hundreds of experts and be asked thousands of times."""
     mixture = FAMILIES[family].mixture
     experts = () if mixture is None else expert_linears(mixture.experts, num_experts)
-    return by_name((*FAMILIES[family].linears, *experts))
-
-
-def hf_shapes(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a Hugging Face directory of this model, in model order."""
-    family = model.architecture
-    in_layer: dict[str, tuple[int, ...]] = {
-        f"{norm.hf}.{kind}": (model.size(norm.size),)
-        for norm in model.norms
-        for kind in family.norm_kinds
-    }
-    for linear in model.linears:
-        for module, parts in linear.hf_modules().items():
-            rows, columns = linear.rows_of(model, parts), model.size(linear.columns)
-            weight = (columns, rows) if linear.is_transposed_in_hf else (rows, columns)
-            in_layer[f"{module}.weight"] = weight
-            if linear.name in model.biases:
-                in_layer[f"{module}.bias"] = (rows,)
-    if model.router is not None:
-        in_layer[f"{model.router.hf}.weight"] = (model.num_experts, model.hidden_size)
-    tables: dict[str, tuple[int, ...]] = {
-        f"{table.hf}.weight": (model.size(table.rows), model.hidden_size) for table in model.tables
-    }
-    head = f"{family.output_layer.hf}.weight"
-    shapes = {name: shape for name, shape in tables.items() if name != head}
-    for layer in range(model.num_layers):
-        prefix = family.hf_layer.format(i=layer)
-        shapes |= {prefix + name: shape for name, shape in in_layer.items()}
-    last = family.final_norm
-    shapes |= {f"{last.hf}.{kind}": (model.size(last.size),) for kind in family.norm_kinds}
-    return shapes | tables  # the head, where it is another table, comes last
+    dense = (FC1, FC2) if has_dense else ()
+    return by_name((*FAMILIES[family].linears, *dense, *experts))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mqat.errors import UserError
+from mqat.models.experts import Experts, Selector
 from mqat.models.structure import (
     CORE_ATTENTION,
     DENSE_LINEARS,
@@ -21,7 +22,6 @@ from mqat.models.structure import (
     OUTPUT_LAYER,
     QKV,
     Cache,
-    Experts,
     Linear,
     Norm,
     Table,
@@ -65,6 +65,33 @@ class SlidingWindow:
 
 
 @dataclass(frozen=True)
+class DenseLayers:
+    """How a Hugging Face `config.json` says which layers have a dense MLP in the place of experts.
+
+    Attributes:
+        listed: Key of their numbers; with
+        step: key of a number n, 1 where absent: only each n-th layer has experts. It is written as 1.
+        first: Key of how many of the first layers they are.
+    """
+
+    listed: str | None = None
+    step: str | None = None
+    first: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Those that are read."""
+        return tuple(key for key in (self.listed, self.step, self.first) if key is not None)
+
+    def to_hf(self, layers: tuple[int, ...]) -> dict[str, Any]:
+        """The keys that say so."""
+        if self.first is not None:
+            return {self.first: len(layers)}
+        assert self.listed is not None and self.step is not None, "there is one way or the other"
+        return {self.listed: [*layers], self.step: 1}
+
+
+@dataclass(frozen=True)
 class Mixture:
     """The experts of a family, and how a Hugging Face `config.json` describes them.
 
@@ -76,7 +103,14 @@ class Mixture:
             to one whatever the model says.
         normalizes: Key that says whether a token's weights for its experts add up to one; None: they
             always do.
-        is_everywhere: Keys that could leave layers without experts, with the values that do not.
+        scores: What becomes of the router's output: a softmax over experts, or a sigmoid of each, whose
+            weights always add up to one (before `scaling`).
+        scaling: Key of what these weights are multiplied by; None: nothing.
+        groups: Keys of how many groups of neighbours experts are in, and in how many of these, those
+            whose best two scores are largest, a token's experts are; None: there are no groups.
+        shared_size: Key of the intermediate size of shared experts, or
+        shared_count: of their number, each of `size`.
+        dense: Which layers have none; None: all have some.
     """
 
     experts: Experts
@@ -84,7 +118,29 @@ class Mixture:
     size: str
     normalizes: str | None = None
     gguf_size: str = "feed_forward_length"
-    is_everywhere: Mapping[str, Any] = field(default_factory=dict)
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    scaling: str | None = None
+    groups: tuple[str, str] | None = None
+    shared_size: str | None = None
+    shared_count: str | None = None
+    dense: DenseLayers | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All of `config.json` above."""
+        told = (
+            self.count,
+            self.size,
+            self.normalizes,
+            self.scaling,
+            self.shared_size,
+            self.shared_count,
+        )
+        return (
+            *(key for key in told if key is not None),
+            *(self.groups or ()),
+            *(() if self.dense is None else self.dense.keys),
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +156,9 @@ class Family:
         trtllm_architecture: Of TensorRT-LLM's `config.json`.
         decoder_types: Values of `decoder_type` that mean it, as in NeMo and ModelOpt.
         linears: Of every layer, in the order of the forward pass; without those of experts.
-        norms: Of every layer.
+        norms: Of every layer; of those with experts, where others have a dense MLP.
+        head_norms_switch: Key of the Hugging Face `config.json` without which, or where it is false,
+            there are none of query and key heads; None: `norms` says it.
         final_norm: The last one of the model.
         embedding: Table of the vocabulary.
         output_layer: The same, for the logits.
@@ -122,6 +180,8 @@ class Family:
         attention: Keys of `HF_ATTENTION` that its `config.json` has, with their values where absent.
         hf_layer: Prefix of a layer's tensors there, with its number as `{i}`.
         hf_base: What some files leave out before all names but the head's.
+        hf_further_layers: Key of the number of layers after the last one, of heads that predict several
+            tokens, which are left out; None: there are none.
         hf_buffers: Ends of names that are no weights: what is computed from config.json.
         hf_keys: Key of Llama's `config.json` -> this family's; None: it has none.
         hf_defaults: What an absent key (of this family) means.
@@ -129,7 +189,7 @@ class Family:
         may_omit_groups: Without a number of key/value heads there are as many as query heads.
         hf_activations: What it calls the activation; the first is written.
         hf_harmless: Further keys that change nothing here.
-        mixture: In the place of a dense MLP; None: there is none.
+        mixture: In the place of a dense MLP, in all layers or some; None: there is none.
         hf_extra: Further keys of the Hugging Face `config.json`.
         trtllm_activation: What TensorRT-LLM calls the activation.
         trtllm_biases: Key of its `config.json` -> linear whose biases it stands for.
@@ -148,6 +208,7 @@ class Family:
     decoder_types: tuple[str, ...]
     linears: tuple[Linear, ...] = DENSE_LINEARS
     norms: tuple[Norm, ...] = DENSE_NORMS
+    head_norms_switch: str | None = None
     final_norm: Norm = FINAL_NORM
     embedding: Table = EMBEDDING
     output_layer: Table = OUTPUT_LAYER
@@ -168,6 +229,7 @@ class Family:
     attention: Mapping[str, float | None] = field(default_factory=dict)
     hf_layer: str = HF_LAYER
     hf_base: str = ""
+    hf_further_layers: str | None = None
     hf_buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     hf_keys: Mapping[str, str | None] = field(default_factory=dict)
     hf_defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -195,6 +257,11 @@ class Family:
     def is_gated(self) -> bool:
         """Whether the MLP multiplies its activated branch by another one; experts do."""
         return self.mixture is not None or len(by_name(self.linears)[FC1.name].parts) == 2
+
+    @property
+    def selectors(self) -> tuple[Selector, ...]:
+        """What chooses and weighs experts, in a layer that has them."""
+        return () if self.mixture is None else self.mixture.experts.selectors
 
     @property
     def norm_kinds(self) -> tuple[str, ...]:

@@ -19,13 +19,13 @@ Sources: Megatron-Core `models/gpt/gpt_model.py` and `transformer/attention.py`,
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 # Named sizes of a model; `DecoderConfig.size` gives the number.
 Axis = Literal[
     "hidden", "intermediate", "query", "key_value", "head", "vocab", "positions",
-    "expert_intermediate", "experts",
+    "expert_intermediate", "shared_intermediate", "experts", "one",
 ]  # fmt: skip
 
 HF_LAYER, GGUF_LAYER, TRTLLM_LAYER = "model.layers.{i}.", "blk.{i}.", "transformer.layers.{i}."
@@ -117,10 +117,10 @@ class Linear:
         """Its name in the attention, the MLP, or the expert: the same for all experts."""
         return self.name.rpartition(".")[2]
 
-    def stored_at(self, layer: int) -> tuple[slice, ...]:
-        """Leading indices of a layer's linear in the tensors of `key` and `bias_key`."""
-        lead = (slice(layer, layer + 1),)
-        return lead if self.expert is None else (*lead, slice(self.expert, self.expert + 1))
+    @property
+    def stored_at(self) -> tuple[slice, ...]:
+        """Leading indices in a layer's part of the tensors of `key` and `bias_key`."""
+        return () if self.expert is None else (slice(self.expert, self.expert + 1),)
 
     @property
     def separate_parts(self) -> int:
@@ -135,10 +135,10 @@ class Linear:
         """Output features of some parts together."""
         return sum(sizes.size(self.parts[number].rows) for number in parts)
 
-    def stacked_shape(self, sizes: Sizes, num_layers: int) -> tuple[int, ...]:
-        """Of the weight in checkpoints: [layers, (experts,) out, in]."""
+    def stored_shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """Of a layer's weight in checkpoints: [(experts,) out, in]."""
         experts = () if self.expert is None else (sizes.num_experts,)
-        return (num_layers, *experts, *self.shape(sizes))
+        return (*experts, *self.shape(sizes))
 
     def units(self, sizes: Sizes) -> int:
         """Runs of rows that hold some of every part: query groups, or one."""
@@ -204,43 +204,6 @@ class Norm:
     def stem(self) -> str:
         """What keys of a layer's norm begin with, inside the layer."""
         return self.key.removeprefix(_LAYERS).removesuffix("weight")
-
-
-@dataclass(frozen=True)
-class Router:
-    """What chooses a token's experts, in every layer: a weight [experts, hidden], never quantized.
-
-    Attributes:
-        name: In a Megatron layer.
-        hf: Hugging Face module, after `HF_LAYER`.
-        trtllm: TensorRT-LLM module, after `TRTLLM_LAYER`.
-        gguf: llama.cpp tensor without its suffix, after `GGUF_LAYER`.
-    """
-
-    name: str
-    hf: str
-    trtllm: str
-    gguf: str = "ffn_gate_inp"
-
-    @property
-    def key(self) -> str:
-        """Of the weight in checkpoints."""
-        return stacked_key(self.name, "weight")
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The gated MLPs of a mixture, and what chooses among them.
-
-    Attributes:
-        hf: Prefix of an expert's modules in Hugging Face, after `HF_LAYER`, with its number as `{e}`.
-        hf_parts: Its gate, up and down projection there, after that prefix.
-        router: Before them.
-    """
-
-    hf: str
-    hf_parts: tuple[str, str, str]
-    router: Router
 
 
 @dataclass(frozen=True)
@@ -321,8 +284,6 @@ MLP_OUTPUT_NORM = Norm(
     trtllm="post_feedforward_layernorm",
 )
 OUTPUT_NORMS = (ATTENTION_OUTPUT_NORM, MLP_OUTPUT_NORM)
-# Behind it are a router and experts, so that Transformer Engine does not keep it in a linear.
-MIXTURE_NORM = replace(MLP_NORM, key="decoder.layers.pre_mlp_layernorm.weight")
 QUERY_NORM = Norm(
     "self_attention.q_layernorm",
     "head",
@@ -397,47 +358,10 @@ PLAIN_FC1 = Linear(
     norm=MLP_NORM.name,
 )
 PLAIN_FC2 = Linear(FC2.name, "row", "intermediate", FC2.parts)
-# In Megatron-Core's `SequentialMLP`, whose checkpoints have one name for all experts.
+# In Megatron-Core's `SequentialMLP`, whose checkpoints have one name for all experts; `experts.py` has
+# their rows.
 EXPERTS = "mlp.experts"
 _STACKED_EXPERTS = f"{EXPERTS}.experts"
-# Tensors of a layer in which transformers 5 has the parts of all experts: gate above up; down.
-FUSED_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-ROUTER = Router("mlp.router", "mlp.gate", "mlp.router")
-
-
-def expert_linears(experts: Experts, count: int) -> tuple[Linear, ...]:
-    """The linears of all experts of a layer, expert by expert.
-
-    TensorRT-LLM stacks them in `mlp.fc` and `mlp.proj`, with up before gate; llama.cpp in three tensors.
-    """
-    gate, up, down = experts.hf_parts
-    found = []
-    for number in range(count):
-        prefix, hf = f"{EXPERTS}.{number}", experts.hf.format(e=number)
-        rows: Axis = "expert_intermediate"
-        fc1 = Linear(
-            f"{prefix}.{FC1.name.rpartition('.')[2]}",
-            "column",
-            "hidden",
-            (
-                Part(rows, hf + gate, "ffn_gate_exps", "mlp.fc"),
-                Part(rows, hf + up, "ffn_up_exps", "mlp.fc"),
-            ),
-            norm=MIXTURE_NORM.name,
-            expert=number,
-            trtllm_order=(1, 0),
-        )
-        fc2 = Linear(
-            f"{prefix}.{FC2.name.rpartition('.')[2]}",
-            "row",
-            rows,
-            (Part("hidden", hf + down, "ffn_down_exps", "mlp.proj"),),
-            fed_by=(fc1.name, 1),
-            expert=number,
-        )
-        found += [fc1, fc2]
-    return tuple(found)
-
 
 EMBEDDING = Table(
     "embedding.word_embeddings", "model.embed_tokens", "token_embd", "transformer.vocab_embedding"
@@ -489,6 +413,11 @@ def split_name(name: str) -> tuple[int, str]:
 def stacked_key(name: str, kind: str) -> str:
     """Checkpoint key of a parameter of every layer: Megatron stacks the layers in one tensor."""
     return f"{_LAYERS}{name}.{kind}"
+
+
+def layer_key(layer: int, key: str) -> str:
+    """Where layers differ, Megatron does not stack them: a layer's key of what is `key` elsewhere."""
+    return f"{_LAYERS}{layer}.{key.removeprefix(_LAYERS)}"
 
 
 def quantizer_key(module: str, operand: str, tensor: str) -> str:

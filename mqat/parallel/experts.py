@@ -12,6 +12,9 @@ tokens of a microbatch, `E` experts, `K` of a token, `R` ranks that share expert
     each expert                       [n, H]        the tokens of one microbatch that go to it, in order
     outputs by number of the expert   [R, N, K, H]  sum over expert TP x EP: all but one rank add zero
     own microbatch                    [N, H]        added over K in the order of experts
+
+Shared experts are an MLP like any other, whose linears are exact on every layout; the one row that
+weighs their output sees all N tokens of a microbatch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -164,9 +168,21 @@ class QuantMoELayer(MoELayer):  # type: ignore[misc]
         for number in range(own.shape[1]):
             total = total + own[:, number]
         total = total.view(whole.shape)
+        weight = self._shared_weight(whole)
         if is_cut:
             total = scatter_to_sequence_parallel_region(total, group=self.attn_tp_group)
-        return total
+        if self.shared_experts is None:
+            return total
+        if weight is not None and is_cut:
+            weight = scatter_to_sequence_parallel_region(weight, group=self.attn_tp_group)
+        shared, _ = MLP.forward(self.shared_experts, hidden)  # whose linears are exact themselves
+        return total + (shared if weight is None else shared * weight)
+
+    def _shared_weight(self, whole: Tensor) -> Tensor | None:
+        """What the shared experts' output is multiplied by, [S, B, 1]; None: nothing."""
+        if self.shared_experts is None or self.shared_experts.gate_weight is None:
+            return None
+        return torch.sigmoid(F.linear(whole, self.shared_experts.gate_weight))
 
 
 @contextmanager

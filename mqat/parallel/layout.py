@@ -31,8 +31,14 @@ def shard_count(model: DecoderConfig) -> int:
 
 def _cut_sizes(model: DecoderConfig) -> dict[str, int]:
     """What tensor parallelism cuts, by the name of its size; experts as the rest, if they are cut."""
-    inner = "expert_intermediate_size" if model.num_experts else "intermediate_size"
-    return {n: getattr(model, n) for n in ("num_attention_heads", "num_query_groups", inner)}
+    names = ["num_attention_heads", "num_query_groups"]
+    if model.num_experts == 0 or model.dense_layers:
+        names.append("intermediate_size")
+    if model.num_experts:
+        names.append("expert_intermediate_size")
+    if model.shared_intermediate_size:
+        names.append("shared_intermediate_size")
+    return {name: getattr(model, name) for name in names}
 
 
 def local_pieces(model: DecoderConfig, linear: Linear, rank: int, tp: int) -> list[Piece]:

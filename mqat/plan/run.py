@@ -163,6 +163,12 @@ def _teacher(config: RunConfig, model: DecoderConfig) -> tuple[DecoderConfig, Or
 def _check_experts(config: RunConfig, model: DecoderConfig, world_size: int) -> None:
     """Refuses layouts and reports that are not built for experts, and settings without them."""
     settings, tp = config.model, config.model.tensor_model_parallel_size
+    has_correction = model.router is not None and model.router.correction is not None
+    if settings.moe_router_bias_update_rate and not has_correction:
+        raise UserError(
+            f"config: model.moe_router_bias_update_rate: routers of a {model.family} model have no "
+            "correction that could be moved."
+        )
     if not model.num_experts:
         for key in ("expert_tensor_parallel_size", "moe_aux_loss_coeff"):
             if getattr(settings, key):
@@ -446,9 +452,9 @@ def memory_estimate(plan: RunPlan) -> dict[str, str]:
     Activations are not counted.
     """
     model, settings = plan.model, plan.config.model
-    own = model.num_layers  # copies of a linear
-    linears = own * sum(math.prod(x.shape(model)) for x in model.linears if x.expert is None)
-    experts = own * sum(math.prod(x.shape(model)) for x in model.linears if x.expert is not None)
+    found = [x for layer in range(model.num_layers) for x in model.linears_of(layer)]
+    linears = sum(math.prod(x.shape(model)) for x in found if x.expert is None)
+    experts = sum(math.prod(x.shape(model)) for x in found if x.expert is not None)
     table = model.vocab_size * model.hidden_size
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
     tables = 2 if pp == 1 and not model.tie_word_embeddings else 1

@@ -118,8 +118,7 @@ def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
     if (factor := built_attention_factor(config)) != attention_factor(described):
         yield f"an attention factor (YaRN's) of {factor}, must be {attention_factor(described)}"
     if described.num_experts:
-        wanted |= {field: getattr(described, name) for name, field in SIZES_OF_EXPERTS.items()}
-        wanted["moe_router_pre_softmax"] = not described.normalizes_expert_weights
+        wanted |= fields_of_experts(described)
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
         if name == "activation_func":
@@ -137,6 +136,9 @@ def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
                 yield f"{name}={value!r}, must be of {', '.join(sorted(_HARMLESS_BALANCING))}"
         elif name == "window_attn_skip_freq":
             continue  # with window_size
+        elif name == "moe_layer_freq" and described.num_experts:
+            if built_dense_layers(config) != described.dense_layers:
+                yield f"{name}={value}, but layers without experts are {[*described.dense_layers]}"
         elif name in wanted:
             if value != wanted[name]:
                 yield f"{name}={value}, but it is described with {wanted[name]}"
@@ -151,6 +153,56 @@ def config_differences(config: Any, described: DecoderConfig) -> Iterator[str]:
                 plain = field.default_factory()
             if value != plain:
                 yield f"{name}={value}, must be {plain}"
+
+
+def fields_of_experts(model: DecoderConfig) -> dict[str, Any]:
+    """Fields of Megatron's configuration that say what a mixture computes, but for `moe_layer_freq`."""
+    limits = model.limits_groups
+    scale = model.expert_weight_scale
+    sizes = {field: getattr(model, name) for name, field in SIZES_OF_EXPERTS.items()}
+    return sizes | {
+        "moe_router_pre_softmax": not model.normalizes_expert_weights,
+        "moe_router_topk_scaling_factor": None if scale == 1 else scale,
+        "moe_router_num_groups": model.expert_groups if limits else None,
+        "moe_router_group_topk": model.expert_groups_per_token if limits else None,
+        "moe_shared_expert_intermediate_size": model.shared_intermediate_size or None,
+        **mixture_of_family(model.architecture),
+    }
+
+
+def mixture_of_family(family: Family) -> dict[str, Any]:
+    """Those that are the same for all models of a family; none for dense models."""
+    if family.mixture is None:
+        return {}
+    experts = family.mixture.experts
+    return {
+        "moe_router_score_function": family.mixture.scores,
+        "moe_router_enable_expert_bias": experts.router.correction is not None,
+        "moe_shared_expert_gate": experts.shared is not None and experts.shared.gate is not None,
+    }
+
+
+def mixture_of(config: Any) -> dict[str, Any]:
+    """As `mixture_of_family`, of a configuration of Megatron's."""
+    names = (
+        "moe_router_score_function", "moe_router_enable_expert_bias", "moe_shared_expert_gate"
+    )  # fmt: skip
+    return {} if config.num_moe_experts is None else {n: getattr(config, n) for n in names}
+
+
+def layer_pattern(model: DecoderConfig) -> int | list[int]:
+    """Megatron's `moe_layer_freq`: 1, or for each layer whether it has experts."""
+    if not model.dense_layers:
+        return 1
+    return [int(model.has_experts(layer)) for layer in range(model.num_layers)]
+
+
+def built_dense_layers(config: Any) -> tuple[int, ...]:
+    """Layers without experts, by Megatron's `moe_layer_freq`."""
+    pattern = config.moe_layer_freq
+    if isinstance(pattern, int):
+        pattern = [int(layer % pattern == 0) for layer in range(config.num_layers)]
+    return tuple(layer for layer, has_experts in enumerate(pattern) if not has_experts)
 
 
 def changes_no_result(name: str) -> bool:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
+from mqat.models.experts import in_mixture
 from mqat.models.schemes import Scheme
 from mqat.models.structure import (
     CORE_ATTENTION,
@@ -169,12 +170,11 @@ def quantize_layer_spec(
         UserError: The spec lacks a norm, or has one that is not among `norms`, or has other linears than
             Megatron's own or Transformer Engine's (`transformer_engine.adapt_layer_spec`).
     """
-    experts = [linear for linear in linears if linear.expert is not None]
+    experts = [linear for linear in linears if in_mixture(linear)]
     if experts:
-        check_mixture(spec)
-    spec = adapt_layer_spec(
-        spec, [x for x in linears if x.expert is None], has_experts=bool(experts)
-    )
+        check_mixture(spec, has_shared=any(linear.expert is None for linear in experts))
+    dense = [linear for linear in linears if not in_mixture(linear)]
+    spec = adapt_layer_spec(spec, dense, has_experts=bool(experts))
     _check_norms(spec, norms)
 
     def replacement(linear: Linear) -> ModuleSpec:
@@ -192,7 +192,6 @@ def quantize_layer_spec(
             module, params["activation"] = ActivatedRowParallelLinear, Swiglu
         return ModuleSpec(module=module, params=params)
 
-    dense = [linear for linear in linears if linear.expert is None]
     slots: dict[str, Any] = {linear.name: replacement(linear) for linear in dense}
     slots |= {
         str(linear.activation): ActivatedLater
@@ -221,6 +220,7 @@ def quantize_block_spec(
     transformer_config: Any,
     pp_rank: int,
     vp_stage: int | None = None,
+    dense_spec: ModuleSpec | None = None,
 ) -> TransformerBlockSubmodules:
     """Specs of the layers that one pipeline stage (and virtual chunk) builds.
 
@@ -231,26 +231,35 @@ def quantize_block_spec(
         transformer_config: Megatron's config, which knows how layers are spread over stages.
         pp_rank: Pipeline rank.
         vp_stage: Virtual chunk under interleaved pipeline parallelism.
+        dense_spec: Of a mixture's layers without experts, where it has some.
 
     Raises:
-        UserError: As `quantize_layer_spec` and `config_check.check_config`.
+        UserError: As `quantize_layer_spec` and `config_check.check_config`; or the model has layers
+            without experts, and there is no spec for them.
     """
+    if model.dense_layers and dense_spec is None:
+        raise UserError(
+            f"layer spec: layers {[*model.dense_layers]} have no experts; give a spec for them, too "
+            "(dense_spec, such as gpt_layer_spec() without num_experts)."
+        )
     check_config(transformer_config, model)
-    _check_core_attention(spec, transformer_config)
+    dense = dense_spec or spec
+    for given in (spec, dense):
+        _check_core_attention(given, transformer_config)
     offset = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
     count = get_num_layers_to_build(transformer_config, vp_stage, pp_rank)
     names = [*(linear.name for linear in model.linears), CORE_ATTENTION.name]
     specs = []
     for layer in range(offset, offset + count):
         schemes = {n: layers[in_layer(layer, n)] for n in names if in_layer(layer, n) in layers}
-        own = _own_attention(spec, model, layer)
+        own = _own_attention(dense if layer in model.dense_layers else spec, model, layer)
         specs.append(
             quantize_layer_spec(
                 own, schemes, layer=layer, num_shards=shard_count(model), biases=model.biases,
-                linears=model.linears, norms=model.norms,
+                linears=model.linears_of(layer), norms=model.norms_of(layer),
             )
         )  # fmt: skip
-    dense = [linear for linear in model.linears if linear.expert is None]
-    adapted = adapt_layer_spec(spec, dense, has_experts=model.num_experts > 0)
+    outside = model.architecture.linears  # of experts
+    adapted = adapt_layer_spec(spec, outside, has_experts=model.num_experts > 0)
     last_norm = spec_slot(adapted, model.norms[0].name)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=last_norm)

@@ -21,7 +21,7 @@ from mqat.parallel.linear import QuantColumnParallelLinear
 from mqat.quant.scheme import LinearScheme
 from mqat.specs.activations import FUNCTIONS
 from mqat.specs.backend import SdpaAttention, gpt_layer_spec
-from mqat.specs.config_check import position_word
+from mqat.specs.config_check import fields_of_experts, layer_pattern, position_word
 from mqat.specs.gpt import quantize_block_spec
 from mqat.specs.megatron_options import check_switches
 from mqat.specs.rope import DecoderRotary, attention_factor, set_attention_factor_
@@ -160,12 +160,13 @@ def _switches(virtual: int | None) -> dict[str, Any]:
 
 
 def _of_experts(model: DecoderConfig, settings: ModelConfig) -> dict[str, Any]:
-    coefficient = settings.moe_aux_loss_coeff
-    return {
-        "num_moe_experts": model.num_experts,
-        "moe_router_topk": model.experts_per_token,
-        "moe_ffn_hidden_size": model.expert_intermediate_size,
-        "moe_router_pre_softmax": not model.normalizes_expert_weights,
+    coefficient, mixture = settings.moe_aux_loss_coeff, model.architecture.mixture
+    assert mixture is not None, "there are experts"
+    return fields_of_experts(model) | {
+        "moe_layer_freq": layer_pattern(model),
+        # Scores are compared after a correction is added, which is in float32.
+        "moe_router_dtype": "fp32" if mixture.experts.router.correction else None,
+        "moe_router_bias_update_rate": settings.moe_router_bias_update_rate,
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_load_balancing_type": "aux_loss" if coefficient else "none",
         "moe_aux_loss_coeff": coefficient,
@@ -249,6 +250,7 @@ def build_model(
     dtype: torch.dtype,
     *,
     layer_spec: ModuleSpec | None = None,
+    dense_layer_spec: ModuleSpec | None = None,
 ) -> list[DecoderModel]:
     """This rank's pipeline chunks, with uninitialized weights and quantizers not yet calibrated.
 
@@ -258,6 +260,7 @@ def build_model(
         layers: Global name -> scheme (`Policy.resolve`).
         dtype: Of parameters and activations.
         layer_spec: In the place of `gpt_layer_spec()`.
+        dense_layer_spec: Likewise, of a mixture's layers without experts.
     """
     family = model.architecture
     attention = core_attention() if settings.transformer_engine else SdpaAttention
@@ -269,6 +272,9 @@ def build_model(
     spec = layer_spec or gpt_layer_spec(
         model.norms, attention, num_experts=model.num_experts, config=config
     )
+    dense_spec = dense_layer_spec
+    if model.dense_layers and layer_spec is None:
+        dense_spec = dense_spec or gpt_layer_spec(model.norms, attention, config=config)
     virtual = settings.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(virtual) if virtual else [None]:
@@ -279,6 +285,7 @@ def build_model(
             transformer_config=config,
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             vp_stage=vp_stage,
+            dense_spec=dense_spec,
         )
         stage = {"ignore_virtual": False, "vp_stage": vp_stage}
         chunk = DecoderModel(

@@ -128,13 +128,17 @@ def _check_table(name: str, algorithm: Algorithm, model: DecoderConfig) -> None:
 
 
 def _check_router(pattern: str, names: Sequence[str], model: DecoderConfig) -> None:
-    """Refuses a rule that names routers and nothing else."""
+    """Refuses a rule that names routers, or gates of shared experts, and nothing else."""
     if model.router is None or any(fnmatchcase(name, pattern) for name in names):
         return
-    routers = [in_layer(i, model.router.name) for i in range(model.num_layers)]
-    if any(fnmatchcase(name, pattern) for name in routers):
+    routers = {in_layer(i, model.router.name) for i in range(model.num_layers)}
+    gates = {
+        in_layer(i, x.name) for i in range(model.num_layers) for x in model.selectors_of(i)
+    } | routers
+    if any(fnmatchcase(name, pattern) for name in gates):
+        kind = "routers" if any(fnmatchcase(n, pattern) for n in routers) else "gates of experts"
         raise UserError(
-            f"quantization.rules: pattern {pattern!r} names routers, which are never quantized: a code "
+            f"quantization.rules: pattern {pattern!r} names {kind}, which are never quantized: a code "
             "off by one would send tokens to other experts. Leave the rule out."
         )
 
@@ -184,7 +188,7 @@ class Policy:
             ValueError: Unknown algorithm, operand settings or recipe, a pattern that matches nothing,
                 or a vocabulary table that cannot be quantized like that.
         """
-        names = [in_layer(i, x.name) for i in range(model.num_layers) for x in model.linears]
+        names = [in_layer(i, x.name) for i in range(model.num_layers) for x in model.linears_of(i)]
         tables = [table.name for table in TABLES]
         for rule in self.rules:
             _check_router(rule.pattern, names, model)

@@ -116,7 +116,9 @@ def _reach(linear: StoredLinear) -> float:
 
 def _owners(export: Export) -> dict[str, str]:
     """Role of a linear -> the linear of checkpoints that it is a part of: servers fuse these."""
-    return {r: name for name, fused in export.model.facts.fused.items() for r in fused["parts"]}
+    model = export.model
+    kinds = [model.facts, *(model.facts_of(layer) for layer in sorted(model.dense_layers)[:1])]
+    return {r: name for facts in kinds for name, e in facts.fused.items() for r in e["parts"]}
 
 
 def _reach_problems(export: Export, reaches: Sequence[tuple[Module, float]]) -> Iterator[str]:

@@ -11,6 +11,24 @@ from mqat.verify.facts import Facts
 from mqat.verify.reference_quant import quantize_weight
 
 
+def layer_key(
+    checkpoint: CheckpointReader, facts: Facts, layer: int, name: str
+) -> tuple[str, tuple[slice, ...]]:
+    """Key and leading indices of a layer's tensor: layers are stacked, unless some have no experts."""
+    if checkpoint.model.dense_layers:
+        return facts.key(f"{layer}.{name}"), ()
+    return facts.key(name), (slice(layer, layer + 1),)
+
+
+def layer_tensor(
+    checkpoint: CheckpointReader, facts: Facts, layer: int, name: str, *region: slice
+) -> Tensor:
+    """A region of a layer's tensor."""
+    key, lead = layer_key(checkpoint, facts, layer, name)
+    found = checkpoint.read(key, (*lead, *region))
+    return found[0] if lead else found
+
+
 @dataclass(frozen=True)
 class CheckpointLinear:
     """One linear of the checkpoint."""
@@ -31,15 +49,15 @@ class CheckpointLinear:
         return self.checkpoint.layers.get(self.name)
 
     def _of_layer(self, kind: str) -> Tensor:
-        key, lead = self._key(kind), (slice(self.layer, self.layer + 1),)
         number = self.facts.fused[self.linear].get("expert")
+        told = (self.checkpoint, self.facts, self.layer, self._stacked(kind))
         if number is None:
-            return self.checkpoint.read(key, lead)[0]
-        return self.checkpoint.read(key, (*lead, slice(number, number + 1)))[0, 0]
+            return layer_tensor(*told)
+        return layer_tensor(*told, slice(number, number + 1))[0]
 
-    def _key(self, kind: str) -> str:
-        """In checkpoints, which stack layers, and the experts of each."""
-        return self.facts.key(f"{self.facts.fused[self.linear].get('stacked', self.linear)}.{kind}")
+    def _stacked(self, kind: str) -> str:
+        """In a layer of checkpoints, which stack its experts."""
+        return f"{self.facts.fused[self.linear].get('stacked', self.linear)}.{kind}"
 
     @cached_property
     def weight(self) -> Tensor:
@@ -48,7 +66,8 @@ class CheckpointLinear:
 
     def bias(self) -> Tensor | None:
         """[O], as stored; None: there is none."""
-        return self._of_layer("bias") if self.checkpoint.has(self._key("bias")) else None
+        key, _ = layer_key(self.checkpoint, self.facts, self.layer, self._stacked("bias"))
+        return self._of_layer("bias") if self.checkpoint.has(key) else None
 
     def frozen(self, tensor: str) -> Tensor:
         """A frozen tensor: `weight_scale`, `weight_zero_point`, `input_scale`, ..."""
@@ -75,7 +94,9 @@ class CheckpointLinear:
         heads, groups = model.num_attention_heads, model.num_query_groups
         sizes = {"query": heads * model.head_dim, "key_value": groups * model.head_dim}
         sizes |= {"intermediate": model.intermediate_size, "hidden": model.hidden_size}
-        sizes["expert"] = model.expert_intermediate_size
+        sizes |= {
+            "expert": model.expert_intermediate_size, "shared": model.shared_intermediate_size
+        }  # fmt: skip
         roles = fused["parts"]
         rows = [sizes[self.facts.parts[role].rows] for role in roles]
         if "is_by_query_group" not in fused:

@@ -8,7 +8,6 @@ its frozen grid, and every scale the frozen one.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.quant.scheme import LinearScheme
 from mqat.verify.check import same_bytes
-from mqat.verify.checkpoint_linear import CheckpointLinear
+from mqat.verify.checkpoint_linear import CheckpointLinear, layer_tensor
 from mqat.verify.export import Export, PlainTensor, Rank
-from mqat.verify.facts import Facts
+from mqat.verify.facts import Facts, read_facts
 from mqat.verify.reference_quant import expand, w4a8_range_scale
 from mqat.verify.served_model import NUMBERS, SIZES, ServedModel
 from mqat.verify.storage import Storage, StoredLinear
@@ -29,24 +28,34 @@ def compare_with_checkpoint(export: Export, checkpoint: CheckpointReader) -> Ite
     """Problems, each naming the tensor; headers must be right."""
     problems = list(_compare_config(export, checkpoint))
     yield from problems
-    facts, per_stage = export.model.facts, export.model.layers_per_stage
+    per_stage = export.model.layers_per_stage
     for stage, ranks in enumerate(() if problems else export.stages):
         where = f"stage {stage}: " if export.is_staged else ""
         found = [
             _compare_plain(ranks, checkpoint, plain, export.model) for plain in export.plain(stage)
         ]
-        for local, (name, fused) in product(range(per_stage), facts.fused.items()):
-            trained = CheckpointLinear(checkpoint, facts, stage * per_stage + local, name)
-            for module in export.modules(local):
-                if module.parts[0].role in fused["parts"]:
-                    served = [rank.linear(module) for rank in ranks]
-                    found.append(_Comparison(served, trained).problems())
+        for local in range(per_stage):
+            found += _compare_layer(export, checkpoint, ranks, stage * per_stage + local, local)
         yield from (where + problem for problems in found for problem in problems)
+
+
+def _compare_layer(
+    export: Export, checkpoint: CheckpointReader, ranks: Sequence[Rank], layer: int, local: int
+) -> Iterator[Iterator[str]]:
+    """Problems of each linear of a layer, which is `local` in its stage."""
+    facts = export.model.facts_of(local)
+    for name, fused in facts.fused.items():
+        trained = CheckpointLinear(checkpoint, facts, layer, name)
+        for module in export.modules(local):
+            if module.parts[0].role in fused["parts"]:
+                served = [rank.linear(module) for rank in ranks]
+                yield _Comparison(served, trained).problems()
 
 
 def _compare_config(export: Export, checkpoint: CheckpointReader) -> Iterator[str]:
     """`config.json` must describe the trained model."""
     trained, model = checkpoint.model, export.model
+    has_heads = trained.normalizes_heads and "query_norm" in read_facts(model.facts.family).norms
     numbers = [name for name in NUMBERS if name in model.keys]
     names = [*SIZES, *numbers, "head_dim", *{"tie_word_embeddings"} & model.keys.keys()]
     pairs: list[tuple[str, Any, Any]] = [(n, model.value(n), getattr(trained, n)) for n in names]
@@ -55,7 +64,14 @@ def _compare_config(export: Export, checkpoint: CheckpointReader) -> Iterator[st
     ]
     if model.facts.experts and model.normalizes != trained.normalizes_expert_weights:
         yield f"config.json: weights of experts add up to one: {model.normalizes}, trained otherwise"
-    pairs.append(("family", model.facts.family, trained.family))
+    pairs += [
+        ("family", model.facts.family, trained.family),
+        ("layers without experts", sorted(model.dense_layers), [*trained.dense_layers]),
+        ("norms of query and key heads", "query_norm" in model.facts.norms, has_heads),
+        ("scale of experts' weights", model.expert_weight_scale, trained.expert_weight_scale),
+        ("size of shared experts", model.on_rank.get("shared", 0) * model.tp,
+         trained.shared_intermediate_size),
+    ]  # fmt: skip
     for name, served, wanted in pairs:
         if served != wanted:
             key = model.keys.get(name, name)
@@ -105,12 +121,13 @@ def _compare_plain(
         key = facts.names["checkpoint"]["embedding" if is_tied else plain.role] + ".weight"
         real = slice(0, model.rows(plain.role))
         whole, wanted = torch.cat(served)[real], checkpoint.read(key, (real,))
-    elif plain.role == "router":
-        assert plain.layer is not None, "every layer has one"
-        key, whole = facts.key(facts.experts["router"]["checkpoint"]), served[0]
-        wanted = checkpoint.read(key, (slice(plain.layer, plain.layer + 1),))[0]
+    elif plain.role in facts.selectors():
+        assert plain.layer is not None, "layers have them"
+        name, whole = facts.selectors()[plain.role]["checkpoint"], served[0]
+        wanted = layer_tensor(checkpoint, facts, plain.layer, name)
     elif plain.layer is None or plain.role in facts.norms:
-        whole, wanted = served[0], _trained_norm(checkpoint, plain, facts)
+        own = facts if plain.layer is None else model.facts_of(plain.layer)
+        whole, wanted = served[0], _trained_norm(checkpoint, plain, own)
         less = ("checkpoint" in facts.one_less) - (model.form in facts.one_less)
         if less and plain.kind == "weight":
             wanted = wanted.float() + less
@@ -130,8 +147,8 @@ def _trained_norm(checkpoint: CheckpointReader, plain: PlainTensor, facts: Facts
     """A norm's weight or bias in the checkpoint: the last one's, or one of a layer."""
     if plain.layer is None:
         return checkpoint.read(f"{facts.names['checkpoint'][plain.role]}.{plain.kind}")
-    key = facts.key(facts.norms[plain.role]["checkpoint"]).removesuffix("weight") + plain.kind
-    return checkpoint.read(key, (slice(plain.layer, plain.layer + 1),))[0]
+    name = facts.norms[plain.role]["checkpoint"].removesuffix("weight") + plain.kind
+    return layer_tensor(checkpoint, facts, plain.layer, name)
 
 
 def _serves(storage: Storage, scheme: LinearScheme) -> bool:

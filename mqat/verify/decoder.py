@@ -86,7 +86,7 @@ class Decoder:
         return context.transpose(1, 2).flatten(2)
 
     def _mlp(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
-        facts = self.model.facts
+        facts = self.model.facts_of(layer)
         activate = ACTIVATIONS[facts.activation]
         roles = ("gate", "up") if "gate" in facts.parts else ("up",)
         first, *others = self._inner(rank, layer, roles, x)
@@ -119,37 +119,74 @@ class Decoder:
         output = self._sum(ranks, layer, "output", inner)
         x = x + self._added(ranks[0], layer, "attention_output_norm", output)
         normed = self._norm(ranks[0], layer, "mlp_norm", x)
-        if self.model.facts.experts:
+        if self.model.has_experts(layer):
             return x + self._mixture(ranks, layer, normed)
         inner = [self._mlp(rank, layer, normed) for rank in ranks]
         output = self._sum(ranks, layer, "down", inner)
         return x + self._added(ranks[0], layer, "mlp_output_norm", output)
 
     def _mixture(self, ranks: Sequence[Rank], layer: int, x: Tensor) -> Tensor:
-        """Experts of each token, weighted by a softmax over all experts, or over the token's alone."""
+        """Experts of each token, each with its weight, and the shared ones of all tokens."""
         model, tokens = self.model, x.flatten(0, 1)
-        router = ranks[0].tensor(f"{model.routers()[layer]}.weight").float()
-        weights, chosen = (tokens @ router.t()).softmax(-1).topk(model.value("experts_per_token"))
+        scores = tokens @ self._selector(ranks[0], layer, "router").t()
+        correction: Tensor | float = 0.0
+        if model.facts.experts.get("scores") == "sigmoid":
+            scores, correction = scores.sigmoid(), self._selector(ranks[0], layer, "correction")
+        else:
+            scores = scores.softmax(-1)
+        chosen = self._chosen(scores + correction)
+        weights = scores.gather(-1, chosen)
         if model.normalizes:
             weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights * model.expert_weight_scale
         modules = {
             part.role: module for module in self.export.modules(layer) for part in module.parts
         }
-        activate, total = ACTIVATIONS[model.facts.activation], torch.zeros_like(tokens)
+        total = torch.zeros_like(tokens)
+        if "shared" in model.facts.experts:
+            total = self._gated(ranks, modules, "shared", tokens)
+            if "shared_gate" in model.facts.selectors():
+                gate = self._selector(ranks[0], layer, "shared_gate")
+                total = total * (tokens @ gate.t()).sigmoid()
         for number in range(model.value("num_experts")):
             rows, place = (chosen == number).nonzero(as_tuple=True)
             if not len(rows):
                 continue
-            gate, up, down = (modules[f"{role} {number}"] for role in ("gate", "up", "down"))
-            own, products = self._noisy(tokens[rows]), []
-            for rank in ranks:
-                features: dict[str, Tensor] = {}
-                for module in (gate,) if gate == up else (gate, up):
-                    features |= module.by_part(_product(rank, module, own), dim=-1)
-                inner = activate(features[f"gate {number}"]) * features[f"up {number}"]
-                products.append(_product(rank, down, self._noisy(inner)))
-            total[rows] += weights[rows, place, None] * torch.stack(products).sum(0)
+            output = self._gated(ranks, modules, str(number), tokens[rows])
+            total[rows] += weights[rows, place, None] * output
         return total.view_as(x)
+
+    def _selector(self, rank: Rank, layer: int, role: str) -> Tensor:
+        """A router's weight, or what is beside it."""
+        name = self.model.facts.selectors()[role][self.model.form]
+        return rank.tensor(self.model.prefix(layer) + name).float()
+
+    def _chosen(self, scores: Tensor) -> Tensor:
+        """Numbers of each token's experts, of scores [t, E], from its best groups of neighbours."""
+        model = self.model
+        groups = model.value("expert_groups") or 1
+        kept = model.value("expert_groups_per_token") or 1
+        if kept < groups:
+            of_groups = scores.unflatten(-1, (groups, -1))
+            best = of_groups.topk(2, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
+            outside = torch.ones(of_groups.shape[:2], dtype=torch.bool).scatter(1, best, False)
+            scores = of_groups.masked_fill(outside[..., None], float("-inf")).flatten(1)
+        return scores.topk(model.value("experts_per_token"), dim=-1).indices
+
+    def _gated(
+        self, ranks: Sequence[Rank], modules: dict[str, Module], owner: str, tokens: Tensor
+    ) -> Tensor:
+        """The MLP of an expert, or of the shared ones."""
+        gate, up, down = (modules[f"{role} {owner}"] for role in ("gate", "up", "down"))
+        own, products = self._noisy(tokens), []
+        activate = ACTIVATIONS[self.model.facts.activation]
+        for rank in ranks:
+            features: dict[str, Tensor] = {}
+            for module in (gate,) if gate == up else (gate, up):
+                features |= module.by_part(_product(rank, module, own), dim=-1)
+            inner = activate(features[f"gate {owner}"]) * features[f"up {owner}"]
+            products.append(_product(rank, down, self._noisy(inner)))
+        return torch.stack(products).sum(0)
 
     @torch.no_grad()
     def linears(self, number: int, role: str, x: Tensor) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ class PlainTensor:
 
     name: str
     spec: TensorSpec
-    role: str  # of `facts.names` or `facts.norms`; `router`; `key`, `value` of a cache
+    role: str  # of `facts.names`, `facts.norms` or `facts.selectors()`; `key`, `value` of a cache
     layer: int | None = None  # global number
     kind: str = "weight"  # or `bias`
 
@@ -96,7 +96,7 @@ class Export:
 
     def modules(self, layer: int) -> list[Module]:
         """The linears of a layer, counted in its stage."""
-        model, facts = self.model, self.model.facts
+        model, facts = self.model, self.model.facts_of(layer)
         found = []
         for name, roles in facts.modules[model.form].items():
             parts, full = tuple(facts.parts[role] for role in roles), model.prefix(layer) + name
@@ -139,13 +139,11 @@ class Export:
                 for kind in facts.norm_tensors():
                     name = f"{prefix}{norm[model.form]}.{kind}"
                     found.append(PlainTensor(name, spec, role, place, kind))
-            if router := model.facts.experts.get("router"):
-                shape = (model.on_rank["experts"], model.on_rank["hidden"])
-                kinds = dtypes if model.form == "hf" else ("F32",)
-                spec = TensorSpec(shape, kinds, True)
-                found.append(
-                    PlainTensor(f"{prefix}{router[model.form]}.weight", spec, "router", place)
-                )
+            for role, told in facts.selectors().items() if model.has_experts(layer) else ():
+                shape = tuple(model.on_rank[axis] for axis in told["shape"])
+                is_float32 = told.get("is_float32") or model.form != "hf"
+                spec = TensorSpec(shape, ("F32",) if is_float32 else dtypes, True)
+                found.append(PlainTensor(prefix + told[model.form], spec, role, place))
             for role, name in self.cache.names.items() if self.cache else ():
                 found.append(PlainTensor(prefix + name, scale, role, place))
         return found

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 FOLDER = Path(__file__).parent / "facts"
+_MLP = ("gate", "up", "down")  # of a dense one
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Facts:
     activation: str  # of `activations.ACTIVATIONS`; gated where there is a part `gate`
     scales_embedding: bool  # by sqrt(hidden), rounded to the model's dtype
     transposed: tuple[str, ...]  # formats that hold unquantized weights as (in, out)
-    experts: Mapping[str, Any]  # empty: a dense MLP; names have `{}` for the number of an expert
+    experts: Mapping[str, Any]  # empty: none; names have `{}` for the number of an expert
 
     def norm_tensors(self) -> tuple[str, ...]:
         """Parameters of a norm."""
@@ -54,25 +55,46 @@ class Facts:
         return {**self.experts, **self.experts.get(form, {})}
 
     def with_experts(self, count: int) -> "Facts":
-        """With the linears of `count` experts, whose roles end in their numbers (`gate 3`).
+        """Of a layer with `count` experts in the place of the MLP.
 
-        A module of TensorRT-LLM has a slice for each expert, which is a module here (`mlp.fc[3]`).
+        Roles end in their numbers (`gate 3`), and those of a shared one in `shared`. A module of
+        TensorRT-LLM has a slice for each expert, which is a module here (`mlp.fc[3]`).
         """
-        fused, parts = dict(self.fused), dict(self.parts)
-        modules = {form: dict(found) for form, found in self.modules.items()}
-        for number in range(count):
-            for role, entry in self.experts["linears"].items():
-                own = f"{role} {number}"
+        outside = {name: e for name, e in self.fused.items() if not {*e["parts"]} & {*_MLP}}
+        fused, parts = dict(outside), {r: p for r, p in self.parts.items() if r not in _MLP}
+        modules = {
+            form: {name: roles for name, roles in found.items() if not {*roles} & {*_MLP}}
+            for form, found in self.modules.items()
+        }
+        norm = {**self.norms["mlp_norm"], "checkpoint": self.experts["norm"]}
+        for name, roles in self.experts_in("trtllm").get("modules", {}).items():
+            for number in range(count):
+                modules["trtllm"][f"{name}[{number}]"] = tuple(f"{role} {number}" for role in roles)
+        owners: list[tuple[Any, Mapping[str, Any]]] = [(n, self.experts) for n in range(count)]
+        if "shared" in self.experts:
+            owners.append(("shared", self.experts["shared"]))
+        for owner, told in owners:
+            for role, entry in told["linears"].items():
+                own = f"{role} {owner}"
                 cut = {key: value for key, value in entry.items() if key != "hf"}
                 parts[own] = Part(own, **cut)
-                modules["hf"][entry["hf"].format(number)] = (own,)
-            for name, roles in self.experts_in("trtllm")["modules"].items():
-                modules["trtllm"][f"{name}[{number}]"] = tuple(f"{role} {number}" for role in roles)
-            for name, entry in self.experts["fused"].items():
-                roles = [f"{role} {number}" for role in entry["parts"]]
-                found = {"parts": roles, "stacked": entry["stacked"], "expert": number}
-                fused[name.format(number)] = found
-        return replace(self, fused=fused, parts=parts, modules=modules)
+                modules["hf"][entry["hf"].format(owner)] = (own,)
+            for name, entry in told["fused"].items():
+                found = {"parts": [f"{role} {owner}" for role in entry["parts"]]}
+                if "stacked" in entry:
+                    found |= {"stacked": entry["stacked"], "expert": owner}
+                fused[name.format(owner)] = found
+        norms = {**self.norms, "mlp_norm": norm}
+        return replace(self, fused=fused, parts=parts, modules=modules, norms=norms)
+
+    def selectors(self) -> dict[str, Mapping[str, Any]]:
+        """What chooses and weighs experts: role -> its names of tensors and its shape."""
+        if not self.experts:
+            return {}
+        router = self.experts["router"]
+        weight: dict[str, Any] = {form: f"{name}.weight" for form, name in router.items()}
+        weight |= {"checkpoint": router["checkpoint"], "shape": ["experts", "hidden"]}
+        return {"router": weight, **self.experts.get("beside", {})}
 
     def key(self, name: str) -> str:
         """Checkpoint key of a tensor that is stacked over layers."""

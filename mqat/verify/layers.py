@@ -77,7 +77,7 @@ class LayerComparison:
         return self.problems, self.worst_linear, self.worst_layer
 
     def _compare_linear(self, number: int, name: str, x: Tensor, y: Tensor) -> None:
-        facts = self.decoder.model.facts
+        facts = self.decoder.model.facts_of(number % self.decoder.model.layers_per_stage)
         trained = CheckpointLinear(self.checkpoint, facts, number, name).by_part(y.t())
         served: dict[str, Tensor] = {}
         for role in trained:

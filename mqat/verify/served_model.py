@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ class ServedModel:
         of_experts = facts.experts_in(form).get("config", {})
         self.keys = {**keys, **of_experts}
         count = self.value("num_experts")
+        told = facts.experts.get("dense", {}) if form == "hf" else {}
+        self.dense_layers = _dense_layers(raw, told)
+        facts = replace(facts, norms=_norms(raw, facts))
+        self._dense_facts = facts
         self.facts = facts.with_experts(count) if of_experts else facts
         self.tp, self.pp = tp, pp  # inference ranks and stages; 1 where files are whole
         heads, groups = self.value("num_attention_heads"), self.value("num_query_groups")
@@ -66,7 +71,24 @@ class ServedModel:
         }
         if of_experts:
             self.on_rank["expert"] = self.value("expert_intermediate_size") // tp
-            self.on_rank["experts"] = count
+            self.on_rank["experts"], self.on_rank["one"] = count, 1
+        if shared := facts.experts.get("shared"):
+            copies = raw[shared["count"]] if "count" in shared else 1
+            self.on_rank["shared"] = copies * raw[shared["size"]] // tp
+
+    def facts_of(self, layer: int) -> Facts:
+        """Of one layer, which may have a dense MLP in the place of experts."""
+        return self._dense_facts if layer in self.dense_layers else self.facts
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether it does not."""
+        return bool(self.facts.experts) and layer not in self.dense_layers
+
+    @property
+    def expert_weight_scale(self) -> float:
+        """What the weights of a token's experts are multiplied by."""
+        key = self.facts.experts.get("scale")
+        return 1.0 if key is None else float(self.raw[key])
 
     @property
     def normalizes(self) -> bool:
@@ -95,15 +117,64 @@ class ServedModel:
         return self.names["layer"].format(layer)
 
     def routers(self) -> list[str]:
-        """Full names of what chooses experts, in all layers; empty for dense models."""
-        router = self.facts.experts.get("router")
-        layers = range(self.layers_per_stage if router else 0)
+        """Full names of what chooses experts, in the layers that have some."""
+        layers = filter(self.has_experts, range(self.layers_per_stage))
         return [self.prefix(i) + self.facts.experts["router"][self.form] for i in layers]
+
+    def unquantized_names(self) -> list[str]:
+        """Routers, and gates of shared experts: what readers take for linears, and must not round."""
+        selectors = self.facts.selectors().values()
+        return [
+            self.prefix(layer) + selector[self.form].removesuffix(".weight")
+            for layer in filter(self.has_experts, range(self.layers_per_stage))
+            for selector in selectors
+            if len(selector["shape"]) == 2
+        ]
 
     def linear_names(self) -> list[str]:
         """Full names of a stage's linears."""
-        modules = self.facts.modules[self.form]
-        return [self.prefix(i) + name for i in range(self.layers_per_stage) for name in modules]
+        return [
+            self.prefix(layer) + name
+            for layer in range(self.layers_per_stage)
+            for name in self.facts_of(layer).modules[self.form]
+        ]
+
+
+def _dense_layers(raw: Raw, told: Mapping[str, str]) -> frozenset[int]:
+    """Layers without experts."""
+    if "first" in told:
+        return frozenset(range(raw[told["first"]]))
+    return frozenset(raw[told["listed"]]) if told else frozenset()
+
+
+def _norms(raw: Raw, facts: Facts) -> dict[str, Mapping[str, str]]:
+    """Without those that a key leaves out."""
+    return {
+        role: norm for role, norm in facts.norms.items() if raw.get(norm.get("switch", ""), True)
+    }
+
+
+def _problems_of_experts(raw: Raw, facts: Facts) -> Iterator[str]:
+    """Of the keys that only mixtures have, but for `config`, of Hugging Face."""
+    told, shared = facts.experts.get("dense", {}), facts.experts.get("shared", {})
+    count = raw.get("num_hidden_layers")
+    layers = range(count if isinstance(count, int) else 0)
+
+    def is_layer(value: Any) -> bool:
+        return type(value) is int and value in layers
+
+    if "first" in told and not is_layer(found := raw.get(told["first"])):
+        yield f"{told['first']}={found!r}, expected fewer layers than all"
+    if "listed" in told:
+        listed = raw.get(told["listed"])
+        if not isinstance(listed, list) or not all(map(is_layer, listed)):
+            yield f"{told['listed']}={listed!r}, expected a list of layers"
+    for key in (shared[name] for name in ("count", "size") if name in shared):
+        if not is_positive(raw.get(key)):
+            yield f"{key}={raw.get(key)!r}, expected a positive integer"
+    scale = facts.experts.get("scale")
+    if scale is not None and not is_positive(raw.get(scale), int | float):
+        yield f"{scale}={raw.get(scale)!r}, expected a positive number"
 
 
 def own_keys(keys: Keys, facts: Facts, form: str) -> dict[str, str]:
@@ -145,5 +216,7 @@ def model_problems(raw: Raw, keys: Keys, facts: Facts, form: str) -> Iterator[st
         is_allowed = key in raw and value in allowed
         if not is_allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
             yield f"{key}={value!r}, expected one of {allowed}"
+    if form == "hf":
+        yield from _problems_of_experts(raw, facts)
     scaling, kind = raw.get(keys.get("rope_scaling", "")), keys["rope_type"]
     yield from position_problems(raw, scaling, facts.positions.get(form, {}), kind, form)

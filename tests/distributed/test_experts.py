@@ -19,7 +19,6 @@ HF_LAYOUTS = {
 }
 
 pytestmark = pytest.mark.timeout(1500)
-EXPERTS = ["--model", "experts"]
 IDLE = [f"decoder.layers.0.mlp.experts.3.linear_fc{n}" for n in (1, 2)]
 LAYOUTS = {
     "ep1": (1, []),
@@ -47,8 +46,8 @@ LEARNED = {
 RESUMED = [("ep1", "ep2"), ("ep2", "ep1"), ("tp2-sp", "ep2")]
 
 
-def with_model(jobs):
-    return {name: (count, [*EXPERTS, *options]) for name, (count, options) in jobs.items()}
+def with_model(jobs, model="experts"):
+    return {name: (count, ["--model", model, *options]) for name, (count, options) in jobs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +152,46 @@ def test_training_goes_on_at_another_expert_parallel_size(layouts, resumed, save
 
 
 @pytest.fixture(scope="module")
+def corrected(tmp_path_factory):
+    jobs = LAYOUTS | {"ep1-unreduced": OTHERS["ep1-unreduced"]}
+    return run(tmp_path_factory.mktemp("corrected"), with_model(jobs, "corrected"))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    jobs = LAYOUTS | {"tp2-sp-ep2": LARGER["tp2-sp-ep2"]}
+    return run(tmp_path_factory.mktemp("shared"), with_model(jobs, "shared"))
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS)[1:])
+def test_corrected_routers_and_dense_layers_are_the_same_on_every_layout(corrected, name):
+    assert_alike(corrected, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*list(LAYOUTS)[1:], "tp2-sp-ep2"])
+def test_shared_experts_behind_a_gate_are_the_same_on_every_layout(shared, name):
+    assert_alike(shared, name)
+
+
+def test_scales_of_shared_experts_without_the_other_ranks_tokens_would_be_noticed(corrected):
+    one, other = (CheckpointReader(corrected[n][0] / "ptq") for n in ("ep1", "ep1-unreduced"))
+    name = "decoder.layers.1.mlp.shared_experts.linear_fc2"
+    assert one.layers[name] == other.layers[name]
+    scales = [reader.frozen(name, "input", "scale") for reader in (one, other)]
+    assert not torch.equal(*scales)
+
+
+def test_the_correction_of_a_router_stays_as_it_is_in_training(corrected):
+    key = "decoder.layers.1.mlp.router.expert_bias"
+    for name in LAYOUTS:
+        before, after = (CheckpointReader(corrected[name][0] / n) for n in ("ptq", "qat"))
+        assert torch.equal(before.read(key), after.read(key)) and bool(before.read(key).any())
+        weights = [r.read("decoder.layers.1.mlp.router.weight") for r in (before, after)]
+        assert not torch.equal(*weights)  # control: the router itself was trained
+
+
+@pytest.fixture(scope="module")
 def learned(layouts, tmp_path_factory):
     return layouts | run(tmp_path_factory.mktemp("learned"), with_model(LEARNED))
 
@@ -185,7 +224,7 @@ def huggingface(tmp_path_factory):
     """Directories of transformers, and its logits for 24 tokens of each."""
     root, expected = tmp_path_factory.mktemp("models"), {}
     tokens = torch.randint(0, 301, (2, 24), generator=torch.Generator().manual_seed(1))
-    for name in ("mixtral", "qwen3_moe"):
+    for name in ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe"):
         model = random_model(name)
         model.save_pretrained(root / name)
         torch.save(tokens, root / name / "tokens.pt")

@@ -45,8 +45,18 @@ EXPERTS = DecoderConfig(
 MIXTRAL = dataclasses.replace(
     EXPERTS, family="mixtral", normalizes_expert_weights=True, intermediate_size=64
 )
+# A shared expert behind a gate, and biases.
+SHARED = dataclasses.replace(
+    EXPERTS, family="qwen2_moe", shared_intermediate_size=128, biases=LINEARS[:1]
+)
+# A corrected choice from groups, shared experts, and a first layer without experts.
+CORRECTED = dataclasses.replace(
+    EXPERTS, family="glm4_moe", num_layers=4, shared_intermediate_size=128, dense_layers=(0,),
+    rotary_fraction=0.5, normalizes_expert_weights=True, expert_weight_scale=1.5, expert_groups=2,
+)  # fmt: skip
 MODELS = {
     "llama": MODEL, "biased": BIASED, "qwen2": QWEN2, "experts": EXPERTS, "mixtral": MIXTRAL,
+    "shared": SHARED, "corrected": CORRECTED,
 }  # fmt: skip
 TABLES = (
     Rule("embedding.word_embeddings", "int4"),

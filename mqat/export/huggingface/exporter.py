@@ -103,11 +103,13 @@ class HuggingFaceExporter:
         if reader.layers:
             modules: dict[str, LinearScheme | None] = {model.architecture.output_layer.hf: None}
             modules |= NAMING.schemes(model, reader.layers, range(model.num_layers))
-            if model.router is not None:  # a linear to its readers
-                modules |= {
-                    model.architecture.hf_layer.format(i=layer) + model.router.hf: None
-                    for layer in range(model.num_layers)
-                }
+            modules |= {
+                model.architecture.hf_layer.format(i=layer)
+                + selector.hf.removesuffix(".weight"): None
+                for layer in range(model.num_layers)
+                for selector in model.selectors_of(layer)
+                if len(selector.axes) == 2  # a linear to its readers
+            }
             config["quantization_config"], more = self.texts(modules, reader.kv_cache)
             texts |= more
         if len(shards) > 1:

@@ -98,6 +98,13 @@ class TensorRtLlmExporter:
 def _check_family(model: DecoderConfig) -> None:
     """Refuses models of which TensorRT-LLM has no class, or no switch for their biases."""
     family = model.architecture
+    if model.shared_intermediate_size or model.dense_layers:
+        kind = "shared experts" if model.shared_intermediate_size else "layers without experts"
+        raise UserError(
+            f"export.format=trtllm: this {model.family} model has {kind}, which are not written beside "
+            "stacked experts; use export.format=hf, which its PyTorch backend reads too "
+            "(export.style=modelopt)."
+        )
     if family.trtllm_architecture is None:
         raise UserError(
             f"export.format=trtllm: TensorRT-LLM has no {family.name} models; use export.format=hf."

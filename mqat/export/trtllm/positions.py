@@ -8,6 +8,7 @@ from typing import Any
 
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
+from mqat.models.hf_keys import positions_to_hf
 
 _SCALINGS = ("linear", "dynamic", "llama3")
 
@@ -59,7 +60,7 @@ def position_fields(model: DecoderConfig) -> dict[str, Any]:
 
 def _attention_keys(model: DecoderConfig) -> dict[str, Any]:
     """What TensorRT-LLM calls as Hugging Face does."""
-    hf = model.positions_to_hf()
+    hf = positions_to_hf(model)
     told = {key: hf.get(key) for key in model.architecture.trtllm_attention}
     if "rope_local_base_freq" in told and model.windowed_rope_theta is None:
         told["rope_local_base_freq"] = model.rope_theta

@@ -3,8 +3,9 @@
 Sources: transformers `models/mixtral`; TensorRT-LLM `models/llama` and `layers/moe.py`.
 """
 
+from mqat.models.experts import MIXTURE_NORM, Experts, Router
 from mqat.models.family import Family, Mixture, SlidingWindow
-from mqat.models.structure import INPUT_NORM, MIXTURE_NORM, PROJ, QKV, Experts, Router
+from mqat.models.structure import INPUT_NORM, PROJ, QKV
 
 MIXTRAL = Family(
     name="mixtral",

@@ -1,19 +1,11 @@
-"""Qwen 3 with experts in the place of the MLP, in every layer.
+"""Qwen 3 with experts in the place of the MLP, in every layer or in some.
 
 Sources: transformers `models/qwen3_moe`; TensorRT-LLM `models/qwen/{config,model}.py`.
 """
 
-from mqat.models.family import Family, Mixture, SlidingWindow
-from mqat.models.structure import (
-    INPUT_NORM,
-    KEY_NORM,
-    MIXTURE_NORM,
-    PROJ,
-    QKV,
-    QUERY_NORM,
-    ROUTER,
-    Experts,
-)
+from mqat.models.experts import MIXTURE_NORM, ROUTER, Experts
+from mqat.models.family import DenseLayers, Family, Mixture, SlidingWindow
+from mqat.models.structure import INPUT_NORM, KEY_NORM, PROJ, QKV, QUERY_NORM
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
@@ -32,7 +24,7 @@ QWEN3_MOE = Family(
         size="moe_intermediate_size",
         gguf_size="expert_feed_forward_length",
         normalizes="norm_topk_prob",
-        is_everywhere={"decoder_sparse_step": 1, "mlp_only_layers": []},
+        dense=DenseLayers(listed="mlp_only_layers", step="decoder_sparse_step"),
     ),
     trtllm_activation="swiglu",
     trtllm_expert_size="moe_intermediate_size",

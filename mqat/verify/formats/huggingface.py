@@ -70,8 +70,11 @@ def read_config(directory: Path, problems: list[str]) -> Export | None:
             found = ["num_attention_heads is not a multiple of num_key_value_heads"]
     of_experts = facts.experts.get("config", {})
     if not found and of_experts:
-        per_token, count = (raw[of_experts[n]] for n in ("experts_per_token", "num_experts"))
-        found = ["a token has more experts than there are"] if per_token > count else []
+        count, groups = model.value("num_experts"), model.value("expert_groups") or 1
+        if model.value("experts_per_token") > count:
+            found = ["a token has more experts than there are"]
+        elif count % groups or (model.value("expert_groups_per_token") or 1) > groups:
+            found = [f"{groups} groups of {count} experts, of which a token cannot have as many"]
     if not found:
         config: Any = raw.get("quantization_config")
         storage = dict.fromkeys(model.linear_names(), UNQUANTIZED)
@@ -123,9 +126,9 @@ def _read_modelopt(
         yield f"quant_algo={algorithm!r} with exclusions {excluded} is not verified here"
     else:
         found, size = _MODELOPT[algorithm], other.get("group_size")
-        for router in model.routers():
+        for router in model.unquantized_names():
             if router not in excluded:
-                yield f"{name}: exclude_modules lets the router {router} be quantized"
+                yield f"{name}: exclude_modules lets {router} be quantized, which chooses experts"
         if found.group_size and not is_positive(size):
             yield f"{name}: group_size={size!r}, expected a positive integer"
         elif found.group_size:
@@ -142,9 +145,9 @@ def _read_compressed_tensors(
     """Fills `storage`; yields what is wrong."""
     head, names, seen = model.names["lm_head"], list(storage), set()
     ignored, groups = config.get("ignore"), config.get("config_groups")
-    for router in model.routers():
+    for router in model.unquantized_names():
         if isinstance(ignored, list) and router not in ignored:
-            yield f"quantization_config.ignore lets the router {router} be quantized"
+            yield f"quantization_config.ignore lets {router} be quantized, which chooses experts"
     if not isinstance(ignored, list) or head not in ignored or not isinstance(groups, dict):
         yield f"quantization_config needs config_groups, and ignore with {head}"
         return

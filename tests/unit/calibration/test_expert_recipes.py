@@ -10,7 +10,8 @@ from mqat.calibration.check_recipes import check_recipes
 from mqat.calibration.smoothquant import FLOOR, round_scale
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.errors import UserError
-from mqat.models.structure import MIXTURE_NORM, in_layer
+from mqat.models.experts import MIXTURE_NORM
+from mqat.models.structure import in_layer
 from mqat.specs.policy import Policy, Rule
 from tests.distributed.worker import EXPERTS, MIXTRAL
 from tests.unit.model_fixtures import microbatches

@@ -23,7 +23,8 @@ from mqat.checkpoints.source import open_pretrained
 from mqat.config import ModelConfig
 from mqat.errors import UserError
 from mqat.evaluation.forward import logits
-from mqat.models.decoder import DecoderConfig, hf_shapes
+from mqat.models.decoder import DecoderConfig
+from mqat.models.hf_keys import hf_shapes
 from mqat.specs.model import build_model
 
 SIZES = {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -36,31 +37,55 @@ MODELS = {
         {"num_experts": 4, "head_dim": 16, "moe_intermediate_size": 32, "num_key_value_heads": 4,
          "norm_topk_prob": True, "attention_bias": True, "tie_word_embeddings": True},
     ),
+    "qwen3_moe-dense": (
+        "qwen3_moe",
+        {"num_experts": 4, "head_dim": 16, "moe_intermediate_size": 32, "num_key_value_heads": 2,
+         "decoder_sparse_step": 2},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"num_experts": 6, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 80,
+         "num_key_value_heads": 2},
+    ),
+    "qwen2_moe-dense-unbiased": (
+        "qwen2_moe",
+        {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+         "num_key_value_heads": 4, "norm_topk_prob": True, "qkv_bias": False, "mlp_only_layers": [1],
+         "tie_word_embeddings": True},
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {"n_routed_experts": 8, "moe_intermediate_size": 40, "num_key_value_heads": 2, "head_dim": 24,
+         "n_group": 4, "topk_group": 1, "n_shared_experts": 2, "use_qk_norm": True,
+         "routed_scaling_factor": 1.7},
+    ),
+    "glm4_moe-plain": (
+        "glm4_moe",
+        {"n_routed_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+         "num_key_value_heads": 1, "head_dim": 16, "first_k_dense_replace": 0, "attention_bias": True,
+         "tie_word_embeddings": True},
+    ),
 }  # fmt: skip
 
 
 def random_model(which):
     """A model of transformers; norms, biases and routers moved off their start."""
-    from transformers import (
-        MixtralConfig,
-        MixtralForCausalLM,
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-    )
+    import transformers
 
-    kinds = {
-        "mixtral": (MixtralConfig, MixtralForCausalLM),
-        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
-    }
     torch.manual_seed(0)
     name, own = MODELS[which]
-    config, decoder = kinds[name]
-    model = decoder(config(**SIZES | own))
+    kind = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "qwen2_moe": "Qwen2Moe",
+            "glm4_moe": "Glm4Moe"}[name]  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**deepcopy(SIZES | own))
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
     for key, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn(parameter.shape)
         if key.endswith("mlp.gate.weight"):
             parameter.data = 0.3 * torch.randn(parameter.shape)
+    for key, buffer in model.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer.data = 0.3 * torch.randn(buffer.shape)
     return model
 
 
@@ -92,6 +117,7 @@ def fused_directory(model, path, out, *, gradients=False):
         if not (tied and name == "lm_head.weight")
     }
     assert any(tensor.dim() == 3 for tensor in tensors.values())
+    tensors |= {n: b.clone() for n, b in model.named_buffers() if n.endswith("correction_bias")}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
@@ -163,8 +189,8 @@ def told(path, tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_local_experts": 3}, "has shape|have no place|contradict each other"),
-        ({"num_experts": 3}, "contradict each other"),
+        ({"num_local_experts": 3}, "has shape|have no place|contradict each other|is not honoured"),
+        ({"num_experts": 3}, "has shape|contradict each other|is not honoured"),
         ({"num_experts_per_tok": 9}, "a token cannot go to more experts than there are"),
         ({"num_experts_per_tok": None}, "num_experts_per_tok is None, must be an integer"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not honoured"),
@@ -178,14 +204,61 @@ def test_what_a_config_says_of_experts_is_honoured_or_refused(
         HuggingFaceCheckpoint(told(huggingface[1], tmp_path, **changes))
 
 
-@pytest.mark.parametrize("changes", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}], ids=str)
-def test_layers_without_experts_are_refused(huggingface, tmp_path, changes):
-    if "qwen3_moe" not in huggingface[1].name:
-        changes = {}
-        HuggingFaceCheckpoint(told(huggingface[1], tmp_path))  # control: it reads as it is
-        return
-    with pytest.raises(UserError, match="leaves layers without experts"):
-        HuggingFaceCheckpoint(told(huggingface[1], tmp_path, **changes))
+@pytest.mark.parametrize(
+    ("which", "changes", "message"),
+    [
+        ("mixtral", {"mlp_only_layers": [1]}, "mlp_only_layers=.1. is not honoured"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "layers.0.mlp.gate_proj.weight' is missing"),
+        ("qwen3_moe", {"mlp_only_layers": [2]}, "must be a list of numbers of 2 layers"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1]}, "a mixture has experts somewhere"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window=True is not honoured"),
+        (
+            "qwen2_moe",
+            {"layer_types": ["sliding_attention"] * 2},
+            "layer_types=.*but sliding_window",
+        ),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "must be an integer of at least 1"),
+        ("qwen2_moe", {"n_shared_experts": 1}, "n_shared_experts=1 is not honoured"),
+        ("glm4_moe", {"norm_topk_prob": False}, "divides sigmoid scores .* by their sum, always"),
+        ("glm4_moe", {"topk_group": 2}, "chosen by the sum of their best two scores"),
+        ("glm4_moe", {"n_group": 3}, "num_experts=8 must be cut evenly"),
+        ("glm4_moe", {"n_shared_experts": 3}, "has shape"),
+        ("glm4_moe", {"num_local_experts": 8}, "num_local_experts=8 is not honoured"),
+        ("glm4_moe", {"use_qk_norm": False}, "have no place"),
+        ("glm4_moe", {"routed_scaling_factor": 0}, "must be a positive number"),
+        (
+            "glm4_moe",
+            {"first_k_dense_replace": 0},
+            "layers.0.mlp.experts.0.gate_proj.weight' is missing",
+        ),
+        ("glm4_moe", {"num_nextn_predict_layers": -1}, "must be an integer of at least 0"),
+    ],
+)
+def test_what_shared_experts_and_corrected_routers_cannot_be_is_refused(
+    tmp_path, which, changes, message
+):
+    random_model(which).save_pretrained(tmp_path / which)
+    HuggingFaceCheckpoint(tmp_path / which)  # control: it reads as it is
+    with pytest.raises(UserError, match=message):
+        HuggingFaceCheckpoint(told(tmp_path / which, tmp_path, **changes))
+
+
+def test_layers_that_predict_further_tokens_are_left_out_with_a_warning(tmp_path):
+    random_model("glm4_moe").save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = {n: t.clone() for n, t in load_file(file).items()}
+    further = {
+        n.replace("layers.1.", "layers.2."): t.clone()
+        for n, t in tensors.items()
+        if "layers.1." in n
+    }
+    file.unlink()
+    save_file(tensors | further, file)
+    with pytest.warns(UserWarning, match=r"tensors of layers after the 2 .* 'model\.layers\.2\."):
+        HuggingFaceCheckpoint(tmp_path / "hf")
+    copy = told(tmp_path / "hf", tmp_path, num_nextn_predict_layers=0)
+    with pytest.raises(UserError, match=r"has tensors of 3 layers, config\.json says 2"):
+        HuggingFaceCheckpoint(copy)
 
 
 def test_a_missing_expert_and_one_too_many_are_named(huggingface, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mqat.checkpoints.source import open_pretrained
-from mqat.models.decoder import hf_shapes
+from mqat.models.hf_keys import hf_shapes
 from tests.unit.checkpoints.malformed_sources import good, write_directory
 from tests.unit.export.checkpoints import UNTIED, all_layers, tensors_of, write_checkpoint
 from tests.unit.export.test_hf import export, mixture, projections, scheme_of, stored_linear

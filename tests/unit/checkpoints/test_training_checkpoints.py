@@ -25,7 +25,8 @@ from mqat.checkpoints.megatron import check_family
 from mqat.checkpoints.megatron_config import from_transformer_config
 from mqat.checkpoints.source import open_pretrained
 from mqat.data.tokenizer import load_tokenizer, train_small_tokenizer
-from mqat.models.decoder import FAMILIES, hf_shapes
+from mqat.models.decoder import FAMILIES
+from mqat.models.hf_keys import hf_shapes
 from mqat.runtime import groups
 from tests.distributed import megatron_worker as worker
 from tests.unit.checkpoints.malformed_sources import good, write_directory

@@ -56,8 +56,8 @@ def all_layers(
     """Every linear quantized alike; empty for `null`."""
     # W4A8 kernels know groups of 128 only.
     scheme = named_scheme(algorithm, group_size=128 if algorithm == "w4a8_awq" else group_size)
-    linears = [linear.name for linear in model.linears]
-    names = [f"decoder.layers.{i}.{linear}" for i in range(model.num_layers) for linear in linears]
+    layers = range(model.num_layers)
+    names = [f"decoder.layers.{i}.{linear.name}" for i in layers for linear in model.linears_of(i)]
     return {} if scheme is None else dict.fromkeys(names, scheme)
 
 
@@ -83,7 +83,8 @@ def tensors_of(
     for name, scheme in linear_schemes(layers).items():
         index, linear = name.removeprefix("decoder.layers.").split(".", 1)
         row = model.linear(linear)
-        weight = state[row.key][row.stored_at(int(index))].view(row.shape(model))
+        key, lead = model.place(row.key, int(index))
+        weight = state[key][(*lead, *row.stored_at)].view(row.shape(model))
         assert scheme.weight is not None
         quantizers = {"weight": Quantizer(scheme.weight, tuple(weight.shape), name)}
         statistic = statistic_of(weight, quantizers["weight"].scheme)

@@ -15,7 +15,8 @@ from mqat.export.export import export_checkpoint
 from mqat.export.exporter import ExportOptions
 from mqat.export.exporters import exporter
 from mqat.export.nemo.model_config import check_model
-from mqat.models.decoder import DecoderConfig, hf_shapes
+from mqat.models.decoder import DecoderConfig
+from mqat.models.hf_keys import hf_shapes
 from tests.unit.checkpoints.test_describe import own_model
 from tests.unit.checkpoints.test_training_checkpoints import sentencepiece_model
 from tests.unit.export.checkpoints import (

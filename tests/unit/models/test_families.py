@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from mqat.checkpoints.hf_config import decoder_config
 from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
 from mqat.checkpoints.random_weights import RandomWeights
-from mqat.models.decoder import FAMILIES, DecoderConfig, hf_shapes
+from mqat.models.decoder import FAMILIES, DecoderConfig
+from mqat.models.hf_keys import hf_shapes
 from mqat.models.structure import DENSE_LINEARS
 
 LINEARS = tuple(linear.name for linear in DENSE_LINEARS)

@@ -69,10 +69,10 @@ def test_experts_are_a_dimension_of_the_stored_weight():
     sizes = replace(SMALL, **MIXTURE)
     expert = sizes.linears[-1]
     assert expert.name == "mlp.experts.2.linear_fc2"
-    assert FC1.stacked_shape(SMALL, 2) == (2, 8, 4)
-    assert expert.stacked_shape(sizes, 2) == (2, 3, 4, 6)
-    assert expert.stored_at(1) == (slice(1, 2), slice(2, 3))
-    assert FC1.stored_at(1) == (slice(1, 2),)
+    assert FC1.stored_shape(SMALL) == (8, 4)
+    assert expert.stored_shape(sizes) == (3, 4, 6)
+    assert expert.stored_at == (slice(2, 3),) and FC1.stored_at == ()
+    assert sizes.place(expert.key, 1) == (expert.key, (slice(1, 2),))
 
 
 def test_names_are_taken_apart_as_they_were_put_together():

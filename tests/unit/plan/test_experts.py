@@ -60,6 +60,7 @@ def test_the_recipe_quantizes_experts_alone_in_groups_of_32(options):
             "smoothquant rescales the one input of all experts",
         ),
         (["quantization.rules=[{pattern: '*.router', algorithm: int8}]"], "never quantized"),
+        (["model.moe_router_bias_update_rate=0.001"], "have no correction that could be moved"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(options, changes, message):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,13 +22,29 @@ from tests.unit.export.checkpoints import (
 )
 
 TOKENS = torch.randint(0, 301, (2, 24), generator=torch.Generator().manual_seed(1))
-MODELS = {"mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE}
+# Both with a layer whose MLP is dense, and shared experts.
+QWEN2_MOE = replace(
+    QWEN3_MOE, family="qwen2_moe", biases=("self_attention.linear_qkv",), dense_layers=(0,),
+    shared_intermediate_size=128,
+)  # fmt: skip
+GLM4_MOE = replace(
+    QWEN3_MOE, family="glm4_moe", num_experts=8, experts_per_token=2, expert_groups=4,
+    normalizes_expert_weights=True, expert_weight_scale=1.5, shared_intermediate_size=128,
+    dense_layers=(0,), rotary_fraction=0.5, router_aux_loss_coef=0.0,
+)  # fmt: skip
+MODELS = {
+    "mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE, "qwen2_moe": QWEN2_MOE, "glm4_moe": GLM4_MOE
+}  # fmt: skip
 # The experts alone, or everything; names of what is stored of one linear.
 CASES = [
     ("mixtral", "null", None, ["weight"]),
     ("mixtral", "int4-experts", None, ["weight_packed", "weight_scale", "weight_shape"]),
     ("qwen3_moe", "int8_pc_pt", None, ["weight", "weight_scale"]),
     ("qwen3_moe", "fp8-experts", "modelopt", ["input_scale", "weight", "weight_scale"]),
+    ("qwen2_moe", "int4-experts", None, ["weight_packed", "weight_scale", "weight_shape"]),
+    ("qwen2_moe", "fp8", "modelopt", ["input_scale", "weight", "weight_scale"]),
+    ("glm4_moe", "null", None, ["weight"]),
+    ("glm4_moe", "int8_pc_pt", None, ["weight", "weight_scale"]),
     (
         "mixtral",
         "nvfp4-experts",
@@ -35,8 +52,15 @@ CASES = [
         ["input_scale", "weight", "weight_scale", "weight_scale_2"],
     ),
 ]
-EXPERT = {"mixtral": "block_sparse_moe.experts.1.w1", "qwen3_moe": "mlp.experts.1.gate_proj"}
-ROUTER = {"mixtral": "block_sparse_moe.gate", "qwen3_moe": "mlp.gate"}
+EXPERT = {name: "mlp.experts.1.gate_proj" for name in MODELS} | {
+    "mixtral": "block_sparse_moe.experts.1.w1"
+}
+ROUTER = {name: "mlp.gate" for name in MODELS} | {"mixtral": "block_sparse_moe.gate"}
+# Tensors beside experts and routers.
+BESIDE = {
+    "qwen2_moe": ["mlp.shared_expert_gate.weight", "mlp.shared_expert.up_proj"],
+    "glm4_moe": ["mlp.gate.e_score_correction_bias", "mlp.shared_experts.down_proj"],
+}
 
 
 def layers_of(algorithm, model):
@@ -73,7 +97,8 @@ def weights_on_their_grid(model, layers):
     for name, scheme in layers.items():
         index, linear = name.removeprefix("decoder.layers.").split(".", 1)
         row = model.linear(linear)
-        weight = state[row.key][row.stored_at(int(index))].view(row.shape(model))
+        key, lead = model.place(row.key, int(index))
+        weight = state[key][(*lead, *row.stored_at)].view(row.shape(model))
         scale = state[quantizer_key(name, "weight", "scale")]
         weight.copy_(fake_quantize(weight, scale, scheme.weight.format, scheme.weight.granularity))
     return {key: value for key, value in state.items() if not key.startswith("quantizers.")}
@@ -109,7 +134,8 @@ def test_names_are_those_that_servers_read_and_routers_are_ignored(case):
         ignored = config["quantization_config"]["ignore"]
         assert router in ignored and "lm_head" in ignored
         assert f"model.layers.1.{EXPERT[family]}" not in ignored
-        is_whole = len(layers) == 2 * len(MODELS[family].linears)
+        model = MODELS[family]
+        is_whole = len(layers) == sum(len(model.linears_of(n)) for n in range(model.num_layers))
         assert ("model.layers.0.self_attn.q_proj" in ignored) != is_whole
 
 
@@ -124,9 +150,13 @@ def changed(directory, tmp_path, change):
 def test_a_flipped_bit_and_swapped_experts_are_named(case, tmp_path):
     family, _, checkpoint, directory, names = case
     prefix = f"model.layers.1.{EXPERT[family]}."
-    for number, name in enumerate(
-        [*(prefix + n for n in names), f"model.layers.1.{ROUTER[family]}.weight"]
-    ):
+    stored = load_file(directory / "model.safetensors")
+    beside = [
+        n for b in BESIDE.get(family, []) for n in stored if n.startswith(f"model.layers.1.{b}")
+    ]
+    assert len(beside) >= len(BESIDE.get(family, []))
+    router = f"model.layers.1.{ROUTER[family]}.weight"
+    for number, name in enumerate([*(prefix + n for n in names), router, *beside]):
 
         def flip(tensors, name=name):
             bits = tensors[name].view(-1).view(torch.uint8)
@@ -158,3 +188,32 @@ def test_another_number_of_experts_for_a_token_is_noticed(case, tmp_path):
     (copy / "config.json").write_text(json.dumps(config))
     problems = verify_export(copy, reference=checkpoint).problems
     assert any("num_experts_per_tok=1, but the checkpoint has" in p for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("glm4_moe", {"routed_scaling_factor": 1.0}, "scale of experts' weights=1.0"),
+        ("glm4_moe", {"n_group": 8}, "n_group=8, but the checkpoint has 4"),
+        ("glm4_moe", {"n_group": 3}, "3 groups of 8 experts"),
+        ("glm4_moe", {"first_k_dense_replace": 2}, "first_k_dense_replace=2, expected fewer"),
+        ("glm4_moe", {"first_k_dense_replace": 0}, "is missing"),
+        ("glm4_moe", {"n_shared_experts": 1}, "expected"),
+        ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob=False, expected one of"),
+        ("glm4_moe", {"use_qk_norm": False}, "is not expected"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "add up to one: True, trained otherwise"),
+        ("qwen2_moe", {"mlp_only_layers": [7]}, "expected a list of layers"),
+        ("qwen2_moe", {"qkv_bias": False}, "is not expected"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "expected a positive integer"),
+    ],
+)
+def test_a_config_that_says_something_else_of_experts_is_noticed(
+    tmp_path, family, changes, message
+):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", MODELS[family], {})
+    export_hf(checkpoint, tmp_path / "out", dtype="float32")
+    assert verify_export(tmp_path / "out", reference=checkpoint).problems == []  # control
+    config = json.loads((tmp_path / "out" / "config.json").read_text()) | changes
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    problems = verify_export(tmp_path / "out", reference=checkpoint).problems
+    assert any(message in problem for problem in problems), problems
