@@ -363,7 +363,9 @@ class DecoderConfig:
         if family.rotary_fraction is not None:
             keys["partial_rotary_factor"] = self.rotary_fraction
         if window is not None:
-            keys["sliding_window"] = self.sliding_window
+            # transformers makes masks of both kinds where there is a pattern.
+            least = None if window.every is None else window.default
+            keys["sliding_window"] = self.sliding_window or least
             if window.switch is not None:
                 keys[window.switch] = self.sliding_window is not None
             has_pattern = window.every is not None or self.sliding_window is not None
