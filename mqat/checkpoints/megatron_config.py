@@ -191,11 +191,18 @@ class TrainingConfig:
             and function in ("not said", "silu")
         ):
             raise self._contradiction("gated_linear_unit", f"{told}, with a gate", said_by)
-        if self.rope_scaling not in (None, model.rope_scaling):
+        told = self.rope_scaling or self._interpolation()
+        if says("position_embedding_type", "rope") == "rope" and told != model.rope_scaling:
             raise UserError(
-                f"{self.where}: positions are scaled by {self.rope_scaling}, but {said_by} says "
+                f"{self.where}: positions are scaled by {told}, but {said_by} says "
                 f"{model.rope_scaling}; they are of different models."
             )
+
+    def _interpolation(self) -> dict[str, Any] | None:
+        """Linear scaling, in the words of a description."""
+        factor = self.values.get("seq_len_interpolation_factor")
+        is_scaled = is_positive(factor) and factor != 1
+        return {"rope_type": "linear", "factor": float(factor)} if is_scaled else None
 
     def _contradiction(self, word: str, other: str, said_by: str) -> UserError:
         return UserError(

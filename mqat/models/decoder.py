@@ -356,10 +356,14 @@ class DecoderConfig:
     def positions_to_hf(self) -> dict[str, Any]:
         """Keys of positions and attention."""
         family, window = self.architecture, self.architecture.window
-        keys: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
-        if (self.rope_scaling or {}).get("rope_type") == "longrope":  # transformers 4 reads it here
-            name = "original_max_position_embeddings"
-            keys[name] = (self.rope_scaling or {})[name]
+        scaling = self.rope_scaling
+        keys: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_scaling": scaling}
+        if scaling is not None and scaling["rope_type"] == "longrope":
+            name = "original_max_position_embeddings"  # transformers 4 reads it here
+            keys[name] = scaling[name]
+            if family.rope_scalings is not None:  # of whose class it wants these three keys alone
+                others = {key: v for key, v in scaling.items() if key not in ("rope_type", name)}
+                keys["rope_scaling"] = {"type": "longrope", **others}
         if family.rotary_fraction is not None:
             keys["partial_rotary_factor"] = self.rotary_fraction
         if window is not None:

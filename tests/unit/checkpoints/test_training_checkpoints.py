@@ -279,6 +279,9 @@ def described(saved, tmp_path):
     ({"rms_norm_eps": 1e-5}, {}, "norm_epsilon=1e-06, but .*layernorm_epsilon=1e-05"),
     ({"num_attention_heads": 8, "head_dim": 12}, {}, "num_attention_heads=4, but"),
     ({"rope_scaling": None}, {}, "positions are scaled by .*llama3.* says None"),
+    ({}, {"use_rope_scaling": False}, "positions are scaled by None, but .*config.json says .*llama3"),
+    ({}, {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": 4},
+     "scaled by .*'linear', 'factor': 4.0.*, but .*config.json says .*llama3"),
     ({}, {"normalization": "LayerNorm"}, "normalization='LayerNorm', but .* norms are RMSNorm"),
     ({}, {"apply_layernorm_1p": True}, "apply_layernorm_1p=True, but .*gamma=False"),
     ({}, {"squared_relu": True}, "squared_relu=True, but .* the activation is silu"),
@@ -297,6 +300,17 @@ def test_a_description_that_agrees_with_the_run_is_taken(saved, described):
     source = open_pretrained(saved[0] / "stacked", config_from=path)
     check_weights(source, saved[1])
     assert source.config.family == "qwen3"
+
+
+def test_linear_scaling_of_both_is_taken(saved, tmp_path, described):
+    """Megatron-LM interpolates positions by a factor of its own."""
+    linear = {"rope_type": "linear", "factor": 4.0}
+    interpolated = {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": 4}
+    path = with_args(saved, tmp_path, **interpolated)
+    assert (
+        open_pretrained(path, config_from=described(rope_scaling=linear)).config.rope_scaling
+        == linear
+    )
 
 
 @pytest.mark.parametrize(("family", "is_read"), [
