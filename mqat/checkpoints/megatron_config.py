@@ -44,6 +44,21 @@ _ABSENT = {
     "apply_embedding_scaling", "mcore_customization_config", "attn_logit_softcapping",
     "final_logit_softcapping", "hyena", "use_kitchen", "use_kitchen_attention", "mtp_standalone",
 }  # fmt: skip
+# What training frameworks call them. Megatron's `gelu` is by tanh where it is fused with its bias.
+_ACTIVATIONS = {
+    "silu": ("silu",),
+    "gelu_tanh": (
+        "gelu",
+        "geglu",
+        "fast-geglu",
+        "openai_gelu",
+        "openai-gelu",
+        "gelu_tanh",
+        "fast_gelu",
+    ),
+    "relu2": ("squared_relu", "squared-relu"),
+}
+_BY_SWITCH, _TANH_SWITCHES = ("gelu", "geglu"), ("bias_gelu_fusion", "bias_activation_fusion")
 _BY_CONFIG = "mqat import --config-from HF_DIR takes the description of a Hugging Face directory"
 
 
@@ -179,30 +194,56 @@ class TrainingConfig:
             raise self._contradiction(
                 gamma, f"{family.name} has {gamma}={family.zero_centered_gamma}", said_by
             )
-        function, told = (
-            says("activation_func", "not said"),
-            f"the activation is {family.activation}",
-        )
-        if function != "not said" and (function == "silu") != (family.activation == "silu"):
-            raise self._contradiction("activation_func", told, said_by)
-        if (
-            says("gated_linear_unit") is False
-            and family.is_gated
-            and function in ("not said", "silu")
-        ):
-            raise self._contradiction("gated_linear_unit", f"{told}, with a gate", said_by)
-        told = self.rope_scaling or self._interpolation()
-        if says("position_embedding_type", "rope") == "rope" and told != model.rope_scaling:
+        self._check_activation(family, said_by)
+        self._check_positions(model, said_by)
+
+    def _check_positions(self, model: DecoderConfig, said_by: str) -> None:
+        """Refuses other positions than those of the description."""
+        says, family = self.values.get, model.architecture
+        is_learned, kind = family.positions is not None, says("position_embedding_type")
+        if kind is not None and (kind == "learned_absolute") != is_learned:
+            told = f"positions are {'learned' if is_learned else 'rotary'}"
+            raise self._contradiction("position_embedding_type", told, said_by)
+        if is_learned:
+            return
+        fraction, own = says("rotary_percent"), model.rotary_fraction
+        if is_positive(fraction) and fraction != own:
+            raise self._contradiction("rotary_percent", f"rotary_percent={own!r}", said_by)
+        word, own = "rotary_interleaved", family.is_rotary_interleaved
+        if bool(says(word)) != own:
+            raise self._contradiction(word, f"{family.name} has {word}={own}", said_by)
+        scaling = self.rope_scaling or self._interpolation()
+        if kind in (None, "rope") and scaling != model.rope_scaling:
             raise UserError(
-                f"{self.where}: positions are scaled by {told}, but {said_by} says "
+                f"{self.where}: positions are scaled by {scaling}, but {said_by} says "
                 f"{model.rope_scaling}; they are of different models."
             )
+
+    def _check_activation(self, family: Family, said_by: str) -> None:
+        """Refuses an activation or a gate that the family does not have."""
+        told = f"the activation is {family.activation}"
+        is_gated = self.values.get("gated_linear_unit")
+        if is_gated is not None and bool(is_gated) != family.is_gated:
+            gate = f"{told}, with{'' if family.is_gated else 'out'} a gate"
+            raise self._contradiction("gated_linear_unit", gate, said_by)
+        word = self.values.get("activation_func", "not said")
+        name = self.spelled.get("activation_func") if word is True else word
+        if name not in ("not said", *_ACTIVATIONS[family.activation]):
+            raise self._contradiction("activation_func", told, said_by)
+        by_erf = [key for key in _TANH_SWITCHES if self.values.get(key) is False]
+        if name in _BY_SWITCH and by_erf:
+            told += (
+                " (Megatron's gelu without that fusion is by the error function; say true there if "
+            )
+            told += "the small difference is meant)"
+            raise self._contradiction(by_erf[0], told, said_by)
 
     def _interpolation(self) -> dict[str, Any] | None:
         """Linear scaling, in the words of a description."""
         factor = self.values.get("seq_len_interpolation_factor")
-        is_scaled = is_positive(factor) and factor != 1
-        return {"rope_type": "linear", "factor": float(factor)} if is_scaled else None
+        if not is_positive(factor) or factor == 1:
+            return None
+        return {"rope_type": "linear", "factor": float(factor)}
 
     def _contradiction(self, word: str, other: str, said_by: str) -> UserError:
         return UserError(
@@ -294,6 +335,8 @@ def from_megatron_lm(args: Mapping[str, Any], where: str) -> TrainingConfig:
     others = [key for key in ("squared_relu", "quick_geglu", "openai_gelu") if args.get(key)]
     if others:
         values["activation_func"], spelled["activation_func"] = True, others[0]
+    elif "swiglu" in args:
+        values["activation_func"] = "silu" if args["swiglu"] else "gelu"
     scaled = args.get("use_rope_scaling") or None
     scaling = scaled and _llama3(args.get("rope_scaling_factor", 8.0))
     return TrainingConfig(where, values, spelled, scaling)
@@ -338,13 +381,16 @@ def from_nemo1(config: Mapping[str, Any], where: str) -> TrainingConfig:
     }  # fmt: skip
     activation = str(config.get("activation", "gelu"))
     norm = str(config.get("normalization", "layernorm")).lower()
+    norms = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm", "layernorm1p": "LayerNorm"}
     defaults = {
         "layernorm_epsilon": 1e-5, "rotary_base": 10000, "share_embeddings_and_output_weights": True,
         "position_embedding_type": "learned_absolute", "mcore_gpt": False,
     }  # fmt: skip
     values = defaults | dict(config)
     values |= {
-        "normalization": "RMSNorm" if norm == "rmsnorm" else norm,
+        "normalization": norms.get(norm, norm),
+        "layernorm_zero_centered_gamma": norm == "layernorm1p"
+        or bool(config.get("layernorm_zero_centered_gamma")),
         "activation_func": "silu" if activation.endswith("swiglu") else activation,
         "gated_linear_unit": activation.endswith("glu"),
         "rotary_percent": config.get("rotary_percentage", 1.0),

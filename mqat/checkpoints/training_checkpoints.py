@@ -229,7 +229,8 @@ def _nemo1(folder: Folder, config_from: Path | None) -> Parts:
         tensors = _torch_dist(weights)
     else:
         tied = bool(config.values["share_embeddings_and_output_weights"])
-        tensors = RankFolders(folder, _RANK_FILE, drops_head=tied)
+        is_gated = bool(config.values["gated_linear_unit"])
+        tensors = RankFolders(folder, _RANK_FILE, drops_head=tied, is_gated=is_gated)
     return tensors, config, nemo1_tokenizer(folder, said.get("tokenizer"))
 
 

@@ -46,8 +46,11 @@ def test_what_is_whole_on_every_rank_is_not_divided():
 
 
 def test_capped_scores_are_refused_with_transformer_engine_before_anything_is_built(monkeypatch):
-    config = load_config(None, ["model.data.packaged=python_docs", "model.transformer_engine=true"])
-    model = replace(model_of("gemma2"), max_position_embeddings=1 << 20)
+    config = load_config(
+        None,
+        ["model.data.packaged=python_docs", "model.transformer_engine=true", "export.format=null"],
+    )
+    model = replace(model_of("gemma2"), sliding_window=4096, max_position_embeddings=1024)
     monkeypatch.setattr(run, "_source", lambda _: (model, None))
     monkeypatch.setattr(run, "_check_decoder", lambda *_: None)
     with pytest.raises(UserError, match=r"transformer_engine=true: .* cap scores at 50"):
