@@ -22,8 +22,8 @@ from mqat.checkpoints import rank_folders
 from mqat.checkpoints.folder import Folder
 from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
 from mqat.checkpoints.megatron import check_family
-from mqat.checkpoints.megatron_config import from_transformer_config
 from mqat.checkpoints.source import open_pretrained
+from mqat.checkpoints.training_words import from_transformer_config
 from mqat.data.tokenizer import load_tokenizer, train_small_tokenizer
 from mqat.models.decoder import FAMILIES, hf_shapes
 from mqat.models.structure import DENSE_LINEARS, PLAIN_LINEARS, by_name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,13 @@ def test_a_nemotron_of_nemo_1_is_read(world, tmp_path):
     ):  # fmt: skip
         (path / "model_config.yaml").write_text(yaml.safe_dump(NEMOTRON | changes))
         if message is None:
-            check_tensors(open_pretrained(path, config_from=hf), hf)
+            described = open_pretrained(path, config_from=hf)
+            check_tensors(described, hf)
+            alone = open_pretrained(
+                path
+            ).config  # which has no ids of tokens, and padding in its table
+            same = {"vocab_size": alone.vocab_size, "token_ids": {}}
+            assert replace(described.config, **same) == alone
             continue
         with pytest.raises(UserError, match=message):
             open_pretrained(path, config_from=hf)
@@ -144,6 +151,7 @@ def test_megatrons_gpt_gives_megatrons_logits(gpt, tmp_path):
 
     path, model = gpt
     source = open_pretrained(path, config_from=tmp_path / "hf")
+    assert open_pretrained(path).config == replace(source.config, token_ids={})
     assert source.config.family == "gpt2" and source.config.tie_word_embeddings
     chunks = build_model(source.config, ModelConfig(), {}, torch.float32)
     load_pretrained_(chunks, source)
@@ -154,6 +162,24 @@ def test_megatrons_gpt_gives_megatrons_logits(gpt, tmp_path):
     found = logits(chunks, tokens)
     assert (found - expected).abs().max() <= 1e-4
     assert (found[:, 1:] - expected[:, :-1]).abs().max() > 0.1  # control
+
+
+def test_layer_norms_without_a_family_are_refused(gpt):
+    """Without a description: no family has a squared ReLU between them, or rotary positions."""
+    path, _ = gpt
+    for changes in (
+        {"openai_gelu": False, "squared_relu": True}, {"openai_gelu": False, "bias_gelu_fusion": False},
+        {"position_embedding_type": "rope", "rotary_base": 10000, "rotary_percent": 0.5},
+        {"apply_layernorm_1p": True}, {"position_embedding_type": "none"},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"must be|is not supported"):
+            open_pretrained(with_args(path, GPT | changes))
+
+
+def with_args(path: Path, args: dict[str, Any]) -> Path:
+    common = torch.load(path / "common.pt", weights_only=False)
+    torch.save(common | {"args": argparse.Namespace(**args)}, path / "common.pt")
+    return path
 
 
 @pytest.mark.parametrize(
@@ -177,11 +203,8 @@ def test_megatrons_gpt_gives_megatrons_logits(gpt, tmp_path):
 def test_a_run_that_contradicts_the_directory_is_refused(gpt, tmp_path, args, message):
     path, _ = gpt
     open_pretrained(path, config_from=tmp_path / "hf")  # control
-    common = torch.load(path / "common.pt", weights_only=False)
-    common["args"] = argparse.Namespace(**GPT | args)
-    torch.save(common, path / "common.pt")
     with pytest.raises(UserError, match=message):
-        open_pretrained(path, config_from=tmp_path / "hf")
+        open_pretrained(with_args(path, GPT | args), config_from=tmp_path / "hf")
 
 
 def test_positions_of_parts_and_pairs_are_compared(world, tmp_path):

@@ -11,7 +11,6 @@ from tests.unit.models.matrix import GRADIENTS, LOGITS, measure
 MEASURED = Path(__file__).parents[3] / "docs" / "families.json"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_does_what_the_page_says(family, world, tmp_path):
     expected = json.loads(MEASURED.read_text("utf-8"))
