@@ -31,8 +31,8 @@ layers is imported; logits and the gradients of all parameters are compared with
 (largest difference of a logit; largest relative difference of a parameter's gradient); {steps} steps
 of INT8 QAT on one batch lower the loss; the result is exported to TensorRT-LLM at TP 2 x PP 2 and to
 Hugging Face, and `mqat verify` compares every tensor with the checkpoint, and the logits with those of
-training. Seconds are of a processor, for all that. ChatGLM, which transformers does not have, is compared
-with the tests' own formulas.
+training. Seconds are of a processor, for all that. ChatGLM, which transformers does not have, is
+compared with the tests' own formulas.
 
 | `model_type` | logits | gradients | loss, {steps} steps | TensorRT-LLM | Hugging Face | seconds |
 |---|---|---|---|---|---|---|
@@ -41,10 +41,10 @@ _FOOTER = """
 `tests/distributed/test_families.py` and `test_experts.py` compare logits, scales and exported bytes at
 TP 2, TP 2 + SP, PP 2 and, of mixtures, EP 2.
 
-Training checkpoints of Megatron-LM, Megatron-Bridge and NeMo are read of every dense family, described by
-a Hugging Face directory (`mqat import --config-from`); without one of `llama`, `mistral`, `qwen2`, `qwen3`,
-`nemotron`, `starcoder2` and `gpt2`, which the run's own settings tell apart (of models that compute the
-same the first is taken).
+Training checkpoints of Megatron-LM, Megatron-Bridge and NeMo are read of every dense family, described
+by a Hugging Face directory (`mqat import --config-from`); without one, of `llama`, `mistral`, `qwen2`,
+`qwen3`, `nemotron`, `starcoder2` and `gpt2`, which the run's own settings tell apart (of models that
+compute the same the first is taken).
 
 All are read from Hugging Face directories; what a `config.json` or GGUF file says and is not honoured is
 refused by name. TensorRT-LLM's class is named where it has one; what that class cannot say (yarn and

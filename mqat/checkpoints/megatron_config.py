@@ -295,7 +295,7 @@ class TrainingConfig:
 
     def _said(self, word: str) -> str:
         own = self.spelled.get(word, word)
-        return f"{own}={self.values.get(own, self.values[word])!r}"
+        return f"{own}={self.values.get(own, self.values.get(word))!r}"
 
     def _whole(self, word: str, default: int | None = None) -> int:
         value = self.values.get(word)
