@@ -112,7 +112,8 @@ GPT = {
     "num_layers": 2, "hidden_size": 60, "ffn_hidden_size": 96, "num_attention_heads": 4,
     "kv_channels": 15, "max_position_embeddings": 64, "position_embedding_type": "learned_absolute",
     "normalization": "LayerNorm", "norm_epsilon": 1e-5, "swiglu": False, "openai_gelu": True,
-    "rotary_base": 500000, "add_bias_linear": True, "untie_embeddings_and_output_weights": False, "padded_vocab_size": 128,
+    "rotary_base": 500000, "add_bias_linear": True, "untie_embeddings_and_output_weights": False,
+    "padded_vocab_size": 128,
 }  # fmt: skip
 
 
