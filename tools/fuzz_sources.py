@@ -2,9 +2,10 @@
 
     python tools/fuzz_sources.py --count 1000
 
-Runs that many Hugging Face directories and that many GGUF files of `tests/unit/checkpoints`, each a good
-model with one or two seeded changes, and prints what became of each kind. Ends with status 1 if one of
-them gave other numbers than transformers, a traceback or several lines; prints their seeds.
+Runs that many Hugging Face directories, that many GGUF files and that many directories of the families
+least like Llama, of `tests/unit/checkpoints`, each a good model with one or two seeded changes, and
+prints what became of each kind. Ends with status 1 if one of them gave other numbers than transformers,
+a traceback or several lines; prints their seeds.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def main() -> int:
     found: Counter[tuple[str, str, str]] = Counter()
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
-        for reader in ("huggingface", "gguf"):
+        for reader in ("huggingface", "gguf", "families"):
             for seed in range(args.start, args.start + args.count):
                 kind, end = run_case(reader, seed, Path(folder) / f"{reader}-{seed}")
                 if end[0].isupper():

@@ -4,12 +4,13 @@ Sources: llama.cpp `src/llama-arch.cpp` (all keys), `src/llama-model.cpp` (which
 and `qwen3` read, with which defaults), `gguf-py/gguf/constants.py`.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mqat.checkpoints.hf_config import token_ids
-from mqat.checkpoints.values import is_positive, is_whole
+from mqat.checkpoints.values import MOST_LISTED, is_positive, is_whole, whole_rule
 from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.family import Family
@@ -85,11 +86,13 @@ class Metadata:
         """Elements of an array, without reading them, which takes seconds for vocabularies."""
         return len(self._fields[key].data) if key in self._fields else None
 
-    def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+    def whole(
+        self, key: str, default: int | None = None, *, least: int = 1, most: float = math.inf
+    ) -> int:
         """An integer; `default`, if there is one, where the key is missing."""
         value = self.value(key) if key in self._fields else default
-        if not is_whole(value, least):
-            raise self._wrong(key, value, f"an integer of at least {least}, the same in all layers")
+        if not is_whole(value, least, most):
+            raise self._wrong(key, value, f"{whole_rule(least, most)}, the same in all layers")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
@@ -161,7 +164,7 @@ def decoder_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) ->
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=metadata.whole(f"{prefix}feed_forward_length"),
-        num_layers=metadata.whole(f"{prefix}block_count"),
+        num_layers=metadata.whole(f"{prefix}block_count", most=MOST_LISTED),
         num_attention_heads=heads,
         num_query_groups=metadata.whole(f"{prefix}attention.head_count_kv", heads),
         head_dim=head_dim,
@@ -205,7 +208,7 @@ def _scaling(metadata: Metadata, prefix: str) -> dict[str, Any] | None:
 def _windows(metadata: Metadata, prefix: str, family: Family) -> dict[str, Any]:
     """Of architectures whose windows llama.cpp computes, with the numbers that it has built in."""
     key, context = f"{prefix}attention.sliding_window", metadata.whole(f"{prefix}context_length")
-    layers = metadata.whole(f"{prefix}block_count")
+    layers = metadata.whole(f"{prefix}block_count", most=MOST_LISTED)
     if family.window is None or family.window.every is None:
         # Few converters write the key: a file without it is taken to have no window.
         if (window := metadata.whole(key, context)) < context:

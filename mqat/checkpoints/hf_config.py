@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mqat.checkpoints.hf_positions import positions
-from mqat.checkpoints.values import Told, is_whole
+from mqat.checkpoints.values import MOST_LISTED, Told, is_whole
 from mqat.checkpoints.values import flag as _flag
 from mqat.checkpoints.values import positive as _positive
 from mqat.checkpoints.values import whole as _whole
@@ -57,13 +57,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,), "mlp_bias": (False,), "bias": (False,), "qkv_bias": (False,),
     "use_sliding_window": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,), "pruned_heads": ({},), "chunk_size_feed_forward": (0,),
-    "qk_layernorm": (False,), "use_qk_norm": (False,), "scale_attn_by_inverse_layer_idx": (False,),
-    "scale_attn_weights": (True,), "norm_type": ("layer_norm",), "mlp_type": ("default",),
-    "use_bidirectional_attention": (False,), "add_bias_linear": (False,), "add_qkv_bias": (True,),
-    "multi_query_attention": (True,), "rmsnorm": (True,), "post_layer_norm": (True,),
-    "original_rope": (True,), "apply_residual_connection_post_layernorm": (False,),
-    "fp32_residual_connection": (False,), "rope_ratio": (1,), "quantization_bit": (0,),
-    "prefix_projection": (False,),
+    "qk_layernorm": (False,), "use_qk_norm": (False,), "use_bidirectional_attention": (False,),
     "router_jitter_noise": (0,), "output_router_logits": (False,),
 }  # fmt: skip
 _WAYS_OUT = {
@@ -91,7 +85,7 @@ def decoder_config(hf: Any) -> DecoderConfig:
     _check_keys(hf, family)
     hf = Told(hf, family.hf_keys, family.hf_defaults)
     heads = _whole(hf, "num_attention_heads")
-    hidden, layers = _whole(hf, "hidden_size"), _whole(hf, "num_hidden_layers")
+    hidden, layers = _whole(hf, "hidden_size"), _whole(hf, "num_hidden_layers", most=MOST_LISTED)
     # null means the default of Llama; where the key is absent, others have defaults of their own.
     optional = family.may_omit_groups
     groups = _whole(hf, "num_key_value_heads", heads, may_be_absent=optional)
@@ -148,11 +142,13 @@ def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
         own |= {*mixture.keys, *_MIXTURE}
         own |= {*_COUNTS} if mixture.count in _COUNTS else set()
     own |= {family.head_norms_switch, family.hf_further_layers}
+    fixed = {key: (value,) for key, value in {**family.hf_extra, **family.hf_fixed}.items()}
+    neutral = _NEUTRAL | fixed
     for key, value in hf.items():
         if value is None or key in understood or key in own or key in _HARMLESS:
             continue
-        if not any(value == neutral for neutral in _NEUTRAL.get(key, ())):
-            usual = " or ".join(map(repr, _NEUTRAL.get(key, ()))) or "its absence"
+        if not any(value == known for known in neutral.get(key, ())):
+            usual = " or ".join(map(repr, neutral.get(key, ()))) or "its absence"
             way_out = _WAYS_OUT.get(key, f"supported is {usual}, which must be the same model")
             raise UserError(f"config.json: {key}={value!r} is not honoured: {way_out}.")
     names = hf.get("architectures")
@@ -185,7 +181,7 @@ def _experts(family: Family, hf: Told, layers: int) -> dict[str, Any]:
         coefficient = _positive(hf, "router_aux_loss_coef")
     switch, size = family.head_norms_switch, _whole(hf, mixture.size)
     found: dict[str, Any] = {
-        "num_experts": _whole(hf, next(iter(counts), mixture.count)),
+        "num_experts": _whole(hf, next(iter(counts), mixture.count), most=MOST_LISTED),
         "experts_per_token": _whole(hf, "num_experts_per_tok"),
         "expert_intermediate_size": size,
         "normalizes_expert_weights": mixture.normalizes is None or _flag(hf, mixture.normalizes),

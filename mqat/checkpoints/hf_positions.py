@@ -77,9 +77,10 @@ def positions(family: Family, hf: Mapping[str, Any], layers: int, head_dim: int)
     found: dict[str, Any] = {"sliding_window": window, "windowed_layers": windowed}
     for key, default in family.attention.items():
         value = hf.get(key, default)
-        may_be_null = key.endswith("_softcapping")
-        if not is_positive(value) and not (value is None and may_be_null):
-            rule = "a positive number" + ", or null" * may_be_null
+        is_cap = key.endswith("_softcapping")  # transformers 5 takes no integer
+        is_right = is_positive(value) and not (is_cap and isinstance(value, int))
+        if not is_right and not (value is None and is_cap):
+            rule = "a positive number" + " with a decimal point, or null" * is_cap
             raise UserError(f"config.json: {key} is {value!r}, must be {rule}.")
         found[HF_ATTENTION[key]] = value
     if (scalar := found.get("attention_scale")) is not None:
@@ -138,8 +139,10 @@ def _window(family: Family, hf: Mapping[str, Any], layers: int) -> tuple[int | N
             f"of {layers} layers."
         )
     if told is not None and (told.switch is None or flag(hf, told.switch)):
-        is_none = hf.get("sliding_window", told.default) is None
-        size = None if is_none else whole(hf, "sliding_window", told.default)
+        # A pattern of layers needs a number even where no layer of it has the window.
+        is_none = hf.get("sliding_window", told.default) is None and told.every is None
+        default = None if told.every is not None and "sliding_window" in hf else told.default
+        size = None if is_none else whole(hf, "sliding_window", default)
     windowed = [] if size is None else _windowed_layers(family, hf, layers)
     listed = [layer for layer, kind in enumerate(types or []) if kind == "sliding_attention"]
     if types is not None and told is not None and size is not None and not told.is_of_all_layers:
@@ -157,7 +160,7 @@ def _windowed_layers(family: Family, hf: Mapping[str, Any], layers: int) -> list
     told = family.window
     if told is not None and told.every is not None:
         key, every = told.every
-        every = every if key is None else whole(hf, key, every)
+        every = every if key is None or key not in hf else whole(hf, key)
         return [layer for layer in range(layers) if (layer + 1) % every]
     if told is not None and told.first_layer is not None:
         return list(range(layers))[whole(hf, *told.first_layer, least=0) :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,12 +24,10 @@ from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.family import Family
 from mqat.models.structure import (
     EMBEDDING,
-    FINAL_NORM,
-    HF_LAYER,
     OUTPUT_LAYER,
-    TABLES,
     Linear,
     Norm,
+    Table,
     in_layer,
     is_in_layer,
     stacked_key,
@@ -46,17 +45,9 @@ def check_family(family: Family, said_by: object) -> None:
     """Refuses a family that `MegatronCheckpoint` has no way to read.
 
     Raises:
-        UserError: It does not have Llama's names in Hugging Face, one of each part, dense and gated.
+        UserError: It has experts.
     """
-    has_names = (family.hf_layer, family.embedding, family.final_norm, family.output_layer) == (
-        HF_LAYER,
-        EMBEDDING,
-        FINAL_NORM,
-        OUTPUT_LAYER,
-    )
-    is_dense = family.mixture is None and family.is_gated and family.positions is None
-    is_apart = all(len(linear.hf_modules()) == len(linear.parts) for linear in family.linears)
-    if not (has_names and is_dense and is_apart and family.normalization == "RMSNorm"):
+    if family.mixture is not None:
         raise UserError(
             f"{said_by}: {family.name} models are not read from checkpoints of Megatron or NeMo; "
             "convert the checkpoint to a Hugging Face directory and import that."
@@ -122,7 +113,9 @@ class MegatronCheckpoint:
     def _stored(self) -> Stored:
         """What the tensors say of the model."""
         linears = {linear.name for family in FAMILIES.values() for linear in family.linears}
-        norms = {norm.name for norm in known_norms() if self._norm_key(norm, 0) is not None}
+        norms = {
+            norm.name for norm in known_norms() if self._norm_key(norm, "weight", 0) is not None
+        }
         biases = {n for n in linears if self._layer_key(f"{n}.bias", 0) is not None}
         rows = self._tensors.shape(self._keys[EMBEDDING.key])[0]
         return Stored(
@@ -138,9 +131,10 @@ class MegatronCheckpoint:
         key = in_layer(layer, name)
         return (self._keys[key], ()) if key in self._keys else None
 
-    def _norm_key(self, norm: Norm, layer: int) -> tuple[str, Region] | None:
-        fused = norm.key.removeprefix(stacked_key("", "")[:-1])
-        return self._layer_key(fused, layer) or self._layer_key(f"{norm.name}.weight", layer)
+    def _norm_key(self, norm: Norm, kind: str, layer: int) -> tuple[str, Region] | None:
+        key = norm.key if kind == "weight" else norm.bias_key
+        fused = key.removeprefix(stacked_key("", "")[:-1])
+        return self._layer_key(fused, layer) or self._layer_key(f"{norm.name}.{kind}", layer)
 
     def _whole(self, linear: Linear, kind: str, layer: int) -> list[tuple[str, Region]]:
         """Tensors that together hold a parameter of a linear: itself, or its two halves."""
@@ -164,7 +158,7 @@ class MegatronCheckpoint:
             found, dtype = self._tensors.shape(key), self._tensors.dtype(key)
             wanted = (model.num_layers, *shape) if region else tuple(shape)
             bare = key.removeprefix(self._prefix)
-            is_table = bare in [table.key for table in TABLES]
+            is_table = bare in [table.key for table in model.tables if table.rows == "vocab"]
             is_padded = is_table and found[1:] == wanted[1:] and found[0] >= wanted[0]
             if found != wanted and not is_padded:
                 raise UserError(
@@ -182,13 +176,14 @@ class MegatronCheckpoint:
                 check(self._top(key), (), shape)
         for layer in range(model.num_layers):
             for norm in model.norms:
-                place = self._norm_key(norm, layer)
-                if place is None:
-                    raise UserError(
-                        f"{self.path}: the weight of {in_layer(layer, norm.name)} is missing; the "
-                        f"{model.family} model of {self._said_by} has it."
-                    )
-                check(*place, (model.size(norm.size),))
+                for kind in model.architecture.norm_kinds:
+                    place = self._norm_key(norm, kind, layer)
+                    if place is None:
+                        raise UserError(
+                            f"{self.path}: the {kind} of {in_layer(layer, norm.name)} is missing; the "
+                            f"{model.family} model of {self._said_by} has it."
+                        )
+                    check(*place, (model.size(norm.size),))
             for linear in model.linears:
                 shape = linear.shape(model)
                 self._check_linear(check, linear, layer, shape)
@@ -230,27 +225,52 @@ class MegatronCheckpoint:
             UserError: There is none, or an element is NaN or infinite.
         """
         module, _, kind = name.rpartition(".")
-        tops = {entry.hf: entry.key for entry in (*TABLES, FINAL_NORM)}
-        columns = () if cols is None else (cols,)
-        if module in tops:
-            rows = self._true_rows(rows) if module != FINAL_NORM.hf else rows
-            return self._read(self._top(tops[module]), (rows, *columns))
-        layer, short = _split_hf(name, module)
+        family, columns = self.config.architecture, () if cols is None else (cols,)
+        last = family.final_norm
+        if module == last.hf:
+            return self._read(self._top({"weight": last.key, "bias": last.bias_key}[kind]), (rows,))
+        for table in family.tables:
+            if module == table.hf:
+                rows = self._true_rows(table, rows)
+                return self._read(self._top(table.key), (rows, *columns))
+        layer, short = _split_hf(name, module, family.hf_layer)
         norms = {norm.hf: norm for norm in self.config.norms}
         if short in norms:
-            place = self._norm_key(norms[short], layer)
+            place = self._norm_key(norms[short], kind, layer)
             assert place is not None, name
             return self._read(place[0], (*place[1], rows), len(place[1]))
         for linear in self.config.linears:
-            for number, part in enumerate(linear.parts):
-                if part.hf == short:
-                    return self._read_part(linear, number, kind, layer, rows, columns)
+            if short in linear.hf_modules():
+                return self._read_module(linear, short, kind, layer, rows, columns)
         raise UserError(f"{self.path}: has no tensor {name!r}.")
 
-    def _true_rows(self, rows: slice) -> slice:
-        """Of a vocabulary table without its padding."""
-        span = range(self.config.vocab_size)[rows]
+    def _true_rows(self, table: Table, rows: slice) -> slice:
+        """Of a table without its padding."""
+        span = range(self.config.size(table.rows))[rows]
         return slice(span.start, span.stop)
+
+    def _read_module(
+        self,
+        linear: Linear,
+        module: str,
+        kind: str,
+        layer: int,
+        rows: slice,
+        columns: tuple[slice, ...],
+    ) -> Tensor:
+        """Of a Hugging Face module, which may hold several parts, or be transposed."""
+        if linear.is_transposed_in_hf and columns:
+            plain = replace(linear, is_transposed_in_hf=False)
+            return self._read_module(plain, module, kind, layer, columns[0], (rows,)).t()
+        parts = linear.hf_modules()[module]
+        span, first, found = range(linear.rows_of(self.config, parts))[rows], 0, []
+        for number in parts:
+            end = first + self.config.size(linear.parts[number].rows)
+            own = slice(max(span.start, first) - first, min(span.stop, end) - first)
+            if own.start < own.stop:
+                found.append(self._read_part(linear, number, kind, layer, own, columns))
+            first = end
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _read_part(
         self,
@@ -262,13 +282,11 @@ class MegatronCheckpoint:
         columns: tuple[slice, ...],
     ) -> Tensor:
         places = self._whole(linear, kind, layer)
-        span = range(self.config.size(linear.parts[number].rows))[rows]
-        wanted = slice(span.start, span.stop)
         if len(places) > 1:
-            (key, region), pieces = places[number], [wanted]
+            (key, region), pieces = places[number], [rows]
         else:
             ((key, region),) = places
-            pieces = linear.fused_rows(self.config, number, wanted)
+            pieces = linear.fused_rows(self.config, number, rows)
         found = [self._read(key, (*region, piece, *columns), len(region)) for piece in pieces]
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -278,9 +296,9 @@ class MegatronCheckpoint:
         return found.squeeze(0) if leading else found
 
 
-def _split_hf(name: str, module: str) -> tuple[int, str]:
+def _split_hf(name: str, module: str, hf_layer: str) -> tuple[int, str]:
     """Layer and name in it, of a module of a Hugging Face layer."""
-    before = HF_LAYER.split("{i}")[0]
+    before = hf_layer.split("{i}")[0]
     number, _, short = module.removeprefix(before).partition(".")
     if not module.startswith(before) or not number.isdigit():
         raise UserError(f"{name}: not a tensor of a decoder.")

@@ -1,17 +1,15 @@
-"""What a training configuration says of a model: Megatron-LM's, Megatron-Bridge's, NeMo 1's and 2's.
+"""What a training configuration says of a model, in the words of Megatron-Core.
 
-Each is brought into the words of Megatron-Core (`TransformerConfig`, and the arguments of `GPTModel`).
-What they say and no description has is refused by name; which family it is follows from the tensors.
+`training_words.py` brings those of Megatron-LM, Megatron-Bridge and NeMo into them. What they say and no
+description has is refused by name; which family it is follows from the tensors and these words.
 
-Sources: Megatron-LM `megatron/training/argument_utils.py` (core_transformer_config_from_args) and
-`gpt_builders.py`; NeMo 2.0 `megatron_base_model.py`, `megatron_gpt_model.py` (build_transformer_config,
-model_provider_func) and `collections/llm/gpt/model/{base,llama}.py`.
+Sources: Megatron-Core `transformer/transformer_config.py`, `transformer/mlp.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +18,6 @@ from mqat.errors import UserError
 from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.family import Family
 from mqat.models.structure import PROJ, QKV, QUERY_NORM, Norm
-from mqat.specs.rope import MEGATRON_LLAMA3
 
 # Value of a plain decoder, where a key is there at all.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -44,6 +41,26 @@ _ABSENT = {
     "apply_embedding_scaling", "mcore_customization_config", "attn_logit_softcapping",
     "final_logit_softcapping", "hyena", "use_kitchen", "use_kitchen_attention", "mtp_standalone",
 }  # fmt: skip
+# What training frameworks call them. Megatron's `gelu` is by tanh where it is fused with its bias.
+_ACTIVATIONS = {
+    "silu": ("silu",),
+    "gelu_tanh": (
+        "gelu",
+        "geglu",
+        "fast-geglu",
+        "openai_gelu",
+        "openai-gelu",
+        "gelu_tanh",
+        "fast_gelu",
+    ),
+    "relu2": ("squared_relu", "squared-relu"),
+}
+# Compared with a family, where one that is not like Llama has the tensors.
+_OF_FAMILIES = (
+    "normalization", "layernorm_zero_centered_gamma", "activation_func", "gated_linear_unit",
+    "position_embedding_type", "rotary_percent", "rotary_interleaved",
+)  # fmt: skip
+_BY_SWITCH, _TANH_SWITCHES = ("gelu", "geglu"), ("bias_gelu_fusion", "bias_activation_fusion")
 _BY_CONFIG = "mqat import --config-from HF_DIR takes the description of a Hugging Face directory"
 
 
@@ -88,7 +105,11 @@ class TrainingConfig:
         Raises:
             UserError: A size is missing, something is not honoured, or the tensors say otherwise.
         """
-        self._check()
+        family = self._other_family(stored)
+        others = set() if family is None else {*_OF_FAMILIES}
+        if family is not None and family.positions is None and family.rotary_fraction is None:
+            others.remove("rotary_percent")
+        self._check(others)
         heads = self._whole("num_attention_heads")
         hidden = self._whole("hidden_size")
         sizes: dict[str, Any] = {
@@ -100,22 +121,54 @@ class TrainingConfig:
             "head_dim": self._whole("kv_channels", hidden // heads),
             "max_position_embeddings": self._whole("max_position_embeddings"),
         }
+        if family is None or family.positions is None:
+            sizes |= {
+                "rope_theta": self._positive("rotary_base"),
+                "rope_scaling": self.rope_scaling,
+            }
+        if family is not None and family.rotary_fraction is not None:
+            sizes["rotary_fraction"] = self._positive("rotary_percent")
         model = DecoderConfig(
             vocab_size=stored.vocab_size,
             **sizes,
             rms_norm_eps=self._positive("layernorm_epsilon"),
-            rope_theta=self._positive("rotary_base"),
-            rope_scaling=self.rope_scaling,
             tie_word_embeddings=not stored.has_head,
-            family=family_of(self.where, stored),
+            family=family_of(self.where, stored) if family is None else family.name,
             biases=_in_order(stored),
         )
         self._check_agrees(stored, model)
         return model
 
-    def _check(self) -> None:
-        """Refuses what changes the model and is not honoured."""
+    def _other_family(self, stored: Stored) -> Family | None:
+        """The family of a model that differs from Llama in words of `_OF_FAMILIES`; None: of none."""
+        says = self.values.get
+        words = ("normalization", "gated_linear_unit", "activation_func", "position_embedding_type")
+        if any(says(word, "not said") == "not said" for word in words):
+            return None
+        if says("position_embedding_type") not in ("rope", "learned_absolute"):
+            return None
+        for family in FAMILIES.values():
+            is_dense = family.mixture is None and not family.attention
+            if _is_plain(family) or not is_dense or family.scales_embedding:
+                continue
+            norms = {norm.name for norm in family.norms}
+            is_centered = bool(says("layernorm_zero_centered_gamma"))
+            if norms != stored.norms or is_centered != family.zero_centered_gamma:
+                continue
+            if not family.may_have(_in_order(stored)):
+                continue
+            try:
+                self._check_computes(family, family.name)
+            except UserError:
+                continue
+            return family
+        return None
+
+    def _check(self, others: Collection[str]) -> None:
+        """Refuses what changes the model and is not honoured; `others` has been compared already."""
         for word, value in self.values.items():
+            if word in others:
+                continue
             allowed = _PLAIN.get(word, ())
             if word in _ABSENT or word in _PLAIN:
                 is_off = not value and (word in _ABSENT or word == "seq_len_interpolation_factor")
@@ -169,33 +222,72 @@ class TrainingConfig:
             "layernorm_epsilon": (says("layernorm_epsilon"), model.rms_norm_eps),
             "rotary_base": (says("rotary_base"), model.rope_theta),
         }
+        if family.positions is not None:  # of which a run's own base says nothing
+            del wanted["rotary_base"]
         for word, (value, other) in wanted.items():
             if is_positive(value) and not math.isclose(value, other, rel_tol=1e-6):
                 raise self._contradiction(word, f"{word}={other!r}", said_by)
-        gamma = "layernorm_zero_centered_gamma"
+        self._check_computes(family, said_by)
+        self._check_positions(model, said_by)
+
+    def _check_computes(self, family: Family, said_by: str) -> None:
+        """Refuses a family with other norms, another activation, or another kind of positions."""
+        says, gamma = self.values.get, "layernorm_zero_centered_gamma"
         if says("normalization") not in (None, family.normalization):
             raise self._contradiction("normalization", f"norms are {family.normalization}", said_by)
         if gamma in self.values and bool(says(gamma)) != family.zero_centered_gamma:
             raise self._contradiction(
                 gamma, f"{family.name} has {gamma}={family.zero_centered_gamma}", said_by
             )
-        function, told = (
-            says("activation_func", "not said"),
-            f"the activation is {family.activation}",
-        )
-        if function != "not said" and (function == "silu") != (family.activation == "silu"):
-            raise self._contradiction("activation_func", told, said_by)
-        if (
-            says("gated_linear_unit") is False
-            and family.is_gated
-            and function in ("not said", "silu")
-        ):
-            raise self._contradiction("gated_linear_unit", f"{told}, with a gate", said_by)
-        if self.rope_scaling not in (None, model.rope_scaling):
+        self._check_activation(family, said_by)
+        is_learned, kind = family.positions is not None, says("position_embedding_type")
+        if kind is not None and (kind == "learned_absolute") != is_learned:
+            told = f"positions are {'learned' if is_learned else 'rotary'}"
+            raise self._contradiction("position_embedding_type", told, said_by)
+        word, own = "rotary_interleaved", family.is_rotary_interleaved
+        if not is_learned and bool(says(word)) != own:
+            raise self._contradiction(word, f"{family.name} has {word}={own}", said_by)
+
+    def _check_positions(self, model: DecoderConfig, said_by: str) -> None:
+        """Refuses another part of a head that is rotated, or another scaling."""
+        says, own = self.values.get, model.rotary_fraction
+        if model.architecture.positions is not None:
+            return
+        fraction, kind = says("rotary_percent"), says("position_embedding_type")
+        if is_positive(fraction) and fraction != own:
+            raise self._contradiction("rotary_percent", f"rotary_percent={own!r}", said_by)
+        scaling = self.rope_scaling or self._interpolation()
+        if kind in (None, "rope") and scaling != model.rope_scaling:
             raise UserError(
-                f"{self.where}: positions are scaled by {self.rope_scaling}, but {said_by} says "
+                f"{self.where}: positions are scaled by {scaling}, but {said_by} says "
                 f"{model.rope_scaling}; they are of different models."
             )
+
+    def _check_activation(self, family: Family, said_by: str) -> None:
+        """Refuses an activation or a gate that the family does not have."""
+        told = f"the activation is {family.activation}"
+        is_gated = self.values.get("gated_linear_unit")
+        if is_gated is not None and bool(is_gated) != family.is_gated:
+            gate = f"{told}, with{'' if family.is_gated else 'out'} a gate"
+            raise self._contradiction("gated_linear_unit", gate, said_by)
+        word = self.values.get("activation_func", "not said")
+        name = self.spelled.get("activation_func") if word is True else word
+        if name not in ("not said", *_ACTIVATIONS[family.activation]):
+            raise self._contradiction("activation_func", told, said_by)
+        by_erf = [key for key in _TANH_SWITCHES if self.values.get(key) is False]
+        if name in _BY_SWITCH and by_erf:
+            told += (
+                " (Megatron's gelu without that fusion is by the error function; say true there if "
+            )
+            told += "the small difference is meant)"
+            raise self._contradiction(by_erf[0], told, said_by)
+
+    def _interpolation(self) -> dict[str, Any] | None:
+        """Linear scaling, in the words of a description."""
+        factor = self.values.get("seq_len_interpolation_factor")
+        if not is_positive(factor) or factor == 1:
+            return None
+        return {"rope_type": "linear", "factor": float(factor)}
 
     def _contradiction(self, word: str, other: str, said_by: str) -> UserError:
         return UserError(
@@ -205,7 +297,7 @@ class TrainingConfig:
 
     def _said(self, word: str) -> str:
         own = self.spelled.get(word, word)
-        return f"{own}={self.values.get(own, self.values[word])!r}"
+        return f"{own}={self.values.get(own, self.values.get(word))!r}"
 
     def _whole(self, word: str, default: int | None = None) -> int:
         value = self.values.get(word)
@@ -260,90 +352,3 @@ def _is_plain(family: Family) -> bool:
 def known_norms() -> frozenset[Norm]:
     """Every norm of a layer that a family has; some share a name, under keys of their own."""
     return frozenset(norm for family in FAMILIES.values() for norm in family.norms)
-
-
-def _llama3(factor: Any, numbers: Mapping[str, Any] = MEGATRON_LLAMA3) -> dict[str, Any]:
-    return {"rope_type": "llama3", "factor": float(factor)} | dict(numbers)
-
-
-def from_megatron_lm(args: Mapping[str, Any], where: str) -> TrainingConfig:
-    """Of the `args` that Megatron-LM saves in `common.pt`."""
-    spelled = {
-        "layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": "apply_layernorm_1p",
-        "num_moe_experts": "num_experts", "gated_linear_unit": "swiglu",
-        "share_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
-        "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
-    }  # fmt: skip
-    values = dict(args)
-    values |= {word: args[own] for word, own in spelled.items() if own in args}
-    if "untie_embeddings_and_output_weights" in args:
-        values["share_embeddings_and_output_weights"] = not args[
-            "untie_embeddings_and_output_weights"
-        ]
-    if not args.get("group_query_attention", True):
-        values["num_query_groups"] = None
-    if args.get("use_rotary_position_embeddings"):  # before there was position_embedding_type
-        values["position_embedding_type"] = "rope"
-    others = [key for key in ("squared_relu", "quick_geglu", "openai_gelu") if args.get(key)]
-    if others:
-        values["activation_func"], spelled["activation_func"] = True, others[0]
-    scaled = args.get("use_rope_scaling") or None
-    scaling = scaled and _llama3(args.get("rope_scaling_factor", 8.0))
-    return TrainingConfig(where, values, spelled, scaling)
-
-
-def from_transformer_config(config: Mapping[str, Any], where: str) -> TrainingConfig:
-    """Of `config` in NeMo 2's `model.yaml`, or of `model` in Megatron-Bridge's `run_config.yaml`."""
-    values = dict(config)
-    values["activation_func"] = _short_name(config.get("activation_func", "not said"))
-    values.setdefault("max_position_embeddings", config.get("seq_length"))
-    scaling = None
-    if config.get("scale_factor") is not None:  # NeMo 2's Llama 3.1 and later
-        names = dict(
-            zip(
-                MEGATRON_LLAMA3,
-                ("low_freq_factor", "high_freq_factor", "old_context_len"),
-                strict=True,
-            )
-        )
-        numbers = {name: config.get(own, MEGATRON_LLAMA3[name]) for name, own in names.items()}
-        scaling = _llama3(config["scale_factor"], numbers)
-    elif (switch := config.get("rope_scaling")) not in (None, False, True):
-        raise UserError(f"{where}: rope_scaling={switch!r}, must be true or false.")
-    elif switch:
-        scaling = _llama3(config.get("rope_scaling_factor", 8.0))
-    return TrainingConfig(where, values, {}, scaling)
-
-
-def _short_name(function: Any) -> Any:
-    """Last part of the name of a function, in the spellings of both."""
-    if isinstance(function, Mapping):
-        function = function.get("_target_")
-    return function.rsplit(".", 1)[-1] if isinstance(function, str) else function
-
-
-def from_nemo1(config: Mapping[str, Any], where: str) -> TrainingConfig:
-    """Of NeMo 1's `model_config.yaml`; keys that are absent have the defaults of its GPT model."""
-    spelled = {
-        "max_position_embeddings": "encoder_seq_length", "rotary_percent": "rotary_percentage",
-        "add_bias_linear": "bias", "add_qkv_bias": "qkv_bias",
-        "activation_func": "activation", "gated_linear_unit": "activation",
-    }  # fmt: skip
-    activation = str(config.get("activation", "gelu"))
-    norm = str(config.get("normalization", "layernorm")).lower()
-    defaults = {
-        "layernorm_epsilon": 1e-5, "rotary_base": 10000, "share_embeddings_and_output_weights": True,
-        "position_embedding_type": "learned_absolute", "mcore_gpt": False,
-    }  # fmt: skip
-    values = defaults | dict(config)
-    values |= {
-        "normalization": "RMSNorm" if norm == "rmsnorm" else norm,
-        "activation_func": "silu" if activation.endswith("swiglu") else activation,
-        "gated_linear_unit": activation.endswith("glu"),
-        "rotary_percent": config.get("rotary_percentage", 1.0),
-        "add_bias_linear": config.get("bias", True),
-        "add_qkv_bias": config.get("qkv_bias", False),
-        "max_position_embeddings": config.get("encoder_seq_length", 512),
-    }
-    scaling = _llama3(8.0) if config.get("scale_positional_embedding") else None
-    return TrainingConfig(where, values, spelled, scaling)

@@ -30,6 +30,7 @@ from mqat.errors import UserError
 from mqat.models.structure import (
     DENSE_LINEARS,
     OUTPUT_LAYER,
+    PLAIN_LINEARS,
     TABLES,
     Linear,
     by_name,
@@ -55,12 +56,15 @@ class RankFolders(ChunkedTensors):
         folder: With the folders of the table, or with `file` alone.
         file: Name of each rank's state dict.
         drops_head: The head is the embedding, of which the last stage saved a copy.
+        is_gated: MLPs have a gate, whose rows are in turns with the others'.
 
     Raises:
         UserError: A rank is missing, or a file cannot be read.
     """
 
-    def __init__(self, folder: Folder, file: str, *, drops_head: bool) -> None:
+    def __init__(
+        self, folder: Folder, file: str, *, drops_head: bool, is_gated: bool = True
+    ) -> None:
         ranks = _ranks(folder, file)
         tp, pp = (1 + max(position[axis] for position in ranks) for axis in (0, 1))
         if len(ranks) != tp * pp:
@@ -68,6 +72,7 @@ class RankFolders(ChunkedTensors):
                 f"{folder.path}: has weights of {len(ranks)} ranks, of tensor-parallel size {tp} and "
                 f"pipeline-parallel size {pp}; copy the missing ones."
             )
+        linears = by_name(DENSE_LINEARS if is_gated else PLAIN_LINEARS)
         tensors: dict[str, Any] = {}
         first_layer = 0
         for stage in range(pp):
@@ -82,7 +87,7 @@ class RankFolders(ChunkedTensors):
                     raise UserError(
                         f"{folder.path}: {key!r} is not in every rank of stage {stage}."
                     )
-                tensors.setdefault(name, _joined(key, [shard[key] for shard in shards]))
+                tensors.setdefault(name, _joined(key, [shard[key] for shard in shards], linears))
             first_layer += count
         super().__init__(folder.path, tensors)
 
@@ -130,13 +135,13 @@ def _global_name(key: str, first_layer: int) -> tuple[str, int]:
     return key.removesuffix(bare) + in_layer(first_layer + layer, rest), first_layer + layer
 
 
-def _joined(key: str, parts: Sequence[Tensor]) -> SimpleNamespace:
+def _joined(key: str, parts: Sequence[Tensor], linears: Mapping[str, Linear]) -> SimpleNamespace:
     """The whole of what tensor-parallel ranks hold parts of, as an index of chunks."""
     bare = _bare(key)
     module, _, kind = bare.rpartition(".")
     linear = None
     if is_in_layer(module) and kind in ("weight", "bias"):
-        linear = by_name(DENSE_LINEARS).get(split_name(module)[1])  # NeMo's gated families
+        linear = linears.get(split_name(module)[1])
     is_table = bare in [table.key for table in TABLES]
     size = list(parts[0].shape)
     if is_table or (linear is not None and linear.parallel == "column"):

@@ -28,17 +28,16 @@ from mqat.checkpoints.folder import Folder
 from mqat.checkpoints.hf_config import decoder_config
 from mqat.checkpoints.huggingface import read_json
 from mqat.checkpoints.megatron import MegatronCheckpoint, check_family
-from mqat.checkpoints.megatron_config import (
-    Stored,
-    TrainingConfig,
-    from_megatron_lm,
-    from_nemo1,
-    from_transformer_config,
-)
+from mqat.checkpoints.megatron_config import Stored, TrainingConfig
 from mqat.checkpoints.nemo_tokenizer import nemo1_tokenizer, nemo2_tokenizer
 from mqat.checkpoints.rank_folders import RankFolders, has_rank_folders
 from mqat.checkpoints.records import MappedFile
 from mqat.checkpoints.torch_dist import INDEX, TorchDist
+from mqat.checkpoints.training_words import (
+    from_megatron_lm,
+    from_nemo1,
+    from_transformer_config,
+)
 from mqat.data.strict_json import parse_json
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
@@ -229,7 +228,8 @@ def _nemo1(folder: Folder, config_from: Path | None) -> Parts:
         tensors = _torch_dist(weights)
     else:
         tied = bool(config.values["share_embeddings_and_output_weights"])
-        tensors = RankFolders(folder, _RANK_FILE, drops_head=tied)
+        is_gated = bool(config.values["gated_linear_unit"])
+        tensors = RankFolders(folder, _RANK_FILE, drops_head=tied, is_gated=is_gated)
     return tensors, config, nemo1_tokenizer(folder, said.get("tokenizer"))
 
 

@@ -6,10 +6,18 @@ from typing import Any, TypeGuard
 
 from mqat.errors import UserError
 
+# Of layers, and of experts of one: readers list them before they see whether tensors are there.
+MOST_LISTED = 1 << 16
 
-def is_whole(value: Any, least: int) -> TypeGuard[int]:
-    """Whether it is an integer of at least that."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+def is_whole(value: Any, least: int, most: float = math.inf) -> TypeGuard[int]:
+    """Whether it is an integer of that range, both ends included."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def whole_rule(least: int, most: float = math.inf) -> str:
+    """What `is_whole` asks for."""
+    return f"an integer of at least {least}" + (f", at most {most}" if most < math.inf else "")
 
 
 def is_positive(value: Any) -> TypeGuard[float]:
@@ -46,15 +54,16 @@ def whole(
     *,
     may_be_absent: bool = True,
     least: int = 1,
+    most: float = math.inf,
 ) -> int:
     """An integer; `default`, if there is one, where the key is null or may be absent."""
     value = hf.get(key)
     if value is None and default is not None and (key in hf or may_be_absent):
         value = default
-    if not is_whole(value, least):
+    if not is_whole(value, least, most):
         found = repr(value) if key in hf else "missing"
         name = _key(hf, key)
-        raise UserError(f"config.json: {name} is {found}, must be an integer of at least {least}.")
+        raise UserError(f"config.json: {name} is {found}, must be {whole_rule(least, most)}.")
     return value
 
 

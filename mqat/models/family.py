@@ -190,7 +190,8 @@ class Family:
         hf_activations: What it calls the activation; the first is written.
         hf_harmless: Further keys that change nothing here.
         mixture: In the place of a dense MLP, in all layers or some; None: there is none.
-        hf_extra: Further keys of the Hugging Face `config.json`.
+        hf_extra: Further keys of the Hugging Face `config.json`, which have no other value.
+        hf_fixed: The same, but that need not be there and are not written.
         trtllm_activation: What TensorRT-LLM calls the activation.
         trtllm_biases: Key of its `config.json` -> linear whose biases it stands for.
         trtllm_attention: Of the keys of windows and of `attention`, those that it has, too.
@@ -239,6 +240,7 @@ class Family:
     hf_harmless: tuple[str, ...] = ()
     mixture: Mixture | None = None
     hf_extra: Mapping[str, Any] = field(default_factory=dict)
+    hf_fixed: Mapping[str, Any] = field(default_factory=dict)
     trtllm_activation: str = "silu"
     trtllm_biases: Mapping[str, str] = field(
         default_factory=lambda: {"attn_bias": QKV.name, "mlp_bias": FC1.name}

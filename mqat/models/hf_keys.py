@@ -37,14 +37,20 @@ def experts_to_hf(model: DecoderConfig) -> dict[str, Any]:
 def positions_to_hf(model: DecoderConfig) -> dict[str, Any]:
     """Keys of positions and attention."""
     family, window = model.architecture, model.architecture.window
-    keys: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": model.rope_scaling}
-    if (model.rope_scaling or {}).get("rope_type") == "longrope":  # transformers 4 reads it here
-        name = "original_max_position_embeddings"
-        keys[name] = (model.rope_scaling or {})[name]
+    scaling = model.rope_scaling
+    keys: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": scaling}
+    if scaling is not None and scaling["rope_type"] == "longrope":
+        name = "original_max_position_embeddings"  # transformers 4 reads it here
+        keys[name] = scaling[name]
+        if family.rope_scalings is not None:  # of whose class it wants these three keys alone
+            others = {key: v for key, v in scaling.items() if key not in ("rope_type", name)}
+            keys["rope_scaling"] = {"type": "longrope", **others}
     if family.rotary_fraction is not None:
         keys["partial_rotary_factor"] = model.rotary_fraction
     if window is not None:
-        keys["sliding_window"] = model.sliding_window
+        # transformers makes masks of both kinds where there is a pattern.
+        least = None if window.every is None else window.default
+        keys["sliding_window"] = model.sliding_window or least
         if window.switch is not None:
             keys[window.switch] = model.sliding_window is not None
         has_pattern = window.every is not None or model.sliding_window is not None

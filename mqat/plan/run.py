@@ -282,6 +282,15 @@ def _check_data(settings: ModelConfig, model: DecoderConfig) -> None:
             )
 
 
+def _check_attention(settings: ModelConfig, model: DecoderConfig) -> None:
+    cap = model.attention_softcap
+    if settings.transformer_engine and cap is not None:
+        raise UserError(
+            f"model.transformer_engine=true: its attention does not cap scores at {cap:g}, as this "
+            f"{model.family} model's are; set it to false."
+        )
+
+
 def _rule(config: RuleConfig) -> Rule:
     given = {"weight": config.weight, "input": config.input, "output": config.output}
     operands = {kind: asdict(operand) for kind, operand in given.items() if operand is not None}
@@ -382,6 +391,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     _check_experts(config, model, world)
     data_parallel = _check_batches(config, world)
     _check_data(settings, model)
+    _check_attention(settings, model)
     quantization = config.quantization
     _check_group_size(quantization)
     policy = Policy(
@@ -447,20 +457,13 @@ def _described_teacher(plan: RunPlan) -> dict[str, str]:
 def memory_estimate(plan: RunPlan) -> dict[str, str]:
     """Bytes of weights, gradients and optimizer state on the fullest rank.
 
-    Experts are cut over EP and over TP of their own. fp32 gradient buffer; AdamW moments, and a fp32
-    copy of bf16 weights, spread over data- and context-parallel ranks (distributed optimizer).
-    Activations are not counted.
+    fp32 gradient buffer; AdamW moments, and a fp32 copy of bf16 weights, spread over data- and
+    context-parallel ranks (distributed optimizer). Activations are not counted.
     """
-    model, settings = plan.model, plan.config.model
-    found = [x for layer in range(model.num_layers) for x in model.linears_of(layer)]
-    linears = sum(math.prod(x.shape(model)) for x in found if x.expert is None)
-    experts = sum(math.prod(x.shape(model)) for x in found if x.expert is not None)
-    table = model.vocab_size * model.hidden_size
-    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
-    tables = 2 if pp == 1 and not model.tie_word_embeddings else 1
-    inner = settings.expert_tensor_parallel_size or tp
-    cut = settings.expert_model_parallel_size * inner
-    dense, inside = (linears / pp + tables * table) / tp, experts / pp / cut
+    settings = plan.config.model
+    dense, inside = rank_parameters(plan.model, settings)
+    tp = settings.tensor_model_parallel_size
+    cut = settings.expert_model_parallel_size * (settings.expert_tensor_parallel_size or tp)
     width = plan.dtype.itemsize
     state = 8 if width == 4 else 12
     spread = plan.data_parallel * settings.context_parallel_size
@@ -470,3 +473,30 @@ def memory_estimate(plan: RunPlan) -> dict[str, str]:
         "parameters per rank": f"{parameters / 1e6:.1f} M",
         "weights, gradients, optimizer per rank": f"{total / 2**30:.2f} GiB",
     }
+
+
+def rank_parameters(model: DecoderConfig, settings: ModelConfig) -> tuple[float, float]:
+    """Elements on the fullest rank: outside of experts, and of experts.
+
+    Experts are cut over EP and over TP of their own. Norms, routers, biases of row-parallel linears and
+    learned positions are whole on every tensor-parallel rank.
+    """
+    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
+    counts = {key: math.prod(shape) for key, shape in model.checkpoint_shapes().items()}
+    linears = experts = 0
+    for layer in range(model.num_layers):  # layers that are alike have one key
+        for linear in model.linears_of(layer):
+            count = counts.pop(model.place(linear.key, layer)[0], 0)
+            if linear.expert is not None:
+                experts += count
+                continue
+            linears += count
+            if linear.name in model.biases and linear.parallel == "column":
+                linears += counts.pop(model.place(linear.bias_key, layer)[0], 0)
+    tables = {table.key: counts.pop(table.key) for table in model.tables}
+    positions = model.architecture.positions
+    learned = 0 if positions is None else tables.pop(positions.key)
+    on_one_stage = list(tables.values()) if pp == 1 else list(tables.values())[:1]
+    dense = (linears / pp + sum(on_one_stage)) / tp + sum(counts.values()) / pp + learned
+    cut = settings.expert_model_parallel_size * (settings.expert_tensor_parallel_size or tp)
+    return dense, experts / pp / cut

@@ -310,7 +310,8 @@ def estimate(
 def modelled_step(plan: RunPlan, *, card: Card = H100) -> dict[str, str]:
     """A line for `mqat plan`: the step of this configuration against the same one in BF16.
 
-    Nothing where no linear is quantized, or with experts, whose numbers of tokens nobody knows.
+    Nothing where no linear is quantized, or with experts, whose numbers of tokens nobody knows. Of
+    activations SwiGLU is counted with the linears; others are computed alike in both.
     """
     schemes = linear_schemes(plan.layers)
     if not schemes or plan.model.num_experts:
@@ -328,7 +329,7 @@ def modelled_step(plan: RunPlan, *, card: Card = H100) -> dict[str, str]:
         sizes = (tokens, outputs // tp, inputs) if is_column else (tokens, outputs, inputs // tp)
         names = (in_layer(i, linear.name) for i in range(model.num_layers))
         for scheme, count in Counter(map(schemes.get, names)).items():
-            activated = linear.activation is not None
+            activated = linear.activation is not None and model.architecture.activation == "silu"
             used = linear_kernels(
                 scheme, *sizes, backward=plan.config.quantization.backward, sequence_shards=shards,
                 is_activated=activated,

@@ -166,7 +166,8 @@ def read_positions(
         facts: `positions` of the family's facts, of the format.
         kind_key: What the format calls the kind of a scaling.
     """
-    given, head = value("rope_scaling") or {}, value("head_dim")
+    given, head = _given_scaling(value("rope_scaling"), raw, facts) or {}, value("head_dim")
+    kind_key = facts.get("scaling_kind", kind_key)
     scaling = {key: item for key, item in given.items() if key != kind_key}
     window, windowed = _windowed(raw, facts, value("num_layers"))
     scalar = raw.get(facts.get("score_scalar", "")) or head
@@ -183,6 +184,13 @@ def read_positions(
         score_cap=raw.get(facts.get("score_cap", "")),
         logit_cap=raw.get(facts.get("logit_cap", "")),
     )
+
+
+def _given_scaling(scaling: Any, raw: Raw, facts: Mapping[str, Any]) -> Any:
+    """With the number that some families have outside of it."""
+    if "scaling_original" not in facts or not isinstance(scaling, Mapping):
+        return scaling
+    return {_ORIGINAL: raw.get(facts["scaling_original"]), **scaling}
 
 
 def _windowed(raw: Raw, facts: Mapping[str, Any], layers: int) -> tuple[int | None, list[int]]:
@@ -202,7 +210,8 @@ def position_problems(
     raw: Raw, scaling: Any, facts: Mapping[str, Any], kind_key: str, form: str
 ) -> Iterator[str]:
     """What is wrong with the keys of positions; `scaling` is the value of the format's key."""
-    yield from _scaling_problems(scaling, kind_key, form)
+    kind_key = facts.get("scaling_kind", kind_key)
+    yield from _scaling_problems(_given_scaling(scaling, raw, facts), kind_key, form)
     for name in ("fraction", "score_scalar", "windowed_base"):
         key = facts.get(name)
         if key is not None and not is_number(raw.get(key)):

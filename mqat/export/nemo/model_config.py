@@ -1,8 +1,8 @@
 """NeMo 1's `model_config.yaml` of a decoder, with which its GPT model is built and trained on.
 
 Sources: NeMo 2.0 `megatron_gpt_model.py` and `megatron_base_model.py` (what is read, with defaults),
-`examples/nlp/language_modeling/conf/megatron_llama_config.yaml` and
-`scripts/checkpoint_converters/convert_llama_hf_to_nemo.py` (values of Llama).
+`examples/nlp/language_modeling/conf/megatron_{llama,gpt}_config.yaml` and
+`scripts/checkpoint_converters/convert_{llama_hf_to_nemo,nemotron_nemo_to_hf}.py`.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,14 @@ from mqat.models.decoder import DecoderConfig
 from mqat.models.structure import PROJ, QKV
 
 _TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
-_FAMILIES = ("llama", "mistral", "qwen2")  # whose layers NeMo's GPT specs have
+# Whose layers NeMo's GPT specs have.
+_FAMILIES = ("llama", "mistral", "qwen2", "nemotron", "starcoder2", "gpt2")
+# `openai_gelu` makes its gelu one by tanh; 1p: norms multiply by 1 + weight.
+_ACTIVATIONS = {"silu": "fast-swiglu", "relu2": "squared-relu", "gelu_tanh": "gelu"}
+_NORMS = {
+    ("RMSNorm", False): "rmsnorm", ("LayerNorm", False): "layernorm",
+    ("LayerNorm", True): "layernorm1p",
+}  # fmt: skip
 # `apply_rope_scaling` of NeMo's `collections/common/parts/utils.py` has these built in.
 _ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -53,6 +60,7 @@ def check_model(model: DecoderConfig) -> None:
 
 def model_config(model: DecoderConfig, dtype: str, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """The file's contents, of a model that passed `check_model`."""
+    family = model.architecture
     return {
         "target": _TARGET,
         "mcore_gpt": True,
@@ -73,13 +81,14 @@ def model_config(model: DecoderConfig, dtype: str, tokenizer: Mapping[str, Any])
         "kv_channels": model.head_dim,
         "encoder_seq_length": model.max_position_embeddings,
         "max_position_embeddings": model.max_position_embeddings,
-        "normalization": "rmsnorm",
+        "normalization": _NORMS[family.normalization, family.zero_centered_gamma],
         "layernorm_epsilon": model.rms_norm_eps,
-        "activation": "fast-swiglu",
+        "activation": _ACTIVATIONS[family.activation],
+        "openai_gelu": family.activation == "gelu_tanh",
         "bias": PROJ.name in model.biases,
         "qkv_bias": QKV.name in model.biases,
-        "position_embedding_type": "rope",
-        "rotary_percentage": 1.0,
+        "position_embedding_type": "rope" if family.positions is None else "learned_absolute",
+        "rotary_percentage": model.rotary_fraction,
         "rotary_base": model.rope_theta,
         "scale_positional_embedding": model.rope_scaling is not None,
         "seq_len_interpolation_factor": None,

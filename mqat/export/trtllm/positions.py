@@ -62,6 +62,8 @@ def _attention_keys(model: DecoderConfig) -> dict[str, Any]:
     """What TensorRT-LLM calls as Hugging Face does."""
     hf = positions_to_hf(model)
     told = {key: hf.get(key) for key in model.architecture.trtllm_attention}
+    if "sliding_window" in told:  # Hugging Face wants a number even where no layer has the window
+        told["sliding_window"] = model.sliding_window
     if "rope_local_base_freq" in told and model.windowed_rope_theta is None:
         told["rope_local_base_freq"] = model.rope_theta
     return told

@@ -73,6 +73,7 @@ CHATGLM = Family(
         "apply_residual_connection_post_layernorm": False, "apply_query_key_layer_scaling": True,
         "attention_softmax_in_fp32": True, "fp32_residual_connection": False,
     },
+    hf_fixed={"rope_ratio": 1, "quantization_bit": 0, "prefix_projection": False},
     trtllm_activation="swiglu",
     trtllm_biases={},
     trtllm_fraction="rotary_pct",

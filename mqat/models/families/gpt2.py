@@ -71,6 +71,7 @@ GPT2 = Family(
         "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "n_ctx",
         "reorder_and_upcast_attn",
     ),
+    hf_fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     trtllm_activation="gelu",
     trtllm_biases={"bias": QKV.name},
     trtllm_extra={"gpt_variant": "gpt2"},

@@ -17,6 +17,7 @@ MIXTRAL = Family(
     linears=(QKV, PROJ),
     norms=(INPUT_NORM, MIXTURE_NORM),
     window=SlidingWindow(None),
+    rope_theta=1e6,
     mixture=Mixture(
         experts=Experts(
             "block_sparse_moe.experts.{e}.",

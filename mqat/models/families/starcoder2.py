@@ -33,6 +33,7 @@ STARCODER2 = Family(
         "residual_dropout", "embedding_dropout", "attention_dropout", "activation_function",
         "layer_norm_epsilon", "scale_attention_softmax_in_fp32",
     ),
+    hf_fixed={"norm_type": "layer_norm", "mlp_type": "default"},
     trtllm_activation="gelu",
     trtllm_biases={"bias": QKV.name},
     trtllm_extra={"gpt_variant": "starcoder2"},

@@ -13,6 +13,7 @@ import torch
 from mqat.checkpoints.gguf import gguf_names
 from mqat.checkpoints.hf_config import decoder_config
 from mqat.models.decoder import DecoderConfig
+from tests.unit.checkpoints.malformed_families import EXPECTED_NEWER, family_case
 from tests.unit.checkpoints.malformed_sources import (
     EXPECTED,
     Case,
@@ -190,15 +191,15 @@ def run_case(reader: str, seed: int, directory: Path) -> tuple[str, str]:
     """Kind and outcome of one case; `directory` must not exist.
 
     Args:
-        reader: `huggingface` or `gguf`.
+        reader: `huggingface`, `gguf`, or `families` (directories of those least like Llama).
         seed: Of the case.
         directory: Where its files are written.
     """
-    if reader == "huggingface":
-        family, case = huggingface_case(seed)
-        kind = case.kind
-        path = write_directory(case, directory)
-        return kind, outcome(path, EXPECTED.of(family))
+    if reader in ("huggingface", "families"):
+        is_newer = reader == "families"
+        family, case = family_case(seed) if is_newer else huggingface_case(seed)
+        expected = EXPECTED_NEWER if is_newer else EXPECTED
+        return case.kind, outcome(write_directory(case, directory), expected.of(family))
     family, case = gguf_case(seed)
     path = write_gguf(case, ARCHITECTURES[family], directory)
     names = sorted(file.name for file in path.glob("*.gguf"))

@@ -22,11 +22,12 @@ from mqat.checkpoints import rank_folders
 from mqat.checkpoints.folder import Folder
 from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
 from mqat.checkpoints.megatron import check_family
-from mqat.checkpoints.megatron_config import from_transformer_config
 from mqat.checkpoints.source import open_pretrained
+from mqat.checkpoints.training_words import from_transformer_config
 from mqat.data.tokenizer import load_tokenizer, train_small_tokenizer
 from mqat.models.decoder import FAMILIES
 from mqat.models.hf_keys import hf_shapes
+from mqat.models.structure import DENSE_LINEARS, PLAIN_LINEARS, by_name
 from mqat.runtime import groups
 from tests.distributed import megatron_worker as worker
 from tests.unit.checkpoints.malformed_sources import good, write_directory
@@ -280,6 +281,9 @@ def described(saved, tmp_path):
     ({"rms_norm_eps": 1e-5}, {}, "norm_epsilon=1e-06, but .*layernorm_epsilon=1e-05"),
     ({"num_attention_heads": 8, "head_dim": 12}, {}, "num_attention_heads=4, but"),
     ({"rope_scaling": None}, {}, "positions are scaled by .*llama3.* says None"),
+    ({}, {"use_rope_scaling": False}, "positions are scaled by None, but .*config.json says .*llama3"),
+    ({}, {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": 4},
+     "scaled by .*'linear', 'factor': 4.0.*, but .*config.json says .*llama3"),
     ({}, {"normalization": "LayerNorm"}, "normalization='LayerNorm', but .* norms are RMSNorm"),
     ({}, {"apply_layernorm_1p": True}, "apply_layernorm_1p=True, but .*gamma=False"),
     ({}, {"squared_relu": True}, "squared_relu=True, but .* the activation is silu"),
@@ -300,19 +304,25 @@ def test_a_description_that_agrees_with_the_run_is_taken(saved, described):
     assert source.config.family == "qwen3"
 
 
-@pytest.mark.parametrize(("family", "is_read"), [
-    *((name, True) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")),
-    *((name, False) for name in ("phi3", "chatglm", "gpt2", "nemotron", "starcoder2", "mixtral",
-                                 "qwen3_moe")),
-])  # fmt: skip
-def test_families_without_llamas_names_are_refused_by_name(family, is_read):
-    if is_read:
-        check_family(FAMILIES[family], "config.json")
+def test_linear_scaling_of_both_is_taken(saved, tmp_path, described):
+    """Megatron-LM interpolates positions by a factor of its own."""
+    linear = {"rope_type": "linear", "factor": 4.0}
+    interpolated = {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": 4}
+    path = with_args(saved, tmp_path, **interpolated)
+    assert (
+        open_pretrained(path, config_from=described(rope_scaling=linear)).config.rope_scaling
+        == linear
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_mixtures_of_experts_are_refused_by_name(family):
+    if family.mixture is None:
+        check_family(family, "config.json")
         return
-    with pytest.raises(
-        ValueError, match=f"{family} models are not read from checkpoints of Megatron"
-    ):
-        check_family(FAMILIES[family], "config.json")
+    message = f"{family.name} models are not read from checkpoints of Megatron"
+    with pytest.raises(ValueError, match=message):
+        check_family(family, "config.json")
 
 
 def test_rope_scaling_is_a_switch():
@@ -327,16 +337,20 @@ def test_a_hugging_face_directory_with_a_metadata_file_is_one(tmp_path):
     assert isinstance(open_pretrained(path), HuggingFaceCheckpoint)
 
 
-def test_rows_of_rank_folders_are_those_of_a_gated_mlp():
-    """Each rank holds its rows of the gate, then of the up projection."""
+@pytest.mark.parametrize("linears", [DENSE_LINEARS, PLAIN_LINEARS], ids=["gated", "plain"])
+def test_rows_of_rank_folders_are_those_of_the_mlp(linears):
+    """Each rank of a gated one holds its rows of the gate, then of the up projection."""
     gate, up = torch.arange(8.0).view(4, 2), 10 + torch.arange(8.0).view(4, 2)
-    ranks = [torch.cat([gate[r : r + 2], up[r : r + 2]]) for r in (0, 2)]
-    found = rank_folders._joined("model.decoder.layers.0.mlp.linear_fc1.weight", ranks)
+    both = torch.cat([gate, up])
+    in_turns = [torch.cat([gate[r : r + 2], up[r : r + 2]]) for r in (0, 2)]
+    ranks = in_turns if linears is DENSE_LINEARS else both.chunk(2)
+    name = "model.decoder.layers.0.mlp.linear_fc1.weight"
+    found = rank_folders._joined(name, ranks, by_name(linears))
     whole = torch.empty(found.size)
     for chunk in found.chunks:
         start = chunk.offsets[0]
         whole[start : start + chunk.sizes[0]] = chunk.tensor
-    assert torch.equal(whole, torch.cat([gate, up]))
+    assert torch.equal(whole, both)
 
 
 def test_other_forms_of_checkpoints_are_refused_by_name(saved, tmp_path):
@@ -422,7 +436,7 @@ def test_the_byte_level_tokenizer_of_a_nemo_file_is_that_of_its_files(saved, tmp
 @pytest.mark.parametrize(("changes", "message"), [
     ({"mcore_gpt": False}, "mcore_gpt=False, must be True"),
     ({"activation": "gelu"}, "activation='gelu', must be"),
-    ({"normalization": "layernorm1p"}, "normalization='layernorm1p'"),
+    ({"normalization": "layernorm1p"}, "normalization='LayerNorm', must be 'RMSNorm'"),
     ({"seq_len_interpolation_factor": 8.0}, "seq_len_interpolation_factor=8.0"),
     ({"mcore_customization_config": {"final_logit_softcapping": 30.0}}, "mcore_customization_config="),
     ({"bias": True}, "bias=True, but its tensors say otherwise"),

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from mqat.checkpoints.manifest import describe_files
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, kv_cache_schemes, linear_schemes
-from mqat.models.structure import CORE_ATTENTION, DENSE_LINEARS
+from mqat.models.structure import CORE_ATTENTION, DENSE_LINEARS, is_table_key
 from mqat.quant.algorithm import named_scheme
 from mqat.quant.kv_cache import kv_cache_scheme
 from mqat.quant.qparams import statistic_of
@@ -77,7 +77,7 @@ def tensors_of(
         if "norm" in key:
             state[key] = 1 + 0.1 * torch.randn(shape, generator=generator)
             continue
-        if key.startswith(("embedding", "output_layer")):
+        if is_table_key(key):
             shape = (shape[0] + 3, *shape[1:])  # Megatron's padding of the vocabulary
         state[key] = torch.randn(shape, generator=generator) * 1.5 / shape[-1] ** 0.5
     for name, scheme in linear_schemes(layers).items():

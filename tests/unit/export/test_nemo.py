@@ -2,16 +2,18 @@
 
 import shutil
 import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from safetensors.torch import load_file
 
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.checkpoints.source import open_pretrained
 from mqat.data.tokenizer import load_tokenizer, save_tokenizer, train_small_tokenizer
-from mqat.export.export import export_checkpoint
+from mqat.export.export import export_checkpoint, export_hf
 from mqat.export.exporter import ExportOptions
 from mqat.export.exporters import exporter
 from mqat.export.nemo.model_config import check_model
@@ -77,6 +79,33 @@ def test_what_is_written_reads_back(make, tmp_path, name):
     tokenizer = load_tokenizer(source.tokenizer_source)
     assert tokenizer.get_vocab() == load_tokenizer(checkpoint / "tokenizer").get_vocab()
     assert tokenizer.chat_template == load_tokenizer(checkpoint / "tokenizer").chat_template
+
+
+OTHERS = {
+    "nemotron": {"rotary_fraction": 0.5},
+    "starcoder2": {"biases": tuple(linear.name for linear in TINY.linears)},
+    "gpt2": {
+        "biases": tuple(linear.name for linear in TINY.linears), "num_query_groups": 4,
+        "num_attention_heads": 4, "head_dim": TINY.hidden_size // 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_families_that_differ_from_llama_read_back_without_a_description(make, tmp_path, family):
+    """`model_config.yaml` says their norms, activation, positions and biases."""
+    model = replace(TINY, family=family, **OTHERS[family])
+    checkpoint = write_checkpoint(tmp_path / "c", model, {})
+    shutil.rmtree(checkpoint / "tokenizer", ignore_errors=True)
+    save_tokenizer(train_small_tokenizer(["to be or not to be"], 300), checkpoint / "tokenizer")
+    describe(checkpoint)
+    source = open_pretrained(export(checkpoint, tmp_path / "model.nemo"))
+    assert source.config == replace(model, token_ids={})
+    export_hf(checkpoint, tmp_path / "hf", dtype="float32")
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, shape in hf_shapes(model).items():
+        found = source.read(name, slice(None), slice(None) if len(shape) > 1 else None)
+        assert torch.equal(found, stored[name]), name
 
 
 def test_torchs_own_reader_loads_every_tensor(make, tmp_path):

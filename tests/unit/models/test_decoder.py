@@ -73,6 +73,19 @@ def test_phi3_takes_the_one_scaling_that_transformers_has_for_it():
         decoder_config(written | {"rope_scaling": LINEAR})
 
 
+@pytest.mark.parametrize("own", [{}, {"attention_factor": 1.5}])
+def test_phi3s_scaling_is_written_as_transformers_4_reads_it(own):
+    """Its class there wants three keys; what else a description has stands beside them."""
+    scaling = LONG | {"short_factor": [1.0] * (PLAIN.head_dim // 2)}
+    scaling |= {"long_factor": [2.0] * (PLAIN.head_dim // 2)} | own
+    model = replace(PLAIN, family="phi3", rope_scaling=scaling)
+    written = model.to_hf("float32")
+    factors = {key: scaling[key] for key in ("short_factor", "long_factor")}
+    assert written["rope_scaling"] == {"type": "longrope", **factors, **own}
+    assert written["original_max_position_embeddings"] == 32
+    assert decoder_config(written) == model
+
+
 def test_experts_that_are_chosen_in_another_way_are_refused(world):
     from mqat.config import ModelConfig
     from mqat.specs.config_check import config_differences
