@@ -25,6 +25,14 @@ KEYS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16,
     },
+    "qwen2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16,
+        "n_shared_experts": 1, "first_k_dense_replace": 1, "use_qk_norm": True,
+    },
 }  # fmt: skip
 
 
