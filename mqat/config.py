@@ -290,7 +290,7 @@ _CHOICES = {
 # A schedule that is constant may take more `trainer.max_steps` without being told so.
 RESUME_CHANGES = (
     "trainer.max_steps", "model.data.train", "model.data.validation", "model.restore_from_path",
-    "model.optim.lr", "model.optim.sched.min_lr",
+    "model.optim.lr", "model.optim.sched.min_lr", "quantization.distill.teacher",
 )  # fmt: skip
 
 _MINIMUM = {
@@ -368,6 +368,12 @@ def _check_keys(given: Any, schema: Any, path: str) -> None:
         if nested is None and is_dataclass(default):
             nested = type(default)
         if nested is not None:
+            if value is not None and not isinstance(value, Mapping):
+                first = fields(nested)[0].name
+                raise UserError(
+                    f"config: {full}={value!r} is a section, not a value; set its keys, such as "
+                    f"{full}.{first}."
+                )
             _check_keys(value, nested(), f"{full}.")
 
 

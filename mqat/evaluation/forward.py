@@ -48,7 +48,9 @@ def masked_sums(
     total = (losses.reshape(-1).float() * mask).sum()
     count = mask.sum().to(torch.int)
     reported = {"loss": total.detach().double(), "tokens": count.double()}
-    reported |= {key: (part.reshape(-1) * mask).sum().double() for key, part in parts.items()}
+    reported |= {
+        key: (part.detach().reshape(-1) * mask).sum().double() for key, part in parts.items()
+    }
     return total, count, reported
 
 

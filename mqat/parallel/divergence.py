@@ -2,7 +2,7 @@
 
 Distributions are compared in chunks of tokens, so that no second matrix of `[tokens, vocabulary]` exists
 in float32, and the teacher's logits exist for one chunk at a time only. Two small collectives a chunk:
-maxima, then sums.
+maxima, then sums; two more choose the likeliest k tokens.
 
 Source of the losses: Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531),
 with its factor T^2, by which gradients keep their size at any temperature T; reverse KL: Gu et al.,
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mqat.errors import UserError
 
-# Elements of a chunk on a rank: 64 MiB in float32; about six such tensors exist at a time.
+# Elements of a chunk on a rank: 64 MiB in float32; eight or nine such tensors exist at a time.
 CHUNK_ELEMENTS = 1 << 24
 DIVERGENCES = ("forward_kl", "reverse_kl")
 OUTSIDE = float("-inf")  # logit of a column that takes no probability
@@ -111,7 +111,8 @@ class _Distillation(torch.autograd.Function):
             divergence[start:stop], entropy[start:stop], slope = _chunk(
                 s, t, own, loss, group, with_gradient=gradient is not None
             )
-            if gradient is not None and slope is not None:
+            if gradient is not None:
+                assert slope is not None, "asked for above"
                 gradient[start:stop] = slope
         ctx.save_for_backward(gradient)
         total = loss.weight * divergence + (1 - loss.weight) * entropy

@@ -9,11 +9,7 @@ from typing import Any
 import torch
 
 from mqat.calibration.check_recipes import check_recipes
-from mqat.checkpoints.manifest import DESCRIPTION, read_description
-from mqat.checkpoints.random_weights import RandomWeights
-from mqat.checkpoints.source import PretrainedSource, open_pretrained
 from mqat.config import ExportConfig, ModelConfig, QuantizationConfig, RuleConfig, RunConfig
-from mqat.data.packaged import smollm2_gguf
 from mqat.errors import UserError
 from mqat.export.exporter import ExportOptions
 from mqat.export.exporters import exporter
@@ -22,7 +18,10 @@ from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
 from mqat.parallel.backward_formats import check_backward
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
+from mqat.plan.attention import check_attention
 from mqat.plan.bit_schedule import check_bits
+from mqat.plan.origin import Origin, read_source
+from mqat.plan.teacher import read_teacher
 from mqat.quant.algorithm import Recipe, takes_group_size
 from mqat.quant.learned import check_learnable
 from mqat.quant.scheme import LinearScheme
@@ -30,9 +29,6 @@ from mqat.report.page import check_plots
 from mqat.runtime import groups
 from mqat.specs.megatron_options import check_switches
 from mqat.specs.policy import Policy, Rule
-
-# Where weights come from; a path is the directory of an mqat checkpoint.
-Origin = PretrainedSource | RandomWeights | Path
 
 
 @dataclass(frozen=True)
@@ -74,90 +70,6 @@ def resolve_dtype(precision: str) -> torch.dtype:
         return torch.float32
     native = has_bf16_units(groups.device())
     return torch.bfloat16 if precision == "bf16" or native else torch.float32
-
-
-def _source(config: RunConfig) -> tuple[DecoderConfig, Origin]:
-    settings = config.model
-    given = {
-        "model.restore_from_path": settings.restore_from_path,
-        "model.packaged": settings.packaged,
-        "model.architecture": settings.architecture,
-    }
-    named = [key for key, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise UserError(
-            f"config: exactly one of {', '.join(given)} must be set, found {named or 'none'}."
-        )
-    if settings.architecture is not None:
-        sizes = settings.architecture
-        if sizes.head_dim is None and (
-            sizes.num_attention_heads < 1 or sizes.hidden_size % sizes.num_attention_heads
-        ):
-            raise UserError(
-                f"model.architecture: hidden_size={sizes.hidden_size} is not a multiple of "
-                f"num_attention_heads={sizes.num_attention_heads}; change one, or set head_dim."
-            )
-        head_dim = sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads
-        model = DecoderConfig(**asdict(sizes) | {"head_dim": head_dim})
-        return model, RandomWeights(model, config.trainer.seed)
-    path = smollm2_gguf() if settings.packaged else Path(str(settings.restore_from_path))
-    return _opened(path, "model.restore_from_path")
-
-
-def _opened(path: Path, key: str) -> tuple[DecoderConfig, Origin]:
-    """A model in files; `key` names it in errors."""
-    if (path / DESCRIPTION).exists():
-        return DecoderConfig.from_dict(read_description(path)["model"]), path
-    if not path.exists():
-        raise UserError(
-            f"{key}={path}: no such file or directory. (conf/ptq_tiny.yaml continues "
-            "from what examples/gpt_sft.py writes.)"
-        )
-    source = open_pretrained(path)
-    _ = source.tokenizer_source  # refused here where there is none
-    return source.config, source
-
-
-def _teacher(config: RunConfig, model: DecoderConfig) -> tuple[DecoderConfig, Origin] | None:
-    """Another model to learn from; refuses one that cannot teach this one on this layout."""
-    distill, key = config.quantization.distill, "quantization.distill"
-    if distill is None:
-        return None
-    if distill.top_k is not None and distill.top_k > model.vocab_size:
-        raise UserError(
-            f"config: {key}.top_k={distill.top_k} exceeds the vocabulary's {model.vocab_size} tokens."
-        )
-    if distill.teacher is None:
-        return None
-    teacher, origin = _opened(Path(distill.teacher), f"{key}.teacher")
-    if teacher.vocab_size != model.vocab_size:
-        raise UserError(
-            f"config: {key}.teacher={distill.teacher} has a vocabulary of {teacher.vocab_size} tokens, "
-            f"the student of {model.vocab_size}: distributions over different tokens cannot be "
-            "compared. Use a teacher of the same vocabulary, such as a larger model of the family."
-        )
-    if distill.hidden_weight and teacher.hidden_size != model.hidden_size:
-        raise UserError(
-            f"config: {key}.hidden_weight={distill.hidden_weight}: the teacher's hidden states have "
-            f"{teacher.hidden_size} channels, the student's {model.hidden_size}; set it to 0."
-        )
-    if config.model.data.seq_length > teacher.max_position_embeddings:
-        raise UserError(
-            f"model.data.seq_length={config.model.data.seq_length} exceeds the teacher's "
-            f"max_position_embeddings={teacher.max_position_embeddings}."
-        )
-    settings = config.model
-    try:
-        check_parallel_sizes(
-            teacher,
-            tp=settings.tensor_model_parallel_size,
-            pp=settings.pipeline_model_parallel_size,
-            virtual_pp=settings.virtual_pipeline_model_parallel_size or 1,
-            ep=settings.expert_model_parallel_size,
-        )
-    except ValueError as error:
-        raise UserError(f"config: {key}.teacher={distill.teacher}: {error}") from error
-    return teacher, origin
 
 
 def _check_experts(config: RunConfig, model: DecoderConfig, world_size: int) -> None:
@@ -282,15 +194,6 @@ def _check_data(settings: ModelConfig, model: DecoderConfig) -> None:
             )
 
 
-def _check_attention(settings: ModelConfig, model: DecoderConfig) -> None:
-    cap = model.attention_softcap
-    if settings.transformer_engine and cap is not None:
-        raise UserError(
-            f"model.transformer_engine=true: its attention does not cap scores at {cap:g}, as this "
-            f"{model.family} model's are; set it to false."
-        )
-
-
 def _rule(config: RuleConfig) -> Rule:
     given = {"weight": config.weight, "input": config.input, "output": config.output}
     operands = {kind: asdict(operand) for kind, operand in given.items() if operand is not None}
@@ -381,7 +284,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         check_plots()
     settings = config.model
     check_switches(settings.megatron, settings.ddp)
-    model, source = _source(config)
+    model, source = read_source(config)
     _check_decoder(config, model)
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
     check_parallel_sizes(
@@ -391,7 +294,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     _check_experts(config, model, world)
     data_parallel = _check_batches(config, world)
     _check_data(settings, model)
-    _check_attention(settings, model)
+    check_attention(settings, model)
     quantization = config.quantization
     _check_group_size(quantization)
     policy = Policy(
@@ -425,7 +328,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         recipes=recipes,
         dtype=resolve_dtype(config.trainer.precision),
         data_parallel=data_parallel,
-        teacher=_teacher(config, model),
+        teacher=read_teacher(config, model),
     )
 
 
@@ -458,9 +361,10 @@ def memory_estimate(plan: RunPlan) -> dict[str, str]:
     """Bytes of weights, gradients and optimizer state on the fullest rank.
 
     fp32 gradient buffer; AdamW moments, and a fp32 copy of bf16 weights, spread over data- and
-    context-parallel ranks (distributed optimizer). Activations are not counted.
+    context-parallel ranks (distributed optimizer). Activations are not counted, nor is what a teacher
+    takes besides its weights.
     """
-    settings = plan.config.model
+    settings, distill = plan.config.model, plan.config.quantization.distill
     dense, inside = rank_parameters(plan.model, settings)
     tp = settings.tensor_model_parallel_size
     cut = settings.expert_model_parallel_size * (settings.expert_tensor_parallel_size or tp)
@@ -472,7 +376,13 @@ def memory_estimate(plan: RunPlan) -> dict[str, str]:
     return {
         "parameters per rank": f"{parameters / 1e6:.1f} M",
         "weights, gradients, optimizer per rank": f"{total / 2**30:.2f} GiB",
-    }
+    } | ({} if distill is None or distill.offload_teacher else _teacher_estimate(plan))
+
+
+def _teacher_estimate(plan: RunPlan) -> dict[str, str]:
+    model = plan.model if plan.teacher is None else plan.teacher[0]
+    size = sum(rank_parameters(model, plan.config.model)) * plan.dtype.itemsize
+    return {"teacher's weights per rank": f"{size / 2**30:.2f} GiB"}
 
 
 def rank_parameters(model: DecoderConfig, settings: ModelConfig) -> tuple[float, float]:

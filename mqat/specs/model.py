@@ -250,6 +250,7 @@ def build_model(
     dtype: torch.dtype,
     *,
     layer_spec: ModuleSpec | None = None,
+    table_rows: int | None = None,
     dense_layer_spec: ModuleSpec | None = None,
 ) -> list[DecoderModel]:
     """This rank's pipeline chunks, with uninitialized weights and quantizers not yet calibrated.
@@ -260,6 +261,8 @@ def build_model(
         layers: Global name -> scheme (`Policy.resolve`).
         dtype: Of parameters and activations.
         layer_spec: In the place of `gpt_layer_spec()`.
+        table_rows: Of vocabulary tables with their padding, where they are to be those of another model;
+            None: `padded_vocab_size`.
         dense_layer_spec: Likewise, of a mixture's layers without experts.
     """
     family = model.architecture
@@ -291,7 +294,7 @@ def build_model(
         chunk = DecoderModel(
             config,
             block_spec,
-            vocab_size=padded_vocab_size(model),
+            vocab_size=table_rows or padded_vocab_size(model),
             max_sequence_length=model.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**stage),
             post_process=parallel_state.is_pipeline_last_stage(**stage),

@@ -6,6 +6,7 @@ stage: [tokens, hidden] in its dtype. Its logits are computed from them chunk by
 compared (`parallel.divergence`), so that they never exist as a whole.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -61,7 +62,8 @@ class Teacher:
     @property
     def reported(self) -> tuple[str, ...]:
         """Names of the parts of the loss that a forward step reports beside it."""
-        return ("divergence", "cross_entropy", *(["hidden_distance"] if self.hidden_weight else []))
+        named = {"cross_entropy": self.loss.weight < 1, "hidden_distance": self.hidden_weight > 0}
+        return ("divergence", *(name for name, is_wanted in named.items() if is_wanted))
 
     def _move_to_host(self) -> None:
         head = self._head() if self._is_last() else None
@@ -99,11 +101,11 @@ class Teacher:
     def forward_step(self, microbatches: Sequence[Microbatch]) -> ForwardStep:
         """Runs the teacher; the student's forward step, for one pass over the same microbatches."""
         with self._on_device():
-            states = iter(hidden_states(self.chunks, microbatches))
+            states = deque(hidden_states(self.chunks, microbatches))
         return partial(self._student_step, states)
 
     def _student_step(
-        self, states: Iterator[Tensor], batches: Iterator[Microbatch], chunk: Any
+        self, states: deque[Tensor], batches: Iterator[Microbatch], chunk: Any
     ) -> StepOutput:
         batch = on_device(next(batches))
         (student,) = unwrapped([chunk])
@@ -111,7 +113,7 @@ class Teacher:
             output = chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"])
         if not student.post_process:
             return output, lambda _: None  # Megatron asks the last stage alone
-        states_of_teacher = next(states)
+        states_of_teacher = states.popleft()
         labels, mask = batch["labels"], batch["loss_mask"]
         assert labels is not None and mask is not None
         total, divergence, entropy = distillation_losses(

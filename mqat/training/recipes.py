@@ -26,7 +26,12 @@ from mqat.training.session import Session, open_session
 SMALLEST_GAP = 0.005
 
 
-def _start(config: RunConfig, *, quantizes: bool) -> Session:
+def _start(config: RunConfig, *, quantizes: bool, can_distil: bool = False) -> Session:
+    if config.quantization.distill is not None and not can_distil:
+        raise UserError(
+            "config: quantization.distill: only QAT has a teacher (mqat qat, examples/gpt_qat.py, "
+            "examples/gpt_qad.py); leave it out here."
+        )
     plan = make_plan(config)
     if quantizes and not plan.layers:
         raise UserError(
@@ -124,15 +129,16 @@ def _export_and_verify(session: Session, checkpoint: Path) -> None:
     session.write_summary()
 
 
-def gap_recovered(ppl: Mapping[str, float]) -> float | None:
+def gap_recovered(ppl: Mapping[str, float], *, is_taught: bool = False) -> float | None:
     """Share of PTQ's loss of perplexity that QAT makes good.
 
-    Compared with the model fine-tuned alike, where there is one. None without PTQ or QAT, and where PTQ
+    Compared with the model fine-tuned alike, where there is one and the labels are what QAT learns
+    (`is_taught`: it learns from a teacher alone). None without PTQ or QAT, and where PTQ
     loses less than `SMALLEST_GAP` of the perplexity: a ratio of two noises says nothing.
     """
     if not {"ptq", "qat"} <= ppl.keys():
         return None
-    target = ppl.get("bf16_finetuned", ppl["bf16"])
+    target = ppl["bf16"] if is_taught else ppl.get("bf16_finetuned", ppl["bf16"])
     gap = ppl["ptq"] - target
     return (ppl["ptq"] - ppl["qat"]) / gap if gap > SMALLEST_GAP * target else None
 
@@ -140,7 +146,9 @@ def gap_recovered(ppl: Mapping[str, float]) -> float | None:
 def _report(session: Session) -> None:
     """Gap recovered, and the table people look at."""
     ppl = session.summary["ppl"]
-    session.summary["gap_recovered"] = gap_recovered(ppl)
+    distill = session.plan.config.quantization.distill
+    is_taught = distill is not None and distill.weight == 1
+    session.summary["gap_recovered"] = gap_recovered(ppl, is_taught=is_taught)
     titles = {
         "bf16": "unquantized",
         "bf16_finetuned": "unquantized, fine-tuned alike",
@@ -221,7 +229,7 @@ def run_qat(config: RunConfig) -> Path:
     fine-tuned unquantized, for a fair comparison -> PTQ -> QAT -> export -> verification.
     Each finished step is recorded, so that an interrupted run continues where it was.
     """
-    session = _start(config, quantizes=True)
+    session = _start(config, quantizes=True, can_distil=True)
     steps = config.trainer.max_steps
     with session.log:
         pretrained = _pretrain(session)

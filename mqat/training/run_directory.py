@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "model.activations_checkpoint_",
     "model.megatron",
     "model.ddp",
+    "quantization.distill.offload_teacher",
     "model.transformer_engine",
     "export.",
     "exp_manager.",
@@ -124,8 +125,9 @@ def _put_aside(directory: Path, config: RunConfig) -> list[str]:
     earlier = [directory / name for name in _FILES if (directory / name).exists()]
     if not earlier:
         return []
-    model = config.model
+    model, distill = config.model, config.quantization.distill
     read = {
+        "quantization.distill.teacher": [distill.teacher] if distill and distill.teacher else [],
         "model.restore_from_path": [model.restore_from_path] if model.restore_from_path else [],
         "model.data.train": model.data.train,
         "model.data.validation": model.data.validation,

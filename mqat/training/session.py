@@ -22,10 +22,8 @@ from mqat.checkpoints.dist_checkpoint import (
     save_checkpoint,
 )
 from mqat.checkpoints.pretrained import load_pretrained_
-from mqat.checkpoints.random_weights import RandomWeights
 from mqat.data.dataset import load_run_data
 from mqat.data.loader import Batches
-from mqat.data.tokenizer import load_tokenizer
 from mqat.errors import UserError
 from mqat.evaluation.forward import evaluate, run_layers
 from mqat.evaluation.generation import generate_greedy
@@ -36,11 +34,13 @@ from mqat.parallel.divergence import DistillationLoss
 from mqat.parallel.learned_scales import learn_scales_
 from mqat.parallel.low_precision_backward import set_backward_
 from mqat.parallel.quantized_module import all_quantizers, unwrapped
-from mqat.plan.run import Origin, RunPlan, describe
+from mqat.plan.origin import Origin
+from mqat.plan.run import RunPlan, describe
+from mqat.plan.teacher import check_same_tokens
 from mqat.quant.algorithm import Recipe
 from mqat.report.page import write_report
 from mqat.runtime.groups import any_rank, decided_by_main, is_main, on_all_ranks
-from mqat.specs.model import build_model
+from mqat.specs.model import build_model, padded_vocab_size
 from mqat.specs.transformer_engine import core_attention
 from mqat.training.distillation import Teacher
 from mqat.training.log import RunLog
@@ -200,9 +200,13 @@ class Session:
         if distill is None:
             return None
         model, origin = self.plan.teacher or (self.plan.model, start or self.plan.source)
-        if self.plan.teacher is not None:
-            self._check_tokenizer(origin, str(distill.teacher))
-        chunks = build_model(model, self.plan.config.model, {}, self.plan.dtype)
+        chunks = build_model(
+            model,
+            self.plan.config.model,
+            {},
+            self.plan.dtype,
+            table_rows=padded_vocab_size(self.plan.model),
+        )
         _load_weights_(chunks, origin)
         loss = DistillationLoss(
             distill.divergence, distill.weight, distill.temperature, distill.top_k
@@ -213,21 +217,6 @@ class Session:
             hidden_weight=distill.hidden_weight,
             is_offloaded=distill.offload_teacher,
         )
-
-    def _check_tokenizer(self, origin: Origin, teacher: str) -> None:
-        """Refuses a teacher whose tokens are others than the student's, though as many."""
-        if isinstance(origin, RandomWeights):
-            return
-        with on_all_ranks():
-            path = origin / "tokenizer" if isinstance(origin, Path) else origin.tokenizer_source
-            theirs, ours = load_tokenizer(path).get_vocab(), self.tokenizer.get_vocab()
-            other = sorted(t for t in theirs.keys() | ours.keys() if theirs.get(t) != ours.get(t))
-            if other:
-                raise UserError(
-                    f"config: quantization.distill.teacher={teacher}: {len(other)} tokens have other "
-                    f"numbers than the student's, such as {other[0]!r} ({theirs.get(other[0])}, not "
-                    f"{ours.get(other[0])}). Use a teacher with the same tokenizer."
-                )
 
     def train_phase(
         self, phase: Phase, *, lr: float | None = None, teacher: Teacher | None = None
@@ -286,6 +275,9 @@ def open_session(plan: RunPlan) -> Session:
             source=None if isinstance(plan.source, Path) else plan.source.tokenizer_source,
             checkpoint=plan.source if isinstance(plan.source, Path) else None,
         )
+
+        if plan.teacher is not None:
+            check_same_tokens(plan.teacher[1], data.tokenizer.get_vocab())
 
     def take_directory() -> tuple[dict[str, Any], list[str]]:
         lock_run_directory(plan.run_dir)

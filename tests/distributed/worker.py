@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     from mqat.parallel.learned_scales import learn_scales_
     from mqat.parallel.low_precision_backward import set_backward_
     from mqat.parallel.quantized_module import ExpertGroups, quantized_modules
-    from mqat.specs.model import build_model
+    from mqat.specs.model import build_model, padded_vocab_size
     from mqat.training.distillation import Teacher
     from mqat.training.optimizer import build_optimizer, wrap_for_training
     from mqat.training.step import forward_backward
@@ -226,8 +226,10 @@ def run(args: argparse.Namespace) -> None:
 
     teacher = None
     if args.distill:
-        frozen = build_model(model, settings, {}, dtype)
-        load_pretrained_(frozen, RandomWeights(model, 1, 0.1))
+        other = dataclasses.replace(model, **args.distill.pop("model", {}))
+        rows = padded_vocab_size(model)
+        frozen = build_model(other, settings, {}, dtype, table_rows=rows)
+        load_pretrained_(frozen, RandomWeights(other, 1, 0.1))
         hidden_weight = args.distill.pop("hidden_weight", 0.0)
         teacher = Teacher(frozen, DistillationLoss(**args.distill), hidden_weight=hidden_weight)
 
