@@ -6,6 +6,7 @@ from typing import Any
 from mqat.calibration.clipping_methods import CLIPPING_METHODS
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
+from mqat.models.experts import in_mixture
 from mqat.models.structure import Linear, in_layer, split_name
 from mqat.quant.algorithm import Recipe
 from mqat.quant.granularity import PerBlock
@@ -75,15 +76,18 @@ def _check_readers(
         raise UserError(
             f"{name}: its input comes from an activation, which no tensor before it can rescale in a "
             f"{model.family} model; switch smoothquant off for it by a rule with pattern "
-            f"'*.{linear.name}' (recipe: {{smoothquant: false}})."
+            f"'*.{linear.name}' (recipe: {smoothquant: false}})."
         )
     if linear.expert is not None:  # all as the first, and the first as all
         _check_alike(name, readers if linear == readers[0] else readers[:1], recipes)
     for other in readers:
         if other != linear and None in (linear.expert, other.expert):
+            is_of_mixture = in_mixture(linear) and in_mixture(other)
+            pattern = "*.mlp.*experts.*linear_fc1" if is_of_mixture else f"*.{linear.name}"
             raise UserError(
                 f"{name}: its input also feeds {other.name}, so it cannot be rescaled for one of them "
-                "alone; switch smoothquant off for it by a rule (recipe: {smoothquant: false})."
+                "alone; switch smoothquant off for all that read it by a rule with pattern "
+                f"'{pattern}', an algorithm, and recipe: {{smoothquant: false}}."
             )
 
 

@@ -4,6 +4,8 @@ A pair's linears share its factors. Behind the norm of a mixture they are the ex
 which this rank has some: maxima are then those of all experts, and what is searched has the least
 output error of all experts together, each with its own tokens and its own scale of the input. An expert
 that no token reached adds nothing; its second linear, whose input nobody saw, keeps its channels.
+A router reads the same norm: factors of such a pair are powers of two whatever the recipe's grid, so
+that its scores keep their bits and no token goes to other experts.
 
 Sums over experts are made in the order of their numbers, on every rank alike, from tensors with a slot
 for each expert that other ranks leave zero. Legend: `I` input features, `C` candidates, `E` experts.
@@ -54,7 +56,7 @@ def rescale_inputs_(
     searched = {n: p for n, p in seen.items() if recipe_of[n].sq_alpha is None}
     scales = _searched(searched, recipe_of, input_hessians, inputs, weights)
     for name, pair in pairs.items():
-        alpha, grid = recipe_of[name].sq_alpha, recipe_of[name].sq_grid
+        alpha, grid = recipe_of[name].sq_alpha, _grid(pair, recipe_of[name])
         if name not in seen:
             scales[name] = torch.ones_like(inputs[name])
         elif alpha is not None:
@@ -63,6 +65,10 @@ def rescale_inputs_(
         pair.fold_(scales[name])
         found |= dict.fromkeys(pair.linears, scales[name])
     return found
+
+
+def _grid(pair: SmoothingPair, recipe: Recipe) -> str:
+    return recipe.sq_grid if pair.router is None else "power_of_two"
 
 
 def _has_tokens(pair: SmoothingPair, input_hessians: Mapping[str, InputHessian]) -> bool:
@@ -147,7 +153,7 @@ def _searched(
         maxima = (pair.tied(values) for values in (inputs[name], weights[name], rms))
         recipe = recipes[name]
         candidates[name] = candidate_scales(
-            *maxima, search_steps=recipe.search_steps, sq_grid=recipe.sq_grid
+            *maxima, search_steps=recipe.search_steps, sq_grid=_grid(pair, recipe)
         )
         for linear_name, linear in pair.linears.items():
             seen = input_hessians[linear_name]

@@ -128,13 +128,14 @@ def _computes(chunk: Any, family: Family) -> bool:
 
 def _built_experts(config: Any) -> dict[str, Any]:
     """Fields of a description, of a mixture."""
-    groups = config.moe_router_num_groups if config.moe_router_group_topk else None
+    limits = config.moe_router_group_topk not in (None, config.moe_router_num_groups)
+    groups = config.moe_router_num_groups if limits else None
     return {name: getattr(config, field) for name, field in SIZES_OF_EXPERTS.items()} | {
         "normalizes_expert_weights": not config.moe_router_pre_softmax,
         "shared_intermediate_size": config.moe_shared_expert_intermediate_size or 0,
         "dense_layers": built_dense_layers(config),
         "expert_groups": groups or 1,
-        "expert_groups_per_token": config.moe_router_group_topk or 1,
+        "expert_groups_per_token": config.moe_router_group_topk if limits else 1,
         "expert_weight_scale": config.moe_router_topk_scaling_factor or 1.0,
     }
 
@@ -295,7 +296,12 @@ def _layer_differences(layer: Any, described: DecoderConfig) -> Iterator[str]:
         yield f"{where}: softcap={cap}, but it is described with {described.attention_softcap}"
     mlps = {"mlp": layer.mlp}
     if (experts := _at(layer, EXPERTS)) is not None:
-        mlps = {EXPERTS: experts.local_experts[0]}
+        local = getattr(experts, "local_experts", None)
+        if local is None:
+            kind = type(experts).__name__
+            yield f"{where}: {EXPERTS} is {kind}; build the model with moe_grouped_gemm=False"
+            return
+        mlps = {EXPERTS: local[0]}
         if layer.mlp.shared_experts is not None:
             mlps[SHARED_EXPERTS] = layer.mlp.shared_experts
     for name, mlp in mlps.items():

@@ -154,7 +154,11 @@ class HuggingFaceCheckpoint:
         counts = Counter(dtype for name, dtype in dtypes.items() if not name.endswith(exact))
         if len(counts) > 1:
             told = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
-            warnings.warn(f"{self.path}: tensors are {told}; each is read as stored.", stacklevel=3)
+            warnings.warn(
+                f"{self.path}: tensors are {told}; each is read as stored, and "
+                "held in the run's dtype.",
+                stacklevel=3,
+            )
 
     def _check_tied(self, table: str, head: str) -> None:
         """Refuses a head that is not the embedding although config.json says so.

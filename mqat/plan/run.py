@@ -409,4 +409,9 @@ def rank_parameters(model: DecoderConfig, settings: ModelConfig) -> tuple[float,
     on_one_stage = list(tables.values()) if pp == 1 else list(tables.values())[:1]
     dense = (linears / pp + sum(on_one_stage)) / tp + sum(counts.values()) / pp + learned
     cut = settings.expert_model_parallel_size * (settings.expert_tensor_parallel_size or tp)
-    return dense, experts / pp / cut
+    each = model.num_layers // pp  # layers of a stage, of which some may be without experts
+    with_experts = [
+        sum(map(model.has_experts, range(first, first + each)))
+        for first in range(0, model.num_layers, each)
+    ]
+    return dense, experts * max(with_experts) / max(1, sum(with_experts)) / cut

@@ -65,7 +65,7 @@ _HARMLESS_OF_EXPERTS = {
     "moe_token_dispatcher_type",
     "moe_enable_deepep", "moe_flex_dispatcher_backend", "moe_per_layer_logging", "moe_permute_fusion",
     "moe_router_fusion", "moe_layer_recompute", "moe_token_drop_policy", "moe_router_dtype",
-    "moe_deepep_num_sms", "moe_hybridep_num_sms", "moe_extended_tp", "moe_shared_expert_overlap",
+    "moe_deepep_num_sms", "moe_hybridep_num_sms", "moe_extended_tp",
     "moe_router_bias_update_rate", "moe_use_legacy_grouped_gemm", "moe_router_padding_for_fp8",
     "moe_router_padding_for_quantization", "moe_pad_expert_input_to_capacity",
 }  # fmt: skip

@@ -176,8 +176,8 @@ class Session:
         self.summary["idle_experts"] = idle = sorted({*idle, *unseen})
         if idle:
             self.log.say(
-                f"  {len(idle)} linears of experts saw no calibration token: inputs take the largest "
-                "scale of their layer, and recipes round weights to nearest: "
+                f"  {len(idle)} linears of experts saw no calibration token (a static input takes the "
+                "largest scale of its layer, a recipe rounds the weight to nearest): "
                 f"{', '.join(idle[:4])}{' ...' if idle[4:] else ''}"
             )
 
