@@ -76,7 +76,7 @@ def _check_readers(
         raise UserError(
             f"{name}: its input comes from an activation, which no tensor before it can rescale in a "
             f"{model.family} model; switch smoothquant off for it by a rule with pattern "
-            f"'*.{linear.name}' (recipe: {smoothquant: false}})."
+            f"'*.{linear.name}' (recipe: {{smoothquant: false}})."
         )
     if linear.expert is not None:  # all as the first, and the first as all
         _check_alike(name, readers if linear == readers[0] else readers[:1], recipes)
