@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mqat.calibration.check_recipes import check_recipes
+from mqat.checkpoints.source import PretrainedSource
 from mqat.config import ExportConfig, ModelConfig, QuantizationConfig, RuleConfig, RunConfig
 from mqat.errors import UserError
 from mqat.export.exporter import ExportOptions
@@ -53,7 +54,7 @@ class RunPlan:
     recipes: dict[str, Recipe]
     dtype: torch.dtype
     data_parallel: int
-    teacher: tuple[DecoderConfig, Origin] | None = None
+    teacher: tuple[DecoderConfig, PretrainedSource | Path] | None = None
 
     @property
     def run_dir(self) -> Path:
