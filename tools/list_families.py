@@ -55,6 +55,8 @@ Routers, their corrections and the gates of shared experts are never quantized; 
 names such as `decoder.layers.3.mlp.shared_experts.linear_fc1`. A correction is in float32 in checkpoints
 and exports, and stays as it is in training unless `model.moe_router_bias_update_rate` moves it. Further
 layers of a `glm4_moe` file, which predict several tokens at once, are left out with a warning.
+SmoothQuant and AWQ rescale the input of experts by powers of two, whatever `sq_grid` says: the router reads
+it, too, and keeps the bits of its scores.
 
 `docs/add-a-family.md` adds a further family, step by step.
 """
