@@ -31,8 +31,8 @@ layers is imported; logits and the gradients of all parameters are compared with
 (largest difference of a logit; largest relative difference of a parameter's gradient); {steps} steps
 of INT8 QAT on one batch lower the loss; the result is exported to TensorRT-LLM at TP 2 x PP 2 and to
 Hugging Face, and `mqat verify` compares every tensor with the checkpoint, and the logits with those of
-training. Seconds are of a processor, for all that. ChatGLM, which transformers does not have, is
-compared with the tests' own formulas.
+training. "Refused" is of INT8: TensorRT-LLM has no INT8 experts. Seconds are of a processor, for all
+that. ChatGLM, which transformers does not have, is compared with the tests' own formulas.
 
 | `model_type` | logits | gradients | loss, {steps} steps | TensorRT-LLM | Hugging Face | seconds |
 |---|---|---|---|---|---|---|
@@ -55,8 +55,8 @@ Routers, their corrections and the gates of shared experts are never quantized; 
 names such as `decoder.layers.3.mlp.shared_experts.linear_fc1`. A correction is in float32 in checkpoints
 and exports, and stays as it is in training unless `model.moe_router_bias_update_rate` moves it. Further
 layers of a `glm4_moe` file, which predict several tokens at once, are left out with a warning.
-SmoothQuant and AWQ rescale the input of experts by powers of two, whatever `sq_grid` says: the router reads
-it, too, and keeps the bits of its scores.
+SmoothQuant and AWQ rescale the input of experts by powers of two, whatever `sq_grid` says: the router
+reads it, too, and keeps the bits of its scores.
 
 `docs/add-a-family.md` adds a further family, step by step.
 """

@@ -50,8 +50,9 @@ def open_origin(path: Path, key: str) -> tuple[DecoderConfig, PretrainedSource |
         return DecoderConfig.from_dict(read_description(path)["model"]), path
     if not path.exists():
         raise UserError(
-            f"{key}={path}: no such file or directory. (conf/ptq_tiny.yaml continues "
-            "from what examples/gpt_sft.py writes.)"
+            f"{key}={path}: no such file or directory; give a Hugging Face directory, a .gguf file, a "
+            "checkpoint of Megatron-LM or NeMo, or one of mqat (conf/ptq_tiny.yaml continues from what "
+            "examples/gpt_sft.py writes)."
         )
     source = open_pretrained(path)
     _ = source.tokenizer_source  # refused here where there is none

@@ -344,7 +344,7 @@ def describe(plan: RunPlan) -> dict[str, Any]:
         + (" + sequence parallel" if settings.sequence_parallel else ""),
         "precision": str(plan.dtype).removeprefix("torch.")
         + (" (auto, on this machine)" if plan.config.trainer.precision == "auto" else ""),
-        "algorithm": plan.config.quantization.algorithm,
+        "algorithm": plan.config.quantization.algorithm or ("rules" if plan.layers else "none"),
         "quantized linears": len(linear_schemes(plan.layers)),
         "key/value cache": plan.config.quantization.kv_cache,
     } | _described_teacher(plan)

@@ -156,7 +156,9 @@ def _report(session: Session) -> None:
         "ptq_prepared": "PTQ with the recipe",
         "qat": "QAT",
     }
-    algorithm = session.plan.config.quantization.algorithm or "unquantized"
+    plan = session.plan
+    by_rules = "quantized by rules" if plan.layers else "unquantized"
+    algorithm = plan.config.quantization.algorithm or by_rules
     table = Table(title=f"{algorithm}: held-out perplexity")
     table.add_column("model")
     table.add_column("perplexity", justify="right")

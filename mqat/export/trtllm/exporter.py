@@ -102,8 +102,7 @@ def _check_family(model: DecoderConfig) -> None:
         kind = "shared experts" if model.shared_intermediate_size else "layers without experts"
         raise UserError(
             f"export.format=trtllm: this {model.family} model has {kind}, which are not written beside "
-            "stacked experts; use export.format=hf, which its PyTorch backend reads too "
-            "(export.style=modelopt)."
+            "stacked experts; use export.format=hf."
         )
     if family.trtllm_architecture is None:
         raise UserError(
@@ -125,7 +124,7 @@ def _check_family(model: DecoderConfig) -> None:
 
 def _check_experts(model: DecoderConfig, layers: Mapping[str, LinearScheme]) -> None:
     """Refuses what TensorRT-LLM's one module for all experts of a layer cannot be told or serve."""
-    elsewhere = "use export.format=hf, which its PyTorch backend reads too (export.style=modelopt)."
+    elsewhere = "use export.format=hf for another server."
     names = [
         in_layer(layer, linear.name)
         for layer in range(model.num_layers)
