@@ -23,7 +23,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from mqat.config import ModelConfig
-from mqat.models.decoder import DecoderConfig, hf_shapes
+from mqat.models.decoder import DecoderConfig
+from mqat.models.hf_keys import hf_shapes
 from mqat.models.structure import FUSED_EXPERTS
 from mqat.runtime import groups
 from mqat.runtime.groups import command_line

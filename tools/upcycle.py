@@ -26,9 +26,10 @@ from mqat.checkpoints.source import open_pretrained
 from mqat.data.packaged import smollm2_gguf
 from mqat.data.tokenizer import load_tokenizer, save_tokenizer
 from mqat.errors import UserError
-from mqat.models.decoder import DecoderConfig, hf_shapes
+from mqat.models.decoder import DecoderConfig
 from mqat.models.families.llama import LLAMA
 from mqat.models.families.mixtral import MIXTRAL
+from mqat.models.hf_keys import hf_shapes
 
 ROUTER_STD = 0.02  # of new routers: choices begin nearly even
 

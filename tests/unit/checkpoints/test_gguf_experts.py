@@ -8,7 +8,7 @@ import torch
 
 from mqat.checkpoints.huggingface import HuggingFaceCheckpoint
 from mqat.errors import UserError
-from mqat.models.decoder import hf_shapes
+from mqat.models.hf_keys import hf_shapes
 from tests.unit.checkpoints.test_experts import random_model
 
 pytest.importorskip("gguf", reason="pip install 'mqat[demo]' to read GGUF files")

@@ -179,7 +179,7 @@ def gguf(path, change=lambda case: None):
 @pytest.mark.parametrize(("told", "message"), [
     ({"llama.rope.scaling.factor": -4.0}, "rope.scaling.factor' is -4.0, must be a positive number"),
     ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"), ({"llama.expert_count": 8},
-    "expert_count' is 8"),
+    "expert_used_count' is missing"),
     ({"llama.logit_scale": 2.0}, "logit_scale"), ({"llama.attention.value_length": 4},
     "value_length=4, but heads"),
     ({"llama.rope.dimension_count": 4}, "dimension_count=4, but heads"),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mqat.checkpoints.source import open_pretrained
 from mqat.config import ModelConfig
 from mqat.errors import UserError
-from mqat.models.decoder import hf_shapes
+from mqat.models.hf_keys import hf_shapes
 from tests.unit.models.hf_models import imported, transformers_model
 
 NAMES = ("nemotron-biased-tied", "starcoder2", "gpt2-untied", "phi3", "chatglm", "gemma")

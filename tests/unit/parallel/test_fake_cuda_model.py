@@ -140,7 +140,7 @@ def test_inputs_are_summed_up_and_weights_rounded_without_waiting(model_on_cuda)
     name, linear = next(iter(quantized_linears(chunk).items()))
     with fake_cuda(), torch.no_grad(), Ledger():
         to_fake_cuda_(chunk)
-        _, hessians = _empty({name: linear})
+        _, hessians = _empty({name: linear}, [name])
         x = torch.empty(32, 2, MODEL.hidden_size, dtype=torch.bfloat16, device=CUDA)
         hessians[name].observe_(linear, x, 1)
         matrix = hessians[name].matrix(linear)

@@ -58,8 +58,6 @@ def layers_of(algorithm: str, cache: str | None) -> dict[str, object]:
     return {name: scheme for name, scheme in schemes.items() if scheme is not None} | caches
 
 
-# The others take as long together as all other tests of this folder.
-FAST = ("int8-trtllm-int8",)
 _CASES = [
     *((name, target, None) for name in FORMATS for target in ("trtllm", "compressed-tensors", "modelopt")
       if (name, {"trtllm": "TensorRT-LLM TP 1 x PP 1", "modelopt": "ModelOpt style"}.get(target, target))
@@ -70,7 +68,7 @@ _CASES = [
 ]  # fmt: skip
 _NAMES = ["-".join(filter(None, case)) for case in _CASES]
 CASES = [
-    pytest.param(case, id=name, marks=[] if name in FAST else pytest.mark.slow)
+    pytest.param(case, id=name, marks=pytest.mark.slow)
     for name, case in zip(_NAMES, _CASES, strict=True)
 ]
 

@@ -19,7 +19,7 @@ _FORMS = [
     ("int4_w_int8_a", "compressed-tensors"), ("fp8", "compressed-tensors"), ("fp8", "modelopt"),
     ("mixture", "compressed-tensors"),
 ]  # fmt: skip
-FAST = ("int4-compressed-tensors", "fp8-modelopt", "mixture-compressed-tensors")
+FAST = ("fp8-modelopt", "mixture-compressed-tensors")
 FORMS = [
     pytest.param(form, id="-".join(form), marks=[] if "-".join(form) in FAST else pytest.mark.slow)
     for form in _FORMS

@@ -65,10 +65,7 @@ def flip(tensor):
 
 @pytest.mark.parametrize(
     "algorithm",
-    [
-        name if name in ("int4", "fp8_pc_pt") else pytest.param(name, marks=pytest.mark.slow)
-        for name in EXPORTABLE
-    ],
+    [name if name == "int4" else pytest.param(name, marks=pytest.mark.slow) for name in EXPORTABLE],
 )
 def test_one_flipped_bit_in_any_tensor_is_found_and_named(algorithm, tiny, exported, tmp_path):
     names = load_file(exported(algorithm) / "rank0.safetensors").keys()
