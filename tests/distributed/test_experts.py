@@ -76,7 +76,8 @@ def assert_alike(layouts, name):
     (first, expected), (second, found) = layouts["ep1"], layouts[name]
     assert found["unquantized"] == pytest.approx(expected["unquantized"], rel=1e-6)
     assert found["quantized"] == pytest.approx(expected["quantized"], rel=1e-3)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    # Flipped codes move some scores; a token on the border between two experts goes to the other.
+    assert found["losses"] == pytest.approx(expected["losses"], rel=5e-3)
     assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
     assert found["resumed_alike"] and found["idle"] == []
     assert_same_scales(first, second)
