@@ -83,7 +83,7 @@ def _check_readers(
     for other in readers:
         if other != linear and None in (linear.expert, other.expert):
             is_of_mixture = in_mixture(linear) and in_mixture(other)
-            pattern = "*.mlp.*experts.*linear_fc1" if is_of_mixture else f"*.{linear.name}"
+            pattern = f"*.mlp.*experts.*{linear.kind}" if is_of_mixture else f"*.{linear.name}"
             raise UserError(
                 f"{name}: its input also feeds {other.name}, so it cannot be rescaled for one of them "
                 "alone; switch smoothquant off for all that read it by a rule with pattern "
