@@ -152,14 +152,10 @@ class DistillConfig:
 
     teacher: str | None = None  # as model.restore_from_path; null: the weights that QAT starts from
     divergence: str = "forward_kl"  # KL(teacher || student); or reverse_kl
-    weight: float = (
-        1.0  # share of the divergence in the loss; the rest is cross entropy with the text
-    )
+    weight: float = 1.0  # share of the divergence; the rest is cross entropy with the text
     temperature: float = 1.0
     top_k: int | None = None  # compare the teacher's likeliest k tokens alone
-    hidden_weight: float = (
-        0.0  # of the distance between last hidden states, relative to the teacher's
-    )
+    hidden_weight: float = 0.0  # of the distance between both models' last hidden states
     offload_teacher: bool = False  # its weights wait in host memory while the student trains
 
 
@@ -241,9 +237,7 @@ class ExperimentConfig:
     # (with the same content), more steps, another learning rate.
     resume_changes: list[str] = field(default_factory=list)
     checkpoint_interval: int = 0  # steps; 0: by time alone
-    checkpoint_minutes: float = (
-        15.0  # a checkpoint at least so often while training; 0: by steps alone
-    )
+    checkpoint_minutes: float = 15.0  # a checkpoint at least so often; 0: by steps alone
     keep_last: int = 2  # checkpoints of a phase; older ones are deleted; 0: all are kept
     create_tensorboard_logger: bool = True
     quality_report: bool = False  # of every quantized linear, after calibration

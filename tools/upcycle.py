@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -97,9 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source = open_pretrained(args.source or smollm2_gguf())
     mixture = mixture_of(source.config, args.experts, args.top_k)
     tensors = upcycled(source, mixture, args.seed)
-    save_tokenizer(load_tokenizer(source.tokenizer_source), args.out)
-    save_file(tensors, args.out / "model.safetensors", metadata={"format": "pt"})
-    (args.out / "config.json").write_text(json.dumps(mixture.to_hf("float32"), indent=2), "utf-8")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as folder:
+        whole = Path(folder, "whole")
+        save_tokenizer(load_tokenizer(source.tokenizer_source), whole)
+        save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+        (whole / "config.json").write_text(json.dumps(mixture.to_hf("float32"), indent=2), "utf-8")
+        whole.rename(args.out)
     parameters = sum(tensor.numel() for tensor in tensors.values()) / 1e6
     print(f"{args.out}: {mixture.num_layers} layers of {args.experts} experts, {parameters:.1f} M")
 

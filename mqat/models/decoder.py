@@ -91,9 +91,7 @@ class DecoderConfig:
     attention_scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # scores s become c tanh(s / c)
     logit_softcap: float | None = None
-    normalizes_heads: bool = (
-        True  # as the family has norms of query and key heads; or it has a switch
-    )
+    normalizes_heads: bool = True  # by norms of query and key heads, where the family has them
     # Of mixtures of experts; 0: a dense model.
     num_experts: int = 0
     experts_per_token: int = 0

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mqat.errors import UserError
+from mqat.parallel.reduce import all_reduce_fused_
 
 # Elements of a chunk on a rank: 64 MiB in float32; eight or nine such tensors exist at a time.
 CHUNK_ELEMENTS = 1 << 24
@@ -143,7 +144,7 @@ def _chunk(
         outside = ~_largest(v, loss.top_k, group)
         u, v = u.masked_fill(outside, OUTSIDE), v.masked_fill(outside, OUTSIDE)
     maxima = torch.stack([x.amax(1) for x in (u, v, s)])
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+    all_reduce_fused_([maxima], dist.ReduceOp.MAX, group)
     top_u, top_v, top_s = maxima
     exp_u, exp_v = (u - top_u[:, None]).exp_(), (v - top_v[:, None]).exp_()
     apart = torch.where(u == OUTSIDE, 0.0, v - u)  # log-probabilities, but for their constants
@@ -156,7 +157,7 @@ def _chunk(
         exp_s = (s - top_s[:, None]).exp_()
         parts += [exp_s.sum(1), torch.where(is_own, chosen, 0.0)]
     sums = torch.stack(parts)
-    dist.all_reduce(sums, group=group)
+    all_reduce_fused_([sums], dist.ReduceOp.SUM, group)
     sum_u, sum_v, sum_apart = sums[:3]
     log_u, log_v = sum_u.log() + top_u, sum_v.log() + top_v
     p_u, p_v = exp_u.div_(sum_u[:, None]), exp_v.div_(sum_v[:, None])

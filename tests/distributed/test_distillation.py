@@ -22,6 +22,8 @@ def _jobs(loss: dict) -> dict[int, dict[str, list[str]]]:
             "tp1": taught, "labels": [], "recomputed": [*taught, "--recompute", "full"],
             "reverse": ["--distill", json.dumps(REVERSE)],
             "larger": ["--distill", json.dumps(LARGER)],
+            "documents": [*taught, "--documents"],
+            "experts": [*taught, "--model", "experts"],
         },
         2: {
             "tp2": [*taught, "--tp", "2"],
@@ -30,6 +32,8 @@ def _jobs(loss: dict) -> dict[int, dict[str, list[str]]]:
             "dp2": taught,
             "cp2": [*taught, "--cp", "2"],
             "larger-tp2-sp": ["--distill", json.dumps(LARGER), "--tp", "2", "--sp"],
+            "documents-cp2": [*taught, "--documents", "--cp", "2"],
+            "experts-ep2": [*taught, "--model", "experts", "--ep", "2"],
         },
     }  # fmt: skip
 
@@ -52,12 +56,15 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", _jobs(MIXED)[2])
 def test_losses_and_gradients_are_those_of_one_process(results, layout):
-    expected, found = results["larger" if "larger" in layout else "tp1"], results[layout]
+    own = layout.partition("-")[0]  # of another model or text, with a reference of its own
+    expected, found = results[own if own in results else "tp1"], results[layout]
     assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
     assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-3)
     assert found["resumed_alike"]
     for other in ("labels", "reverse"):  # controls
         assert results[other]["losses"] != pytest.approx(expected["losses"], rel=0.1)
+    if own == "documents":
+        assert results["tp1"]["losses"] != pytest.approx(expected["losses"], rel=2e-3)
 
 
 def test_recomputed_activations_change_nothing(results):
