@@ -13,8 +13,10 @@ from mqat.checkpoints.archive import unpacked
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.checkpoints.recorded import RecordedLogits, fixed_batch, read_recorded
 from mqat.evaluation.forward import logits, served_logits, served_weights, true_vocab_size
+from mqat.evaluation.shared_steps import shared_steps
 from mqat.evaluation.watch_layers import noisy_linears, watched_layers
 from mqat.models.decoder import DecoderConfig
+from mqat.parallel.add_adapters import without_adapters
 from mqat.parallel.quantized_module import all_quantizers, unwrapped
 from mqat.runtime.groups import (
     any_rank,
@@ -26,7 +28,8 @@ from mqat.runtime.groups import (
 )
 from mqat.verify.agreement import NOISE, agreement
 from mqat.verify.layers import LayerComparison
-from mqat.verify.verify import Report, open_export, run_export, verify_export
+from mqat.verify.report import Report
+from mqat.verify.verify import open_export, run_export, verify_adapter, verify_export
 
 # Of the first sequence: more show nothing new, and each layer's are held at once.
 _LAYER_TOKENS = 64
@@ -70,6 +73,8 @@ def verify_with_model(
 ) -> Report:
     """`verify_export`, then every linear and layer on the model's own inputs, then logits; on all ranks.
 
+    Adapters beside the weights are no part of the export, and so are left out of what is compared.
+
     Args:
         export: As for `verify_export`.
         checkpoint: It was made from.
@@ -94,12 +99,19 @@ def verify_with_model(
     if is_rebuilt:
         _compare_with_recorded(report, checkpoint, chunks)
     with ExitStack() as opened:
+        opened.enter_context(without_adapters(chunks))
         comparison = None
         with on_all_ranks():
             if _is_judge():
                 directory = opened.enter_context(unpacked(export))
                 reader = CheckpointReader(checkpoint, crc="none")
                 comparison = LayerComparison(open_export(directory), reader, _dtype(chunks))
+        if decided_by_main(lambda: comparison is not None and comparison.decoder.shares_steps):
+            with on_all_ranks():
+                reader = CheckpointReader(checkpoint, crc="none")
+                opened.enter_context(shared_steps(chunks, reader))
+                if comparison is not None:
+                    comparison.decoder.is_compared_alike = True
         _compare_layers(report, comparison, chunks, tokens, dtype)
         if not decided_by_main(lambda: report.ok):
             return report
@@ -108,6 +120,29 @@ def verify_with_model(
             if is_main():
                 assert comparison is not None
                 run_export(report, comparison.decoder, tokens, expected.cpu(), _dtype(chunks))
+    return report
+
+
+def verify_adapter_with_model(
+    adapter: Path,
+    base: Path | None,
+    checkpoint: Path,
+    chunks: Sequence[Any],
+    tokens: Tensor,
+    dtype: str,
+) -> Report:
+    """`verify_adapter`, on all ranks: on a base model, if there is one, against the model's own logits.
+
+    Arguments and errors as for `verify_with_model`; `base` is a Hugging Face directory.
+    """
+    expected = None if base is None else served_logits(chunks, tokens, dtype).cpu()
+    report = Report()
+    with on_all_ranks():
+        if is_main():
+            report = verify_adapter(
+                adapter, base=base, reference=checkpoint, tokens=tokens, reference_logits=expected,
+                dtype=_dtype(chunks),
+            )  # fmt: skip
     return report
 
 

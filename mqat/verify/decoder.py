@@ -6,12 +6,14 @@ pipeline stage after the other, activations quantized as served. A module is in 
 Sources: TensorRT-LLM `layers/attention.py`, `layers/mlp.py`, `quantization/layers.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mqat.verify.activations import ACTIVATIONS, NORMS
+from mqat.verify.adapter import LowRank
 from mqat.verify.agreement import add_noise
 from mqat.verify.export import Export, Rank
 from mqat.verify.reference_quant import quantize_input
@@ -22,11 +24,47 @@ from mqat.verify.storage import Module
 SERVED_OTHERWISE = 0.1
 
 
-class Decoder:
-    """An exported model, its headers checked."""
+@dataclass
+class Past:
+    """What a decoder keeps of the tokens before: keys after rotation and values, quantized as served.
 
-    def __init__(self, export: Export) -> None:
-        self.export = export
+    Attributes:
+        tokens: How many.
+        heads: Global number of a layer, and of its rank -> [b, groups, tokens, d] of each.
+    """
+
+    tokens: int = 0
+    heads: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Decoder:
+    """An exported model, its headers checked.
+
+    Args:
+        export: Its directory.
+        beside: Module's name in a Hugging Face directory -> what an adapter adds to it.
+        keeps_weights: Holds all of them in float32 once they were read: to compute token by token.
+
+    Attributes:
+        export: The directory.
+        model: What its config describes.
+        max_positions: Longest sequence.
+        is_compared_alike: The trainer that it is compared with shares the steps of experts' inputs, too.
+    """
+
+    def __init__(
+        self,
+        export: Export,
+        beside: Mapping[str, LowRank] | None = None,
+        *,
+        keeps_weights: bool = False,
+    ) -> None:
+        self.export, self._beside = export, beside or {}
+        for rank in (rank for stage in export.stages for rank in stage):
+            rank.keeps_weights = keeps_weights
+        self._keeps_weights, self._tables = keeps_weights, dict[tuple[str, int], Tensor]()
+        self._past: Past | None = None
+        self.is_compared_alike = False
         self.model = export.model
         self._noise, self._generator = 0.0, torch.Generator()
         self.max_positions = self.model.value("max_position_embeddings")
@@ -37,7 +75,7 @@ class Decoder:
         for module in self.export.modules(layer):
             if module.parts[0].role not in roles:
                 continue
-            product = _product(rank, module, self._noisy(x))
+            product = self._with_adapter(rank, module, self._noisy(x))
             found |= module.by_part(product + _bias(rank, module), dim=-1)
         return [found[role] for role in roles]
 
@@ -45,9 +83,14 @@ class Decoder:
         """A row-parallel linear of every rank's features; its bias is added once."""
         module = next(m for m in self.export.modules(layer) if m.parts[0].role == role)
         products = [
-            _product(rank, module, self._noisy(x)) for rank, x in zip(ranks, inner, strict=True)
+            self._with_adapter(rank, module, self._noisy(x))
+            for rank, x in zip(ranks, inner, strict=True)
         ]
         return torch.stack(products).sum(0) + _bias(ranks[0], module)
+
+    def _with_adapter(self, rank: Rank, module: Module, x: Tensor) -> Tensor:
+        product, adapter = _product(rank, module, x), self._beside.get(module.name)
+        return product if adapter is None else product + adapter(x)
 
     def _norm(self, rank: Rank, layer: int, role: str, x: Tensor) -> Tensor:
         name = self.model.facts.norms[role][self.model.form]
@@ -75,15 +118,31 @@ class Decoder:
             if f"{role}_norm" in self.model.facts.norms:  # of each head
                 part = self._norm(rank, layer, f"{role}_norm", part)
             if role != "value" and "positions" not in self.model.names:
-                part = self.model.positions.rotate(part, number)
+                part = self.model.positions.rotate(part, number, self._first)
             if cache is not None and role in cache.names:
                 step = rank.tensor(self.model.prefix(layer) + cache.names[role])
                 part = quantize_input(part, "static fp8" if cache.is_float else "static int8", step)
             heads[role] = part
         q, k, v = (heads[role] for role in roles)
+        k, v = self._with_past((number, rank.label), k, v)
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         context = self.model.positions.attend(q, k, v, number)
         return context.transpose(1, 2).flatten(2)
+
+    @property
+    def _first(self) -> int:
+        """Position of the first token of this pass."""
+        return 0 if self._past is None else self._past.tokens
+
+    def _with_past(self, place: tuple[int, str], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens before, and these, which are kept."""
+        if self._past is None:
+            return k, v
+        if place in self._past.heads:
+            before = zip(self._past.heads[place], (k, v), strict=True)
+            k, v = (torch.cat(parts, dim=2) for parts in before)
+        self._past.heads[place] = k, v
+        return k, v
 
     def _mlp(self, rank: Rank, layer: int, x: Tensor) -> Tensor:
         facts = self.model.facts_of(layer)
@@ -96,12 +155,18 @@ class Decoder:
         """The linears of a layer, by its global number."""
         return self.export.modules(number % self.model.layers_per_stage)
 
+    @property
+    def shares_steps(self) -> bool:
+        """Whether a layer's experts have one step of inputs, where each was trained with its own."""
+        layers = range(self.model.value("num_layers"))
+        return any(m.shares_input_scale for number in layers for m in self.modules(number))
+
     def serves_otherwise(self, number: int) -> bool:
         """Whether a layer computes something else than was trained, by at most `SERVED_OTHERWISE`."""
         is_cut = self.model.tp > 1
         return any(
             m.storage.is_reloaded
-            or m.shares_input_scale
+            or (m.shares_input_scale and not self.is_compared_alike)
             or (m.is_row_parallel and is_cut and (m.storage.input or "").startswith("token"))
             for m in self.modules(number)
         )
@@ -208,35 +273,47 @@ class Decoder:
         return {role: (torch.stack(products).sum(0) + _bias(ranks[0], module)).t()}
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, noise: float = 0.0) -> Tensor:
+    def logits(self, tokens: Tensor, noise: float = 0.0, past: Past | None = None) -> Tensor:
         """Next-token logits, float32 [b, s, V], for tokens int64 [b, s].
 
-        With `noise`, of that relative size on the input of every linear: its answer to rounding.
+        With `noise`, of that relative size on the input of every linear: its answer to rounding. With
+        `past`, of the tokens behind those that it holds; these are added to it.
         """
         model, stages = self.model, self.export.stages
-        x = self.export.table("embedding", 0)[tokens].float() * model.embedding_scale
+        self._past, first = past, past.tokens if past is not None else 0
+        x = self._table("embedding", 0)[tokens].float() * model.embedding_scale
         if "positions" in model.names:
-            x = x + self.export.table("positions", 0)[: tokens.shape[1]].float()
+            x = x + self._table("positions", 0)[first : first + tokens.shape[1]].float()
         self._noise, self._generator = noise, torch.Generator().manual_seed(0)
         try:
             for number in range(model.layers_per_stage * model.pp):
                 x = self.layer(number, x)
         finally:
-            self._noise = 0.0
+            self._noise, self._past = 0.0, None
+        if past is not None:
+            past.tokens += tokens.shape[1]
         x = self._normed(stages[-1][0], model.names["final_norm"], x)
         role, stage = ("embedding", 0) if model.is_tied else ("lm_head", -1)
-        return model.positions.capped(x @ self.export.table(role, stage).float().t())
+        return model.positions.capped(x @ self._table(role, stage).float().t())
+
+    def _table(self, role: str, stage: int) -> Tensor:
+        if (role, stage) not in self._tables:
+            table = self.export.table(role, stage)
+            if not self._keeps_weights:
+                return table
+            self._tables[role, stage] = table.float()
+        return self._tables[role, stage]
 
 
 def _product(rank: Rank, module: Module, x: Tensor, *, quantizes: bool = True) -> Tensor:
     """One rank's product, without the sum over ranks and without a bias."""
-    linear = rank.linear(module)
+    linear, weight = rank.served(module)
     if "smoothing" in linear.tensors:
         x = x * linear.tensors["smoothing"].float()
     # A rank takes the step of a token from its own channels.
     kind = module.storage.input if quantizes else None
     x = quantize_input(x, kind, linear.input_step())
-    return x @ linear.weight().t()
+    return x @ weight.t()
 
 
 def _bias(rank: Rank, module: Module) -> Tensor:

@@ -32,7 +32,11 @@ class Rank:
     files: Sequence[str]
     index: Mapping[str, str] = field(default_factory=dict)  # tensor -> file, as an index claims
     found: dict[str, str] = field(default_factory=dict)  # tensor -> file; filled by `open`
+    keeps_weights: bool = (
+        False  # in memory, once they were read: for text, which takes them for each token
+    )
     _handles: dict[str, safe_open] = field(default_factory=dict)
+    _kept: dict[str, tuple[StoredLinear, Tensor]] = field(default_factory=dict)
 
     def open(self, directory: Path) -> list[str]:
         """Opens the files; problems with files that cannot be."""
@@ -71,6 +75,16 @@ class Rank:
         if module.is_transposed and "weight" in tensors:
             tensors["weight"] = tensors["weight"].t()
         return StoredLinear(module, tensors)
+
+    def served(self, module: Module) -> tuple[StoredLinear, Tensor]:
+        """The same, and what a server multiplies by, float32 [O, I]."""
+        if module.name in self._kept:
+            return self._kept[module.name]
+        linear = self.linear(module)
+        found = linear, linear.weight()
+        if self.keeps_weights:
+            self._kept[module.name] = found
+        return found
 
 
 @dataclass(frozen=True)

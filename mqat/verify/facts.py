@@ -3,6 +3,7 @@
 A second opinion on purpose: nothing here comes from `mqat.models`. The files explain the fields.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,6 +116,7 @@ def _read_raw(family: str) -> dict[str, Any]:
     return _merge(_read_raw(raw.pop("based_on")), raw) if "based_on" in raw else raw
 
 
+@functools.cache
 def read_facts(family: str) -> Facts:
     """The facts of a family whose file exists."""
     defaults: dict[str, Any] = {

@@ -83,8 +83,10 @@ class LayerComparison:
         for role in trained:
             if role not in served:
                 served |= self.decoder.linears(number, role, x)
-        modules = self.decoder.modules(number)
-        changed = [m for m in modules if m.storage.is_reloaded or m.shares_input_scale]
+        modules, is_alike = self.decoder.modules(number), self.decoder.is_compared_alike
+        changed = [
+            m for m in modules if m.storage.is_reloaded or (m.shares_input_scale and not is_alike)
+        ]
         otherwise = {part.role for module in changed for part in module.parts}
         for role, wanted in trained.items():
             limit = SERVED_OTHERWISE if role in otherwise else _LINEAR[self.dtype]

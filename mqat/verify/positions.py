@@ -70,18 +70,23 @@ class Positions:
     score_cap: float | None
     logit_cap: float | None
 
+    @property
+    def switching_length(self) -> int | None:
+        """Tokens of a sequence beyond which all of it is turned otherwise; None: never."""
+        return int(self.scaling[_ORIGINAL]) if self.scaling.get("kind") == "longrope" else None
+
     def has_window(self, layer: int) -> bool:
         """Whether a layer, by its global number, looks at near tokens only."""
         return layer in self.windowed
 
-    def rotate(self, x: Tensor, layer: int) -> Tensor:
-        """Heads [b, h, s, d] turned by positions 0..s-1, in a layer by its global number."""
+    def rotate(self, x: Tensor, layer: int, first: int = 0) -> Tensor:
+        """Heads [b, h, s, d] turned by positions from `first` on, in a layer by its global number."""
         base, scaling = self.base, self.scaling
         if self.has_window(layer) and self.windowed_base is not None:
             base, scaling = self.windowed_base, {}
-        length, size = x.shape[2], self.rotated
+        length, size = first + x.shape[2], self.rotated
         rates, times = _rates(base, scaling, size, length, self.longest)
-        angles = torch.arange(length).double()[:, None] * rates
+        angles = torch.arange(first, length).double()[:, None] * rates
         cos, sin = ((f(angles) * times).to(x.dtype) for f in (torch.cos, torch.sin))
         turned, rest = x[..., :size], x[..., size:]
         if self.is_interleaved:
@@ -95,12 +100,12 @@ class Positions:
         return torch.cat([joined, rest], dim=-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """Heads [b, h, s, d] of queries, and of keys and values as many, to those of the context."""
+        """Heads [b, h, s, d] of the context, of queries that are the last of as many keys and values."""
         scores = q @ k.transpose(-2, -1) * self.score_scale
         if self.score_cap is not None:
             scores = self.score_cap * torch.tanh(scores / self.score_cap)
-        place = torch.arange(q.shape[2])
-        back = place[:, None] - place
+        place = torch.arange(k.shape[2])
+        back = place[-q.shape[2] :, None] - place
         reach = self.window if self.window is not None and self.has_window(layer) else len(place)
         hidden = (back < 0) | (back >= reach)
         return scores.masked_fill(hidden, -math.inf).softmax(dim=-1) @ v

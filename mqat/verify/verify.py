@@ -1,8 +1,7 @@
 """Proof that an exported directory is what was trained, before anybody builds an engine."""
 
-from dataclasses import asdict, dataclass, field
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,61 +9,18 @@ from torch import Tensor
 from mqat.checkpoints.archive import unpacked
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
+from mqat.verify.adapter import compare_adapter, read_adapter
 from mqat.verify.agreement import NOISE, agreement
 from mqat.verify.check import header_problems, value_problems
 from mqat.verify.compare import compare_with_checkpoint
 from mqat.verify.decoder import SERVED_OTHERWISE, Decoder
 from mqat.verify.export import Export
 from mqat.verify.formats import huggingface, trtllm
+from mqat.verify.report import Report
 from mqat.verify.served_model import ServedModel, read_json
 
-
-@dataclass
-class Report:
-    """What verification found."""
-
-    problems: list[str] = field(default_factory=list)  # each names a file or tensor
-    num_files: int = 0  # with weights
-    compared_with_checkpoint: bool = False  # every tensor was compared bit for bit
-    mean_kl: float | None = None  # from training's next-token distribution to the exported, in nats
-    top1_agreement: float | None = None  # share of positions with the same most likely token
-    max_abs_difference: float | None = None  # of two logits
-    noise: float | None = None  # relative, on the input of every linear, for the two below
-    noise_kl: float | None = None  # of the export with noise, against itself without
-    noise_top1_agreement: float | None = None  # likewise
-    worst_linear: float | None = None  # error on the trainer's own inputs, relative
-    worst_layer: float | None = None  # likewise, of what a layer adds
-    recorded: str | None = None  # what became of the logits that training recorded
-
-    @property
-    def ok(self) -> bool:
-        """Whether the directory may be served."""
-        return not self.problems
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe form."""
-        return asdict(self) | {"ok": self.ok}
-
-    def headline(self) -> str:
-        """One line for people."""
-        if not self.ok:
-            return f"FAILED, {len(self.problems)} problems, first: {self.problems[0]}"
-        parts = [f"verified, {self.num_files} files of weights"]
-        if self.compared_with_checkpoint:
-            parts.append("every tensor equal to the checkpoint")
-        if self.mean_kl is not None and self.top1_agreement is not None:
-            if self.worst_linear is not None:
-                parts.append(
-                    f"on the trainer's inputs linears within {self.worst_linear:.1e}, layers within "
-                    f"{self.worst_layer:.1e}"
-                )
-            parts.append(
-                f"logits: KL {self.mean_kl:.2e}, same top token {self.top1_agreement:.1%} (with noise "
-                f"of {self.noise:.0e} against itself: {self.noise_kl:.2e}, "
-                f"{self.noise_top1_agreement:.1%})"
-            )
-        parts += [self.recorded] if self.recorded else []
-        return ", ".join(parts)
+# Problems a layer from which on it is not a tensor that is damaged but another checkpoint.
+_OTHER_CHECKPOINT = 1
 
 
 def compare_logits(report: Report, served: Tensor, reference: Tensor, noisy: Tensor) -> None:
@@ -77,6 +33,7 @@ def compare_logits(report: Report, served: Tensor, reference: Tensor, noisy: Ten
         noisy: Of the export with noise of the size of rounding (`agreement.NOISE`).
     """
     found, noise = agreement(reference, served), agreement(served, noisy)
+    report.positions = found.positions
     report.mean_kl, report.top1_agreement = found.kl, found.top1
     report.noise_kl, report.noise_top1_agreement = noise.kl, noise.top1
     report.max_abs_difference = float((served - reference).abs().max())
@@ -130,14 +87,73 @@ def verify_export(
         opened = _open(directory, report.problems)
         if opened is None:
             return report
-        report.num_files = sum(len(rank.files) for ranks in opened.stages for rank in ranks)
+        _describe(report, opened)
         report.problems += value_problems(opened)
         if reference is not None:
-            report.problems += compare_with_checkpoint(opened, CheckpointReader(reference))
+            report.checkpoint = str(reference)
+            report.problems += _compared(opened, reference)
             report.compared_with_checkpoint = True
         if tokens is not None and not report.problems:
             run_export(report, Decoder(opened), tokens, reference_logits, dtype)
     return report
+
+
+def verify_adapter(
+    directory: Path,
+    *,
+    base: Path | None = None,
+    reference: Path | None = None,
+    tokens: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Report:
+    """Checks adapters that `mqat export --format peft` wrote; arguments and errors as `verify_export`.
+
+    `base`: Hugging Face directory on which they are run.
+    """
+    report = Report(num_files=1)
+    beside = read_adapter(directory, report.problems)
+    if reference is not None and not report.problems:
+        report.checkpoint = str(reference)
+        report.problems += compare_adapter(beside, CheckpointReader(reference))
+        report.compared_with_checkpoint = True
+    opened = None if base is None else _open(base, report.problems)
+    if opened is not None and not report.problems:
+        layers = range(opened.model.value("num_layers"))
+        modules = {m.name for layer in layers for m in opened.modules(layer)}
+        report.problems += [f"{base}: has no {name}" for name in sorted(beside.keys() - modules)]
+        if tokens is not None and not report.problems:
+            run_export(report, Decoder(opened, beside), tokens, reference_logits, dtype)
+    return report
+
+
+def _describe(report: Report, export: Export) -> None:
+    """Adds what is in the directory, for people."""
+    model = export.model
+    ranks = [rank for stage in export.stages for rank in stage]
+    report.num_files = sum(len(rank.files) for rank in ranks)
+    report.num_tensors = sum(len(rank.found) for rank in ranks)
+    layout = f"TP {model.tp} x PP {model.pp}"
+    report.form = "Hugging Face" if model.form == "hf" else f"TensorRT-LLM for {layout}"
+    stored = Counter(
+        str(module.storage)
+        for layer in range(model.layers_per_stage)
+        for module in export.modules(layer)
+    )
+    report.linears = {kind: count * model.pp for kind, count in stored.most_common()}
+    report.num_linears = sum(report.linears.values())
+
+
+def _compared(export: Export, reference: Path) -> list[str]:
+    """Problems of the comparison with a checkpoint; many of them have one cause, which comes first."""
+    problems = list(compare_with_checkpoint(export, CheckpointReader(reference)))
+    if len(problems) > _OTHER_CHECKPOINT * export.model.value("num_layers"):
+        problems.insert(
+            0,
+            f"{len(problems)} of its tensors and settings are not those of {reference}: the export was "
+            "made from another checkpoint",
+        )
+    return problems
 
 
 def run_export(
@@ -192,9 +208,9 @@ def read_model(directory: Path) -> ServedModel | None:
     return None if export is None or problems else export.model
 
 
-def open_export(directory: Path) -> Decoder:
+def open_export(directory: Path, *, keeps_weights: bool = False) -> Decoder:
     """A decoder that computes logits from an exported directory alone; errors as `read_export`."""
-    return Decoder(read_export(directory))
+    return Decoder(read_export(directory), keeps_weights=keeps_weights)
 
 
 def _check_tokens(vocab: int, tokens: Tensor, logits: Tensor | None) -> None:

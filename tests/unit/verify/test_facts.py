@@ -36,8 +36,10 @@ def edit_facts(tmp_path, monkeypatch):
         for number, (_, new) in enumerate(pairs):
             text = text.replace(f"<{number}>", new)
         (folder / "llama.yaml").write_text(text)
+        facts.read_facts.cache_clear()
 
-    return edit
+    yield edit
+    facts.read_facts.cache_clear()
 
 
 @pytest.mark.parametrize(("form", "gate", "up"), [

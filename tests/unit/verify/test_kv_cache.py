@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from mqat.evaluation.inspect import rows
 from mqat.export.export import export_hf, export_trtllm
-from mqat.verify.verify import verify_export
+from mqat.verify.decoder import Past
+from mqat.verify.verify import open_export, verify_export
 from tests.unit.export.checkpoints import (
     TINY,
     all_caches,
@@ -52,6 +53,15 @@ def case(request, tmp_path_factory):
     checkpoint = write_checkpoint(root / "checkpoint", TINY, layers, cuts=2)
     export(checkpoint, root / "out", target)
     return layers, checkpoint, root / "out", names
+
+
+def test_tokens_one_after_another_give_the_logits_of_all_at_once(case):
+    decoder = open_export(case[2], keeps_weights=True)
+    expected, past = decoder.logits(TOKENS), Past()
+    parts = TOKENS.split([3, 1, 1, TOKENS.shape[1] - 5], dim=1)
+    found = torch.cat([decoder.logits(part, past=past) for part in parts], dim=1)
+    assert relative(found, expected) < 1e-4 and past.tokens == TOKENS.shape[1]
+    assert relative(decoder.logits(TOKENS[:, 3:]), expected[:, 3:]) > 1e-2  # control: no past
 
 
 def first_file(directory):

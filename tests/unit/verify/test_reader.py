@@ -20,8 +20,9 @@ from mqat.export.export import export_trtllm
 from mqat.models.schemes import kv_cache_schemes
 from mqat.quant.quantizer import Quantizer
 from mqat.verify.agreement import agreement
+from mqat.verify.report import Report
 from mqat.verify.storage import reload_w8a16
-from mqat.verify.verify import Report, compare_logits, open_export, verify_export
+from mqat.verify.verify import compare_logits, open_export, verify_export
 from tests.unit.export.checkpoints import (
     BIASED,
     QWEN2,
