@@ -9,7 +9,7 @@ PYTHON_LATEST ?= $(firstword $(foreach p,python3.12 $(wildcard $(HOME)/.pyenv/ve
 LATEST := .venv-latest
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-latest print-latest lint test test-latest test-all demo clean
+.PHONY: install install-latest print-latest lint test test-latest test-wheel test-all demo docs clean
 
 # torch is pinned first: a loose range would pull several gigabytes of CUDA libraries.
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
@@ -43,7 +43,7 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=30 tests
 
-# What depends on Megatron-Core, the example on eight processes, and the demo.
+# What depends on Megatron-Core, the example on eight processes, and the demo with half of its steps.
 test-latest: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 test-latest: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 test-latest: install-latest
@@ -51,7 +51,11 @@ test-latest: install-latest
 		tests/unit/test_private_names.py
 	$(LATEST)/bin/torchrun --standalone --nproc-per-node 8 examples/gpt_qat.py exp_manager.exp_dir=runs/latest-8
 	$(LATEST)/bin/torchrun --standalone --nproc-per-node 3 examples/gpt_qat.py --config conf/demo_smollm2.yaml \
-		exp_manager.exp_dir=runs/latest-demo
+		trainer.max_steps=4 exp_manager.exp_dir=runs/latest-demo
+
+# The package as it is installed: in an environment and a folder of its own.
+test-wheel: install
+	$(BIN)/python -m pytest -q tests/users/test_wheel.py
 
 test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
@@ -61,6 +65,12 @@ demo: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 demo: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 demo: install
 	$(BIN)/torchrun --standalone --nproc-per-node 3 examples/gpt_qat.py --config conf/demo_smollm2.yaml
+
+# The site, in build/site; warnings are errors.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: install
+	$(BIN)/pip install -q -c constraints-cpu.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(LATEST) runs build *.egg-info

@@ -1,7 +1,7 @@
 """Runs a worker's `main` on ranks that are forked from a process which has imported everything already.
 
 Importing torch and Megatron-Core takes a rank some ten seconds of CPU time, most of what a small test
-takes. Tests of what users start themselves use `launch.torchrun` instead, which starts from nothing.
+takes. Tests of what users start use `tests.launch.torchrun` instead, which starts from nothing.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from mqat.data.packaged import python_docs_documents
 from mqat.data.tokenizer import train_small_tokenizer
 from mqat.verify.verify import verify_export
-from tests.distributed.launch import mqat, torchrun
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_import import family
+from tests.launch import mqat, torchrun
 
 WORKER = Path(__file__).with_name("worker.py")
 

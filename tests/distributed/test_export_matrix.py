@@ -8,8 +8,8 @@ import torch
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.export.export import export_hf, export_trtllm
 from mqat.verify.verify import verify_export
-from tests.distributed.launch import torchrun
 from tests.distributed.test_layouts import run
+from tests.launch import torchrun
 
 pytestmark = pytest.mark.slow
 ALGORITHMS = ("int8", "int4", "fp8")

@@ -8,8 +8,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 
 from mqat.checkpoints.reader import CheckpointReader
-from tests.distributed.launch import ROOT, torchrun
 from tests.distributed.ranks import run_ranks
+from tests.launch import ROOT, torchrun
 
 WORKER = Path(__file__).with_name("learned_worker.py")
 QAT = ROOT / "examples" / "gpt_qat.py"

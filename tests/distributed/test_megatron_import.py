@@ -10,10 +10,10 @@ import yaml
 
 from mqat.data.packaged import python_docs_documents
 from mqat.data.tokenizer import train_small_tokenizer
-from tests.distributed.launch import mqat
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_import import WORKER as LOGITS
 from tests.distributed.test_import import served
+from tests.launch import mqat
 from tests.unit.checkpoints.test_training_checkpoints import NEMO1, sentencepiece_model
 
 MEGATRON = LOGITS.with_name("megatron_worker.py")

@@ -12,7 +12,7 @@ import torch
 from mqat.kernels.device_check import fixed_results
 from mqat.quant.algorithm import ALGORITHMS, named_scheme
 from mqat.quant.qparams import compute_qparams, statistic_of
-from tests.distributed.launch import ROOT
+from tests.launch import ROOT
 
 pytestmark = pytest.mark.gpu
 

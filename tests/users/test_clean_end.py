@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import ROOT, torchrun
+from tests.launch import ROOT, torchrun
 
 HERE = Path(__file__).parent
 

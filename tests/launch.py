@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.device import environment
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def torchrun(
