@@ -7,8 +7,14 @@ from typing import Any
 
 from mqat.config import DataConfig
 from mqat.data.documents import ReadStats, read_conversations, read_texts
-from mqat.data.packaged import hold_out, python_docs_documents, wikipedia_documents
+from mqat.data.packaged import (
+    counting_documents,
+    hold_out,
+    python_docs_documents,
+    wikipedia_documents,
+)
 from mqat.data.packing import PackedDataset, pack_conversations, pack_text
+from mqat.data.sources import resolve
 from mqat.data.tokenizer import check_fits, load_tokenizer, train_small_tokenizer
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
@@ -31,15 +37,19 @@ def load_dataset(
     tokenizer: Any,
     seq_length: int,
     bad_lines: str = "error",
+    columns: Sequence[str] = (),
+    key: str = "paths",
 ) -> PackedDataset:
     """Reads files, tokenizes and packs them.
 
     Args:
-        paths: Files; see `read_texts` and `read_conversations`.
+        paths: Files, patterns, data sets; see `sources.resolve`, `read_texts`, `read_conversations`.
         format: `text` or `sft`.
         tokenizer: Transformers tokenizer.
         seq_length: Tokens per sequence.
         bad_lines: `error`, or `skip`: leave out and count.
+        columns: Keys of a record that are read; empty: all.
+        key: What complaints call `paths`.
 
     Returns:
         The sequences; `.stats` says how much was read and what was left out.
@@ -47,16 +57,17 @@ def load_dataset(
     Raises:
         ValueError: Unreadable, empty, or a bad line; names file and line.
     """
-    files = [Path(path) for path in paths]
+    if format not in ("text", "sft"):
+        raise UserError(f"model.data.format={format!r}: must be 'text' or 'sft'.")
+    sources = resolve(paths, key)
     stats = ReadStats()
     if format == "sft":
-        conversations = read_conversations(files, bad_lines, stats)
+        conversations = read_conversations(sources, bad_lines, stats, columns)
         return pack_conversations(
             conversations, tokenizer, seq_length, bad_lines=bad_lines, stats=stats
         )
-    if format == "text":
-        return pack_text(read_texts(files, bad_lines, stats), tokenizer, seq_length, stats)
-    raise UserError(f"model.data.format={format!r}: must be 'text' or 'sft'.")
+    texts = read_texts(sources, bad_lines, stats, columns)
+    return pack_text(texts, tokenizer, seq_length, stats)
 
 
 def _tokenizer(
@@ -74,10 +85,11 @@ def _tokenizer(
 
 def _training_texts(settings: DataConfig) -> list[str]:
     """What a tokenizer is trained on where the model brings none."""
-    files = [Path(path) for path in settings.train]
+    sources = resolve(settings.train, "model.data.train")
+    how = (settings.bad_lines, ReadStats(), settings.columns)
     if settings.format == "text":
-        return read_texts(files, settings.bad_lines, ReadStats())
-    conversations = read_conversations(files, settings.bad_lines, ReadStats())
+        return read_texts(sources, *how)
+    conversations = read_conversations(sources, *how)
     return [message["content"] for c in conversations for message in c.messages]
 
 
@@ -92,8 +104,11 @@ def _describe(train: PackedDataset, validation: PackedDataset, seq_length: int) 
         ),
     }
     counts = ", ".join(f"{n} {what}" for what, n in left_out.items() if n) or "nothing left out"
+    forms = both[0].forms + both[1].forms
+    layouts = ", ".join(f"{count} {form}" for form, count in forms.items())
+    documents = f"{sum(s.documents for s in both)} documents{f' ({layouts})' if layouts else ''}"
     return (
-        f"data: {sum(s.documents for s in both)} documents, {len(train)} training and "
+        f"data: {documents}, {len(train)} training and "
         f"{len(validation)} validation sequences of {seq_length} tokens ({counts})"
     )
 
@@ -114,7 +129,11 @@ def load_run_data(
     """
     length = settings.seq_length
     if settings.packaged is not None:
-        named = {"wikipedia": wikipedia_documents, "python_docs": python_docs_documents}
+        named = {
+            "counting": counting_documents,
+            "python_docs": python_docs_documents,
+            "wikipedia": wikipedia_documents,
+        }
         train_documents, held_out = hold_out(named[settings.packaged]())
         tokenizer = _tokenizer(source, checkpoint, train_documents, model)
         train = pack_text(train_documents, tokenizer, length)
@@ -135,7 +154,9 @@ def load_run_data(
             tokenizer=tokenizer,
             seq_length=length,
             bad_lines=settings.bad_lines,
+            columns=settings.columns,
+            key=f"model.data.{name}",
         )
-        for paths in (settings.train, settings.validation)
+        for name, paths in (("train", settings.train), ("validation", settings.validation))
     )
     return RunData(tokenizer, train, validation, _describe(train, validation, length))

@@ -1,12 +1,14 @@
 """Reads text and conversations from files; every complaint names the file and the line."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mqat.data.messages import HARMLESS, Message, read_row, said
+from mqat.data.messages import HARMLESS, Message, form_of, read_row, said
+from mqat.data.sources import Source, columnar_records, is_columnar
 from mqat.data.strict_json import parse_json
 from mqat.errors import UserError
 
@@ -15,7 +17,6 @@ _JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
 _NOT_PROSE = (
     ".csv",
     ".tsv",
-    ".parquet",
     ".arrow",
     ".bin",
     ".idx",
@@ -46,6 +47,7 @@ class ReadStats:
         dropped_tokens: Tokens that fit in no sequence.
         cut_conversations: Conversations that lost their end.
         dropped_conversations: Conversations left out because no answer was within the sequence.
+        forms: Layout of the records -> how many of them were read.
     """
 
     documents: int = 0
@@ -53,6 +55,7 @@ class ReadStats:
     dropped_tokens: int = 0
     cut_conversations: int = 0
     dropped_conversations: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
 
 
 class BadLines:
@@ -159,14 +162,22 @@ def _holds_json(path: Path) -> bool:
     return any(isinstance(v[0] if isinstance(v, list) and v else v, dict) for v in found)
 
 
-def _read_jsonl(
-    path: Path, parse: Callable[[Any, str], T], bad_lines: str, stats: ReadStats
+def _read_records(
+    source: Source,
+    parse: Callable[[Any, str], T],
+    bad_lines: str,
+    stats: ReadStats,
+    columns: Sequence[str],
 ) -> list[T]:
     records = []
     complaints = BadLines(bad_lines, stats)
-    for place, read in _json_records(path):
+    found = columnar_records(source) if is_columnar(source) else _json_records(Path(str(source)))
+    for place, read in found:
         try:
-            records.append(parse(read(), place))
+            value = said(read())
+            kept = {key: value[key] for key in value if not columns or key in columns}
+            records.append(parse(kept, place))
+            stats.forms[form_of(kept)] += 1
         except ValueError as error:
             complaints.report(place, error)
     return records
@@ -192,49 +203,52 @@ def _text_record(value: Any, place: str) -> str:
     return str(record["text"])
 
 
-def _check_not_empty(found: Sequence[object], what: str, paths: Sequence[Path]) -> None:
+def _check_not_empty(found: Sequence[object], what: str, sources: Sequence[Source]) -> None:
     if not found:
-        files = ", ".join(str(path) for path in paths)
+        files = ", ".join(map(str, sources))
         raise UserError(
             f"no usable {what} in {files or 'an empty list of files'}; give at least one file with "
             f"a usable {what}."
         )
 
 
-def read_texts(paths: Sequence[Path], bad_lines: str, stats: ReadStats) -> list[str]:
-    """Documents of plain-text files (one each) and of files with JSON objects (`{"text": ...}`).
+def read_texts(
+    sources: Sequence[Source], bad_lines: str, stats: ReadStats, columns: Sequence[str] = ()
+) -> list[str]:
+    """Documents of plain-text files (one each) and of records (`{"text": ...}`).
 
     JSON is recognized by content, whatever a file is called: an object a line, or one array of them.
 
     Args:
-        paths: Files.
+        sources: Files, and data sets (`sources.resolve`).
         bad_lines: `error`, or `skip`: count and leave out.
         stats: Updated.
+        columns: Keys of a record that are read; the others are left aside. Empty: all are.
 
     Raises:
         ValueError: Unreadable, empty or not UTF-8; a bad line; or no document at all.
     """
     documents: list[str] = []
-    for path in paths:
-        if _holds_json(path):
-            documents += _read_jsonl(path, _text_record, bad_lines, stats)
+    for source in sources:
+        if is_columnar(source) or _holds_json(Path(str(source))):
+            documents += _read_records(source, _text_record, bad_lines, stats, columns)
         else:
-            documents.append(_text_of(path))
-    _check_not_empty(documents, "document", paths)
+            documents.append(_text_of(Path(str(source))))
+    _check_not_empty(documents, "document", sources)
     stats.documents += len(documents)
     return documents
 
 
 def read_conversations(
-    paths: Sequence[Path], bad_lines: str, stats: ReadStats
+    sources: Sequence[Source], bad_lines: str, stats: ReadStats, columns: Sequence[str] = ()
 ) -> list[Conversation]:
-    """Conversations of files with JSON objects, in the forms that `messages.read_row` knows.
+    """Conversations of records, in the forms that `messages.read_row` knows.
 
     Arguments and errors as for `read_texts`.
     """
     conversations: list[Conversation] = []
-    for path in paths:
-        conversations += _read_jsonl(path, _conversation, bad_lines, stats)
-    _check_not_empty(conversations, "conversation", paths)
+    for source in sources:
+        conversations += _read_records(source, _conversation, bad_lines, stats, columns)
+    _check_not_empty(conversations, "conversation", sources)
     stats.documents += len(conversations)
     return conversations

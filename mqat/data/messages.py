@@ -29,6 +29,26 @@ HARMLESS = frozenset(
 _FORMS = (
     "'messages', 'conversations', 'input' and 'output', 'instruction', 'prompt' and 'completion'"
 )
+# Layouts by the keys that tell them; the first whose keys are all there.
+_KNOWN = {
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "Alpaca": ("instruction", "output"),
+    "input and output": ("input", "output"),
+    "prompt and completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+# Those that people have and that are not read: keys -> whose, and what to do.
+_REFUSED = {
+    ("chosen", "rejected"): "preference pairs; training here is on answers, so keep the chosen one",
+    ("instruction", "response"): "Dolly's layout; call 'response' 'output' and 'context' 'input'",
+    ("question", "answer"): "question and answer; call them 'input' and 'output'",
+    ("prompt", "response"): "prompt and response; call them 'prompt' and 'completion'",
+    ("query", "response"): "query and response; call them 'input' and 'output'",
+    ("dialogue",): "a list of turns without speakers; write 'messages' with roles",
+    ("dialog",): "a list of turns without speakers; write 'messages' with roles",
+    ("text",): "plain text; set model.data.format=text",
+}
 
 
 def said(value: Any) -> dict[str, Any]:
@@ -159,6 +179,11 @@ def _completion(prompt: Any, completion: Any) -> list[Any]:
     return [*before, *_messages(completion, "completion")]
 
 
+def form_of(row: dict[str, Any]) -> str:
+    """What people call the layout of a record that was read."""
+    return next(form for form, keys in _KNOWN.items() if all(key in row for key in keys))
+
+
 def _said_by_form(row: dict[str, Any]) -> list[Any]:
     """Takes the keys of the row's form out of it."""
     if "messages" in row:
@@ -176,6 +201,9 @@ def _said_by_form(row: dict[str, Any]) -> list[Any]:
         return _pair(row.pop("input"), row.pop("output"), "'input' and 'output'")
     if "prompt" in row and "completion" in row:
         return _completion(row.pop("prompt"), row.pop("completion"))
+    for keys, what in _REFUSED.items():
+        if all(key in row for key in keys):
+            raise UserError(f"expected {_FORMS}; this looks like {what}")
     raise UserError(f"expected {_FORMS} (the strings 'input' and 'output', ...)")
 
 

@@ -96,12 +96,62 @@ def _end_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def join_documents(documents: Sequence[str], tokenizer: Any) -> tuple[array[int], list[int]]:
+    """Ids of all of them, each begun as the tokenizer begins any text and closed by the end token.
+
+    Returns:
+        The ids, and where each document starts among them.
+
+    Raises:
+        UserError: The tokenizer has no end token.
+    """
+    end = _end_token(tokenizer)
+    ids, starts = array("i"), []
+    for document in documents:
+        starts.append(len(ids))
+        ids.extend(tokenizer(document, verbose=False)["input_ids"])
+        if not ids or ids[-1] != end:
+            ids.append(end)
+    return ids, starts
+
+
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text: `<bos>` for Gemma, nothing for SmolLM2."""
+    whole = tokenizer("a", verbose=False)["input_ids"]
+    bare = tokenizer("a", verbose=False, add_special_tokens=False)["input_ids"]
+    places = range(len(whole) - len(bare), 0, -1)
+    return next((list(whole[:n]) for n in places if whole[n : n + len(bare)] == bare), [])
+
+
+def _begin_windows_(tokens: Tensor, mask: Tensor, begin: list[int], starts: Sequence[int]) -> None:
+    """Every window begins as a text does; labels that nothing before them predicts do not count.
+
+    Args:
+        tokens: [N, S + 1]; the first ones of each row are overwritten.
+        mask: bool [N, S]; set to False at begin tokens, and at the first label of a window that begins
+            inside a document.
+        begin: `begin_tokens`.
+        starts: Where documents start in the text that the windows are cut from.
+    """
+    count, length = mask.shape
+    first = torch.tensor(starts)
+    opens = torch.isin(torch.arange(count) * length, first)
+    labels = mask.view(-1)
+    for place in range(len(begin)):
+        found = first + place - 1  # label i is token i + 1
+        labels[found[(found >= 0) & (found < labels.numel())]] = False
+    tokens[:, : len(begin)] = torch.tensor(begin, dtype=tokens.dtype)
+    mask[:, : len(begin)] &= opens[:, None]
+
+
 def pack_text(
     documents: Sequence[str], tokenizer: Any, seq_length: int, stats: ReadStats | None = None
 ) -> PackedDataset:
     """Documents joined by the end token and cut into windows; the last, short one is dropped.
 
-    A document begins as the tokenizer begins any text: with the begin token if the model has one.
+    Where the tokenizer begins every text with a token, every window begins with it: it takes the place
+    of the first token, which the window before has as its last label. Models that were trained so lean
+    on it; llama.cpp's `perplexity` and `imatrix` do the same.
 
     Args:
         documents: Plain text.
@@ -113,12 +163,13 @@ def pack_text(
         ValueError: Not enough text for one window, or the tokenizer has no end token.
     """
     stats = stats if stats is not None else ReadStats(documents=len(documents))
-    end = _end_token(tokenizer)
-    ids = array("i")
-    for document in documents:
-        ids.extend(tokenizer(document, verbose=False)["input_ids"])
-        if not ids or ids[-1] != end:
-            ids.append(end)
+    begin = begin_tokens(tokenizer)
+    if seq_length <= len(begin):
+        raise UserError(
+            f"sequences of {seq_length} tokens hold no more than the {len(begin)} that the tokenizer "
+            "begins a text with; lengthen them (--seq-length, model.data.seq_length)."
+        )
+    ids, starts = join_documents(documents, tokenizer)
     # Windows overlap by one token, so that every token is a label once.
     count = (len(ids) - 1) // seq_length
     if count <= 0:
@@ -131,6 +182,8 @@ def pack_text(
     stats.dropped_tokens += len(ids) - used
     tokens = flat.unfold(0, seq_length + 1, seq_length).contiguous()
     mask = torch.ones(count, seq_length, dtype=torch.bool)
+    if begin:
+        _begin_windows_(tokens, mask, begin, starts)
     return PackedDataset(tokens, mask, None, stats)
 
 

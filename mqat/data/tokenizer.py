@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -300,6 +300,19 @@ def check_fits(tokenizer: Any, vocab_size: int) -> None:
             f"the tokenizer has {entries} entries, the model's vocabulary {vocab_size}; they do not "
             "belong together. Use the tokenizer that came with the model."
         )
+
+
+def end_tokens(tokenizer: Any, stated: int | Sequence[int] | None = None) -> frozenset[int]:
+    """Ids at which text ends: the tokenizer's end token, those of its generation settings, and others.
+
+    `stated`: what the model's configuration calls `eos_token_id`.
+    """
+    kept_files: tuple[dict[str, bytes], str] = getattr(tokenizer, _KEPT, ({}, ""))
+    settings = _object(kept_files[0].get(_GENERATION_CONFIG), _GENERATION_CONFIG)
+    found: set[int] = set()
+    for ids in (tokenizer.eos_token_id, settings.get("eos_token_id"), stated):
+        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    return frozenset(found)
 
 
 def _state(tokenizer: Any) -> str:

@@ -41,7 +41,10 @@ BAD_LINES = [
     (b'{"input": "q", "output": ""}', "neither words nor a tool call"),
     (b'{"input": "q", "output": "a", "output": "b"}', "'output' is there twice"),
     (b'{"instruction": "q", "output": "a", "history": []}', "unknown key 'history'"),
-    (b'{"question": "q", "answer": "a"}', "expected 'messages'"),
+    (b'{"question": "q", "answer": "a"}', "expected 'messages'.* call them 'input' and 'output'"),
+    (b'{"prompt": "q", "chosen": "a", "rejected": "b"}', "looks like preference pairs"),
+    (b'{"instruction": "q", "context": "", "response": "a"}', "Dolly's layout; call 'response'"),
+    (b'{"text": "once"}', "plain text; set model.data.format=text"),
     (
         b'{"conversations": [{"from": "human", "value": "q"}, {"from": "bot", "value": "a"}]}',
         "'bot'",
@@ -167,7 +170,7 @@ def test_json_is_recognized_whatever_a_file_is_called(tmp_path: Path, name: str)
 def test_prose_that_begins_with_a_bracket_stays_prose(tmp_path: Path) -> None:
     file = write(tmp_path / "a.txt", b"[1] a note", b"{more}")
     assert read_texts([file], "error", ReadStats()) == ["[1] a note\n{more}"]
-    for name in ("a.parquet", "a.CSV", "a.jsonl.gz"):
+    for name in ("a.arrow", "a.CSV", "a.jsonl.gz"):
         with pytest.raises(ValueError, match="files are not read; unpack or convert"):
             read_texts([write(tmp_path / name, b"x")], "error", ReadStats())
 

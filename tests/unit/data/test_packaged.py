@@ -73,3 +73,12 @@ def test_the_tool_writes_the_documents_that_packaged_runs_use(
         assert read_texts([path], "error", ReadStats()) == expected
         assert json.loads(path.read_text("utf-8").split("\n")[0])["title"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["heldout.jsonl", "train.jsonl"]
+
+
+def test_counting_is_the_same_everywhere_and_counts():
+    documents = packaged.counting_documents(count=3, lines=2)
+    assert documents == packaged.counting_documents(count=3, lines=2)
+    assert len(set(documents)) == 3
+    for line in "\n".join(documents).splitlines():
+        numbers = [int(word) for word in line.split(" ")]
+        assert numbers == list(range(numbers[0], numbers[0] + 10))

@@ -37,17 +37,62 @@ def test_every_token_of_the_joined_documents_is_a_label_once(tokenizer: Any) -> 
     assert packed.segments is None
 
 
-def test_a_begin_token_is_kept_where_the_tokenizer_has_one(tokenizer: Any) -> None:
+def beginning_with(tokenizer: Any, begin: str, end: str = "") -> Any:
+    """The tokenizer, of which every text begins with the letters of `begin`, and ends with `end`."""
     from tokenizers.processors import TemplateProcessing
 
-    with_begin = type(tokenizer)(
-        tokenizer_object=deepcopy(tokenizer.backend_tokenizer), eos_token="<|endoftext|>"
+    vocabulary = tokenizer.get_vocab()
+    found = type(tokenizer)(
+        tokenizer_object=deepcopy(tokenizer.backend_tokenizer), eos_token=tokenizer.eos_token
     )
-    with_begin.backend_tokenizer.post_processor = TemplateProcessing(
-        single="a $A", special_tokens=[("a", 65)]
+    words = [*begin, "$A", *([end] if end else [])]
+    found.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join(words),
+        special_tokens=[(word, vocabulary[word]) for word in {*words} - {"$A"}],
     )
-    packed = pack_text(["The for statement."] * 2, with_begin, 4)
-    assert packed.tokens[0, 0] == 65
+    return found
+
+
+@pytest.mark.parametrize("end", ["", "<|endoftext|>"])
+@pytest.mark.parametrize("begin", ["a", "ab"])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(
+    tokenizer: Any, begin: str, end: str
+) -> None:
+    documents = ["The for statement.", "A class is a template. " * 9, "Names refer to objects."]
+    with_begin, size = beginning_with(tokenizer, begin, end), 8
+    first = [tokenizer.get_vocab()[letter] for letter in begin]
+    joined: list[int] = []
+    counts: list[bool] = []
+    for document in documents:
+        text = [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
+        joined += first + text
+        counts += [False] * len(first) + [True] * len(text)
+    starts = [0, *(i + 1 for i, token in enumerate(joined) if token == tokenizer.eos_token_id)]
+    packed = pack_text(documents, with_begin, size)
+    assert packed.tokens[:, : len(first)].eq(torch.tensor(first)).all()
+    n = len(first)
+    for number, (row, mask) in enumerate(zip(packed.tokens, packed.loss_mask, strict=True)):
+        at = number * size
+        assert row[n:].tolist() == joined[at + n : at + size + 1]
+        wanted = counts[at + 1 : at + size + 1]
+        if at not in starts:  # nothing before its first tokens predicts them
+            wanted[:n] = [False] * n
+        assert mask.tolist() == wanted
+    plain = pack_text(documents, tokenizer, size)  # control: nothing is added, nothing changes
+    assert plain.loss_mask.all() and not plain.tokens[:, 0].eq(first[0]).all()
+
+
+def test_a_document_that_begins_a_window_keeps_its_first_label(tokenizer: Any) -> None:
+    text = "The for statement."
+    size = len(tokenizer(text)["input_ids"]) + 2  # begin token, text, end token
+    packed = pack_text([text] * 3, beginning_with(tokenizer, "a"), size)
+    labels = packed.tokens[:, 1:][packed.loss_mask].tolist()
+    assert labels == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] * 2
+
+
+def test_windows_of_begin_tokens_alone_are_an_error(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="sequences of 2 tokens hold no more than the 2 that"):
+        pack_text(["The for statement."], beginning_with(tokenizer, "ab"), 2)
 
 
 def test_text_shorter_than_a_window_is_an_error(tokenizer: Any) -> None:
