@@ -64,8 +64,8 @@ def calibrate(
             the scales of others are those of their maxima.
 
     Returns:
-        Global names of experts' linears that no token reached, on every rank: their inputs have the
-        largest scale among the other experts of their layer.
+        Global names of experts' linears that no or hardly any token reached (`idle_experts.py`), on
+        every rank: their inputs have the largest scale among the other experts of their layer.
 
     Raises:
         UserError: On every rank: NaN or infinite values, or a module that no token reached, where that
@@ -120,7 +120,7 @@ def calibrate(
     idle = idle_experts(modules)
     with on_all_ranks():
         for name, observer in observers.items():
-            if name.rpartition(".")[0] not in idle:
+            if name.rpartition(".")[0] not in idle or bool(observer.statistics[2]):
                 observer.check(name)
         _check_finite(modules, overflow, amax | {n: q["scale"] for n, q in chosen.items()})
     for name in amax:

@@ -1,7 +1,9 @@
-"""Scales of experts that no calibration token reached: their inputs take the largest of the others'.
+"""Idle experts, which no or hardly any calibration token reached: what they get instead of statistics.
 
-Their weights have maxima of their own, and recipes round them to nearest. Another token may reach them
-in training or when served, and the largest scale of the layer clips it least.
+Their inputs take the largest scale of the layer's others: another token may reach them in training or
+when served, and it clips that least. Their weights have maxima of their own, and recipes round them to
+nearest, which needs no token. Fewer than `MIN_TOKENS` are hardly any, unless the layer's other experts
+had as few.
 """
 
 from collections.abc import Mapping
@@ -12,32 +14,41 @@ from torch import Tensor
 
 from mqat.models.structure import split_name
 from mqat.parallel.quantized_module import QuantizedModule
+from mqat.parallel.reduce import all_reduce_fused_
+
+# Maxima of fewer are too small for static inputs; other recipes need fewer or more (docs/quality.md).
+MIN_TOKENS = 32
 
 
 def idle_experts(modules: Mapping[str, QuantizedModule]) -> set[str]:
-    """Names of this rank's expert modules that watched activations, after merging, and saw none."""
-    watched = {}
+    """Names of this rank's idle expert modules among those that watched activations (a collective)."""
+    seen, copies = {}, None
     for name, module in modules.items():
         observers = [q.observer for q in module.quantizers.values() if q.observer is not None]
         if module.expert_groups is not None and observers:
-            watched[name] = bool(observers[0].statistics[2])
-    return unreached(modules, watched)
+            seen[name], copies = torch.tensor([observers[0].tokens]), module.expert_groups.dp
+            seen[name] = seen[name].to(observers[0].statistics.device)
+    if copies is not None:
+        all_reduce_fused_(list(seen.values()), dist.ReduceOp.SUM, copies)
+    return unreached(modules, {name: int(count) for name, count in seen.items()})
 
 
-def unreached(modules: Mapping[str, QuantizedModule], watched: Mapping[str, bool]) -> set[str]:
-    """Names of expert modules without tokens, among others that had some (a collective).
+def unreached(modules: Mapping[str, QuantizedModule], tokens: Mapping[str, int]) -> set[str]:
+    """Names of expert modules with no or hardly any tokens, among others with more (a collective).
 
     An expert in a layer of which none was reached is not idle: nothing went through the layer.
 
     Args:
         modules: All of this rank.
-        watched: Whether a token was seen, merged over copies and parts, by name; of experts alone.
+        tokens: How many were seen, added over copies, by name; of experts alone.
     """
-    seen: dict[tuple[int, str], bool] = {}
-    for name, was in watched.items():
-        seen[_place(name)] = seen.get(_place(name), False) or was
-    reached = _merged(modules, {place: torch.ones(1) * was for place, was in seen.items()})
-    return {name for name, was in watched.items() if not was and bool(reached[_place(name)])}
+    most: dict[tuple[int, str], Tensor] = {}
+    for name, count in tokens.items():
+        place = _place(name)
+        most[place] = torch.maximum(most.get(place, torch.zeros(1)), torch.tensor([float(count)]))
+    most = _merged(modules, most)
+    enough = {place: MIN_TOKENS if count >= MIN_TOKENS else 1 for place, count in most.items()}
+    return {n for n, count in tokens.items() if count < enough[_place(n)] and most[_place(n)] > 0}
 
 
 def substituted(
@@ -48,7 +59,7 @@ def substituted(
     Args:
         modules: All of this rank.
         idle: `idle_experts`.
-        found: Clipping points or ranges of quantizers that saw tokens, by name.
+        found: Clipping points or ranges of the quantizers of others, by name.
     """
     largest: dict[tuple[int, str], Tensor] = {}
     quantizers: dict[str, tuple[int, str]] = {}

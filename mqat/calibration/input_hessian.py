@@ -120,6 +120,11 @@ class InputHessian:
             bad |= ~(diagonal.amax() <= limit)
         return bad
 
+    def forget_(self) -> None:
+        """As if no token had been seen; `flag` stays."""
+        for tensor in (self.hessian, self.amax, self.tokens):
+            tensor.zero_()
+
     def diagonal(self, linear: QuantizedLinear) -> Tensor:
         """Of `matrix`: squares of each channel, summed over tokens; float64 [I] (a collective)."""
         count, size = self.hessian.shape

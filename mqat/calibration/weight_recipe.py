@@ -58,8 +58,9 @@ def apply_weight_recipe_(
     Returns:
         The tensors that the weight quantizers of this rank are to freeze (`TensorScheme.frozen_shapes`),
         by linear; absent where they are simply those of the weight's maxima. And the global names of
-        experts' linears whose inputs a recipe wanted to see and that no token reached, on every rank:
-        their weights are rounded to nearest, and an input of their own is not rescaled.
+        experts' linears whose inputs a recipe wanted to see and that no or hardly any token reached
+        (`idle_experts.py`), on every rank: their weights are rounded to nearest, on the grids of their
+        maxima, and an input of their own is not rescaled.
 
     Raises:
         UserError: On every rank: NaN or infinite values, a linear that no token reached, where that is
@@ -91,8 +92,10 @@ def apply_weight_recipe_(
                     dp_group=dp_group,
                     matrices={name for name in watched if needs_input_hessian(span[name])},
                 )
-        of_experts = {n: bool(h.tokens) for n, h in input_hessians.items() if is_expert(n)}
+        of_experts = {n: int(h.tokens) for n, h in input_hessians.items() if is_expert(n)}
         without = unreached(everything, of_experts)
+        for name in without:
+            input_hessians[name].forget_()
         idle |= without
         with on_all_ranks():
             check_input_hessians(input_hessians, without)
