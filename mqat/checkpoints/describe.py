@@ -33,6 +33,7 @@ from mqat.models.structure import (
     split_name,
 )
 from mqat.parallel.layout import shard_count
+from mqat.parallel.linear import quantized_linears
 from mqat.parallel.quantized_module import unwrapped
 from mqat.specs.activations import FUNCTIONS, activation_of, find_activation
 from mqat.specs.config_check import (
@@ -362,6 +363,12 @@ def _state_differences(chunk: Any, described: DecoderConfig) -> Iterator[str]:
         elif shape != place and not (is_padded and shape[0] >= place[0]):
             yield f"tensor {key} is {shape}, described as {place}"
         found.add(key)
+    found |= {
+        described.place(described.linear(short).key, layer)[0]
+        for name, linear in quantized_linears(chunk).items()
+        if linear.is_packed
+        for layer, short in [split_name(name)]
+    }
     own = [layer.layer_number - 1 for layer in chunk.decoder.layers]
     if described.dense_layers:  # each layer has keys of its own
         expected = {key for key in places if is_in_layer(key) and split_name(key)[0] in own}

@@ -6,7 +6,7 @@ sibling, rank 0 adds `mqat.json` (with checksums) last and renames it.
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mqat.checkpoints.adapter_state import check_adapters, loads_adapters
 from mqat.checkpoints.describe import check_description, describe_model
 from mqat.checkpoints.manifest import (
     DESCRIPTION,
@@ -27,16 +28,21 @@ from mqat.checkpoints.manifest import (
     describe_files,
     read_description,
 )
+from mqat.checkpoints.packed_backbone import check_packed, is_packed, load_packed_
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.checkpoints.recorded import RecordedLogits
 from mqat.data.tokenizer import save_tokenizer
 from mqat.errors import UserError
 from mqat.files import write_json
+from mqat.models.adapters import Adapters
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, scheme_from_dict
 from mqat.parallel.checkpoint import (
+    adapter_sharded_state,
     learned_sharded_state,
+    load_adapters_,
     load_quantizer_state_,
+    packed_sharded_state,
     quantizer_sharded_state,
 )
 from mqat.parallel.parameter_sync import gather_parameters
@@ -50,6 +56,7 @@ from mqat.runtime.groups import (
     on_all_ranks,
     raise_on_any_rank,
 )
+from mqat.runtime.interruption import undisturbed
 
 
 @dataclass
@@ -166,6 +173,11 @@ def _sharded_state(
         for index, chunk in enumerate(unwrapped(chunks))
     }
     state: dict[str, Any] = dict(models)
+    adapters = adapter_sharded_state(chunks, dp_group=metadata["dp_cp_group"])
+    if adapters:  # a stage may be without any
+        state["adapters"] = adapters
+    if not is_loading and is_packed(chunks):
+        state["packed"] = packed_sharded_state(chunks, dp_group=metadata["dp_cp_group"])
     if with_scales:
         state["quantizers"] = quantizer_sharded_state(chunks, dp_group=metadata["dp_cp_group"])
     if training is not None:
@@ -173,7 +185,9 @@ def _sharded_state(
         learned = learned_sharded_state(chunks, dp_group=metadata["dp_cp_group"])
         optimizer_view = merged if len(models) == 1 else models
         state["optimizer"] = training.optimizer.sharded_state_dict(
-            {**optimizer_view, "learned": learned}, is_loading=is_loading, metadata=metadata
+            {**optimizer_view, "learned": learned, "adapters": adapters},
+            is_loading=is_loading,
+            metadata=metadata,
         )
     return state
 
@@ -188,6 +202,7 @@ def save_checkpoint(
     tokenizer: Any | None = None,
     training: TrainingState | None = None,
     recorded: RecordedLogits | None = None,
+    adapters: Adapters | None = None,
 ) -> None:
     """Writes a checkpoint that loads at any TP, PP and DP; replaces an existing one at `path`.
 
@@ -199,6 +214,7 @@ def save_checkpoint(
         model: Its description, which is compared with the chunks; None: `describe_model`'s.
         tokenizer: Saved as Hugging Face files under `tokenizer/`.
         training: Also save optimizer, scheduler, RNG and data position.
+        adapters: Those of the chunks, if they have some; saved beside the weights that they adapt.
         recorded: `evaluation.verification.record_logits` of the chunks, by which `mqat verify` tells
             whether it rebuilds the same model.
 
@@ -222,33 +238,40 @@ def save_checkpoint(
                 f"recorded logits are of {recorded.logits.shape[-1]} tokens, the model of "
                 f"{model.vocab_size}; give record_logits the model that is saved, too."
             )
+        check_adapters(chunks, adapters)
         modules = quantized_modules(chunks)
         # A stage may be without quantizers.
         are_frozen = all(q.is_frozen for m in modules.values() for q in m.quantizers.values())
     quantized = bool(layers) and not any_rank(not are_frozen)
     if quantized:
-        _check_layers(layers, {name for name, m in modules.items() if m.quantizers})
+        own = {n for n, m in modules.items() if m.quantizers or getattr(m, "is_packed", False)}
+        _check_layers(layers, own)
     temporary = path.with_name(f".{path.name}.tmp")
     schemes = {name: scheme.to_dict() for name, scheme in layers.items()}
     description = _describe(model, chunks, training) | {
         "quantization": {"algorithm": algorithm, "layers": schemes} if quantized else None
     }
+    if is_packed(chunks):
+        description["is_packed"] = True
+    if adapters is not None:
+        description["adapters"] = adapters.to_dict()
     state = _sharded_state(chunks, training, is_loading=False, with_scales=quantized)
     if training is not None:
         state["scheduler"] = training.scheduler.state_dict()
         state["rng"] = _rng_state()
 
-    with _writing(path, temporary):
-        if is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    with _writing(path, temporary):
-        dist_checkpointing.save(state, str(temporary), content_metadata={"format": "mqat"})
-    with _writing(path, temporary):
-        if is_main():
-            if recorded is not None:
-                recorded.save(temporary)
-            _finish(temporary, path, description, tokenizer)
+    with undisturbed():
+        with _writing(path, temporary):
+            if is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with _writing(path, temporary):
+            dist_checkpointing.save(state, str(temporary), content_metadata={"format": "mqat"})
+        with _writing(path, temporary):
+            if is_main():
+                if recorded is not None:
+                    recorded.save(temporary)
+                _finish(temporary, path, description, tokenizer)
 
 
 def _check_layers(layers: Mapping[str, Scheme], own: set[str]) -> None:
@@ -347,6 +370,7 @@ def load_checkpoint(
     *,
     layers: dict[str, Scheme],
     training: TrainingState | None = None,
+    adapters: Adapters | None = None,
 ) -> dict[str, Any]:
     """Loads weights, frozen scales if the checkpoint has them, and optionally training state.
 
@@ -356,6 +380,7 @@ def load_checkpoint(
         layers: Schemes the model was built with; must be those of a quantized checkpoint.
         training: If given, optimizer, scheduler, step and data position are restored into it; RNG
             too when the layout is the one that saved it.
+        adapters: Those of the chunks, if they have some; where the checkpoint has none, they stay.
 
     Returns:
         The checkpoint's description (`mqat.json`).
@@ -367,9 +392,12 @@ def load_checkpoint(
     with on_all_ranks():
         description = read_description(path)
         check_files(path, description, crc="all" if is_main() else "none")
-        CheckpointReader(path, crc="none")  # refuses tensors without a place
+        reader = CheckpointReader(path, crc="none")  # refuses tensors without a place
+        check_packed(chunks, reader)
         check_description(chunks, DecoderConfig.from_dict(description["model"]))
         _check_schemes(path, description, layers)
+        check_adapters(chunks, adapters)
+        has_adapters = loads_adapters(path, description, adapters)
         if training is not None and not description["has_training_state"]:
             raise UserError(
                 f"{path}: holds a model only, no optimizer state to resume from; use it as "
@@ -380,6 +408,8 @@ def load_checkpoint(
         _create_optimizer_state(training.optimizer)
     has_scales = description["quantization"] is not None and bool(layers)
     state = _sharded_state(chunks, training, is_loading=True, with_scales=has_scales)
+    if not has_adapters:
+        state.pop("adapters", None)
     same_layout = description["layout"] == _layout()
     if training is not None and same_layout:
         state["rng"] = _rng_state()
@@ -390,6 +420,11 @@ def load_checkpoint(
             raise UserError(f"{path}: cannot be loaded: {_reasons(error)}") from error
     for index, chunk in enumerate(unwrapped(chunks)):
         chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+    if is_packed(chunks):
+        with on_all_ranks():
+            load_packed_(chunks, reader)
+    if "adapters" in loaded:
+        load_adapters_(chunks, loaded["adapters"])
     if has_scales:
         with on_all_ranks():
             load_quantizer_state_(chunks, loaded["quantizers"])
@@ -439,9 +474,29 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return decided_by_main(lambda: next(reversed(_complete_checkpoints(directory)), None))
 
 
-def delete_old_checkpoints(directory: Path, keep_last: int) -> None:
-    """Deletes complete `step_N` directories but the newest `keep_last` >= 1; call on one rank only."""
+def step_directory(directory: Path, step: int) -> Path:
+    """Where a phase's checkpoint after `step` optimizer steps is, or would be."""
+    return directory / f"step_{step:08d}"
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Steps of complete checkpoints, ascending; call on one rank only."""
+    return [int(path.name.removeprefix("step_")) for path in _complete_checkpoints(directory)]
+
+
+def delete_old_checkpoints(
+    directory: Path, keep_last: int, kept_steps: Collection[int] = ()
+) -> None:
+    """Deletes complete `step_N` directories; call on one rank only.
+
+    Args:
+        directory: Of a phase.
+        keep_last: The newest so many, at least 1, are kept.
+        kept_steps: So are those of these steps.
+    """
     for path in _complete_checkpoints(directory)[:-keep_last]:
+        if int(path.name.removeprefix("step_")) in kept_steps:
+            continue
         doomed = path.with_name(f".{path.name}.deleted")  # never half a checkpoint under its name
         shutil.rmtree(doomed, ignore_errors=True)  # left by a run that was killed
         path.rename(doomed)

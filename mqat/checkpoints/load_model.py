@@ -13,6 +13,7 @@ from mqat.checkpoints.source import PretrainedSource, open_pretrained
 from mqat.config import ModelConfig
 from mqat.data.tokenizer import check_fits, load_tokenizer
 from mqat.errors import UserError
+from mqat.models.adapters import Adapters
 from mqat.models.decoder import DecoderConfig
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
 from mqat.runtime import groups
@@ -58,14 +59,22 @@ def load_model(
         ValueError: Nothing readable there, or sizes that do not fit; on every rank.
     """
     source: PretrainedSource | CheckpointReader
+    adapters: Adapters | None = None
     if pretrained is None and (path / DESCRIPTION).exists():
         source = CheckpointReader(path, crc="none")
         config, layers = source.model, checkpoint_layers(source.description)
+        adapters = source.adapters
         tokenizer = load_tokenizer(path / "tokenizer")
     else:
         source = pretrained or open_pretrained(path)
         config, layers = source.config, {}
         tokenizer = load_tokenizer(source.tokenizer_source)
+    if lowered and adapters is not None and adapters.is_merged:
+        raise UserError(
+            f"{path}: its adapters are not merged yet; lower the checkpoint of the end of the run."
+        )
+    if lowered and isinstance(source, CheckpointReader) and source.is_packed:
+        raise UserError(f"{path}: is packed already; leave out --lowered.")
     if lowered and not layers:
         raise UserError(f"{path}: is not quantized, so there is nothing to lower.")
     check_fits(tokenizer, config.vocab_size)
@@ -87,9 +96,14 @@ def load_model(
         sequence_parallel=sequence_parallel,
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    chunks = build_model(config, settings, layers, dtype)
+    is_packed = isinstance(source, CheckpointReader) and source.is_packed
+    chunks = build_model(config, settings, layers, dtype, is_packed=is_packed)
+    if adapters is not None:
+        from mqat.parallel.add_adapters import add_adapters_
+
+        add_adapters_(chunks, adapters)
     if isinstance(source, CheckpointReader):
-        load_checkpoint(path, chunks, layers=layers)
+        load_checkpoint(path, chunks, layers=layers, adapters=adapters)
     else:
         with groups.on_all_ranks():
             load_pretrained_(chunks, source)

@@ -9,7 +9,7 @@ from mqat.checkpoints.random_weights import RandomWeights
 from mqat.checkpoints.source import PretrainedSource
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
-from mqat.models.structure import Linear, Table, is_in_layer, split_name
+from mqat.models.structure import Linear, Table, is_adapter_key, is_in_layer, split_name
 from mqat.parallel.layout import Piece, local_pieces
 from mqat.parallel.learned_scales import scale_rule
 from mqat.parallel.quantized_module import QuantizedModule
@@ -49,7 +49,7 @@ def _part_rows(
     return source.read(name, rows, piece.cols)
 
 
-def _local_tensor(
+def local_tensor(
     source: PretrainedSource | RandomWeights,
     model: DecoderConfig,
     name: str,
@@ -94,7 +94,7 @@ def _corrections(chunk: DecoderModel) -> Iterator[tuple[str, torch.Tensor]]:
 def load_pretrained_(
     chunks: Sequence[DecoderModel], source: PretrainedSource | RandomWeights
 ) -> None:
-    """Copies weights into every parameter of `chunks` but scales, in the parameters' dtype.
+    """Copies weights into every parameter of `chunks` but scales and adapters, in the parameters' dtype.
 
     Numbers that correct a router's choice are a buffer; they stay in float32.
 
@@ -104,17 +104,19 @@ def load_pretrained_(
     for chunk in chunks:
         tp_group = chunk.pg_collection.tp
         for name, parameter in chain(chunk.named_parameters(), _corrections(chunk)):
-            if scale_rule(parameter) is not None:
-                continue  # calibration finds it
+            if scale_rule(parameter) is not None or is_adapter_key(name):
+                continue  # calibration finds the one, training the other
             layer, place, group = -1, name, tp_group
             if is_in_layer(name):
                 layer = chunk.decoder.layers[split_name(name)[0]].layer_number - 1
             owner, _, kind = name.rpartition(".")
             module = chunk.get_submodule(owner)
+            if kind == "weight" and getattr(module, "is_packed", False):
+                continue  # `packed_backbone.py` fills it
             if isinstance(module, QuantizedModule) and module.expert_groups is not None:
                 # By its number among all experts; this rank's count from zero.
                 place, group = f"{module.quantized_name}.{kind}", module.tp_group
-            value = _local_tensor(
+            value = local_tensor(
                 source, source.config, place, parameter, layer, group.rank(), group.size()
             )
             if value.shape != parameter.shape:

@@ -9,6 +9,8 @@ from mqat.checkpoints.folder import Folder
 from mqat.checkpoints.manifest import DESCRIPTION, Checksums, check_files, read_description
 from mqat.checkpoints.torch_dist import TorchDist
 from mqat.errors import UserError
+from mqat.kernels.frozen_codes import frozen_shapes
+from mqat.models.adapters import Adapters
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import (
     Scheme,
@@ -17,7 +19,15 @@ from mqat.models.schemes import (
     scheme_from_dict,
     table_schemes,
 )
-from mqat.models.structure import TABLES, is_table_key, quantizer_key, split_name
+from mqat.models.structure import (
+    TABLES,
+    is_table_key,
+    packed_key,
+    quantizer_key,
+    split_name,
+)
+from mqat.parallel.layout import packed_units
+from mqat.quant.scheme import LinearScheme
 
 # Before the names of what is not the model's: the optimizer's state.
 _TRAINING = "optimizer."
@@ -32,6 +42,8 @@ class CheckpointReader(TorchDist):
         layers: Global linear name -> scheme, quantized linears only.
         tables: Name of a quantized vocabulary table -> scheme.
         kv_cache: Global name of a core attention -> scheme of its cache.
+        is_packed: Quantized weights are there packed, and not in floats.
+        adapters: Low-rank ones beside the weights; None: there are none.
 
     Args:
         path: Checkpoint directory.
@@ -51,6 +63,9 @@ class CheckpointReader(TorchDist):
             schemes = {
                 name: scheme_from_dict(scheme) for name, scheme in quantization["layers"].items()
             }
+            saved = self.description.get("adapters")
+            self.is_packed = bool(self.description.get("is_packed", False))
+            self.adapters = None if saved is None else Adapters.from_dict(saved)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path / DESCRIPTION}: damaged ({error!r}); use another checkpoint."
@@ -58,7 +73,13 @@ class CheckpointReader(TorchDist):
         self.layers, self.kv_cache = linear_schemes(schemes), kv_cache_schemes(schemes)
         self.tables = table_schemes(schemes)
         super().__init__(Folder(path))
-        expected = self.model.checkpoint_shapes() | _scale_shapes(self.model, schemes)
+        expected = self.model.checkpoint_shapes()
+        if self.is_packed:
+            expected = _without_packed(expected, self.model, self.layers)
+            expected |= _packed_shapes(self.model, self.layers)
+        expected |= _scale_shapes(self.model, schemes, is_packed=self.is_packed)
+        if self.adapters is not None:
+            expected |= self.adapters.shapes(self.model)
         self._check_shapes(expected)
         self._check_strays(expected)
 
@@ -90,13 +111,38 @@ class CheckpointReader(TorchDist):
         return self.read(quantizer_key(module, operand, tensor))
 
 
+def _without_packed(
+    shapes: Mapping[str, tuple[int, ...]], model: DecoderConfig, layers: Mapping[str, LinearScheme]
+) -> dict[str, tuple[int, ...]]:
+    """Without the keys of quantized linears, which are packed in every layer or in none."""
+    packed = set()
+    for name in layers:
+        layer, short = split_name(name)
+        packed.add(model.place(model.linear(short).key, layer)[0])
+    return {key: shape for key, shape in shapes.items() if key not in packed}
+
+
+def _packed_shapes(
+    model: DecoderConfig, layers: Mapping[str, LinearScheme]
+) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for name, scheme in layers.items():
+        assert scheme.weight is not None, "only quantized weights are packed"
+        count, unit, _ = packed_units(model, model.linear(split_name(name)[1]), scheme.weight)
+        for part, shape in frozen_shapes(scheme.weight, unit).items():
+            shapes[packed_key(name, part)] = (count, *shape)
+    return shapes
+
+
 def _scale_shapes(
-    model: DecoderConfig, schemes: Mapping[str, Scheme]
+    model: DecoderConfig, schemes: Mapping[str, Scheme], *, is_packed: bool
 ) -> dict[str, tuple[int, ...]]:
     """Shape of everything that the quantizers of a quantized checkpoint have frozen."""
     shapes = {}
     for name, scheme in schemes.items():
         for kind, operand in scheme.operands.items():
+            if is_packed and kind == "weight":
+                continue
             weight = None
             if kind == "weight":
                 table = (model.vocab_size, model.hidden_size)

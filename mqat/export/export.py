@@ -111,6 +111,7 @@ def export_checkpoint(
         reader = CheckpointReader(checkpoint, crc="index" if rank == 0 else "none")
         schemes: dict[str, Scheme] = {**reader.layers, **reader.tables, **reader.kv_cache}
         exporter.check(reader.model, schemes, options)
+        _check_adapters(reader, exporter, warns=rank == 0)
         contents = exporter.contents(reader, tokenizer, options)
         directory = AtomicDirectory(out, overwrite=overwrite, as_tar=contents.as_tar)
     with _together(raise_on_any_rank):
@@ -140,6 +141,30 @@ def export_checkpoint(
         if rank == 0:
             directory.discard()
         raise
+
+
+def _check_adapters(reader: CheckpointReader, exporter: Exporter, *, warns: bool) -> None:
+    """Refuses a model whose weights lack what was trained; says where adapters are left out."""
+    adapters = reader.adapters
+    if exporter.format != "peft" and reader.is_packed:
+        raise UserError(
+            f"{reader.path}: its weights are packed; only its adapters are exported (--format peft), "
+            "export the base from the checkpoint that it was packed from."
+        )
+    if adapters is None or exporter.format == "peft":
+        return
+    if adapters.is_merged:
+        raise UserError(
+            f"{reader.path}: its adapters are not merged yet into the weights that are quantized with "
+            "them; export the checkpoint of the end of the run."
+        )
+    if not warns:
+        return
+    warnings.warn(
+        f"{reader.path}: its adapters are not part of a directory of {exporter.format}, which holds the "
+        "model that they are served beside; export.format=peft (--format peft) writes them.",
+        stacklevel=4,
+    )
 
 
 def _check_range(plans: Sequence[TensorPlan], dtype: str) -> None:

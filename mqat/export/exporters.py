@@ -5,10 +5,11 @@ from mqat.export.exporter import Exporter
 from mqat.export.huggingface.compressed_tensors import COMPRESSED_TENSORS
 from mqat.export.huggingface.modelopt import MODELOPT
 from mqat.export.nemo.exporter import NemoExporter
+from mqat.export.peft.exporter import PeftExporter
 from mqat.export.trtllm.exporter import TensorRtLlmExporter
 
 EXPORTERS: tuple[Exporter, ...] = (
-    TensorRtLlmExporter(), COMPRESSED_TENSORS, MODELOPT, NemoExporter(),
+    TensorRtLlmExporter(), COMPRESSED_TENSORS, MODELOPT, NemoExporter(), PeftExporter(),
 )  # fmt: skip
 
 

@@ -63,7 +63,10 @@ class Forms(Generic[F_co]):
         Raises:
             UserError: Names the first, its operands, what the nearest form asks, and what would work.
         """
-        for name, scheme in layers.items():
+        firsts: dict[LinearScheme, str] = {}
+        for name, scheme in layers.items():  # thousands of experts, few schemes
+            firsts.setdefault(scheme, name)
+        for scheme, name in firsts.items():
             candidates = ((form.unmet(scheme), form.name) for form in self.forms)
             unmet, nearest = min(candidates, key=lambda candidate: len(candidate[0]))
             if not unmet:

@@ -11,11 +11,14 @@ from mqat.errors import UserError
 from mqat.export import tar
 from mqat.export.stream import TensorPlan, write_safetensors
 
+PRODUCER_FILE = "producer.json"  # of directories without a `config.json`
+
 
 def _is_export(target: Path, *, as_tar: bool) -> bool:
     """Whether mqat wrote this directory or archive: nothing else is ever replaced."""
     try:
-        config = target / "config.json"
+        config = target / PRODUCER_FILE
+        config = config if config.is_file() else target / "config.json"
         text = tar.read_text(target, config.name) if as_tar else config.read_text("utf-8")
         return bool(json.loads(text or "")["producer"]["name"] == "mqat")
     except (OSError, ValueError, KeyError, TypeError):
@@ -97,15 +100,14 @@ class AtomicDirectory:
         if self.as_tar:
             self._commit_tar()
             return
-        old = self.target.with_name(f".{self.target.name}.old")
         with _clear_errors(self.target):
-            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(self._old, ignore_errors=True)
             _flush(self.temporary)
             if self.target.exists():
-                self.target.rename(old)
+                self.target.rename(self._old)
             self.temporary.rename(self.target)
             _flush(self.target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def _commit_tar(self) -> None:
         with _clear_errors(self._tar):
@@ -119,8 +121,14 @@ class AtomicDirectory:
     def _tar(self) -> Path:
         return self.target.with_name(f".{self.target.name}.tar.tmp")
 
+    @property
+    def _old(self) -> Path:
+        return self.target.with_name(f".{self.target.name}.old")
+
     def discard(self) -> None:
-        """Removes everything written so far."""
+        """Removes everything written so far; an older export that was being replaced is there again."""
+        if self._old.exists() and not self.target.exists():
+            self._old.rename(self.target)
         shutil.rmtree(self.temporary, ignore_errors=True)
         self._tar.unlink(missing_ok=True)
 

@@ -112,9 +112,10 @@ def _is_by_row(granularity: Granularity) -> bool:
     return isinstance(granularity, PerTensor) or type(granularity) is PerChannel
 
 
-def _plain_codes(
+def plain_codes(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: TensorScheme
-) -> Any:
+) -> DecodedCodes:
+    """Stores codes [O, I]; of 4 bits, two in a byte."""
     shape, fmt = (codes.shape[0], codes.shape[1]), scheme.format
     if fmt.bits == 4:
         nibbles = codes if codes.dtype == torch.uint8 else (codes - int(fmt.qmin)).to(torch.uint8)
@@ -160,7 +161,7 @@ def pack_weight(
     elif isinstance(granularity, PerGroup):
         storage = pack_for_kernel(codes, scale, zero_point, fmt, granularity.size)
     if storage is None:
-        storage = _plain_codes(codes, scale, zero_point, operand)
+        storage = plain_codes(codes, scale, zero_point, operand)
     return PackedWeight(scheme, shape, storage)
 
 

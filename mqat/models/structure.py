@@ -12,6 +12,7 @@ is a second opinion on purpose. A family (`families/`) is a choice of rows of th
 | its parameter in checkpoints | `decoder.layers.mlp.experts.experts.linear_fc1.weight`,               |
 |                              | [layers, experts, out, in]                                            |
 | its frozen quantizer state   | `quantizers.decoder.layers.3.mlp.linear_fc1.weight_scale`             |
+| its adapter in checkpoints   | `decoder.layers.3.mlp.linear_fc1.adapter.linear_in.weight`            |
 
 Sources: Megatron-Core `models/gpt/gpt_model.py` and `transformer/attention.py`, transformers
 `models/llama/modeling_llama.py`, llama.cpp `gguf-py/gguf/constants.py`, TensorRT-LLM
@@ -429,6 +430,29 @@ def quantizer_key(module: str, operand: str, tensor: str) -> str:
         tensor: `scale`, `zero_point` or `global_scale`.
     """
     return f"quantizers.{module}.{operand}_{tensor}"
+
+
+def adapter_key(module: str, side: Literal["in", "out"]) -> str:
+    """Checkpoint key of an adapter's A (`in`) or B (`out`), by NeMo's names; layers are apart.
+
+    `module`: Global name of the linear.
+    """
+    return f"{module}.adapter.linear_{side}.weight"
+
+
+def packed_key(module: str, tensor: str) -> str:
+    """Checkpoint key of a tensor of a packed weight.
+
+    Args:
+        module: Global name of the linear.
+        tensor: As in `kernels.frozen_codes`.
+    """
+    return f"packed.{module}.{tensor}"
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a parameter of a model, or a key, is an adapter's."""
+    return ".adapter.linear_" in key
 
 
 def is_table_key(key: str) -> bool:

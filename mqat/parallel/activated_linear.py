@@ -60,6 +60,7 @@ class ActivatedRowParallelLinear(QuantRowParallelLinear):
         return (
             not self.is_calibrating
             and self.packed_weight is None
+            and (self.adapter is None or self._merges())  # beside the weight, it reads the input
             and self._is_fast()
             and quantizer is not None
             and fuses_activation(quantizer.scheme)

@@ -18,12 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mqat.errors import UserError
+from mqat.parallel.cross_entropy import (
+    OUTSIDE,
+    chunks,
+    entropy_parts,
+    entropy_slope_,
+    is_padding,
+)
 from mqat.parallel.reduce import all_reduce_fused_
 
-# Elements of a chunk on a rank: 64 MiB in float32; eight or nine such tensors exist at a time.
-CHUNK_ELEMENTS = 1 << 24
 DIVERGENCES = ("forward_kl", "reverse_kl")
-OUTSIDE = float("-inf")  # logit of a column that takes no probability
 
 # Rows [start, stop) of the teacher's logits, of this rank's columns: [stop - start, V/tp].
 TeacherRows = Callable[[int, int], Tensor]
@@ -98,16 +102,13 @@ class _Distillation(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         count, columns = student.shape
         first = group.rank() * columns
-        real = max(0, min(columns, vocab_size - first))
-        is_padding = torch.arange(columns, device=student.device) >= real
+        padding = is_padding(columns, vocab_size, group, student)
         divergence, entropy = student.new_zeros(2, count, dtype=torch.float32)
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        rows = max(1, CHUNK_ELEMENTS // columns)
-        for start in range(0, count, rows):
-            stop = min(start + rows, count)
+        for start, stop in chunks(count, columns):
             s, t = student[start:stop].float(), teacher(start, stop).float()
-            if real < columns:
-                s, t = (x.masked_fill(is_padding, OUTSIDE) for x in (s, t))
+            if first + columns > vocab_size:
+                s, t = (x.masked_fill(padding, OUTSIDE) for x in (s, t))
             own = labels[start:stop] - first
             divergence[start:stop], entropy[start:stop], slope = _chunk(
                 s, t, own, loss, group, with_gradient=gradient is not None
@@ -152,10 +153,8 @@ def _chunk(
     weighted = exp_v if is_forward else exp_u
     parts = [exp_u.sum(1), exp_v.sum(1), (weighted * apart).sum(1)]
     if loss.weight < 1:
-        is_own = (labels >= 0) & (labels < s.shape[1])
-        chosen = s.gather(1, labels.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
-        exp_s = (s - top_s[:, None]).exp_()
-        parts += [exp_s.sum(1), torch.where(is_own, chosen, 0.0)]
+        exp_s, *more = entropy_parts(s, top_s, labels)
+        parts += more
     sums = torch.stack(parts)
     all_reduce_fused_([sums], dist.ReduceOp.SUM, group)
     sum_u, sum_v, sum_apart = sums[:3]
@@ -174,10 +173,7 @@ def _chunk(
     if loss.weight < 1:
         entropy = sums[3].log() + top_s - sums[4]
         if slope is not None:
-            exp_s.mul_(((1 - loss.weight) / sums[3])[:, None])
-            slope += exp_s
-            mine = torch.where(is_own, loss.weight - 1, 0.0)[:, None]
-            slope.scatter_add_(1, labels.clamp(0, s.shape[1] - 1)[:, None], mine.to(slope.dtype))
+            slope += entropy_slope_(exp_s, sums[3], labels, 1 - loss.weight)
     return divergence * temperature**2, entropy, slope
 
 

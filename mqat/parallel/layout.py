@@ -13,6 +13,7 @@ from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
 from mqat.models.structure import Linear, split_name
 from mqat.quant.granularity import PerBlock, PerGroup
+from mqat.quant.scheme import TensorScheme
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,24 @@ def local_pieces(model: DecoderConfig, linear: Linear, rank: int, tp: int) -> li
             rows = model.size(part.rows) // units
             pieces.append(Piece(number, slice(unit * rows, (unit + 1) * rows), everything))
     return pieces
+
+
+def packed_units(
+    model: DecoderConfig, linear: Linear, scheme: TensorScheme
+) -> tuple[int, tuple[int, int], int]:
+    """How a whole weight is cut into units of `kernels.frozen_codes`, which no layout cuts.
+
+    Returns:
+        Their number; (rows, columns) of each; the axis along which they lie.
+    """
+    rows, columns = linear.shape(model)
+    shards = shard_count(model)
+    if linear.parallel == "column":
+        count = shards * linear.separate_parts
+        return count, (rows // count, columns), 0
+    assert isinstance(scheme.granularity, PerGroup), "check_packable()"
+    count = math.gcd(shards, columns // scheme.granularity.size)
+    return count, (rows, columns // count), 1
 
 
 def check_parallel_sizes(

@@ -10,6 +10,7 @@ A linear is in one of four modes:
 - reference: both operands pass through their quantizers (identity until frozen and enabled), then
   Megatron's GEMM with its autograd function; the straight-through gradient is the quantizers' own.
 - lowered (`pack_weights.py`): stored codes, for inference or as a frozen backbone; no float weights.
+  A low-rank adapter (`lora.py`) goes with any of these: merged into the weight, or beside it.
 - calibrating (no gradient): unquantized, layout-exact GEMMs (`exact.py`) under observation.
 
 Dynamic scales of tokens whose features are cut over TP (input of row-parallel, output of
@@ -32,6 +33,7 @@ from mqat.kernels.packed_weight import PackedWeight, frozen_matmul, packed_matmu
 from mqat.models.structure import is_in_layer
 from mqat.parallel.exact import ordered_linear, sharded_linear
 from mqat.parallel.linear_gradients import GradientNoise
+from mqat.parallel.lora import Adapter
 from mqat.parallel.quantized_gemm import (
     Deferred,
     Gemm,
@@ -79,6 +81,7 @@ class QuantizedLinear(QuantizedModule):
         scheme: What to quantize; None leaves the linear unquantized (but still calibratable).
         num_shards: Largest tensor-parallel size of the model (`layout.shard_count`).
         parts: 2 for a fused gate/up weight, otherwise 1.
+        is_packed: The weight comes packed (`checkpoints/packed_backbone.py`); floats are never held.
         has_bias: Takes the place of `bias`, which Megatron's layers set from their config.
         **kwargs: As for the Megatron linear.
 
@@ -90,6 +93,7 @@ class QuantizedLinear(QuantizedModule):
         gradient_noise: Of gradients in 8 bits (`low_precision_backward.py`); None: they are exact.
         is_reference: Stay on the reference path, for comparisons.
         packed_weight: Present once the model has been lowered for inference.
+        adapter: Low-rank, if `add_adapters_` gave it one (`lora.py`).
 
     Raises:
         UserError: A row-parallel linear is to add its bias itself: an output is quantized without it. Or
@@ -98,6 +102,7 @@ class QuantizedLinear(QuantizedModule):
     """
 
     input_size: int
+    local_shape: tuple[int, int]
     config: Any
     embedding_activation_buffer: Any
     weight_quantizer: Quantizer | None
@@ -111,6 +116,7 @@ class QuantizedLinear(QuantizedModule):
         scheme: LinearScheme | None,
         num_shards: int,
         parts: int = 1,
+        is_packed: bool = False,
         has_bias: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -134,10 +140,12 @@ class QuantizedLinear(QuantizedModule):
         self.is_reference = False
         self.scheme = scheme
         self.packed_weight: PackedWeight | None = None
+        self.adapter: Adapter | None = None
+        self.is_packed = is_packed
         operands = scheme.operands if scheme else {}
         for kind in _OPERANDS:
             quantizer = None
-            if kind in operands:
+            if kind in operands and not (is_packed and kind == "weight"):
                 shape = tuple(self.weight.shape) if kind == "weight" else None
                 quantizer = Quantizer(operands[kind], shape, f"{quantized_name}.{kind}")
                 is_cut_over_tp = kind == ("input" if is_row else "output")
@@ -145,6 +153,8 @@ class QuantizedLinear(QuantizedModule):
                     quantizer.reduce_amax = self._merge_maxima_
             setattr(self, f"{kind}_quantizer", quantizer)
         self.to(self.weight.device)
+        if is_packed:
+            free_weight_(self)
 
     def _merge_maxima_(self, local: Tensor) -> None:
         all_reduce_fused_([local], dist.ReduceOp.MAX, self.tp_group)
@@ -216,9 +226,26 @@ class QuantizedLinear(QuantizedModule):
             output = packed_matmul(input, steps, self.packed_weight)
         return output if bias is None else output + bias
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As torch's; a packed weight has entries of its own (`checkpoint.packed_sharded_state`)."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_packed:
+            del destination[f"{prefix}weight"]
+
     def takes_gate_and_up(self, x: Tensor) -> bool:
         """Whether `x` is to be activated first (`ActivatedRowParallelLinear`)."""
         return False
+
+    def _merges(self) -> bool:
+        """Whether the adapter is part of the weight: if it is to be quantized with it, once that is."""
+        quantizer = self.weight_quantizer
+        return (
+            self.adapter is not None
+            and self.adapter.adapters.is_merged
+            and quantizer is not None
+            and quantizer.is_frozen
+            and quantizer.is_enabled
+        )
 
     def _is_fast(self) -> bool:
         """Whether codes of the scheme's format exist for all operands: quantization on, scales final."""
@@ -252,8 +279,11 @@ class QuantizedLinear(QuantizedModule):
         """The fast path behind Megatron's `_forward_impl`, whose arguments these are."""
         kind, quantizer = self.gemm_kind, self.weight_quantizer
         assert kind is not None and quantizer is not None, "_is_fast() holds"
+        adapter = self.adapter if self._merges() else None
         cache = self.weight_cache if weight is self.weight else None
-        used = (cache or WeightCache()).get(weight, quantizer, kind)
+        if adapter is not None:  # which gets the gradient
+            weight = adapter.carried_by(weight)
+        used = (cache or WeightCache()).get(weight, quantizer, kind, adapter)
         keeps_graph, deferred = torch.is_grad_enabled(), None
         if grad_output_buffer is not None and self.embedding_activation_buffer[-1] is input:
             deferred = Deferred(self.embedding_activation_buffer, grad_output_buffer)
@@ -316,13 +346,26 @@ class QuantizedLinear(QuantizedModule):
         if self._is_fast():
             return self.quantized_gemm(input, weight, *args, **kwargs)
         self._check_fusion(kwargs.get("grad_output_buffer"))
+        if self._merges():
+            assert self.adapter is not None, "_merges()"
+            weight = self.adapter.carried_by(self.adapter.merged(weight))
         operands = self.quantized_operands(input, weight)
         return super()._forward_impl(*operands, *args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's, then the output quantizer."""
+        """As Megatron's, then the adapter, unless it is merged, and the output quantizer."""
         output, bias = super().forward(*args, **kwargs)
+        if self.adapter is not None and not self._merges() and not self.is_calibrating:
+            output = output + self.adapter(args[0])
         return self.quantized_output(output), bias
+
+
+def free_weight_(linear: QuantizedLinear) -> None:
+    """Gives the float weight's memory back; its shape stays known as `local_shape`."""
+    weight: Any = linear.weight
+    linear.local_shape = (weight.shape[0], weight.shape[1])
+    weight.requires_grad_(False)
+    weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
 
 
 class QuantColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):  # type: ignore[misc]

@@ -15,7 +15,7 @@ import torch
 
 from mqat.errors import UserError
 from mqat.kernels.packed_weight import pack_weight
-from mqat.parallel.linear import quantized_linears
+from mqat.parallel.linear import free_weight_, quantized_linears
 from mqat.parallel.parameter_sync import gather_parameters
 from mqat.parallel.quantized_module import unwrapped
 
@@ -60,8 +60,7 @@ def pack_weights_(model: Any, *, double_quantization: bool = False) -> tuple[int
             double_quantization=double_quantization,
         )
         after += linear.packed_weight.num_bytes
-        linear.weight.requires_grad_(False)
-        linear.weight.data = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
+        free_weight_(linear)
     return before, after
 
 

@@ -58,6 +58,8 @@ def quantized_step(
             linear.step_weight.open(for_backward=for_backward)
             if linear.gradient_noise is not None and for_backward:
                 linear.gradient_noise.begin_step(step)
+            if linear.adapter is not None and for_backward:
+                linear.adapter.begin_step(step)
         yield
         if for_backward:
             _check_reduced(model)

@@ -19,6 +19,7 @@ from torch import Tensor
 from mqat.kernels.operators import apply_mask_, encode, fake_quantize_with_mask
 from mqat.kernels.reference import pack_mask
 from mqat.kernels.stored import Stored
+from mqat.parallel.lora import Adapter
 from mqat.quant.formats import FP8_E4M3, INT8_FORMATS
 from mqat.quant.functional import fake_quantize
 from mqat.quant.granularity import PerChannel, PerTensor, PerToken
@@ -133,7 +134,7 @@ class WeightCache:
         self.is_open = self.for_backward = False
         self.number = 0
         self._used: StepWeight | None = None
-        self._versions = (-1, -1)
+        self._versions: tuple[int, ...] = ()
         self._owes_mask = False
 
     def open(self, *, for_backward: bool) -> None:
@@ -146,17 +147,27 @@ class WeightCache:
         self.is_open = self._owes_mask = False
         self._used = None
 
-    def get(self, weight: Tensor, quantizer: Quantizer, kind: GemmKind) -> StepWeight:
-        """Quantizes at the first forward of the step, not before.
+    def get(
+        self,
+        weight: Tensor,
+        quantizer: Quantizer,
+        kind: GemmKind,
+        adapter: Adapter | None = None,
+    ) -> StepWeight:
+        """Quantizes at the first forward of the step, not before; with the adapter merged, if any.
 
         Overlapped parameter all-gathers write the weights just before that forward.
         """
-        versions = (weight._version, quantizer.scale._version)
-        with_mask = weight.requires_grad and (self.for_backward or torch.is_grad_enabled())
+        versions: tuple[int, ...] = (weight._version, quantizer.scale._version)
+        is_trained = weight.requires_grad or adapter is not None
+        with_mask = is_trained and (self.for_backward or torch.is_grad_enabled())
+        if adapter is not None:
+            versions += adapter.versions
         used = self._used
         if used is None or versions != self._versions or (with_mask and used.mask is None):
             self.mask_gradient_(weight)
-            used = encode_weight(weight, quantizer, kind, with_mask=with_mask)
+            value = weight if adapter is None else adapter.merged(weight)
+            used = encode_weight(value, quantizer, kind, with_mask=with_mask)
             self._used, self._versions = used, versions
         return used
 
@@ -167,6 +178,7 @@ class WeightCache:
             and self.for_backward
             and used is self._used
             and used.mask is not None
+            and weight.is_leaf  # else its gradient goes on, to an adapter's
             and not _is_added_to_elsewhere(weight)
         )
         self._owes_mask |= is_owed

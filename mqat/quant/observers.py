@@ -19,6 +19,7 @@ class ActivationObserver(nn.Module):
             then depend on how tokens were grouped, and `check` refuses them). Merged over ranks by MAX.
         histogram: int64 (32768,) counts of |x| (`quant/histogram.py`), unless `method` is `max`.
             Merged by SUM.
+        tokens: Rows of the tensors it was shown, which is known without waiting for the device.
     """
 
     statistics: Tensor
@@ -29,6 +30,7 @@ class ActivationObserver(nn.Module):
         if method not in METHODS:
             raise UserError(f"calibration method {method!r} is unknown; known: {METHODS}.")
         self.method = method
+        self.tokens = 0
         self.register_buffer("statistics", torch.zeros(4), persistent=False)
         if method != "max":
             counts = torch.zeros(BINS, dtype=torch.int64)
@@ -39,6 +41,7 @@ class ActivationObserver(nn.Module):
         """Updates the statistics without waiting for the device; an empty tensor changes nothing."""
         if x.numel() == 0:
             return
+        self.tokens += len(x)
         low, high = x.detach().aminmax()  # both NaN if anything is
         ends = torch.stack([-low, high]).float()
         if self.method != "max":

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mqat.errors import UserError
-from mqat.runtime.interruption import Interrupted
+from mqat.runtime.interruption import Interrupted, StopRequest, ends_at_once
 from mqat.runtime.megatron_releases import check_release
 
 T = TypeVar("T")
@@ -48,6 +48,11 @@ def peak_memory_bytes() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes for people: rank 0, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def rank_in_world() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def initialize(
@@ -127,6 +132,21 @@ def initialize(
         distributed_timeout_minutes=timeout_minutes,
     )
     megatron_tp.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def make_deterministic() -> None:
+    """Operations of torch give the same bits every time, or an error; call before `initialize`.
+
+    What cuBLAS, NCCL and Transformer Engine are told is read when they start.
+    """
+    for name, value in {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NCCL_ALGO": "Ring",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def check_expert_parallel(
@@ -344,28 +364,45 @@ def command_line() -> Iterator[None]:
 
     A UserError (which every rank raises alike, see `raise_on_any_rank`), or an OSError about a file,
     becomes one line from the first rank that gets here and exit status 2 on all ranks: torchrun ends the
-    others as soon as one has exited. Ctrl-C becomes a word and status 130. Everything else is a fault of
-    the program and keeps its traceback, on every rank.
+    others as soon as one has exited. SIGTERM and Ctrl-C become a line likewise, status 143 and 130.
+    Everything else is a fault of the program and keeps its traceback, on every rank.
     Warnings that users cannot act on are hidden: Megatron uses what newer torch calls deprecated, and
     reports the absence of optional packages.
     """
     warnings.filterwarnings("ignore", module=r"(torch\.distributed|torch\.utils|megatron)\b.*")
-    try:
-        yield
-    except (UserError, OSError) as error:
-        failure = _failure(error)
-        if not failure.is_user_error:
-            raise
-        if _is_first_to_fail():
-            print(f"error: {failure.text}", file=sys.stderr, flush=True)
+    with ends_at_once("the command") as request:
+        try:
+            yield
+        except (UserError, OSError) as error:
+            failure = _failure(error)
+            if request.number or not failure.is_user_error:
+                _end_interrupted_or_raise(error, request)
+            if _is_first_to_fail():
+                print(f"error: {failure.text}", file=sys.stderr, flush=True)
+            finalize()
+            sys.exit(2)
+        except Interrupted as ended:
+            _end_interrupted(ended)
+        except KeyboardInterrupt:  # another thread's
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
+        except Exception as error:
+            _end_interrupted_or_raise(error, request)
         finalize()
-        sys.exit(2)
-    except Interrupted as ended:
-        if is_main():
-            print(f"interrupted by {ended}", file=sys.stderr, flush=True)
-        finalize()
-        sys.exit(128 + ended.number)
-    except KeyboardInterrupt:  # other ranks may be in the middle of a collective: nothing to leave
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+
+
+def _end_interrupted_or_raise(error: Exception, request: StopRequest) -> NoReturn:
+    """An error of a rank that was asked to end: the others have, amid a collective with this one."""
+    if not request.number:
+        raise error
+    _end_interrupted(Interrupted(str(error), request.number))
+
+
+def _end_interrupted(ended: Interrupted) -> NoReturn:
+    if is_main():  # every rank is told: torchrun's store may be closing already
+        print(f"interrupted by {ended}", file=sys.stderr, flush=True)
+    if not ended.is_agreed and dist.is_initialized():
+        # Others may be in the middle of a collective, which nobody is going to join.
+        dist.distributed_c10d._abort_process_group()
     finalize()
+    sys.exit(128 + ended.number)

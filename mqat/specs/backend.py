@@ -23,6 +23,7 @@ from mqat.specs.causal import (
     masked_attention,
     seen_keys,
 )
+from mqat.specs.decoding import LayerCache
 from mqat.specs.elementwise import Norm, OutputNorm, Swiglu
 from mqat.specs.slots import with_slots
 from mqat.specs.window import window_of
@@ -39,9 +40,11 @@ class SdpaAttention(nn.Module):
         cp_group: None: whole sequences.
         window: Tokens that a query looks at, itself included; None: all before it.
         softcap: c, where scores s become c tanh(s / c); of a subclass (`with_softcap`).
+        cache: While text is generated, the tokens before (`evaluation/cached.py` sets it).
     """
 
     softcap: float | None = None
+    cache: LayerCache | None = None
 
     def __init__(
         self,
@@ -110,6 +113,8 @@ class SdpaAttention(nn.Module):
                 "SdpaAttention supports neither attention_bias nor packed_seq_params; give packed "
                 "documents as attention_mask (mqat.data.packing.document_ends)."
             )
+        if self.cache is not None:
+            return self._cached(query, key, value)
         chunks = [(0, len(query))]
         if self.cp_group is None:
             # Saved for backward, it alone would keep the whole output of linear_qkv, whose view it is.
@@ -132,6 +137,15 @@ class SdpaAttention(nn.Module):
                 ends = None if attention_mask is None else attention_mask.tolist()
                 context = document_attention(q, k, v, chunks=chunks, ends=ends, **options)
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Of the next tokens, padded on the right; whole sequences, no gradients."""
+        assert self.cache is not None and self.cp_group is None and not self.training
+        context = self.cache.attend(
+            query.permute(1, 2, 0, 3), key, value, window=self.window, softcap=self.softcap,
+            scale=self.softmax_scale, dropout_p=0.0,
+        )  # fmt: skip
+        return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, **options: Any) -> Tensor:
         """Under a mask [b, 1, s, s] of what may be looked at, as far as the window allows."""

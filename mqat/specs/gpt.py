@@ -150,6 +150,7 @@ def quantize_layer_spec(
     biases: Collection[str] | None = None,
     linears: Sequence[Linear] = DENSE_LINEARS,
     norms: Sequence[Norm] = DENSE_NORMS,
+    is_packed: bool = False,
 ) -> ModuleSpec:
     """A copy of a transformer-layer spec with its linears replaced, its attention wrapped.
 
@@ -165,6 +166,7 @@ def quantize_layer_spec(
             knows no biases on attention alone.
         linears: Those of a layer.
         norms: Those of a layer.
+        is_packed: Weights that are quantized come packed, as a frozen backbone.
 
     Raises:
         UserError: The spec lacks a norm, or has one that is not among `norms`, or has other linears than
@@ -185,6 +187,8 @@ def quantize_layer_spec(
             "num_shards": num_shards,
             "has_bias": None if biases is None else linear.name in biases,
         }
+        if is_packed and params["scheme"] is not None and params["scheme"].weight is not None:
+            params["is_packed"] = True
         if linear.separate_parts > 1:
             params["parts"] = linear.separate_parts
         module: type = _REPLACEMENTS[linear.parallel]
@@ -221,6 +225,7 @@ def quantize_block_spec(
     pp_rank: int,
     vp_stage: int | None = None,
     dense_spec: ModuleSpec | None = None,
+    is_packed: bool = False,
 ) -> TransformerBlockSubmodules:
     """Specs of the layers that one pipeline stage (and virtual chunk) builds.
 
@@ -232,6 +237,7 @@ def quantize_block_spec(
         pp_rank: Pipeline rank.
         vp_stage: Virtual chunk under interleaved pipeline parallelism.
         dense_spec: Of a mixture's layers without experts, where it has some.
+        is_packed: As for `quantize_layer_spec`.
 
     Raises:
         UserError: As `quantize_layer_spec` and `config_check.check_config`; or the model has layers
@@ -256,7 +262,7 @@ def quantize_block_spec(
         specs.append(
             quantize_layer_spec(
                 own, schemes, layer=layer, num_shards=shard_count(model), biases=model.biases,
-                linears=model.linears_of(layer), norms=model.norms_of(layer),
+                linears=model.linears_of(layer), norms=model.norms_of(layer), is_packed=is_packed,
             )
         )  # fmt: skip
     outside = model.architecture.linears  # of experts

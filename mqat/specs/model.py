@@ -15,6 +15,7 @@ from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import Scheme, table_schemes
 from mqat.models.structure import ACTIVATION, EMBEDDING, EXPERTS, OUTPUT_LAYER
+from mqat.parallel.cross_entropy import chunked_cross_entropy
 from mqat.parallel.embedding import QuantVocabParallelEmbedding
 from mqat.parallel.layout import shard_count
 from mqat.parallel.linear import QuantColumnParallelLinear
@@ -44,6 +45,7 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
         model: Its description; the vocabulary is without padding there.
         tables: Name of a quantized table -> scheme.
         num_shards: Largest tensor-parallel size of the model.
+        chunks_loss: Compute the loss of some tokens at a time.
         **kwargs: As for `GPTModel`.
     """
 
@@ -53,9 +55,11 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
         model: DecoderConfig,
         tables: Mapping[str, LinearScheme],
         num_shards: int,
+        chunks_loss: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.chunks_loss = chunks_loss
         self.true_vocab_size, self.logit_softcap = model.vocab_size, model.logit_softcap
         scale = torch.tensor(model.embedding_scale, dtype=self.config.params_dtype)
         self.embedding_scale = float(scale)  # rounded, as models are trained
@@ -120,6 +124,14 @@ class DecoderModel(GPTModel):  # type: ignore[misc]
         """Per-token loss [b, s] from this rank's logits [s, b, Vp/tp]."""
         logits = self.capped(logits)
         columns = logits.shape[-1]
+        if self.chunks_loss:
+            losses = chunked_cross_entropy(
+                logits.flatten(0, 1),
+                labels.t().flatten(),
+                vocab_size=self.true_vocab_size,
+                group=self.pg_collection.tp,
+            )
+            return losses.view(logits.shape[:2]).t().contiguous()
         first = self.pg_collection.tp.rank() * columns
         if first + columns > self.true_vocab_size:
             column = torch.arange(first, first + columns, device=logits.device)
@@ -252,6 +264,7 @@ def build_model(
     layer_spec: ModuleSpec | None = None,
     table_rows: int | None = None,
     dense_layer_spec: ModuleSpec | None = None,
+    is_packed: bool = False,
 ) -> list[DecoderModel]:
     """This rank's pipeline chunks, with uninitialized weights and quantizers not yet calibrated.
 
@@ -264,6 +277,7 @@ def build_model(
         table_rows: Of vocabulary tables with their padding, where they are to be those of another model;
             None: `padded_vocab_size`.
         dense_layer_spec: Likewise, of a mixture's layers without experts.
+        is_packed: Quantized weights are never allocated in floats; `packed_backbone.py` fills them.
     """
     family = model.architecture
     attention = core_attention() if settings.transformer_engine else SdpaAttention
@@ -289,6 +303,7 @@ def build_model(
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             vp_stage=vp_stage,
             dense_spec=dense_spec,
+            is_packed=is_packed,
         )
         stage = {"ignore_virtual": False, "vp_stage": vp_stage}
         chunk = DecoderModel(
@@ -306,6 +321,7 @@ def build_model(
             model=model,
             tables=table_schemes(layers),
             num_shards=shard_count(model),
+            chunks_loss=settings.chunked_cross_entropy,
         )
         chunks.append(chunk)
     return chunks

@@ -27,7 +27,7 @@ from mqat.quant.scales import SCALE_DTYPES
 from mqat.quant.scheme import LinearScheme, TensorScheme
 
 # Shorter spellings of scale grids in configurations.
-_SCALES = SCALE_DTYPES | {
+SCALES = SCALE_DTYPES | {
     "e8m0": SCALE_DTYPES["float8_e8m0fnu"],
     "e4m3": SCALE_DTYPES["float8_e4m3fn"],
 }
@@ -73,10 +73,8 @@ def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
     name, scale = settings["format"], settings.get("scale") or "float32"
     if name not in FORMATS:
         raise UserError(f"config: {path}.format={name!r} is unknown; {nearest_hint(name, FORMATS)}")
-    if scale not in _SCALES:
-        raise UserError(
-            f"config: {path}.scale={scale!r} is unknown; {nearest_hint(scale, _SCALES)}"
-        )
+    if scale not in SCALES:
+        raise UserError(f"config: {path}.scale={scale!r} is unknown; {nearest_hint(scale, SCALES)}")
     flags = {key: settings.get(key) or False for key in ("dynamic", "asymmetric")}
     for key, value in flags.items():
         if not isinstance(value, bool):
@@ -85,7 +83,7 @@ def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
         return TensorScheme(
             FORMATS[name],
             granularity_from_str(str(settings["granularity"])),
-            _SCALES[scale],
+            SCALES[scale],
             is_dynamic=flags["dynamic"],
             is_asymmetric=flags["asymmetric"],
         )

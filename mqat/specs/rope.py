@@ -72,6 +72,12 @@ def frequencies(model: DecoderConfig, length: int = 1, *, is_windowed: bool = Fa
     return plain
 
 
+def switching_length(model: DecoderConfig) -> int | None:
+    """Tokens of a sequence beyond which all of it turns otherwise (LongRoPE); None: never."""
+    scaling = model.rope_scaling or {}
+    return int(scaling[_ORIGINAL]) if scaling.get("rope_type") == "longrope" else None
+
+
 def _yarn_kept(scaling: Mapping[str, Any], size: int, base: float, longest: int) -> Tensor:
     """How much of each frequency stays unscaled, from 1 (fast) to 0 (slow), [size / 2]."""
     original = scaling.get(_ORIGINAL, longest)

@@ -97,10 +97,11 @@ def unwritable_quality_report(directory: Path) -> str:
 
     session.quality_report = lambda *_, **__: {"linears": []}
 
-    def write_report(*_: object) -> None:
+    def write_report(*_: object, **__: object) -> None:
         raise UserError("the report cannot be written")
 
-    session.write_report = write_report
+    session.write_run_quality = write_report
+    session.about_quality = lambda *_: {}
     run = SimpleNamespace(
         validation=SimpleNamespace(epoch=list), chunks=[],
         plan=SimpleNamespace(

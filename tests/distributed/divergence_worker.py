@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mqat.parallel import divergence
+from mqat.parallel import cross_entropy as chunked
+from mqat.parallel.cross_entropy import chunked_cross_entropy
 from mqat.parallel.divergence import DIVERGENCES, DistillationLoss, distillation_losses
 from mqat.runtime import groups
 
@@ -32,7 +33,7 @@ def main() -> None:
     groups.join("gloo")
     group, columns = dist.group.WORLD, PADDED // dist.get_world_size()
     own = slice(group.rank() * columns, (group.rank() + 1) * columns)
-    divergence.CHUNK_ELEMENTS = 4 * columns  # the last chunk is a shorter one
+    chunked.CHUNK_ELEMENTS = 4 * columns  # the last chunk is a shorter one
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(TOKENS, PADDED, generator=generator) for _ in range(2))
     teacher[:, ::3] = teacher[:, :1]  # as likely as each other, on every rank
@@ -58,6 +59,19 @@ def main() -> None:
         pairs = {"loss": (found, wanted), "gradient": (mine.grad, whole.grad[:, own])}
         for key, (x, y) in pairs.items():
             worst[key] = max(worst[key], float((x - y).abs().max()))
+    whole, mine = student.clone().requires_grad_(), student[:, own].clone().requires_grad_()
+    wanted = cross_entropy(whole[:, :VOCAB], labels, reduction="none")
+    (wanted * upstream).sum().backward()
+    found = chunked_cross_entropy(mine, labels, vocab_size=VOCAB, group=group)
+    (found * upstream).sum().backward()
+    worst["entropy"] = float((found - wanted).abs().max())
+    worst["slope"] = float((mine.grad - whole.grad[:, own]).abs().max())
+    with torch.no_grad():
+        assert torch.equal(
+            chunked_cross_entropy(mine, labels, vocab_size=VOCAB, group=group), found
+        )
+        unmasked = chunked_cross_entropy(mine, labels, vocab_size=PADDED, group=group)
+    assert not torch.allclose(unmasked, wanted, atol=1e-3)  # control: padding would take its share
     everywhere = groups.gathered(worst)
     if groups.is_main():
         print(json.dumps({key: max(each[key] for each in everywhere) for key in worst}))

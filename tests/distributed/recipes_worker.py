@@ -54,13 +54,28 @@ RECIPES = {
     "levels": (policy("nvfp4", weight_calibrator="mse", rounding="gptq"), "max", 0),
     "mixed": (policy("int8", rules=_MIXED), "max", 1),
 }  # fmt: skip
-# Of a mixture, in which the fourth expert of the first layer sees no token.
+# Of a mixture, in which one expert of the first layer sees no token and one of the second a few.
 _ATTENTION = Rule("*.self_attention.*", "int8")
 EXPERT_RECIPES = {
     "smoothquant": (policy("int8_sq"), "percentile", 0),
     "awq-gptq": (policy("int4_awq", rules=(_ATTENTION,), rounding="gptq"), "max", 0),
     "gptq": (policy("int8", rounding="gptq", weight_calibrator="awq"), "max", 1),
 }
+
+
+def reach_rarely(chunks: list) -> None:
+    """Leaves the first expert of the second layer a token of each sequence at most: 16 of 512."""
+    from mqat.parallel.quantized_module import unwrapped
+
+    for layer in (layer for chunk in unwrapped(chunks) for layer in chunk.decoder.layers):
+        if layer.layer_number == 2:
+            router, away = layer.mlp.router, torch.tensor([-1e4, 0.0, 0.0, 0.0])
+
+            def gate(x: torch.Tensor, gating=router.gating, away=away) -> torch.Tensor:
+                later = torch.arange(len(x)).view(-1, 1, 1) > 0
+                return gating(x) + away * later
+
+            router.gating = gate
 
 
 @contextmanager
@@ -149,6 +164,7 @@ def run(out: Path, layout: dict, asked: Policy, calibrator: str, at_once: int) -
     load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
     if model.num_experts:
         avoid_an_expert(chunks)
+        reach_rarely(chunks)
     seed = layout.get("seed", 0)
     tokens = torch.randint(0, 301, (layout.get("batches", 8), 2, 33),
                            generator=torch.Generator().manual_seed(seed))  # fmt: skip

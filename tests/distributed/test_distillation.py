@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import torchrun
 from tests.distributed.ranks import run_ranks
+from tests.launch import torchrun
 
 HERE = Path(__file__).parent
 MIXED = {"weight": 0.7, "temperature": 2.0, "top_k": 20, "hidden_weight": 0.5}

@@ -1,4 +1,4 @@
-"""Recipes of experts give the same bits on every parallel layout, with an expert that sees no token."""
+"""Recipes of experts give the same bits on every layout, with experts that see no token or a few."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,10 @@ from tests.distributed.test_recipes import WORKER, differences, printed, run, te
 ALONE = {"ep1": {}, "ep1-other-text": {"seed": 1}}
 PAIRS = {"ep2": {"ep": 2}, "tp2-sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "dp2": {}}
 MORE = {"tp2-sp-ep2": {"tp": 2, "sp": True, "ep": 2}, "ep2-pp2": {"ep": 2, "pp": 2}}
-IDLE = [f"decoder.layers.0.mlp.experts.3.linear_fc{n}" for n in (1, 2)]
+IDLE = [
+    f"decoder.layers.{expert}.linear_fc{n}" for expert in ("0.mlp.experts.3", "1.mlp.experts.0")
+    for n in (1, 2)
+]  # fmt: skip
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -61,6 +64,19 @@ def test_other_text_gives_other_weights_and_scales(results, recipe):
     assert any("experts" in key and key.endswith("_scale") for key in found)
     moved = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
     assert moved in found or recipe == "smoothquant"  # whose factors are powers of two
+
+
+@pytest.mark.parametrize("recipe", ["awq-gptq", "gptq"])
+def test_an_expert_with_a_few_tokens_is_rounded_without_them(results, recipe):
+    first, second = (tensors(results, name, recipe) for name in ("ep1", "ep1-other-text"))
+    weight = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
+    for number in range(4):  # control: what the others saw moved them
+        assert torch.equal(first[weight][1, number], second[weight][1, number]) == (number == 0)
+    scale = "quantizers.decoder.layers.1.mlp.experts.{}.linear_fc2.{}_scale".format
+    assert torch.equal(first[scale(0, "weight")], second[scale(0, "weight")])
+    if recipe == "gptq":
+        rare, *others = (first[scale(number, "input")] for number in range(4))
+        assert torch.equal(rare, torch.stack(others).amax(dim=0))
 
 
 def test_factors_of_one_ranks_experts_alone_would_be_noticed(results, tmp_path):

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from mqat.checkpoints.random_weights import RandomWeights
 from mqat.config import ModelConfig, OptimizerConfig, QuantizationConfig
 from mqat.data.packing import document_ends
+from mqat.models.adapters import Adapters
 from mqat.models.decoder import DecoderConfig
 from mqat.models.schemes import linear_schemes
-from mqat.models.structure import DENSE_LINEARS
+from mqat.models.structure import DENSE_LINEARS, in_layer
 from mqat.runtime import groups
 from mqat.specs.policy import Policy, Rule
 
@@ -112,6 +113,8 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--distill", type=json.loads, help="of `DistillationLoss`, and hidden_weight"
     )
+    parser.add_argument("--lora", type=json.loads, help="of `Adapters`; names are patterns")
+    parser.add_argument("--packed", action="store_true", help="weights under the adapters")
     parser.add_argument("--resume", type=Path, help="training checkpoint of another layout")
     return parser.parse_args(options)
 
@@ -135,6 +138,12 @@ def avoid_an_expert(chunks: list[Any]) -> None:
             router.gating = lambda x, gating=router.gating, away=away: gating(x) + away
 
 
+def adapters_for(model: DecoderConfig, keys: dict[str, Any]) -> Adapters:
+    kinds = keys.pop("names", LINEARS)
+    names = [in_layer(i, n) for i in range(model.num_layers) for n in LINEARS if n in kinds]
+    return Adapters(tuple(names), **{"rank": 4, "alpha": 8.0} | keys)
+
+
 def run(args: argparse.Namespace) -> None:
     model = dataclasses.replace(MODELS[args.model], tie_word_embeddings=not args.untied)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -146,10 +155,12 @@ def run(args: argparse.Namespace) -> None:
 
     from mqat.calibration.calibrate import calibrate
     from mqat.checkpoints.dist_checkpoint import TrainingState, load_checkpoint, save_checkpoint
+    from mqat.checkpoints.packed_backbone import load_packed_
     from mqat.checkpoints.pretrained import load_pretrained_
     from mqat.evaluation import forward
     from mqat.evaluation.forward import evaluate, logits, run_layers
     from mqat.evaluation.quality import quality_report
+    from mqat.parallel.add_adapters import add_adapters_, merge_adapters_
     from mqat.parallel.divergence import DistillationLoss
     from mqat.parallel.learned_scales import learn_scales_
     from mqat.parallel.low_precision_backward import set_backward_
@@ -170,11 +181,17 @@ def run(args: argparse.Namespace) -> None:
         expert_tensor_parallel_size=args.etp, moe_aux_loss_coeff=0.01,
         activations_checkpoint_granularity=args.recompute,
     )  # fmt: skip
-    chunks = build_model(model, settings, layers, dtype)
+    chunks = build_model(model, settings, layers, dtype, is_packed=args.packed)
     load_pretrained_(chunks, RandomWeights(model, 1, 0.1))
+    if args.packed:
+        load_packed_(chunks, RandomWeights(model, 1, 0.1))
     if args.learned:
         learn_scales_(chunks, weights="lsq", inputs="lsq")
     set_backward_(chunks, args.backward)
+    adapters = None
+    if args.lora is not None:
+        adapters = adapters_for(model, args.lora)
+        add_adapters_(chunks, adapters)
     chunks = wrap_for_training(chunks, args.ddp)
     if args.idle:
         avoid_an_expert(chunks)
@@ -208,11 +225,14 @@ def run(args: argparse.Namespace) -> None:
     for module, shared in zip(experts, sharing, strict=True):
         module.expert_groups = shared  # by which ranks know who saves
     result["quantized"] = evaluate(chunks, [batches])[0]
-    if linear_schemes(layers):
+    if linear_schemes(layers) and not args.packed:
         result["quality"] = quality_report(
             chunks, lambda: run_layers(chunks, [batches]), group=group
         )["linears"]
-    save_checkpoint(args.out / "ptq", chunks, model=model, layers=layers, algorithm=args.algorithm)
+    save_checkpoint(
+        args.out / "ptq", chunks, model=model, layers=layers, algorithm=args.algorithm,
+        adapters=adapters,
+    )  # fmt: skip
     if args.ptq:
         finish(args, result)
         return
@@ -222,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     state = TrainingState(optimizer, scheduler)
     if args.resume:  # before any step: a process that resumes has an optimizer without state
-        load_checkpoint(args.resume, chunks, layers=layers, training=state)
+        load_checkpoint(args.resume, chunks, layers=layers, training=state, adapters=adapters)
 
     teacher = None
     if args.distill:
@@ -249,15 +269,22 @@ def run(args: argparse.Namespace) -> None:
     result["losses"] = [step(), step()]  # after --resume: those that follow the checkpoint
     save_checkpoint(
         args.out / "qat", chunks, model=model, layers=layers, algorithm=args.algorithm,
-        training=state,
+        training=state, adapters=adapters,
     )  # fmt: skip
     if args.logits:
         trained = logits(chunks, TOKENS)
         if groups.is_main():
             torch.save(trained.cpu(), args.out / "logits.pt")
     result["ahead"] = [step(), step()]
-    load_checkpoint(args.out / "qat", chunks, layers=layers, training=state)
+    load_checkpoint(args.out / "qat", chunks, layers=layers, training=state, adapters=adapters)
     result["resumed_alike"] = [step(), step()] == result["ahead"]
+    if adapters is not None and adapters.is_merged:
+        result["beside"] = evaluate(chunks, [batches])[0]
+        merge_adapters_(chunks)
+        result["merged"] = evaluate(chunks, [batches])[0]
+        save_checkpoint(
+            args.out / "merged", chunks, model=model, layers=layers, algorithm=args.algorithm
+        )
     finish(args, result)
 
 

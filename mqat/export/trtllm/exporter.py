@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mqat.checkpoints.reader import CheckpointReader
-from mqat.errors import UserError
+from mqat.errors import UserError, refusals, refuse
 from mqat.export.exporter import DirectoryContents, ExportOptions
 from mqat.export.kv_cache import cache_algorithm
 from mqat.export.operands import group_size, operands_text
@@ -50,19 +50,20 @@ class TensorRtLlmExporter:
             raise UserError(
                 "export.format=trtllm: every inference rank has one file; leave out --max-shard-gb."
             )
-        _check_family(model)
-        _check_layout(model, tp, options.pipeline_parallel)
-        position_fields(model)
-        TENSORS.check(model, schemes)
-        _check_experts(model, layers)
-        _check_requantized(layers, options.allow_requantization)
-        stage_schemes(model, layers, options.pipeline_parallel)
-        for name, scheme in layers.items():
-            linear, form = model.linear(split_name(name)[1]), FORMS.of(scheme)
-            if form.group_sizes:
-                _check_int4(model, name, linear, form, group_size(scheme) or 0, tp)
-            ranks = tp if linear.parallel == "row" else 1
-            FORMS.check_groups(name, scheme, model.size(linear.columns), ranks)
+        found = refusals([partial(_check_family, model), partial(position_fields, model)])
+        basic = refusals(
+            [
+                partial(_check_layout, model, tp, options.pipeline_parallel),
+                partial(TENSORS.check, model, schemes),
+            ]
+        )
+        further: list[Callable[[], object]] = [
+            partial(_check_experts, model, layers),
+            partial(_check_requantized, layers, options.allow_requantization),
+            partial(stage_schemes, model, layers, options.pipeline_parallel),
+            partial(_check_groups, model, layers, tp),
+        ]
+        refuse(found + basic + ([] if basic else refusals(further)))
 
     def warning(self, schemes: Mapping[str, Scheme]) -> str | None:
         """That the loader changes weights, or that a layer's experts share an input scale."""
@@ -188,6 +189,16 @@ def _check_requantized(layers: Mapping[str, LinearScheme], is_allowed: bool) -> 
             f"{_REQUANTIZED} Use export.format=hf, which keeps them; or int8, int4 or fp8 with their "
             f"inputs quantized; {'or leave the weight unquantized too' if mixture else consent}."
         )
+
+
+def _check_groups(model: DecoderConfig, layers: Mapping[str, LinearScheme], tp: int) -> None:
+    """Refuses groups that the kernels do not take, or that a rank would not hold whole."""
+    for name, scheme in layers.items():
+        linear, form = model.linear(split_name(name)[1]), FORMS.of(scheme)
+        if form.group_sizes:
+            _check_int4(model, name, linear, form, group_size(scheme) or 0, tp)
+        ranks = tp if linear.parallel == "row" else 1
+        FORMS.check_groups(name, scheme, model.size(linear.columns), ranks)
 
 
 def _check_int4(
