@@ -1,14 +1,13 @@
 """Greedy text from an mqat checkpoint (quantized as it was trained), a Hugging Face directory or GGUF.
 
 torchrun --nproc-per-node 1 examples/gpt_generate.py runs/demo/checkpoint "The Moon is"
+
+`mqat generate` does this and more: sampling, chats, stop strings, exported directories.
 """
 
 import argparse
 from pathlib import Path
 
-import torch
-
-from mqat.errors import UserError
 from mqat.runtime import groups
 from mqat.runtime.groups import command_line
 
@@ -25,25 +24,22 @@ def main() -> None:
     parser.add_argument("--lowered", action="store_true", help="run with low-precision weights")
     args = parser.parse_args()
     with command_line():
-        from mqat.checkpoints.load_model import load_model
-        from mqat.evaluation.generation import generate_greedy
+        from mqat.evaluation.generation import Limits, generate, prompt_tokens
+        from mqat.evaluation.text_model import open_text_model
 
-        model = load_model(
+        with open_text_model(
             args.checkpoint,
             tensor_parallel=args.tensor_parallel,
             pipeline_parallel=args.pipeline_parallel,
             precision=args.precision,
             lowered=args.lowered,
-        )
-        if "" in args.prompt:
-            raise UserError("the prompt is empty; give at least one word to continue.")
-        for prompt in args.prompt:
-            ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
-            stop = model.tokenizer.eos_token_id
-            answer = generate_greedy(model.chunks, ids, args.tokens, stop=stop)
-            if groups.is_main():
-                print(prompt + model.tokenizer.decode(answer, skip_special_tokens=True))
-        groups.finalize()
+            keeps_weights=True,
+        ) as model:
+            prompts = [prompt_tokens(model.tokenizer, prompt) for prompt in args.prompt]
+            answers, _ = generate(model, prompts, Limits(args.tokens))
+        if groups.is_main():
+            for prompt, answer in zip(args.prompt, answers, strict=True):
+                print(prompt + answer.text)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from mqat.models.structure import OUTPUT_LAYER
+from mqat.models.structure import OUTPUT_LAYER, is_adapter_key
 from mqat.parallel.context import own_tokens, whole_sequences
 from mqat.parallel.learned_scales import scale_rule
 from mqat.parallel.parameter_sync import gather_parameters
@@ -65,19 +65,20 @@ def forward_loss(batches: Iterator[Microbatch], chunk: Any) -> StepOutput:
     return output, partial(masked_sums, loss_mask, {})
 
 
-def _forward_logits(batches: Iterator[Microbatch], chunk: Any) -> StepOutput:
+def forward_logits(batches: Iterator[Microbatch], chunk: Any) -> StepOutput:
+    """One microbatch through a chunk, for Megatron's schedules, which report its `logits`."""
     batch = on_device(next(batches))
     output = chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"])
     return output, lambda logits: (logits.new_zeros(()), {"logits": logits.detach()})
 
 
 def _forward_hidden(batches: Iterator[Microbatch], chunk: Any) -> StepOutput:
-    output, _ = _forward_logits(batches, chunk)
+    output, _ = forward_logits(batches, chunk)
     return output, lambda hidden: (hidden.new_zeros(()), {})
 
 
 def _forward_last_states(batches: Iterator[Microbatch], chunk: Any) -> StepOutput:
-    output, _ = _forward_logits(batches, chunk)
+    output, _ = forward_logits(batches, chunk)
     return output, lambda hidden: (hidden.new_zeros(()), {"hidden": hidden.detach()})
 
 
@@ -152,7 +153,8 @@ def totals(results: list[dict[str, Tensor]], keys: Sequence[str]) -> dict[str, f
 
 
 @contextmanager
-def _eval_mode(chunks: Sequence[Any]) -> Iterator[None]:
+def eval_mode(chunks: Sequence[Any]) -> Iterator[None]:
+    """Inside, without dropout; afterwards as before."""
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -170,7 +172,7 @@ def evaluate(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> tu
     The host waits for the device once, at the end.
     """
     results: list[dict[str, Tensor]] = []
-    with _eval_mode(chunks), quantized_step(chunks, for_backward=False):
+    with eval_mode(chunks), quantized_step(chunks, for_backward=False):
         for microbatches in steps:
             results += run_microbatches(forward_loss, chunks, microbatches, forward_only=True)
     found = totals(results, ("loss", "tokens"))
@@ -204,7 +206,7 @@ def run_layers(chunks: Sequence[Any], steps: Sequence[Sequence[Microbatch]]) -> 
     cp, rank = (
         parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank(),
     )  # fmt: skip
-    with _eval_mode(chunks), _without_logits(chunks), whole_sequences(chunks):
+    with eval_mode(chunks), _without_logits(chunks), whole_sequences(chunks):
         for microbatches in steps:
             own = _filled_up(chunks, microbatches[rank::cp], microbatches, cp)
             run_microbatches(_forward_hidden, chunks, own, forward_only=True, are_whole=True)
@@ -217,7 +219,7 @@ def hidden_states(chunks: Sequence[Any], microbatches: Sequence[Microbatch]) -> 
     [s, b, h], this rank's part of the sequence under context and sequence parallelism. The output layer
     itself must not be quantized.
     """
-    with _eval_mode(chunks), _without_logits(chunks), quantized_step(chunks, for_backward=False):
+    with eval_mode(chunks), _without_logits(chunks), quantized_step(chunks, for_backward=False):
         results = run_microbatches(_forward_last_states, chunks, microbatches, forward_only=True)
     return [result["hidden"] for result in results]
 
@@ -271,12 +273,12 @@ def logits(chunks: Sequence[Any], tokens: Tensor, vocab_size: int | None = None)
     # An interleaved pipeline needs one microbatch per stage; the copies' results are not used.
     copies = 1 if len(chunks) == 1 else parallel_state.get_pipeline_model_parallel_world_size()
     with (
-        _eval_mode(chunks),
+        eval_mode(chunks),
         whole_sequences(chunks),
         quantized_step(chunks, for_backward=False),
     ):
         results = run_microbatches(
-            _forward_logits, chunks, [batch] * copies, forward_only=True, are_whole=True
+            forward_logits, chunks, [batch] * copies, forward_only=True, are_whole=True
         )
     full = torch.empty(*tokens.shape, vocab, device=device())
     if results:
@@ -304,7 +306,10 @@ def served_weights(chunks: Sequence[Any], dtype: str) -> Iterator[None]:
                 for name, parameter in model.named_parameters():
                     owner, _, kind = name.rpartition(".")
                     quantizer = getattr(model.get_submodule(owner), f"{kind}_quantizer", None)
-                    if quantizer is None and scale_rule(parameter) is None:
+                    if is_adapter_key(name) or scale_rule(parameter) is not None:
+                        continue  # served as they are
+                    # One that nothing has calibrated is not served: its weight is exported as it is.
+                    if quantizer is None or not quantizer.is_frozen:
                         kept.append((parameter, parameter.detach().clone()))
                         parameter.copy_(parameter.to(served))
         yield

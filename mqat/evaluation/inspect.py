@@ -10,7 +10,7 @@ from torch import Tensor
 from mqat.checkpoints.manifest import DESCRIPTION
 from mqat.checkpoints.reader import CheckpointReader
 from mqat.errors import UserError
-from mqat.models.structure import CORE_ATTENTION, in_layer
+from mqat.models.structure import CORE_ATTENTION, in_layer, is_in_layer, packed_key
 from mqat.quant.scheme import LinearScheme
 from mqat.verify.export import CacheStorage, Export, Rank
 from mqat.verify.storage import Module
@@ -84,7 +84,7 @@ def _checkpoint_rows(path: Path) -> Iterator[Row]:
             if scheme is None or scheme.weight is None:
                 stored = reader.dtype(reader.model.place(linear.key, layer)[0])
                 form = f"unquantized {str(stored).removeprefix('torch.')}"
-                form += _BIAS * (linear.name in reader.model.biases)
+                form += _BIAS * (linear.name in reader.model.biases) + _adapter(reader, name)
                 yield Row("", name, form, 8 * stored.itemsize, shape)
                 continue
             row = _quantized_row(reader, name, scheme, shape)
@@ -97,11 +97,19 @@ def _checkpoint_rows(path: Path) -> Iterator[Row]:
             yield _cache_row("", name, cache.tensor.format.name, shape, *steps)
 
 
+def _adapter(reader: CheckpointReader, name: str) -> str:
+    adapters = reader.adapters
+    has_one = adapters is not None and name in adapters.names
+    return f", adapter of rank {adapters.rank}" if adapters is not None and has_one else ""
+
+
 def _quantized_row(
     reader: CheckpointReader, name: str, scheme: LinearScheme, shape: tuple[int, int]
 ) -> Row:
     assert scheme.weight is not None, name
-    scale = reader.frozen(name, "weight", "scale")[: shape[0]]
+    scale = None
+    if not (reader.is_packed and is_in_layer(name)):
+        scale = reader.frozen(name, "weight", "scale")[: shape[0]]
     operand, step = scheme.input, None
     if operand is not None and (operand.has_global_scale or not operand.is_dynamic):
         part = "global_scale" if operand.has_global_scale else "scale"
@@ -110,7 +118,16 @@ def _quantized_row(
     if operand is not None:
         kind = "dynamic " if operand.is_dynamic else ""
         form += f", {kind}inputs {operand.format.name}"
-    bits = _bits(shape, scheme.weight.format.bits, scale, step)
+    form += _adapter(reader, name)
+    if scale is None:
+        parts = (part for part in reader.keys() if part.startswith(packed_key(name, "")))
+        bits = _bits(shape, 0, *(reader.view(part) for part in parts))
+        return Row("", name, f"{form}, packed", bits, shape, None, step)
+    # As servers hold them: scales on their own grid (here they are float32), zero points as codes.
+    served = scale.to(scheme.weight.scale_dtype)
+    bits = _bits(shape, scheme.weight.format.bits, served, step)
+    if scheme.weight.is_asymmetric:
+        bits += scheme.weight.format.bits * scale.numel() / (shape[0] * shape[1])
     return Row("", name, form, bits, shape, scale, step)
 
 

@@ -23,6 +23,9 @@ the same on every layout, up to the order in which floats are added.
 | `mixtures[].output_sqnr_db`         | `worst` and `median` of the others; null: exact                 |
 | `mixtures[].worst`                  | name of the linear among `linears`                              |
 | `caches[].kv`, or `key` and `value` | as operands of linears                                          |
+| `about`                             | added where a report is written: `algorithm`, `checkpoint`,     |
+|                                     | `stage`, `text`, `tokens`, `date`, and what had been done:      |
+|                                     | `calibrator`, `recipes` by linear, `is_trained`                 |
 """
 
 import math

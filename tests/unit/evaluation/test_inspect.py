@@ -77,3 +77,15 @@ def test_what_cannot_be_read_is_an_error_that_says_why(tiny, tmp_path):
     (tmp_path / "ranks" / "config.json").write_text(json.dumps(config | {"hidden_size": 0}))
     with pytest.raises(ValueError, match="hidden_size=0"):
         list(rows(tmp_path / "ranks"))
+
+
+@pytest.mark.parametrize("algorithm", ["int4", "w_uint4_asym", "int8", "fp8"])
+def test_a_checkpoint_has_the_bits_of_its_export(algorithm, tiny, tmp_path):
+    """Scales are counted as they are served: INT4 in groups of 64 on bfloat16's grid has 4.25 bits."""
+    export_hf(tiny(algorithm), tmp_path / "out")
+    served = list(rows(tmp_path / "out"))[-1]
+    trained = list(rows(tiny(algorithm)))[-1]
+    assert served.linear.endswith("down_proj") and trained.linear.endswith("linear_fc2")
+    assert trained.bits == pytest.approx(served.bits, abs=0.005)
+    if algorithm == "int4":
+        assert trained.bits == 4.25

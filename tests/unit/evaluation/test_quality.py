@@ -13,9 +13,11 @@ from mqat.quant.algorithm import named_scheme
 from mqat.quant.granularity import PerTensor
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scheme import TensorScheme
-from mqat.report.page import hint, html_page, worst_first, write_report
+from mqat.report.advice import hint
+from mqat.report.page import html_page, worst_first, write_report
 from mqat.specs.policy import Policy, Rule
 from tests.unit.model_fixtures import MODEL, epoch, microbatches, padded_data, without_masks
+from tests.unit.report import entries as made_up
 
 
 @pytest.fixture
@@ -199,34 +201,16 @@ def test_nothing_quantized_is_an_error(calibrated):
         report()
 
 
-def entry(name, sqnr, *, outliers=0, clip=0.0, weight=40.0, input=True):
-    operand = {"format": "int8", "amax": 1.0, "clip_rate": clip, "scale": [0.1, 0.1]}
-    return {
-        "name": name, "layer": 0, "module": name, "output_sqnr_db": sqnr,
-        "weight": operand | {"sqnr_db": weight},
-        "input": operand if input else None, "output": None, "input_amax": 1.0,
-        "outliers": {"count": outliers, "worst": [[3, 12.5]][:outliers]},
-    }  # fmt: skip
-
-
-def test_hints_name_the_cause():
-    assert hint(entry("a", 30.0)) == "" and hint(entry("a", None)) == ""
-    assert "outlier" in hint(entry("a", 10.0, outliers=1))
-    assert "clipped" in hint(entry("a", 10.0, clip=0.5))
-    assert "groups" in hint(entry("a", 10.0, weight=11.0, input=False))
-    assert "more bits" in hint(entry("a", 10.0))
-
-
 def test_noise_as_loud_as_the_signal_is_not_exact():
-    exact, loud = entry("a", None), entry("b", 0.0, weight=0.0)
+    exact, loud = made_up.entry("a", None), made_up.entry("b", 0.0, weight=0.0)
     assert worst_first([exact, loud]) == [loud, exact]
     assert "weight is the cause" in hint(loud)
-    assert "weight is the cause" not in hint(entry("b", 0.0, weight=None))
+    assert "weight is the cause" not in hint(made_up.entry("b", 0.0, weight=None))
 
 
 def test_the_page_shows_the_worst_first_and_is_whole_or_absent(tmp_path, monkeypatch):
-    linears = [entry("decoder.layers.0.mlp.linear_fc1", 35.0),
-               entry("decoder.layers.1.mlp.linear_fc2", 9.0, outliers=1)]  # fmt: skip
+    linears = [made_up.entry("decoder.layers.0.mlp.linear_fc1", 35.0),
+               made_up.entry("decoder.layers.1.mlp.linear_fc2", 9.0, outliers=1)]  # fmt: skip
     cache = {
         "name": "decoder.layers.0.core_attention",
         "output_sqnr_db": 30.0,
@@ -235,16 +219,18 @@ def test_the_page_shows_the_worst_first_and_is_whole_or_absent(tmp_path, monkeyp
     report = {"version": 1, "linears": linears, "mixtures": [], "caches": [cache]}
     assert worst_first(linears)[0] is linears[1]
     page = html_page(report, "a <b>")
-    assert "a &lt;b&gt;" in page and "data:image/png;base64," in page
-    assert page.index("layers.1.mlp.linear_fc2</td>") < page.index("layers.0.mlp.linear_fc1</td>")
+    assert "a &lt;b&gt;" in page and "<svg" in page and "<?xml" not in page
+    assert page.index("layers.1.mlp.linear_fc2</span>") < page.index(
+        "layers.0.mlp.linear_fc1</span>"
+    )
     assert "core_attention.kv</td><td>30.0</td><td>31.0</td><td>25%</td><td>2</td>" in page
     assert "Key/value cache" not in html_page(report | {"caches": []}, "a")
-    assert "<img" not in html_page(report | {"linears": []}, "a")
+    assert "<svg" not in html_page(report | {"linears": []}, "a")
     assert "3 (12.5x)" in page and "1 with less than 20 dB" in page
     write_report(report, tmp_path / "q", "t")
     assert json.loads((tmp_path / "q" / "quality.json").read_text()) == report
     assert sorted(f.name for f in (tmp_path / "q").iterdir()) == ["quality.html", "quality.json"]
-    monkeypatch.setattr("mqat.report.page.find_spec", lambda _: None)
+    monkeypatch.setattr("mqat.report.plots.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install 'mqat\[report\]'"):
         write_report(report, tmp_path / "none", "t")
     assert not (tmp_path / "none").exists()
