@@ -9,7 +9,7 @@ import torch.distributed as dist
 from mqat.models.structure import in_layer, is_in_layer, split_name
 
 
-def _global_name(model: Any, name: str) -> str:
+def global_name(model: Any, name: str) -> str:
     """A parameter's name with the layer's number in the whole model."""
     if not is_in_layer(name):
         return name
@@ -30,7 +30,7 @@ def nonfinite_gradients(chunks: Sequence[Any]) -> list[str]:
         chunks: DDP-wrapped chunks of this rank, after their backward passes.
     """
     own = [
-        _global_name(chunk.module, name)
+        global_name(chunk.module, name)
         for chunk in chunks
         for name, parameter in chunk.module.named_parameters()
         if parameter.requires_grad and not bool(torch.isfinite(parameter.main_grad).all())

@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs: `metrics.jsonl`, TensorBoard, a progress bar or lines.
+"""What a run leaves for people and programs: `metrics.jsonl`, loggers, a progress bar or lines.
 
 Only the first rank writes; the others hold the same object and do nothing.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,35 +18,44 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mqat.errors import UserError
 from mqat.files import write_whole
+from mqat.training.loggers import Logger
 
 
 class RunLog:
     """Writes a line a step into a run directory; use as a context manager.
 
-    `enabled`: on the first rank only; `tensorboard`: also write events, under `directory/tensorboard`.
+    `enabled`: on the first rank only; `loggers`: those it tells, too (`loggers.open_loggers`).
     """
 
-    def __init__(self, directory: Path, *, enabled: bool, tensorboard: bool) -> None:
+    def __init__(self, directory: Path, *, enabled: bool, loggers: Sequence[Logger] = ()) -> None:
         self.enabled = enabled
         self.console = Console(quiet=not enabled, highlight=False)
         self._path = directory / "metrics.jsonl"
         self._file = self._path.open("a", encoding="utf-8") if enabled else None
-        self._board: Any = None
-        if enabled and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(directory / "tensorboard"))
+        self._loggers = list(loggers)
 
     def __enter__(self) -> RunLog:
         """Returns itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Closes the files."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes the files, and says whether the run came to its end."""
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for logger in list(self._loggers):
+            self._tell(logger, lambda logger: logger.close(is_finished=kind is None))
+
+    def _tell(self, logger: Logger, what: Callable[[Logger], None]) -> None:
+        """A logger that fails is left out from here on: training goes on without it."""
+        try:
+            what(logger)
+        except Exception as error:  # of whatever kind its package, network or server has
+            self._loggers.remove(logger)
+            reason = (str(error).splitlines() or [""])[0]
+            self.say(
+                f"{type(logger).__name__} is told nothing more: {type(error).__name__}: {reason}. "
+                f"{self._path.name} has everything."
+            )
 
     def say(self, text: str) -> None:
         """One line for people, from the first rank only."""
@@ -62,34 +72,74 @@ class RunLog:
         if self._file is None:
             return
         lines = self._path.read_text("utf-8").splitlines(keepends=True)
-        kept = []
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
-                continue
-            try:
-                entry = json.loads(line)
-                is_again = entry["phase"] == phase and entry["step"] > step
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self._path}:{number}: damaged ({error}); delete the line to resume without it."
-                ) from error
-            if not is_again:
-                kept.append(line)
+        entries = self._entries()
+        kept = [
+            lines[i] for i, e in entries.items() if not (e["phase"] == phase and e["step"] > step)
+        ]
         if kept == lines:
             return
         self._file.close()
         write_whole(self._path, "".join(kept))
         self._file = self._path.open("a", encoding="utf-8")
 
+    def _entries(self) -> dict[int, dict[str, Any]]:
+        """What whole lines of `metrics.jsonl` say, by their index."""
+        entries = {}
+        for index, line in enumerate(self._path.read_text("utf-8").splitlines(keepends=True)):
+            if not line.endswith("\n"):
+                continue
+            try:
+                entries[index] = json.loads(line)
+                _ = entries[index]["phase"], int(entries[index]["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self._path}:{index + 1}: damaged ({error}); delete the line to resume without it."
+                ) from error
+        return entries
+
+    def validation_losses(self, phase: str) -> dict[int, float]:
+        """Of the steps of a phase so far, as the file has them; empty on other ranks.
+
+        Raises:
+            UserError: A line is damaged.
+        """
+        if self._file is None:
+            return {}
+        return {
+            entry["step"]: entry["validation_loss"]
+            for entry in self._entries().values()
+            if entry["phase"] == phase and "validation_loss" in entry
+        }
+
     def metrics(self, phase: str, step: int, values: dict[str, float]) -> None:
-        """One line of `metrics.jsonl`, flushed, and the same values for TensorBoard."""
+        """One line of `metrics.jsonl`, flushed, and the same values for the loggers."""
         if self._file is None:
             return
         self._file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{phase}/{name}", value, step)
+        for logger in list(self._loggers):
+            self._tell(logger, lambda logger: logger.metrics(phase, step, values))
+
+    def histogram(
+        self, phase: str, step: int, name: str, edges: Sequence[float], counts: Sequence[int]
+    ) -> None:
+        """For the loggers that draw them."""
+        for logger in list(self._loggers):
+            self._tell(logger, lambda logger: logger.histogram(phase, step, name, edges, counts))
+
+    def measured(
+        self, model: str, loss: float, perplexity: float, samples: Mapping[str, str]
+    ) -> None:
+        """A model on held-out text: numbers, and what it says to each prompt."""
+        for logger in list(self._loggers):
+            self._tell(logger, lambda logger: logger.measured(model, loss, perplexity, samples))
+
+    def hyperparameters(
+        self, settings: Mapping[str, Any], perplexities: Mapping[str, float]
+    ) -> None:
+        """The settings of a finished run beside its perplexities, for tables of runs."""
+        for logger in list(self._loggers):
+            self._tell(logger, lambda logger: logger.hyperparameters(settings, perplexities))
 
     def steps(self, phase: str, total: int, done: int, *, every_n_steps: int) -> StepReport:
         """What people see of a phase, as a context manager; silent on the other ranks.

@@ -98,7 +98,10 @@ def step_with_gradients(optimizer: Any, norm: float) -> None:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(
-                parameters, max_norm=part.config.clip_grad, total_norm=norm
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
 
@@ -110,6 +113,16 @@ class _Schedule(OptimizerParamScheduler):  # type: ignore[misc]
         # The first step of a warm-up already moves: Megatron counts from zero.
         self.init_lr = param_group.get("max_lr", self.max_lr) / (self.lr_warmup_steps + 1)
         return float(super().get_lr(param_group))
+
+
+def _moments(settings: OptimizerConfig) -> dict[str, Any]:
+    """Of Megatron's precision-aware optimizer, where moments are not in float32."""
+    dtypes = {key: getattr(settings, key) for key in ("exp_avg_dtype", "exp_avg_sq_dtype")}
+    if set(dtypes.values()) == {"float32"}:
+        return {}
+    return {"use_precision_aware_optimizer": True} | {
+        key: getattr(torch, dtype) for key, dtype in dtypes.items()
+    }
 
 
 def build_optimizer(
@@ -148,6 +161,7 @@ def build_optimizer(
             use_distributed_optimizer=True,
             overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
             clip_grad=clip_grad,
+            **_moments(settings),
         ),
         list(chunks),
         config_overrides=_overrides(chunks, scales, lr=peak, min_lr=settings.sched.min_lr),

@@ -18,6 +18,7 @@ from mqat.files import write_json, write_whole
 
 # What may change when a run goes on: where and how it runs, not what it computes.
 _MAY_CHANGE = (
+    "command",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.val_check_interval",
@@ -38,7 +39,8 @@ _MAY_CHANGE = (
 # What a run writes: only this is ever moved, whatever else the directory holds.
 _FILES = (
     "config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "checkpoint",
-    "trtllm", "hf", "model.nemo", "quality",
+    "trtllm", "hf", "model.nemo", "adapter", "quality", "report.html", "profile", "histograms.jsonl",
+    "loggers.json", "wandb", "mlflow.db", "mlruns",
 )  # fmt: skip
 
 

@@ -27,6 +27,12 @@ class QuantizerSchedule:
     inputs_on_after: int | None = None
     bits: Sequence[tuple[int, int]] = ()
 
+    @property
+    def settled_after(self) -> int:
+        """Steps after which nothing changes any more."""
+        inputs = self.on_after if self.inputs_on_after is None else self.inputs_on_after
+        return max([self.on_after, inputs, *(first for first, _ in self.bits)])
+
     def apply_(self, model: Any, step: int) -> None:
         """Sets every quantizer of this rank for the optimizer step `step`, counted from 0."""
         inputs = self.on_after if self.inputs_on_after is None else self.inputs_on_after

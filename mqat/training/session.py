@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 
 from mqat.calibration.calibrate import calibrate
+from mqat.calibration.idle_experts import MIN_TOKENS
 from mqat.calibration.weight_recipe import apply_weight_recipe_
 from mqat.checkpoints.dist_checkpoint import (
     TrainingState,
@@ -21,15 +21,19 @@ from mqat.checkpoints.dist_checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from mqat.checkpoints.packed_backbone import load_packed_
 from mqat.checkpoints.pretrained import load_pretrained_
 from mqat.data.dataset import load_run_data
 from mqat.data.loader import Batches
 from mqat.errors import UserError
+from mqat.evaluation.cached import keeps_past
 from mqat.evaluation.forward import evaluate, run_layers
-from mqat.evaluation.generation import generate_greedy
+from mqat.evaluation.generation import Limits, generate
 from mqat.evaluation.quality import quality_report
+from mqat.evaluation.text_model import MegatronText
 from mqat.evaluation.verification import record_logits
 from mqat.files import write_json
+from mqat.parallel.add_adapters import adapters_of, add_adapters_, merge_adapters_
 from mqat.parallel.divergence import DistillationLoss
 from mqat.parallel.learned_scales import learn_scales_
 from mqat.parallel.low_precision_backward import set_backward_
@@ -38,14 +42,19 @@ from mqat.plan.origin import Origin
 from mqat.plan.run import RunPlan, describe
 from mqat.plan.teacher import check_same_tokens
 from mqat.quant.algorithm import Recipe
-from mqat.report.page import write_report
+from mqat.report.page import write_run_quality
+from mqat.report.run_page import MODELS
 from mqat.runtime.groups import any_rank, decided_by_main, is_main, on_all_ranks
+from mqat.runtime.interruption import ends_at_once
 from mqat.specs.model import build_model, padded_vocab_size
 from mqat.specs.transformer_engine import core_attention
+from mqat.training.about import about_quality, about_run, flat_settings
 from mqat.training.distillation import Teacher
 from mqat.training.log import RunLog
+from mqat.training.loggers import open_loggers
 from mqat.training.loop import Phase, train_phase
 from mqat.training.optimizer import build_optimizer, wrap_for_training
+from mqat.training.profiling import ProfiledSteps
 from mqat.training.run_directory import open_run_directory
 from mqat.training.run_lock import lock_run_directory
 
@@ -81,6 +90,7 @@ class Session:
         """Records that the run has come to its end."""
         self.summary["finished"] = True
         self.write_summary()
+        self.log.hyperparameters(flat_settings(self.plan.config), self.summary["ppl"])
 
     def write_summary(self) -> None:
         """Writes `summary.json` atomically, from the first rank."""
@@ -92,11 +102,13 @@ class Session:
 
     def restore_source(self) -> None:
         """(Re)loads the weights the run starts from; scales are the run's own, found by `calibrate`."""
-        _load_weights_(self.chunks, self.plan.source)
+        for adapter in adapters_of(self.chunks).values():
+            adapter.reset_()
+        _load_weights_(self.chunks, self.plan.source, self.plan)
 
     def restore(self, path: Path) -> None:
         """Loads a checkpoint of this run."""
-        load_checkpoint(path, self.chunks, layers=self.plan.layers)
+        load_checkpoint(path, self.chunks, layers=self.plan.layers, adapters=self.plan.adapters)
 
     def save(self, path: Path, training: TrainingState | None = None) -> None:
         """Writes a checkpoint."""
@@ -109,7 +121,13 @@ class Session:
             tokenizer=self.tokenizer,
             training=training,
             recorded=record_logits(self.chunks, self.plan.model),
+            adapters=self.plan.adapters if adapters_of(self.chunks) else None,
         )
+
+    def merge_adapters(self) -> None:
+        """Where merged adapters are served, makes them part of the weights for good."""
+        if self.plan.adapters is not None and self.plan.adapters.is_merged:
+            merge_adapters_(self.chunks)
 
     def reset_quantizers(self) -> None:
         """Forgets all scales: the model computes unquantized."""
@@ -128,18 +146,26 @@ class Session:
 
     def measure(self, name: str) -> None:
         """Perplexity, loss and greedy samples of the present model, into the summary."""
+        with ends_at_once("evaluation"):
+            self._measure(name)
+
+    def _measure(self, name: str) -> None:
         loss = self.validation_loss()
         self.summary["loss"][name] = loss
         self.summary["ppl"][name] = math.exp(min(loss, 700.0))
+        answers: dict[str, str] = {}
         manager = self.plan.config.exp_manager
-        for prompt in manager.sample_prompts:
-            ids = torch.tensor([self.tokenizer(prompt)["input_ids"]])
-            stop = self.tokenizer.eos_token_id
-            answer = generate_greedy(self.chunks, ids, manager.sample_tokens, stop=stop)
-            text = self.tokenizer.decode(answer, skip_special_tokens=True)
-            self.summary["samples"].setdefault(prompt, {})[name] = text
+        prompts = [list(self.tokenizer(prompt)["input_ids"]) for prompt in manager.sample_prompts]
+        if prompts:
+            model, limits = MegatronText(self.chunks, self.tokenizer), Limits(manager.sample_tokens)
+            found, _ = generate(model, prompts, limits, cached=keeps_past(self.chunks))
+            answers = {p: a.text for p, a in zip(manager.sample_prompts, found, strict=True)}
+            for prompt, text in answers.items():
+                self.summary["samples"].setdefault(prompt, {})[name] = text
+        self.log.measured(name, loss, self.summary["ppl"][name], answers)
+        perplexity = self.summary["ppl"][name]
         self.log.say(
-            f"  {name:>16}: validation loss {loss:.4f}, perplexity {self.summary['ppl'][name]:.2f}"
+            f"  {MODELS[name]:>29}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
         )
 
     def _calibration_pass(self) -> Callable[[], None]:
@@ -150,6 +176,10 @@ class Session:
 
     def calibrate(self, recipes: Mapping[str, Recipe] | None = None) -> None:
         """Carries out recipes if there are any, observes inputs, and freezes every scale."""
+        with ends_at_once("calibration"):
+            self._calibrate(recipes)
+
+    def _calibrate(self, recipes: Mapping[str, Recipe] | None) -> None:
         settings = self.plan.config.quantization
         self.reset_quantizers()
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
@@ -176,20 +206,24 @@ class Session:
         self.summary["idle_experts"] = idle = sorted({*idle, *unseen})
         if idle:
             self.log.say(
-                f"  {len(idle)} linears of experts saw no calibration token (a static input takes the "
-                "largest scale of its layer, a recipe rounds the weight to nearest): "
+                f"  {len(idle)} linears of experts saw fewer than {MIN_TOKENS} calibration tokens (a "
+                "static input takes the largest scale of its layer, a recipe rounds the weight to "
+                "nearest): "
                 f"{', '.join(idle[:4])}{' ...' if idle[4:] else ''}"
             )
 
-    def report_quality(self) -> None:
-        """Writes `quality/quality.{json,html}` of the calibrated model on the held-out data."""
+    def report_quality(self, *, is_trained: bool = False) -> None:
+        """Writes `quality/` of the quantized model on the held-out data.
+
+        `quality.json` is of calibration, `quality_qat.json` of QAT; the page shows both.
+        """
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         steps = self.validation.epoch()
         report = quality_report(self.chunks, lambda: run_layers(self.chunks, steps), group=group)
         with on_all_ranks():
             if is_main():
-                name = self.plan.config.quantization.algorithm or "quantized"
-                write_report(report, self.plan.run_dir / "quality", f"{name}: quality by linear")
+                report |= {"about": about_quality(self.plan, self.validation, is_trained)}
+                write_run_quality(report, self.plan.run_dir / "quality", is_trained=is_trained)
 
     def teacher(self, start: Path | None) -> Teacher | None:
         """Whom `quantization.distill` names, by default the unquantized weights QAT starts from.
@@ -235,11 +269,14 @@ class Session:
         directory = self.checkpoints / phase.name
         latest = latest_checkpoint(directory)  # none of a run that was put aside
         if latest is not None:
-            load_checkpoint(latest, self.chunks, layers=self.plan.layers, training=state)
+            load_checkpoint(
+                latest, self.chunks, layers=self.plan.layers, training=state,
+                adapters=self.plan.adapters,
+            )  # fmt: skip
             self.log.say(f"  {phase.name}: resumed from {latest}")
         with on_all_ranks():
             self.log.drop_steps_after(phase.name, state.step)
-        train_phase(
+        best = train_phase(
             phase,
             self.chunks,
             state,
@@ -249,17 +286,27 @@ class Session:
             save=lambda path: self.save(path, state),
             directory=directory,
             teacher=teacher,
+            profiled=ProfiledSteps(
+                config.exp_manager.profile, self.plan.run_dir / "profile", phase.name
+            ),
         )
         batch_tokens = self.train.global_batch_size * config.model.data.seq_length
-        self.summary["tokens"][phase.name] = phase.max_steps * batch_tokens
+        self.summary["tokens"][phase.name] = state.step * batch_tokens
+        if best is not None:
+            self.restore(best)
 
 
-def _load_weights_(chunks: list[Any], origin: Origin) -> None:
+def _load_weights_(chunks: list[Any], origin: Origin, plan: RunPlan | None = None) -> None:
+    """Into chunks with adapters and packed weights as planned; None: with neither."""
+    compresses = plan is not None and plan.config.quantization.compress
     if isinstance(origin, Path):
-        load_checkpoint(origin, chunks, layers={})
+        layers = plan.layers if plan is not None and compresses else {}
+        load_checkpoint(origin, chunks, layers=layers, adapters=plan.adapters if plan else None)
         return
     with on_all_ranks():
         load_pretrained_(unwrapped(chunks), origin)
+        if compresses:
+            load_packed_(unwrapped(chunks), origin)
 
 
 def open_session(plan: RunPlan) -> Session:
@@ -289,7 +336,7 @@ def open_session(plan: RunPlan) -> Session:
         log = RunLog(
             plan.run_dir,
             enabled=is_main(),
-            tensorboard=config.exp_manager.create_tensorboard_logger,
+            loggers=open_loggers(config, plan.run_dir) if is_main() else (),
         )
     log.say("  ".join(f"{key}: {value}" for key, value in describe(plan).items()))
     for line in said:
@@ -305,13 +352,18 @@ def open_session(plan: RunPlan) -> Session:
     with on_all_ranks():
         if config.model.transformer_engine:
             core_attention()  # or one rank without it would leave the others waiting
-    built = build_model(plan.model, config.model, plan.layers, plan.dtype)
+    built = build_model(
+        plan.model, config.model, plan.layers, plan.dtype,
+        is_packed=config.quantization.compress,
+    )  # fmt: skip
     learn_scales_(
         built,
         weights=config.quantization.weight_rule,
         inputs=config.quantization.input_rule,
     )
     set_backward_(built, config.quantization.backward, seed=config.trainer.seed)
+    if plan.adapters is not None:
+        add_adapters_(built, plan.adapters, seed=config.trainer.seed)
     chunks = wrap_for_training(built, config.model.ddp)
     layout = {
         "micro_batch_size": config.model.micro_batch_size,
@@ -334,5 +386,6 @@ def open_session(plan: RunPlan) -> Session:
         ),
         summary=summary,
     )
+    session.summary["about"] = about_run(plan)
     session.restore_source()
     return session

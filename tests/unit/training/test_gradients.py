@@ -23,7 +23,7 @@ def train(chunks, steps, tmp_path):
     state = TrainingState(optimizer, scheduler)
     batches = SimpleNamespace(microbatches=lambda _: microbatches(), global_batch_size=4)
     train_phase(
-        Phase("qat", steps), chunks, state, batches, RunLog(tmp_path, enabled=False, tensorboard=False),
+        Phase("qat", steps), chunks, state, batches, RunLog(tmp_path, enabled=False),
         validate=lambda: 0.0, save=lambda _: None, directory=tmp_path,
     )  # fmt: skip
 

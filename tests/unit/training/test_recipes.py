@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mqat.config import load_config
+from mqat.errors import UserError
 
 TINY = Path(__file__).parents[3] / "conf" / "sft_tiny.yaml"
 
@@ -60,3 +61,12 @@ def test_fine_tuning_does_what_pretrain_and_export_ask_for(tmp_path):
     asked = summary_of(run_sft, tmp_path, "model.pretrain.max_steps=2", "export.format=hf")
     assert asked["tokens"].keys() == {"pretrain", "sft"}
     assert asked["export"]["verified"] and (tmp_path / "hf" / "config.json").is_file()
+
+
+def test_adapters_that_nothing_would_train_are_refused():
+    from mqat.training.recipes import run_ptq
+
+    with pytest.raises(UserError, match=r"model\.peft: ptq trains nothing"):
+        run_ptq(
+            load_config(None, ["model.peft.peft_scheme=lora", "model.data.packaged=python_docs"])
+        )

@@ -25,7 +25,7 @@ def test_another_learning_rate_counts_from_the_step_of_the_checkpoint(
         if source is not None:
             load_checkpoint(source, chunks, layers={}, training=state)
         batches = SimpleNamespace(microbatches=lambda _: microbatches(), global_batch_size=4)
-        with RunLog(tmp_path, enabled=False, tensorboard=False) as log:
+        with RunLog(tmp_path, enabled=False) as log:
             train_phase(
                 Phase("qat", steps), chunks, state, batches, log,
                 validate=lambda: 0.0, save=lambda _: None, directory=tmp_path,

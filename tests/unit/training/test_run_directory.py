@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mqat.config import load_config
+from mqat.export.exporters import EXPORTERS
 from mqat.training.run_directory import open_run_directory
 
 
@@ -33,6 +34,16 @@ def test_a_new_run_moves_an_earlier_one_aside_whole(tmp_path):
     assert list((tmp_path / "checkpoints").iterdir()) == []
     open_run_directory(tmp_path, config(resume_if_exists="false"))
     assert (tmp_path / "run_0").is_dir() and (tmp_path / "run_1").is_dir()
+
+
+def test_what_any_exporter_wrote_is_moved_aside_too(tmp_path):
+    finished_run(tmp_path)
+    names = {target.output_name for target in EXPORTERS}
+    for name in names:
+        (tmp_path / name).mkdir()
+    open_run_directory(tmp_path, config())
+    assert names <= {f.name for f in (tmp_path / "run_0").iterdir()}
+    assert not [name for name in names if (tmp_path / name).exists()]
 
 
 def test_an_interrupted_run_with_the_same_settings_goes_on_unasked(tmp_path):
