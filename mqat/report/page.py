@@ -1,11 +1,7 @@
-"""The quality report as files: `quality.json`, and one HTML page that needs nothing beside it."""
+"""The quality report as files: JSON, and one HTML page that needs nothing beside it."""
 
-import base64
-import io
 import json
-import math
-from collections.abc import Sequence
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,102 +9,118 @@ from jinja2 import Environment, FileSystemLoader
 
 from mqat.errors import UserError
 from mqat.files import write_whole
-
-_LOW_DB = 20.0  # below this, a tenth of the output's amplitude is noise
+from mqat.report.advice import LOW_DB, decibel, hint
+from mqat.report.plots import check_plots, sqnr_by_layer
 
 
 def worst_first(linears: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """By the noise in the output, largest first."""
-    return sorted(linears, key=lambda entry: _decibel(entry["output_sqnr_db"]))
+    return sorted(linears, key=lambda entry: decibel(entry["output_sqnr_db"]))
 
 
-def _decibel(value: float | None) -> float:
-    return math.inf if value is None else value  # None: exact
-
-
-def hint(entry: dict[str, Any]) -> str:
-    """What to try for a linear whose output is noisy; empty where it is not."""
-    value = entry["output_sqnr_db"]
-    if value is None or value >= _LOW_DB:
-        return ""
-    if entry["input"] is not None and entry["outliers"]["count"]:
-        return "outlier channels: `smoothquant`, dynamic inputs, or `disabled` for its input"
-    if entry["input"] is not None and entry["input"]["clip_rate"] > 0.01:
-        return "inputs are clipped: calibrator max, or more calibration text"
-    if entry["weight"] is not None and _decibel(entry["weight"]["sqnr_db"]) < value + 3:
-        return "the weight is the cause: smaller groups, AWQ or GPTQ, or a rule with more bits"
-    return "a rule with more bits for this linear"
-
-
-def check_plots() -> None:
-    """Raises UserError if matplotlib is not installed; meant to run before anything else."""
-    if find_spec("matplotlib") is None:
-        raise UserError("quality report: plots need matplotlib; pip install 'mqat[report]'.")
-
-
-def _plots(linears: Sequence[dict[str, Any]]) -> str:
-    """SQNR and clipping by depth as a PNG in base64."""
-    from matplotlib.figure import Figure
-
-    kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for entry in sorted(linears, key=lambda entry: entry["layer"] or 0):
-        module = entry["module"]
-        if "is_idle" in entry:  # an expert, the worst of its layer
-            module = f"worst expert, {module.rpartition('.')[2]}"
-        kinds.setdefault(module, []).append((entry["layer"] or 0, entry))
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    above, below = figure.subplots(2, 1)
-    for kind, entries in kinds.items():
-        layers = [layer for layer, _ in entries]
-        above.plot(layers, [e["output_sqnr_db"] for _, e in entries], marker="o", label=kind)
-        inputs = [100 * e["input"]["clip_rate"] if e["input"] else 0.0 for _, e in entries]
-        below.plot(layers, inputs, marker="o", label=kind)
-    above.set(ylabel="SQNR of the output, dB", title="Signal to quantization noise by layer")
-    above.axhline(_LOW_DB, color="tab:red", linewidth=0.8, linestyle="--")
-    above.legend()
-    below.set(xlabel="layer", ylabel="clipped inputs, %")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def shown(report: dict[str, Any]) -> list[dict[str, Any]]:
+def shown(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The linears of a report, and of each layer's experts the worst, worst first."""
     worst = {mixture["worst"] for mixture in report["mixtures"]}
     return worst_first([e for e in report["linears"] if "is_idle" not in e or e["name"] in worst])
 
 
-def html_page(report: dict[str, Any], title: str) -> str:
-    """The report for people, worst linears first; needs `check_plots`."""
-    environment = Environment(
+def templates() -> Environment:
+    """The pages' environment: everything that is put into one is escaped."""
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["hint"] = hint
+
+
+def html_page(
+    report: Mapping[str, Any], title: str, *, before: Mapping[str, Any] | None = None
+) -> str:
+    """The report for people, worst linears first; needs `check_plots`.
+
+    Args:
+        report: Of `evaluation.quality`, with `about` (see `advice.hint`) where it is known.
+        title: Of the page.
+        before: Of the same model at an earlier time, such as before QAT: shown beside.
+    """
     linears = shown(report)
-    return environment.get_template("page.html.jinja").render(
-        title=title,
-        linears=linears,
-        mixtures=report["mixtures"],
-        caches=report["caches"],
-        plots=_plots(linears) if linears else "",
-        low_db=_LOW_DB,
+    about = report.get("about", {})
+    earlier = {} if before is None else {entry["name"]: entry for entry in before["linears"]}
+    return (
+        templates()
+        .get_template("quality.html.jinja")
+        .render(
+            title=title,
+            about=about,
+            about_before={} if before is None else before.get("about", {}),
+            hints={entry["name"]: hint(entry, about) for entry in linears},
+            linears=linears,
+            earlier=earlier,
+            mixtures=report["mixtures"],
+            caches=report["caches"],
+            plots=sqnr_by_layer(linears) if linears else "",
+            low_db=LOW_DB,
+        )
     )
 
 
-def write_report(report: dict[str, Any], directory: Path, title: str) -> None:
-    """Writes `quality.json` and `quality.html` of `evaluation.quality`, each whole or not at all.
+def write_report(
+    report: Mapping[str, Any],
+    directory: Path,
+    title: str,
+    *,
+    before: Mapping[str, Any] | None = None,
+    name: str = "quality",
+) -> None:
+    """Writes `<name>.json` and `quality.html` of `evaluation.quality`, each whole or not at all.
 
     Raises:
         UserError: matplotlib is not installed; nothing is written then.
     """
     check_plots()
     files = {
-        "quality.json": json.dumps(report, indent=1) + "\n",
-        "quality.html": html_page(report, title),
+        f"{name}.json": json.dumps(report, indent=1) + "\n",
+        "quality.html": html_page(report, title, before=before),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        write_whole(directory / name, text)
+    for file, text in files.items():
+        write_whole(directory / file, text)
+
+
+def write_run_quality(report: Mapping[str, Any], directory: Path, *, is_trained: bool) -> None:
+    """Writes the report of a run's calibrated model, or of the trained one beside the calibrated.
+
+    Args:
+        report: Of `evaluation.quality`, with `about`.
+        directory: Gets `quality.json` and `quality.html`; after training `quality_qat.json` and the
+            page with both.
+        is_trained: Whether QAT has ended.
+
+    Raises:
+        UserError: As `write_report`; or the calibrated model's file is damaged.
+    """
+    title = f"{report.get('about', {}).get('algorithm', 'quantized')}: quality by linear"
+    if not is_trained:
+        write_report(report, directory, title)
+        return
+    calibrated = directory / "quality.json"  # a run that began without a report has none
+    before = read_report(calibrated) if calibrated.is_file() else None
+    write_report(report, directory, title, before=before, name="quality_qat")
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """A report that was written before.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
+    try:
+        report = json.loads(file.read_text("utf-8"))
+        names = [entry["name"] for entry in report["linears"]]
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a quality report ({error!r}).") from error
+    assert len(names) == len(set(names)), f"{file}: a linear twice"
+    return dict(report)
