@@ -12,7 +12,7 @@ HELP = "checkpoint -> directory for serving, or .nemo"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--format", default="trtllm", help=f"trtllm, hf or nemo; {DEFAULT}")
+    parser.add_argument("--format", default="trtllm", help=f"trtllm, hf, nemo or peft; {DEFAULT}")
     parser.add_argument("--inference-tp", type=positive, default=1, help=f"trtllm; {DEFAULT}")
     parser.add_argument("--inference-pp", type=positive, default=1, help=f"trtllm; {DEFAULT}")
     parser.add_argument(
@@ -68,4 +68,6 @@ def run(args: argparse.Namespace) -> None:
     if groups.is_main():
         form = target.format if target.style is None else f"{target.format}, {target.style}"
         check = f"Check it with: mqat verify {args.out} --reference {args.checkpoint}"
-        print(f"{args.out}: {form}. {check if target.is_served else 'NeMo trains on it.'}")
+        if target.format == "peft":
+            check += " --base HF_DIR"
+        print(f"{args.out}: {form}. {check}")

@@ -1,5 +1,6 @@
 """Where a run's weights come from."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from mqat.models.decoder import DecoderConfig
 
 # A path is the directory of an mqat checkpoint.
 Origin = PretrainedSource | RandomWeights | Path
+# Of a path, and the key that names it in errors: the model's sizes, and where its weights are.
+Opener = Callable[[Path, str], tuple[DecoderConfig, Origin]]
+PACKAGED = {"smollm2": "SmolLM2-135M-Instruct"}
 
 
-def read_source(config: RunConfig) -> tuple[DecoderConfig, Origin]:
-    """The model that is trained."""
+def read_source(config: RunConfig, opener: Opener | None = None) -> tuple[DecoderConfig, Origin]:
+    """The model that is trained; `opener`: as of `make_plan`."""
     settings = config.model
     given = {
         "model.restore_from_path": settings.restore_from_path,
@@ -40,11 +44,13 @@ def read_source(config: RunConfig) -> tuple[DecoderConfig, Origin]:
         head_dim = sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads
         model = DecoderConfig(**asdict(sizes) | {"head_dim": head_dim})
         return model, RandomWeights(model, config.trainer.seed)
+    if settings.packaged is not None and opener is not None:
+        return opener(Path(PACKAGED[settings.packaged]), "model.packaged")
     path = smollm2_gguf() if settings.packaged else Path(str(settings.restore_from_path))
-    return open_origin(path, "model.restore_from_path")
+    return (opener or open_origin)(path, "model.restore_from_path")
 
 
-def open_origin(path: Path, key: str) -> tuple[DecoderConfig, PretrainedSource | Path]:
+def open_origin(path: Path, key: str) -> tuple[DecoderConfig, Origin]:
     """A model in files; `key` names it in errors."""
     if (path / DESCRIPTION).exists():
         return DecoderConfig.from_dict(read_description(path)["model"]), path

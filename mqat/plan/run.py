@@ -9,24 +9,28 @@ from typing import Any
 import torch
 
 from mqat.calibration.check_recipes import check_recipes
-from mqat.checkpoints.source import PretrainedSource
 from mqat.config import ExportConfig, ModelConfig, QuantizationConfig, RuleConfig, RunConfig
+from mqat.data.sources import resolve
 from mqat.errors import UserError
 from mqat.export.exporter import ExportOptions
 from mqat.export.exporters import exporter
 from mqat.kernels.gemm import has_bf16_units
+from mqat.models.adapters import Adapters
 from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
 from mqat.parallel.backward_formats import check_backward
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
+from mqat.plan.adapters import check_start, rank_adapters, read_adapters
 from mqat.plan.attention import check_attention
 from mqat.plan.bit_schedule import check_bits
-from mqat.plan.origin import Origin, read_source
+from mqat.plan.compressed import check_compressed, packed_savings
+from mqat.plan.origin import Opener, Origin, read_source
+from mqat.plan.run_options import check_run_options
 from mqat.plan.teacher import read_teacher
 from mqat.quant.algorithm import Recipe, takes_group_size
 from mqat.quant.learned import check_learnable
 from mqat.quant.scheme import LinearScheme
-from mqat.report.page import check_plots
+from mqat.report.plots import check_plots
 from mqat.runtime import groups
 from mqat.specs.megatron_options import check_switches
 from mqat.specs.policy import Policy, Rule
@@ -44,6 +48,7 @@ class RunPlan:
         recipes: Global name -> what is done to its weight first, of quantized linears and tables.
         dtype: Of parameters and activations.
         data_parallel: World size / (TP x PP x CP).
+        adapters: What is trained, if not the weights.
         teacher: Another model than the one that is trained, to learn from, and where its weights are.
     """
 
@@ -54,7 +59,8 @@ class RunPlan:
     recipes: dict[str, Recipe]
     dtype: torch.dtype
     data_parallel: int
-    teacher: tuple[DecoderConfig, PretrainedSource | Path] | None = None
+    teacher: tuple[DecoderConfig, Origin] | None = None
+    adapters: Adapters | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -186,13 +192,34 @@ def _check_data(settings: ModelConfig, model: DecoderConfig) -> None:
             "config: model.data.train and model.data.validation must each name at least one file "
             "(hold out whole documents), or set model.data.packaged."
         )
-    for key, paths in {"train": data.train, "validation": data.validation}.items():
-        missing = [path for path in paths if not Path(path).is_file()]
-        if missing and data.packaged is None:
-            raise UserError(
-                f"config: model.data.{key}: {', '.join(missing)}: no such file; paths are taken from "
-                f"{Path.cwd()}."
-            )
+
+
+def _named_data(settings: ModelConfig) -> dict[str, list[str]]:
+    data = settings.data
+    named = {"train": data.train, "validation": data.validation}
+    return {f"model.data.{key}": paths for key, paths in named.items() if not data.packaged}
+
+
+def missing_data(settings: ModelConfig) -> dict[str, list[str]]:
+    """Key -> those of its files, patterns and data sets that are not here."""
+
+    def is_missing(path: str, key: str) -> bool:
+        try:
+            resolve([path], key)
+        except UserError:
+            return True
+        return False
+
+    found = {
+        key: [path for path in paths if is_missing(path, key)]
+        for key, paths in _named_data(settings).items()
+    }
+    return {key: missing for key, missing in found.items() if missing}
+
+
+def _check_files(settings: ModelConfig) -> None:
+    for key, paths in _named_data(settings).items():
+        resolve(paths, f"config: {key}")
 
 
 def _rule(config: RuleConfig) -> Rule:
@@ -269,12 +296,15 @@ def export_options(config: ExportConfig) -> ExportOptions:
     )
 
 
-def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
+def make_plan(
+    config: RunConfig, world_size: int | None = None, *, opener: Opener | None = None
+) -> RunPlan:
     """Checks a configuration as a whole, on every rank alike, touching no process group.
 
     Args:
         config: From `load_config`.
         world_size: Number of processes; default: torchrun's `WORLD_SIZE`, or 1.
+        opener: Instead of `open_origin`, to plan a run where the files of models and data are not.
 
     Raises:
         UserError: Anything that would fail later: sizes that do not divide, groups that do not fit
@@ -283,9 +313,10 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     world = groups.world_size() if world_size is None else world_size
     if config.exp_manager.quality_report:
         check_plots()
+    check_run_options(config)
     settings = config.model
     check_switches(settings.megatron, settings.ddp)
-    model, source = read_source(config)
+    model, source = read_source(config, opener)
     _check_decoder(config, model)
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
     check_parallel_sizes(
@@ -295,6 +326,8 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
     _check_experts(config, model, world)
     data_parallel = _check_batches(config, world)
     _check_data(settings, model)
+    if opener is None:
+        _check_files(settings)
     check_attention(settings, model)
     quantization = config.quantization
     _check_group_size(quantization)
@@ -318,9 +351,10 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         model, layers, tp=tp, purpose="tensor_model_parallel_size",
         expert_tp=settings.expert_tensor_parallel_size,
     )  # fmt: skip
-    if config.export.format is not None:
-        target = exporter(config.export.format, config.export.style)
-        target.check(model, layers, export_options(config.export))
+    adapters = read_adapters(config, model, layers)
+    check_start(config, layers, recipes, source)
+    check_compressed(config, model, layers, recipes, source)
+    _check_export(config, model, layers, adapters)
     return RunPlan(
         config=config,
         model=model,
@@ -329,25 +363,63 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> RunPlan:
         recipes=recipes,
         dtype=resolve_dtype(config.trainer.precision),
         data_parallel=data_parallel,
-        teacher=read_teacher(config, model),
+        teacher=read_teacher(config, model, opener),
+        adapters=adapters,
     )
+
+
+def _check_export(
+    config: RunConfig,
+    model: DecoderConfig,
+    layers: Mapping[str, Scheme],
+    adapters: Adapters | None,
+) -> None:
+    """Refuses what a directory cannot hold."""
+    export, is_beside = config.export, adapters is not None and not adapters.is_merged
+    if export.format is None:
+        return
+    target = exporter(export.format, export.style)
+    if export.format == "peft" and not is_beside:
+        raise UserError(
+            "config: export.format=peft writes adapters beside the weights, of which this run has none; "
+            "set model.peft.peft_scheme=lora with merge: false, or export hf."
+        )
+    target.check(model, layers, export_options(export))
+    if is_beside:
+        exporter("peft").check(model, layers, ExportOptions())
 
 
 def describe(plan: RunPlan) -> dict[str, Any]:
     """The decisions a person wants to see before a long run."""
     settings = plan.config.model
-    return {
-        "layout": f"TP {settings.tensor_model_parallel_size} x PP "
-        f"{settings.pipeline_model_parallel_size} x CP {settings.context_parallel_size} "
-        f"x DP {plan.data_parallel}"
-        + (f" x EP {settings.expert_model_parallel_size}" if plan.model.num_experts else "")
-        + (" + sequence parallel" if settings.sequence_parallel else ""),
-        "precision": str(plan.dtype).removeprefix("torch.")
-        + (" (auto, on this machine)" if plan.config.trainer.precision == "auto" else ""),
-        "algorithm": plan.config.quantization.algorithm or ("rules" if plan.layers else "none"),
-        "quantized linears": len(linear_schemes(plan.layers)),
-        "key/value cache": plan.config.quantization.kv_cache,
-    } | _described_teacher(plan)
+    return (
+        {
+            "layout": f"TP {settings.tensor_model_parallel_size} x PP "
+            f"{settings.pipeline_model_parallel_size} x CP {settings.context_parallel_size} "
+            f"x DP {plan.data_parallel}"
+            + (f" x EP {settings.expert_model_parallel_size}" if plan.model.num_experts else "")
+            + (" + sequence parallel" if settings.sequence_parallel else ""),
+            "precision": str(plan.dtype).removeprefix("torch.")
+            + (" (auto, on this machine)" if plan.config.trainer.precision == "auto" else ""),
+            "algorithm": plan.config.quantization.algorithm or ("rules" if plan.layers else "none"),
+            "quantized linears": len(linear_schemes(plan.layers)),
+            "key/value cache": plan.config.quantization.kv_cache,
+        }
+        | _described_adapters(plan)
+        | _described_teacher(plan)
+    )
+
+
+def _described_adapters(plan: RunPlan) -> dict[str, str]:
+    adapters = plan.adapters
+    if adapters is None:
+        return {}
+    kind = "merged into what is quantized" if adapters.is_merged else "beside the weights"
+    packed = {"backbone": "packed, never in floats"} if plan.config.quantization.compress else {}
+    return packed | {
+        "adapters": f"{len(adapters.names)} linears, rank {adapters.rank}, alpha {adapters.alpha:g}, "
+        f"{kind}; everything else is frozen"
+    }
 
 
 def _described_teacher(plan: RunPlan) -> dict[str, str]:
@@ -362,21 +434,29 @@ def memory_estimate(plan: RunPlan) -> dict[str, str]:
     """Bytes of weights, gradients and optimizer state on the fullest rank.
 
     fp32 gradient buffer; AdamW moments, and a fp32 copy of bf16 weights, spread over data- and
-    context-parallel ranks (distributed optimizer). Activations are not counted, nor is what a teacher
-    takes besides its weights.
+    context-parallel ranks (distributed optimizer): not where `mqat ptq` is said to be all. With
+    adapters, weights have neither. Activations are not counted, nor is what a teacher takes besides its
+    weights.
     """
     settings, distill = plan.config.model, plan.config.quantization.distill
     dense, inside = rank_parameters(plan.model, settings)
     tp = settings.tensor_model_parallel_size
     cut = settings.expert_model_parallel_size * (settings.expert_tensor_parallel_size or tp)
     width = plan.dtype.itemsize
-    state = 8 if width == 4 else 12
+    trains = plan.config.command != "ptq" or settings.pretrain.max_steps > 0
+    state = (8 if width == 4 else 12) if trains else 0
     spread = plan.data_parallel * settings.context_parallel_size
     parameters = dense + inside
     total = parameters * (width + 4) + state * (dense / spread + inside / (spread * tp / cut))
+    if plan.adapters is not None:
+        trained = rank_adapters(plan.model, settings, plan.adapters)
+        saved = 0.0
+        if plan.config.quantization.compress:
+            saved = packed_savings(plan.model, settings, linear_schemes(plan.layers), width)
+        total = parameters * width - saved + trained * (width + 4 + state / spread)
     return {
         "parameters per rank": f"{parameters / 1e6:.1f} M",
-        "weights, gradients, optimizer per rank": f"{total / 2**30:.2f} GiB",
+        f"weights, gradients{', optimizer' * trains} per rank": f"{total / 2**30:.2f} GiB",
     } | ({} if distill is None or distill.offload_teacher else _teacher_estimate(plan))
 
 

@@ -2,23 +2,24 @@
 
 from pathlib import Path
 
-from mqat.checkpoints.manifest import read_description
-from mqat.checkpoints.source import PretrainedSource
+from mqat.checkpoints.manifest import DESCRIPTION, read_description
 from mqat.config import RunConfig
 from mqat.data.tokenizer import load_tokenizer
 from mqat.errors import UserError
 from mqat.models.decoder import DecoderConfig
 from mqat.parallel.layout import check_parallel_sizes
 from mqat.plan.attention import check_attention
-from mqat.plan.origin import open_origin
+from mqat.plan.origin import Opener, Origin, open_origin
 
 _KEY = "quantization.distill"
 
 
 def read_teacher(
-    config: RunConfig, model: DecoderConfig
-) -> tuple[DecoderConfig, PretrainedSource | Path] | None:
+    config: RunConfig, model: DecoderConfig, opener: Opener | None = None
+) -> tuple[DecoderConfig, Origin] | None:
     """Another model to learn from; None: there is no teacher, or it is the student's own start.
+
+    `opener`: as of `make_plan`.
 
     Raises:
         UserError: It cannot teach this model, or not on this layout.
@@ -41,16 +42,17 @@ def read_teacher(
             )
         return None
     path, named = Path(distill.teacher), f"config: {_KEY}.teacher={distill.teacher}"
-    if not distill.teacher or not path.exists():
+    if not distill.teacher or (opener is None and not path.exists()):
         raise UserError(
             f"{named}: no such file or directory; name a Hugging Face directory, a .gguf file or an "
             "mqat checkpoint, or null for the weights that QAT starts from."
         )
     try:
-        teacher, origin = open_origin(path, f"{_KEY}.teacher")
+        teacher, origin = (opener or open_origin)(path, f"{_KEY}.teacher")
     except ValueError as error:
         raise UserError(f"{named}: {error}") from error
-    if isinstance(origin, Path) and read_description(origin)["quantization"] is not None:
+    described = read_description(path) if (path / DESCRIPTION).exists() else None
+    if described is not None and described["quantization"] is not None:
         raise UserError(
             f"{named}: holds a quantized model, whose weights without its quantizers are nobody's. Use "
             "the unquantized checkpoint that it was made from."
@@ -93,12 +95,13 @@ def _check_shapes(
         raise UserError(f"{named}: {error}") from error
 
 
-def check_same_tokens(teacher: PretrainedSource | Path, ours: dict[str, int]) -> None:
+def check_same_tokens(teacher: Origin, ours: dict[str, int]) -> None:
     """Refuses a teacher whose tokens have other numbers than the student's, though they are as many.
 
     `ours`: the student's tokens and their numbers.
     """
     source = teacher / "tokenizer" if isinstance(teacher, Path) else teacher.tokenizer_source
+    assert source is not None, "a teacher is in files"
     theirs = load_tokenizer(source).get_vocab()
     other = sorted(t for t in theirs.keys() | ours.keys() if theirs.get(t) != ours.get(t))
     if other:

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from mqat.config import load_config
+from mqat.errors import UserError
 from mqat.plan.run import make_plan
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -141,11 +142,30 @@ def test_what_would_fail_later_is_refused_before_any_process_group(overrides, wo
         make_plan(load_config(TINY, overrides), world_size=world_size)
 
 
-def test_the_shipped_tiny_config_fits_eight_processes():
-    assert make_plan(load_config(TINY), world_size=8).data_parallel == 2
+@pytest.mark.parametrize("name", ["qat_tiny", "qat_counting"])
+def test_the_shipped_tiny_configs_fit_eight_processes(name):
+    assert make_plan(load_config(CONF / f"{name}.yaml"), world_size=8).data_parallel == 2
 
 
 def test_an_algorithm_without_tensorrt_llm_form_is_refused_with_what_to_use_instead():
     overrides = ["quantization.algorithm=int4_w_int8_a", "quantization.group_size=32"]
     with pytest.raises(ValueError, match="no INT4 weights with INT8 activations: use int8"):
         make_plan(load_config(TINY, overrides), world_size=8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["exp_manager.checkpoint_callback_params.save_top_k=2"], "goes by the losses of validations"),
+        (["exp_manager.create_early_stopping_callback=true", "trainer.val_check_interval=200"],
+         "val_check_interval=200 must be at least 1 and at most trainer.max_steps=100"),
+        (["exp_manager.checkpoint_callback_params.monitor=loss"], "is not one of: val_loss"),
+        (["exp_manager.early_stopping_callback_params.patience=0"], "patience=0 must be a number of at"),
+        (["exp_manager.profile.start_step=3"], "the first and the last step of a window"),
+        (["exp_manager.profile.start_step=300", "exp_manager.profile.end_step=301"], "never reached"),
+        (["exp_manager.wandb_logger_kwargs.projekt=x"], "did you mean 'project'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_logged_kept_or_profiled_as_asked_is_refused(overrides, match):
+    with pytest.raises(UserError, match=match):
+        load_config(None, overrides)

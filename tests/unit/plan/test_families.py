@@ -51,7 +51,7 @@ def test_capped_scores_are_refused_with_transformer_engine_before_anything_is_bu
         ["model.data.packaged=python_docs", "model.transformer_engine=true", "export.format=null"],
     )
     model = replace(model_of("gemma2"), sliding_window=4096, max_position_embeddings=1024)
-    monkeypatch.setattr(run, "read_source", lambda _: (model, None))
+    monkeypatch.setattr(run, "read_source", lambda *_: (model, None))
     monkeypatch.setattr(run, "_check_decoder", lambda *_: None)
     with pytest.raises(UserError, match=r"transformer_engine=true: .* cap scores at 50"):
         run.make_plan(config, world_size=1)
