@@ -3,7 +3,7 @@
     python tools/quality_table.py --rows int8 int4_g64 --json quality.json --markdown docs/quality.md
 
 Each row is a run of `examples/gpt_qat.py` in its own directory, with the settings below on top of
-`--config`; a row that has a `summary.json` from an earlier call is not run again.
+`--config`; a row that an earlier call finished is not run again, one that was interrupted goes on.
 `--peers` adds a column from what `tools/quality_peers.py` wrote: the same model, calibration samples
 and held-out text under another system's algorithm.
 """
@@ -78,10 +78,19 @@ ROWS = {
 }  # fmt: skip
 
 
+def read_finished(summary: Path) -> dict[str, Any] | None:
+    """`summary.json` of a run that came to its end; None: there is none, or it did not."""
+    if not summary.is_file():
+        return None
+    found: dict[str, Any] = json.loads(summary.read_text("utf-8"))
+    return found if found["finished"] else None
+
+
 def run(name: str, directory: Path, steps: int, config: Path, extra: list[str]) -> dict[str, Any]:
     """The row's `summary.json`, from an earlier run or from a new one."""
     summary = directory / "summary.json"
-    if not summary.is_file():
+    found = read_finished(summary)
+    if found is None:
         recipe = "sft" if name == "bf16" else ("qat" if steps else "ptq")
         command = [
             sys.executable, str(ROOT / "examples" / f"gpt_{recipe}.py"),
@@ -90,7 +99,8 @@ def run(name: str, directory: Path, steps: int, config: Path, extra: list[str]) 
             *ROWS[name].overrides(), *extra,
         ]  # fmt: skip
         subprocess.run(command, check=True, cwd=ROOT)
-    found: dict[str, Any] = json.loads(summary.read_text("utf-8"))
+        found = read_finished(summary)
+        assert found is not None, f"{summary}: the run ended without an error, yet did not finish"
     return found
 
 
@@ -147,8 +157,7 @@ def main() -> None:
     results = {
         name: {key: found[key] for key in ("ppl", "loss", "tokens", "seconds") if key in found}
         for name in ROWS
-        if (options.runs / name / "summary.json").is_file()
-        for found in [json.loads((options.runs / name / "summary.json").read_text("utf-8"))]
+        if (found := read_finished(options.runs / name / "summary.json")) is not None
     }
     peers = json.loads(options.peers.read_text("utf-8")) if options.peers else {}
     table = markdown(results, peers)
