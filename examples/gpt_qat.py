@@ -1,6 +1,7 @@
-"""The whole story: train or load, PTQ, QAT, export for TensorRT-LLM, verify.
+"""The whole story: train or load, PTQ, QAT, and (where a server takes the form) export and verify.
 
 torchrun --nproc-per-node 8 examples/gpt_qat.py
+torchrun --nproc-per-node 8 examples/gpt_qat.py --config conf/qat_tiny.yaml
 torchrun --nproc-per-node 8 examples/gpt_qat.py --config my.yaml model.optim.lr=1e-5
 """
 
@@ -11,9 +12,9 @@ from mqat.runtime.groups import command_line
 
 
 def main() -> None:
-    """Runs `conf/qat_tiny.yaml` unless told otherwise."""
+    """Runs `conf/qat_counting.yaml` unless told otherwise."""
     with command_line():
-        config = recipe_config(Path(__file__).parent.parent / "conf" / "qat_tiny.yaml", __doc__)
+        config = recipe_config(Path(__file__).parent.parent / "conf" / "qat_counting.yaml", __doc__)
         from mqat.training.recipes import run_qat
 
         run_qat(config)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from mqat.evaluation.verification import record_logits as record_logits
     from mqat.export.export import export_hf as export_hf
     from mqat.export.export import export_trtllm as export_trtllm
+    from mqat.models.adapters import Adapters as Adapters
     from mqat.models.decoder import DecoderConfig as DecoderConfig
+    from mqat.parallel.add_adapters import add_adapters_ as add_adapters_
+    from mqat.parallel.add_adapters import merge_adapters_ as merge_adapters_
     from mqat.parallel.layout import shard_count as shard_count
     from mqat.parallel.low_precision_backward import set_backward_ as set_backward_
     from mqat.parallel.pack_weights import pack_weights_ as pack_weights_
@@ -35,9 +38,11 @@ if TYPE_CHECKING:
     from mqat.verify.verify import verify_export as verify_export
 
 _HOME = {
+    "Adapters": "mqat.models.adapters",
     "DecoderConfig": "mqat.models.decoder",
     "Policy": "mqat.specs.policy",
     "Recipe": "mqat.quant.algorithm",
+    "add_adapters_": "mqat.parallel.add_adapters",
     "calibrate": "mqat.calibration.calibrate",
     "describe_model": "mqat.checkpoints.describe",
     "export_hf": "mqat.export.export",
@@ -47,6 +52,7 @@ _HOME = {
     "initialize": "mqat.runtime.groups",
     "load_checkpoint": "mqat.checkpoints.dist_checkpoint",
     "load_config": "mqat.config",
+    "merge_adapters_": "mqat.parallel.add_adapters",
     "pack_weights_": "mqat.parallel.pack_weights",
     "named_scheme": "mqat.quant.algorithm",
     "apply_weight_recipe_": "mqat.calibration.weight_recipe",

@@ -1,7 +1,7 @@
 import torch
 
 from mqat.parallel.exact import ordered_linear, sharded_linear
-from tests.distributed.launch import torchrun
+from tests.launch import torchrun
 
 
 class Alone:

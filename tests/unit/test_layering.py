@@ -26,7 +26,8 @@ ALLOWED = {
     "plan": _CHECKPOINTS | {"calibration.check_recipes", "checkpoints", "export", "report"},
     "evaluation": _CHECKPOINTS | {"checkpoints", "calibration", "verify", "report"},
     "training": _CHECKPOINTS
-    | {"calibration", "checkpoints", "export", "verify", "evaluation", "plan", "report"},
+    | {"calibration", "checkpoints", "export", "verify", "evaluation", "plan", "report",
+       "experiment_config"},
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 A release that renames or changes one fails here by name, not in the middle of somebody's training.
 """
 
+import argparse
 import ast
 import math
 import multiprocessing.spawn
@@ -84,6 +85,13 @@ def _hooks_of_a_module():
         assert list(getattr(module, name).values()) == [print]
 
 
+def _subparsers():
+    parser = argparse.ArgumentParser()
+    below = parser.add_subparsers().add_parser("name")
+    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    assert action.choices == {"name": below}
+
+
 def _fused_sdp_choice():
     q = torch.randn(1, 4, 8, 16)
     choice = torch._fused_sdp_choice(q, q[:, :2], q[:, :2], is_causal=True, enable_gqa=True)
@@ -127,7 +135,7 @@ def _getframe():
     assert sys._getframe(0).f_globals["__name__"] == __name__
 
 
-def _inheriting():  # what it tells is tested with a whole script, in tests/distributed
+def _inheriting():  # what it tells is tested with a whole script, in tests/users
     source = Path(multiprocessing.spawn.__file__).read_text("utf-8")
     assert "process.current_process()._inheriting = True" in source
 
@@ -156,6 +164,7 @@ PRIVATE = {
     "torch.distributed.checkpoint.filesystem._StorageInfo": _storage_info,
     "torch._C._will_engine_execute_node": _will_engine_execute_node,
     "torch._dynamo.config.recompile_limit": _recompile_limit,
+    "argparse._SubParsersAction": _subparsers,
     "torch._fused_sdp_choice": _fused_sdp_choice,
     "torch._int_mm": _int_mm,
     "torch._scaled_mm": _scaled_mm,
