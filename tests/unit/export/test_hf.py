@@ -23,6 +23,7 @@ from tests.unit.export.test_export import Threads, contents
 from tests.unit.verify.test_reader import (
     LLAMA3,
     TOKENS,
+    equal_but_for_codes,
     qkv_parts,
     quantized,
     relative,
@@ -157,14 +158,17 @@ def loaded(request, tmp_path_factory):
     return layers, root / "out", model
 
 
-def test_transformers_computes_what_was_trained_bit_for_bit(loaded):
-    """float32, the same order of operations: no tolerance is needed."""
+def test_transformers_computes_what_was_trained(loaded):
+    """float32, in the same order: bit for bit, but for codes on a border (some processors)."""
     layers, _, model = loaded
     expected = transformers_logits(UNTIED, layers, TOKENS)
     with torch.no_grad():
         found = model(TOKENS).logits
-    assert torch.equal(found, expected)
     unquantized = transformers_logits(UNTIED, layers, TOKENS, quantize=False)
+    has_codes = any(scheme.input is not None for scheme in layers.values())
+    assert torch.equal(found, expected) or (
+        has_codes and equal_but_for_codes(found, expected, unquantized)
+    )
     assert relative(unquantized, expected) > 1e-2  # control: it is quantized
 
 

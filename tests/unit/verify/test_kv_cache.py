@@ -18,7 +18,7 @@ from tests.unit.export.checkpoints import (
     tensors_of,
     write_checkpoint,
 )
-from tests.unit.verify.test_reader import TOKENS, relative, transformers_logits
+from tests.unit.verify.test_reader import TOKENS, equal_but_for_codes, relative, transformers_logits
 
 TRTLLM = "transformer.layers.1.attention.kv_cache_scaling_factor"
 # Cache, scales, algorithm, target, tensors of layer 1 of the first file.
@@ -60,8 +60,10 @@ def test_tokens_one_after_another_give_the_logits_of_all_at_once(case):
     expected, past = decoder.logits(TOKENS), Past()
     parts = TOKENS.split([3, 1, 1, TOKENS.shape[1] - 5], dim=1)
     found = torch.cat([decoder.logits(part, past=past) for part in parts], dim=1)
-    assert relative(found, expected) < 1e-4 and past.tokens == TOKENS.shape[1]
-    assert relative(decoder.logits(TOKENS[:, 3:]), expected[:, 3:]) > 1e-2  # control: no past
+    unquantized = transformers_logits(TINY, case[0], TOKENS, quantize=False)
+    assert equal_but_for_codes(found, expected, unquantized) and past.tokens == TOKENS.shape[1]
+    without_past = decoder.logits(TOKENS[:, 3:])  # control
+    assert not equal_but_for_codes(without_past, expected[:, 3:], unquantized[:, 3:])
 
 
 def first_file(directory):

@@ -184,24 +184,38 @@ def relative(a, b):
     return float((a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt())
 
 
-# float32 rounding alone, or activation codes that flip because sums are ordered differently; then what
-# later tokens attend to has changed. FP8 has the coarsest codes, and steps of a token flip together.
-TOLERANCE = {
-    "null": 1e-5, "int4": 1e-5, "int8": 5e-3, "fp8": 1e-2, "nvfp4": 1e-2, "fp8_pc_pt": 3e-2,
-}  # fmt: skip
+# No activation has codes, so that nothing flips.
+EXACT = ("null", "int4")
+
+
+def equal_but_for_codes(found, expected, unquantized):
+    """Whether only activations on the border of two codes differ, because sums are ordered differently.
+
+    Which codes flip depends on the processor. One changes its own token and what later ones attend to:
+    the tokens before it are equal but for float32's rounding (other faults touch every token), and the
+    others are far nearer than the unquantized model.
+    """
+    distances = (found - expected).pow(2).mean(-1).sqrt() / expected.pow(2).mean(-1).sqrt()
+    share_of_equal_tokens = float((distances < 1e-5).float().mean())
+    return (
+        share_of_equal_tokens > 0.05
+        and relative(found, expected) < relative(unquantized, expected) / 4
+    )
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 2), (4, 2)])
-@pytest.mark.parametrize("algorithm", TOLERANCE)
+@pytest.mark.parametrize("algorithm", ["null", "int4", "int8", "fp8", "nvfp4", "fp8_pc_pt"])
 def test_logits_equal_transformers_with_the_same_quantization(algorithm, tp, pp, exported):
     layers = all_layers(algorithm)
     expected = transformers_logits(TINY, layers, TOKENS, tp=tp)
     served = served_logits(exported(algorithm, tp, pp, "float32"), TOKENS)
     assert served.shape == (2, 40, TINY.vocab_size)
-    assert relative(served, expected) < TOLERANCE[algorithm]
-    if algorithm != "null":  # control: the tolerance can tell quantized from unquantized
+    if algorithm in EXACT:
+        assert relative(served, expected) < 1e-5
+    if algorithm != "null":
         unquantized = transformers_logits(TINY, layers, TOKENS, quantize=False)
-        assert relative(unquantized, expected) > 3 * TOLERANCE[algorithm]
+        assert equal_but_for_codes(served, expected, unquantized)
+        assert relative(unquantized, expected) > 0.05  # control: it is quantized
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (4, 2)])
@@ -247,13 +261,19 @@ def test_other_families_and_biases(model, algorithm, tp, pp, tmp_path):
     out = tmp_path / "out"
     export_trtllm(checkpoint, out, tensor_parallel=tp, pipeline_parallel=pp, dtype="float32")
     expected = transformers_logits(model, layers, TOKENS, tp=tp)
-    # More sums than without biases, and so more INT8 codes that flip.
-    limit = 2 * TOLERANCE[algorithm]
-    assert relative(served_logits(out, TOKENS), expected) < limit
+    unquantized = transformers_logits(model, layers, TOKENS, quantize=False)
+
+    def agrees():
+        served = served_logits(out, TOKENS)
+        if algorithm in EXACT:
+            return relative(served, expected) < 1e-5
+        return equal_but_for_codes(served, expected, unquantized)
+
+    assert agrees()
     assert verify_export(out, reference=checkpoint).problems == []
     if model.biases:  # control: they matter
         rewrite(out, 0, lambda tensors: [t.zero_() for n, t in tensors.items() if "bias" in n])
-        assert relative(served_logits(out, TOKENS), expected) > 3 * limit
+        assert not agrees()
 
 
 def test_llama3_scaling_makes_a_difference():
