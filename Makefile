@@ -39,9 +39,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Two files at a time: ranks of one test wait for each other often enough to leave room for another's.
+# Two files at a time: ranks of one test wait for each other often enough to leave room for another's. In this order
+# the longest files come first, so that neither process is left with one of them in the end.
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=30 tests
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=30 \
+		tests/users tests/distributed tests/unit tests/property tests/gpu
 
 # What depends on Megatron-Core, the example on eight processes, and the demo with half of its steps.
 test-latest: export MALLOC_MMAP_THRESHOLD_ = 1073741824
