@@ -1,19 +1,26 @@
 """Bytes a parameter of full fine-tuning, QAT, LoRA and QLoRA, of the tensors that really exist.
 
-    python tools/bench_lora_memory.py [--hidden 2048] [--rank 16]
+    python tools/bench_lora_memory.py [--hidden 2048] [--rank 16] [--layers 4]
 
-One layer of a Llama with that hidden size (its MLP four times as wide, a quarter of the heads for keys
-and values), bf16, on one rank, after an optimizer step; divided by the weights of its linears.
+Layers of a Llama with that hidden size (its MLP four times as wide, a quarter of the heads for keys and
+values), bf16, on one rank, after an optimizer step; divided by the weights of its linears.
 
 `weights`: as they are held, packed or in bf16, with scales. `trained`: adapters. `gradients`: DDP's fp32
 buffer. `optimizer`: AdamW's moments and fp32 copies. `of a step`: codes or values, and masks, that
 quantization keeps between two optimizer steps. Activations are not counted.
+
+`peak`: what the process grew by at most, from before it built the model until after the step (8 tokens),
+each way in a process of its own (Linux). Its difference from `together` is what is decoded or computed
+for a moment, of the largest linear, and what libraries allocate.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import multiprocessing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +34,7 @@ from mqat.models.structure import DENSE_LINEARS, in_layer
 from mqat.runtime import groups
 from mqat.specs.policy import Policy
 
+_M_MMAP_THRESHOLD = -3
 # Name: algorithm, whether adapters are trained, whether they are merged, whether weights are packed.
 WAYS = {
     "full": ("null", False, False, False),
@@ -38,6 +46,22 @@ WAYS = {
     "QLoRA int4": ("int4", True, False, True),
     "QLoRA nf4": ("nf4", True, False, True),
 }
+
+
+LINEARS = [linear.name for linear in DENSE_LINEARS]
+
+
+def llama(hidden: int, num_layers: int) -> DecoderConfig:
+    """A model of nearly nothing but its layers' linears."""
+    heads = hidden // 64
+    return DecoderConfig(
+        vocab_size=64, hidden_size=hidden, intermediate_size=4 * hidden, num_layers=num_layers,
+        num_attention_heads=heads, num_query_groups=max(1, heads // 4), head_dim=64,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+SMALL = llama(256, 1)
 
 
 def num_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -68,7 +92,8 @@ def measure(
     if packs:
         load_packed_(built, source)
     if adapts:
-        names = tuple(in_layer(0, linear.name) for linear in DENSE_LINEARS)
+        layers_of_model = range(model.num_layers)
+        names = tuple(in_layer(i, x.name) for i in layers_of_model for x in DENSE_LINEARS)
         add_adapters_(built, Adapters(names, rank, 2.0 * rank, is_merged=merges))
     else:  # norms and tables are none of the table's rows
         built[0].requires_grad_(False)
@@ -111,10 +136,34 @@ def measure(
         ),
         "of a step": held,
     }
-    count = sum(
-        model.linear_shape(x.name)[0] * model.linear_shape(x.name)[1] for x in DENSE_LINEARS
-    )
+    count = num_weights(model)
     return {name: size / count for name, size in parts.items()}
+
+
+def num_weights(model: DecoderConfig) -> int:
+    """Of the linears of all layers."""
+    return model.num_layers * sum(a * b for a, b in map(model.linear_shape, LINEARS))
+
+
+def resident(key: str) -> int:
+    """Bytes of this process: `VmRSS`, now, or `VmHWM`, the most so far."""
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+
+
+def measure_alone(results: Any, model: DecoderConfig, rank: int, how: tuple[Any, ...]) -> None:
+    """Puts `measure` with the peak into a queue; in a process of its own."""
+    # Tensors get pages of their own, so that what is freed is not kept for later by malloc.
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+    groups.initialize()
+    measure(SMALL, rank, *how)  # what libraries allocate once
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
+    found = measure(model, rank, *how)
+    found["together"] = sum(found.values())
+    found["peak"] = (resident("VmHWM") - before) / num_weights(model)
+    results.put(found)
+    groups.finalize()
 
 
 def main() -> None:
@@ -122,21 +171,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
-    heads = args.hidden // 64
-    model = DecoderConfig(
-        vocab_size=64, hidden_size=args.hidden, intermediate_size=4 * args.hidden, num_layers=1,
-        num_attention_heads=heads, num_query_groups=max(1, heads // 4), head_dim=64,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    groups.initialize()
-    names = ("weights", "trained", "gradients", "optimizer", "of a step", "together")
+    model = llama(args.hidden, args.layers)
+    names = ("weights", "trained", "gradients", "optimizer", "of a step", "together", "peak")
     print(f"| | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    context = multiprocessing.get_context("fork")
     for way, how in WAYS.items():
-        found = measure(model, args.rank, *how)
-        found["together"] = sum(found.values())
-        print(f"| {way} | {' | '.join(f'{found[name]:.3f}' for name in names)} |")
-    groups.finalize()
+        results = context.SimpleQueue()
+        process = context.Process(target=measure_alone, args=(results, model, args.rank, how))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{way}: failed")
+        found = results.get()
+        print(f"| {way} | {' | '.join(f'{found[name]:.3f}' for name in names)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -426,8 +426,8 @@ def load_checkpoint(
     if "adapters" in loaded:
         load_adapters_(chunks, loaded["adapters"])
     if has_scales:
-        with on_all_ranks():
-            load_quantizer_state_(chunks, loaded["quantizers"])
+        with on_all_ranks():  # a stage, or a packed model, may be without quantizers
+            load_quantizer_state_(chunks, loaded.get("quantizers", {}))
     if training is not None:
         _load_optimizer(training.optimizer, loaded["optimizer"])
         training.scheduler.num_steps = 0  # Megatron adds the loaded steps to those already taken

@@ -94,8 +94,8 @@ def _weight_figures(
     """Adds each quantized weight's sums and maximum to what was watched."""
     for name, module in modules.items():
         quantizer = module.quantizers.get("weight")
-        if quantizer is not None:
-            weight = module.weight.detach()
+        if quantizer is not None and isinstance(module, QuantizedLinear):
+            weight = module.merged_weight()
             watched[name].sums["weight"] = operand_sums(weight, quantizer)
             watched[name].maxima["weight"] = weight.abs().amax().float().reshape(1)
 

@@ -247,6 +247,11 @@ class QuantizedLinear(QuantizedModule):
             and quantizer.is_enabled
         )
 
+    def merged_weight(self) -> Tensor:
+        """What the weight quantizer is given: `W`, or `W + s B A` where the adapter is part of it."""
+        weight: Tensor = self.weight.detach()
+        return weight if self.adapter is None or not self._merges() else self.adapter.merged(weight)
+
     def _is_fast(self) -> bool:
         """Whether codes of the scheme's format exist for all operands: quantization on, scales final."""
         return (

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mqat.calibration.check_recipes import check_recipes
-from mqat.config import ExportConfig, ModelConfig, QuantizationConfig, RuleConfig, RunConfig
+from mqat.config import ExportConfig, ModelConfig, RunConfig
 from mqat.data.sources import resolve
 from mqat.errors import UserError
 from mqat.export.exporter import ExportOptions
@@ -18,22 +17,18 @@ from mqat.kernels.gemm import has_bf16_units
 from mqat.models.adapters import Adapters
 from mqat.models.decoder import FAMILIES, DecoderConfig
 from mqat.models.schemes import Scheme, linear_schemes
-from mqat.parallel.backward_formats import check_backward
 from mqat.parallel.layout import check_group_sizes, check_parallel_sizes
 from mqat.plan.adapters import check_start, rank_adapters, read_adapters
 from mqat.plan.attention import check_attention
-from mqat.plan.bit_schedule import check_bits
 from mqat.plan.compressed import check_compressed, packed_savings
 from mqat.plan.origin import Opener, Origin, read_source
+from mqat.plan.quantized_layers import quantized_layers
 from mqat.plan.run_options import check_run_options
 from mqat.plan.teacher import read_teacher
-from mqat.quant.algorithm import Recipe, takes_group_size
-from mqat.quant.learned import check_learnable
-from mqat.quant.scheme import LinearScheme
+from mqat.quant.algorithm import Recipe
 from mqat.report.plots import check_plots
 from mqat.runtime import groups
 from mqat.specs.megatron_options import check_switches
-from mqat.specs.policy import Policy, Rule
 
 
 @dataclass(frozen=True)
@@ -222,56 +217,6 @@ def _check_files(settings: ModelConfig) -> None:
         resolve(paths, f"config: {key}")
 
 
-def _rule(config: RuleConfig) -> Rule:
-    given = {"weight": config.weight, "input": config.input, "output": config.output}
-    operands = {kind: asdict(operand) for kind, operand in given.items() if operand is not None}
-    return Rule(config.pattern, config.algorithm, operands, config.recipe)
-
-
-def _check_group_size(settings: QuantizationConfig) -> None:
-    names = [settings.algorithm or "null", *(rule.algorithm or "null" for rule in settings.rules)]
-    is_ignored = settings.group_size is not None and not any(map(takes_group_size, names))
-    if is_ignored and (settings.rules or names != ["null"]):
-        raise UserError(
-            f"config: quantization.group_size={settings.group_size} has no effect: the weights of "
-            f"{', '.join(dict.fromkeys(names))} are not groups of integers of a free size. "
-            "Leave it out, choose an algorithm such as int4, or give a rule granularity 'group:<size>'."
-        )
-
-
-def _check_training(settings: QuantizationConfig, layers: Mapping[str, LinearScheme]) -> None:
-    """Refuses schemes whose scales or bits cannot change during training as configured."""
-    rules = {"weight": settings.weight_rule, "input": settings.input_rule}
-    for kind, rule in rules.items():
-        operands = {n: s.operands[kind] for n, s in layers.items() if kind in s.operands}
-        if rule is None:
-            continue
-        if not operands:
-            raise UserError(
-                f"config: quantization.{kind}_scales={rule}, but no {kind} is quantized; set it to "
-                "frozen, or choose another algorithm."
-            )
-        for name, operand in operands.items():
-            try:
-                check_learnable(operand, f"{name}.{kind}")
-            except ValueError as error:
-                raise UserError(f"config: quantization.{kind}_scales={rule}: {error}") from error
-    check_bits(settings.bit_schedule, layers)
-    if settings.backward == "bf16":
-        return
-    for key in ("weight_scales", "input_scales", "bit_schedule"):
-        value = getattr(settings, key)
-        if value not in ("frozen", []):
-            raise UserError(
-                f"config: quantization.backward={settings.backward} goes with frozen scales and bits, "
-                f"not with quantization.{key}={value}; leave one of them out."
-            )
-    try:
-        check_backward(settings.backward, layers)
-    except ValueError as error:
-        raise UserError(f"config: quantization.{error}") from error
-
-
 def _check_decoder(config: RunConfig, model: DecoderConfig) -> None:
     family = FAMILIES[model.family]
     given = {
@@ -329,24 +274,7 @@ def make_plan(
     if opener is None:
         _check_files(settings)
     check_attention(settings, model)
-    quantization = config.quantization
-    _check_group_size(quantization)
-    policy = Policy(
-        quantization.algorithm or "null",
-        quantization.group_size,
-        tuple(map(_rule, quantization.rules)),
-        quantization.kv_cache,
-        quantization.kv_cache_scales,
-        tuple(quantization.disabled),
-        quantization.recipe,
-    )
-    algorithms = policy.resolve(model)
-    layers: dict[str, Scheme] = {name: a.scheme for name, a in algorithms.items()}
-    layers |= policy.cache_schemes(model)
-    linears = linear_schemes(layers)
-    _check_training(quantization, linears)
-    recipes = {name: algorithm.recipe for name, algorithm in algorithms.items()}
-    check_recipes(recipes, {name: scheme.weight for name, scheme in linears.items()}, model)
+    layers, recipes = quantized_layers(config, model)
     check_group_sizes(
         model, layers, tp=tp, purpose="tensor_model_parallel_size",
         expert_tp=settings.expert_tensor_parallel_size,
@@ -363,7 +291,7 @@ def make_plan(
         recipes=recipes,
         dtype=resolve_dtype(config.trainer.precision),
         data_parallel=data_parallel,
-        teacher=read_teacher(config, model, opener),
+        teacher=read_teacher(config, model, source, opener),
         adapters=adapters,
     )
 
@@ -401,9 +329,9 @@ def describe(plan: RunPlan) -> dict[str, Any]:
             + (" + sequence parallel" if settings.sequence_parallel else ""),
             "precision": str(plan.dtype).removeprefix("torch.")
             + (" (auto, on this machine)" if plan.config.trainer.precision == "auto" else ""),
-            "algorithm": plan.config.quantization.algorithm or ("rules" if plan.layers else "none"),
+            "algorithm": (plan.config.quantization.algorithm or "rules") if plan.layers else "none",
             "quantized linears": len(linear_schemes(plan.layers)),
-            "key/value cache": plan.config.quantization.kv_cache,
+            "key/value cache": plan.config.quantization.kv_cache if plan.layers else None,
         }
         | _described_adapters(plan)
         | _described_teacher(plan)

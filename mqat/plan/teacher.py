@@ -12,14 +12,19 @@ from mqat.plan.attention import check_attention
 from mqat.plan.origin import Opener, Origin, open_origin
 
 _KEY = "quantization.distill"
+_MERGING = "mqat export --format peft, then mqat import of that with --base"
 
 
 def read_teacher(
-    config: RunConfig, model: DecoderConfig, opener: Opener | None = None
+    config: RunConfig, model: DecoderConfig, source: Origin, opener: Opener | None = None
 ) -> tuple[DecoderConfig, Origin] | None:
     """Another model to learn from; None: there is no teacher, or it is the student's own start.
 
-    `opener`: as of `make_plan`.
+    Args:
+        config: Of the run.
+        model: Sizes of the student.
+        source: Where the student starts.
+        opener: As of `make_plan`.
 
     Raises:
         UserError: It cannot teach this model, or not on this layout.
@@ -40,6 +45,12 @@ def read_teacher(
                 "are the same function, and there is nothing to learn. Set it to 0, "
                 f"{_KEY}.weight below 1, or name another {_KEY}.teacher."
             )
+        if isinstance(source, Path) and _has_adapters(source):
+            raise UserError(
+                f"config: {_KEY}.teacher=null, but model.restore_from_path={source} has adapters, "
+                "without which its weights are another model; put them into the weights "
+                f"({_MERGING}), or name the teacher."
+            )
         return None
     path, named = Path(distill.teacher), f"config: {_KEY}.teacher={distill.teacher}"
     if not distill.teacher or (opener is None and not path.exists()):
@@ -57,8 +68,20 @@ def read_teacher(
             f"{named}: holds a quantized model, whose weights without its quantizers are nobody's. Use "
             "the unquantized checkpoint that it was made from."
         )
+    if _has_adapters(path):
+        raise UserError(
+            f"{named}: has adapters, without which its weights are another model; put them into the "
+            f"weights ({_MERGING})."
+        )
     _check_shapes(config, model, teacher, named)
     return teacher, origin
+
+
+def _has_adapters(path: Path) -> bool:
+    """Whether it is an mqat checkpoint that holds some."""
+    if not (path / DESCRIPTION).exists():
+        return False
+    return read_description(path).get("adapters") is not None
 
 
 def _check_shapes(

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mqat.errors import UserError
 from mqat.files import write_whole
-from mqat.training.loggers import Logger
+from mqat.runtime.interruption import Interrupted
+from mqat.training.loggers import Logger, RunEnd
 
 
 class RunLog:
@@ -39,11 +40,14 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Closes the files, and says whether the run came to its end."""
+        """Closes the files, and says how the run ended."""
+        end = RunEnd.FINISHED if kind is None else RunEnd.FAILED
+        if kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt):
+            end = RunEnd.INTERRUPTED
         if self._file is not None:
             self._file.close()
         for logger in list(self._loggers):
-            self._tell(logger, lambda logger: logger.close(is_finished=kind is None))
+            self._tell(logger, lambda logger: logger.close(end))
 
     def _tell(self, logger: Logger, what: Callable[[Logger], None]) -> None:
         """A logger that fails is left out from here on: training goes on without it."""

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,14 @@ from mqat.files import write_json
 from mqat.training.about import flat_settings
 
 _IDS = "loggers.json"
+
+
+class RunEnd(Enum):
+    """How a run ended; values are MLflow's words."""
+
+    FINISHED = "FINISHED"
+    INTERRUPTED = "KILLED"
+    FAILED = "FAILED"
 
 
 class Logger(Protocol):
@@ -46,8 +55,8 @@ class Logger(Protocol):
     ) -> None:
         """Of a finished run; `perplexities`: model -> its own on held-out text."""
 
-    def close(self, *, is_finished: bool) -> None:
-        """The run has come to its end, or was interrupted or failed."""
+    def close(self, end: RunEnd) -> None:
+        """Nothing follows."""
 
 
 def open_loggers(config: RunConfig, directory: Path) -> list[Logger]:
@@ -134,7 +143,7 @@ class TensorBoard:
         for part in hparams(plain, found):
             self._board.file_writer.add_summary(part)
 
-    def close(self, *, is_finished: bool) -> None:
+    def close(self, end: RunEnd) -> None:
         """Writes what is left."""
         self._board.close()
 
@@ -194,9 +203,9 @@ class Wandb:
     ) -> None:
         """Nothing: it had the settings at the start."""
 
-    def close(self, *, is_finished: bool) -> None:
+    def close(self, end: RunEnd) -> None:
         """Sends what is left."""
-        self._run.finish(exit_code=0 if is_finished else 1)
+        self._run.finish(exit_code=0 if end is RunEnd.FINISHED else 1)
 
 
 class Mlflow:
@@ -267,6 +276,6 @@ class Mlflow:
     ) -> None:
         """Nothing: it had the settings at the start."""
 
-    def close(self, *, is_finished: bool) -> None:
+    def close(self, end: RunEnd) -> None:
         """Says how it ended."""
-        self._client.set_terminated(self._run_id, "FINISHED" if is_finished else "KILLED")
+        self._client.set_terminated(self._run_id, end.value)

@@ -222,9 +222,9 @@ def _report(session: Session) -> None:
     is_taught = distill is not None and distill.weight == 1
     session.summary["gap_recovered"] = gap_recovered(ppl, is_taught=is_taught)
     plan = session.plan
-    by_rules = "quantized by rules" if plan.layers else "unquantized"
-    algorithm = plan.config.quantization.algorithm or by_rules
-    table = Table(title=f"{algorithm}: held-out perplexity")
+    by_rules = plan.config.quantization.algorithm or "quantized by rules"
+    title = by_rules if plan.layers else "unquantized"
+    table = Table(title=f"{title}: held-out perplexity")
     table.add_column("model")
     table.add_column("perplexity", justify="right")
     for key, title in MODELS.items():
@@ -371,5 +371,6 @@ def run_lora(config: RunConfig) -> Path:
             "config: model.peft is null, so that all weights would be trained; set "
             "model.peft.peft_scheme=lora, or use mqat qat or mqat sft."
         )
-    is_quantized = config.quantization.algorithm is not None or config.quantization.rules
+    settings = config.quantization
+    is_quantized = settings.algorithm or settings.rules or settings.kv_cache
     return run_qat(config) if is_quantized else run_sft(config)

@@ -70,6 +70,50 @@ def test_a_packed_backbone_computes_what_its_quantized_one_does(world, algorithm
         load_checkpoint(tmp_path / "ckpt", floats, layers=layers, adapters=ADAPTERS)
 
 
+def test_a_calibrated_awq_checkpoint_is_packed_with_its_own_scales(world, tmp_path):
+    """Calibrate, pack, save, and load again: ModelOpt's INT4_AWQ_REAL_QUANT_CFG."""
+    from torch.distributed import group
+
+    from mqat.calibration.calibrate import calibrate
+    from mqat.calibration.weight_recipe import apply_weight_recipe_
+    from mqat.checkpoints.dist_checkpoint import load_checkpoint, save_checkpoint
+    from mqat.checkpoints.pretrained import load_pretrained_
+    from mqat.evaluation.forward import evaluate, logits
+    from mqat.parallel.add_adapters import add_adapters_
+    from mqat.specs.model import build_model
+
+    policy, tokens = Policy("int4_awq", 64), microbatches()[0]["tokens"]
+    layers = policy.schemes(MODEL)
+    recipes = {name: algorithm.recipe for name, algorithm in policy.resolve(MODEL).items()}
+    floats = build_model(MODEL, ModelConfig(), layers, torch.float32)
+    load_pretrained_(floats, RandomWeights(MODEL, 1, 0.1))
+
+    def run():
+        evaluate(floats, [microbatches()])
+
+    qparams, _ = apply_weight_recipe_(
+        floats, run, recipes, model=MODEL, group=group.WORLD, dp_group=group.WORLD,
+    )  # fmt: skip
+    calibrate(floats, run, group=group.WORLD, weight_qparams=qparams)
+    expected = logits(floats, tokens)
+    save_checkpoint(tmp_path / "ptq", floats, model=MODEL, layers=layers, algorithm="int4_awq")
+
+    def packed(path):
+        chunks = build_model(MODEL, ModelConfig(), layers, torch.float32, is_packed=True)
+        add_adapters_(chunks, ADAPTERS)
+        load_checkpoint(path, chunks, layers=layers, adapters=ADAPTERS)
+        return chunks
+
+    chunks = packed(tmp_path / "ptq")
+    found = logits(chunks, tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    save_checkpoint(tmp_path / "ckpt", chunks, model=MODEL, layers=layers, algorithm="int4_awq",
+                    adapters=ADAPTERS)  # fmt: skip
+    assert torch.equal(logits(packed(tmp_path / "ckpt"), tokens), found)
+    calibrate(floats, run, group=group.WORLD)  # control: the recipe's weights, by plain maxima
+    assert (logits(floats, tokens) - expected).abs().max() > 1e-2
+
+
 def test_gradients_reach_adapters_through_packed_weights(world):
     from mqat.checkpoints.packed_backbone import load_packed_
     from mqat.parallel.add_adapters import adapters_of

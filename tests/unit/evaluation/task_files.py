@@ -1,12 +1,18 @@
-"""Task files for lm-evaluation-harness whose data lies beside them: nothing is downloaded."""
+"""Task files for lm-evaluation-harness whose data lies beside them: nothing is downloaded.
+
+python -m tests.unit.evaluation.task_files DIR      the MMLU few-shot questions, and held-out articles
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import yaml
+
+from mqat.data.packaged import hold_out, wikipedia_documents
 
 _LOCAL = {"dataset_path": "json", "metadata": {"version": 1.0}, "test_split": "train"}
 _PARTS = re.compile(
@@ -68,3 +74,10 @@ def write_tasks(folder: Path, texts: list[str], questions: list[dict[str, object
         "generation_kwargs": {"until": ["\n", "e"], "max_gen_toks": 8, "do_sample": False},
     })  # fmt: skip
     return ["local_texts", "local_mmlu", "local_answers", "local_text"]
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [text[:6000] for text in hold_out(wikipedia_documents())[1][:4]]
+    print(*write_tasks(folder, texts, mmlu_questions()))

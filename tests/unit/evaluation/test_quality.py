@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mqat.checkpoints.random_weights import RandomWeights
+from mqat.models.adapters import Adapters
+from mqat.models.structure import is_in_layer
 from mqat.quant.algorithm import named_scheme
 from mqat.quant.granularity import PerTensor
 from mqat.quant.quantizer import Quantizer
@@ -52,6 +54,7 @@ def calibrated(world):
         def report(steps=None):
             return quality_report(chunks, lambda: run(steps or [microbatches()]), group=group)
 
+        report.chunks = chunks
         return linears, report
 
     return make
@@ -75,6 +78,31 @@ def test_weight_figures_are_those_of_the_definition(calibrated):
         assert entry["scale"] == [float(steps.min()), float(steps.max())]
         assert entry["format"] == "int8 per channel"
         assert 20 < found[name]["output_sqnr_db"] < 60
+
+
+def test_weight_figures_are_of_what_is_quantized_where_an_adapter_is_merged(calibrated):
+    from mqat.parallel.add_adapters import add_adapters_
+
+    linears, report = calibrated("int8")
+    names = [name for name in linears if is_in_layer(name)]
+    found = {}
+    for is_merged in (False, True):
+        add_adapters_(report.chunks, Adapters(tuple(names), 4, 8.0, is_merged=is_merged))
+        for name in names:
+            linears[name].adapter.linear_out.data.fill_(0.05)
+        found[is_merged] = by_name(report())
+    for name in names:
+        linear = linears[name]
+        for is_merged, weight in (
+            (False, linear.weight.detach()), (True, linear.adapter.merged(linear.weight)),
+        ):  # fmt: skip
+            entry = found[is_merged][name]["weight"]
+            error = linear.weight_quantizer(weight).double() - weight.double()
+            expected = 10 * math.log10(weight.double().square().sum() / error.square().sum())
+            assert entry["sqnr_db"] == pytest.approx(expected, rel=1e-9)
+            assert entry["amax"] == float(weight.abs().max())
+    control = [found[True][n]["weight"]["amax"] != found[False][n]["weight"]["amax"] for n in names]
+    assert all(control)
 
 
 def test_more_bits_are_six_decibels_each_and_quantizers_are_back_on(calibrated):

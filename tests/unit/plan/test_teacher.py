@@ -7,9 +7,10 @@ import pytest
 from mqat.config import load_config
 from mqat.data.packaged import python_docs_documents
 from mqat.data.tokenizer import train_small_tokenizer
+from mqat.models.adapters import Adapters
 from mqat.plan.run import make_plan, memory_estimate
 from mqat.plan.teacher import check_same_tokens
-from tests.unit.export.checkpoints import TINY, UNTIED, write_checkpoint
+from tests.unit.export.checkpoints import TINY, UNTIED, describe, write_checkpoint
 
 DISTILL = "quantization.distill"
 
@@ -104,3 +105,16 @@ def test_only_qat_has_a_teacher(recipe):
 
     with pytest.raises(ValueError, match="only QAT has a teacher"):
         getattr(recipes, recipe)(load_config(None, [f"{DISTILL}.weight=0.5"]))
+
+
+def test_weights_without_their_adapters_are_no_teacher(plan, tmp_path):
+    plain = ["quantization.algorithm=int8_wo"]  # others are refused as soon as there are adapters
+    assert plan(UNTIED) and plan(None, *plain, f"{DISTILL}.weight=0.5")  # control: there are none
+    adapters = Adapters(("decoder.layers.0.mlp.linear_fc1",), 4, 4.0).to_dict()
+    describe(tmp_path / "teacher", adapters=adapters)
+    with pytest.raises(ValueError, match=r"teacher=.*/teacher: has adapters, without which"):
+        plan(None, f"{DISTILL}.teacher={tmp_path / 'teacher'}")
+    describe(tmp_path / "student", adapters=adapters)
+    plan(None, *plain)
+    with pytest.raises(ValueError, match=r"teacher=null, but .*/student has adapters"):
+        plan(None, *plain, f"{DISTILL}.weight=0.5")

@@ -2,14 +2,17 @@
 
 import json
 import struct
+from contextlib import nullcontext
 from importlib.util import find_spec
+from typing import ClassVar
 
 import pytest
 
 from mqat.config import load_config
 from mqat.errors import UserError
+from mqat.runtime.interruption import Interrupted
 from mqat.training.log import RunLog
-from mqat.training.loggers import TensorBoard, open_loggers
+from mqat.training.loggers import RunEnd, TensorBoard, open_loggers
 
 VALUES = {"loss": 2.5, "lr": 1e-5}
 
@@ -65,6 +68,30 @@ def test_training_goes_on_without_a_logger_that_fails(tmp_path, capsys):
     assert broken.calls == 1 and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     said = capsys.readouterr().out
     assert "Broken is told nothing more: ConnectionError: no route to host" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (None, RunEnd.FINISHED),
+        (ValueError("a fault"), RunEnd.FAILED),
+        (SystemExit(1), RunEnd.FAILED),
+        (Interrupted("SIGTERM: training", 15), RunEnd.INTERRUPTED),
+        (KeyboardInterrupt(), RunEnd.INTERRUPTED),
+    ],
+)
+def test_loggers_are_told_how_a_run_ended(error, end, tmp_path):
+    class Told:
+        ends: ClassVar[list[RunEnd]] = []
+
+        def close(self, end):
+            self.ends.append(end)
+
+    expected = nullcontext() if error is None else pytest.raises(type(error))
+    with expected, RunLog(tmp_path, enabled=True, loggers=[Told()]):
+        if error is not None:
+            raise error
+    assert Told.ends == [end]
 
 
 def history(content):
@@ -127,7 +154,7 @@ def test_mlflow_keeps_metrics_parameters_and_how_it_ended(tmp_path):
         raise KeyError
     identity = json.loads((tmp_path / "loggers.json").read_text())["mlflow"]
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert client.get_run(identity).info.status == "KILLED"
+    assert client.get_run(identity).info.status == "FAILED"
     with RunLog(tmp_path, enabled=True, loggers=open_loggers(asked, tmp_path)) as log:
         log.metrics("qat", 2, VALUES | {"loss": 2.0})
     run = client.get_run(identity)
