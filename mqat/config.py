@@ -177,6 +177,9 @@ class OperandConfig:
     scale: str = "float32"  # grid of the scales: e8m0 is MX's, e4m3 NVFP4's (under a global one)
     dynamic: bool = False  # scales of every tensor that arrives (inputs and outputs)
     asymmetric: bool = False  # with an integer zero point
+    exponent: str = (
+        "floor"  # of e8m0: floor (OCP), nearest (compressed-tensors, AITER), ceil (NVIDIA)
+    )
 
 
 @dataclass
