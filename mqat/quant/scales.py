@@ -200,4 +200,4 @@ def _power_of_two(amax: Tensor, fmt: QuantFormat, exponent: str) -> Tensor:
     shifted = (biased - fmt.max_exponent).clamp(0, 254)
     subnormal = torch.full_like(shifted, 1 << 22)  # the bits of 2**-127
     step = torch.where(shifted > 0, shifted << 23, subnormal).view(torch.float32)
-    return torch.where(amax.isfinite(), step, torch.nan)
+    return torch.where(amax < math.inf, step, torch.nan)
