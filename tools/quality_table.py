@@ -21,7 +21,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 _AWQ = {"smoothquant": "true", "sq_alpha": "null", "sq_grid": "float",
         "weight_calibrator": "awq"}  # fmt: skip
-_FP4 = _AWQ
 _QAD = {"quantization.distill.weight": "1"}
 
 
@@ -76,11 +75,12 @@ ROWS = {
     "nvfp4_46": Row(
         "NVFP4, four over six", {"algorithm": "nvfp4", "weight_calibrator": "four_over_six"}
     ),
-    "nvfp4_awq": Row("NVFP4, AWQ + GPTQ", {"algorithm": "nvfp4", **_FP4}),
-    "nvfp4_qad": Row("NVFP4, AWQ + GPTQ, QAD", {"algorithm": "nvfp4", **_FP4, **_QAD}),
+    "nvfp4_awq": Row("NVFP4, AWQ", {"algorithm": "nvfp4", **_AWQ}),
+    "nvfp4_qad": Row("NVFP4, AWQ, QAD", {"algorithm": "nvfp4", **_AWQ, **_QAD}),
     "mxfp4": Row("MXFP4", {"algorithm": "mxfp4"}),
-    "mxfp4_awq": Row("MXFP4, AWQ + GPTQ", {"algorithm": "mxfp4", **_FP4}),
-    "mxfp4_qad": Row("MXFP4, AWQ + GPTQ, QAD", {"algorithm": "mxfp4", **_FP4, **_QAD}),
+    "mxfp4_awq": Row("MXFP4, AWQ", {"algorithm": "mxfp4", **_AWQ}),
+    "mxfp4_gptq": Row("MXFP4, AWQ + GPTQ", {"algorithm": "mxfp4", "rounding": "gptq", **_AWQ}),
+    "mxfp4_qad": Row("MXFP4, AWQ, QAD", {"algorithm": "mxfp4", **_AWQ, **_QAD}),
     "mxfp8": Row("MXFP8", {"algorithm": "mxfp8"}),
     "nf4": Row("NF4", {"algorithm": "nf4"}),
     "w_int4_sym": Row("INT4 g128, step amax / 7.5", {"algorithm": "w_int4_sym"}),
