@@ -177,6 +177,9 @@ class OperandConfig:
     scale: str = "float32"  # grid of the scales: e8m0 is MX's, e4m3 NVFP4's (under a global one)
     dynamic: bool = False  # scales of every tensor that arrives (inputs and outputs)
     asymmetric: bool = False  # with an integer zero point
+    exponent: str = (
+        "floor"  # of e8m0: floor (OCP), nearest (compressed-tensors, AITER), ceil (NVIDIA)
+    )
 
 
 @dataclass
@@ -219,6 +222,9 @@ class QuantizationConfig:
     kv_cache_scales: str = "shared"  # one a layer; or separate for keys and values ("hf" only)
     calibrator: str = "max"  # how scales of inputs and caches are found
     percentile: float = 99.9999  # of |x| that calibrator=percentile keeps
+    input_headroom: float = (
+        1.0  # NVFP4: room of inputs' upper scale above calibrated maxima, a factor
+    )
     num_calib_size: int = 16  # sequences to calibrate on
     calib_spread: bool = True  # sequences spread evenly over the data; false: the first of the file
     calib_layers_at_once: int = 0  # layers whose recipes are carried out in one pass; 0: all
@@ -326,6 +332,7 @@ RESUME_CHANGES = (
 )  # fmt: skip
 
 MINIMUM = experiment_config.MINIMUM | {
+    "quantization.input_headroom": 1,
     "trainer.max_steps": 0,
     "trainer.num_nodes": 1,
     "trainer.limit_val_samples": 1,

@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 _AWQ = {"smoothquant": "true", "sq_alpha": "null", "sq_grid": "float",
         "weight_calibrator": "awq"}  # fmt: skip
+_QAD = {"quantization.distill.weight": "1"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ ROWS = {
     "fp8_pc_pt": Row("FP8, per channel and token", {"algorithm": "fp8_pc_pt"}),
     "int4": Row("INT4 g128", {"algorithm": "int4"}),
     "int4_awq": Row("INT4 g128, AWQ", {"algorithm": "int4_awq"}),
+    "int4_awq_qad": Row("INT4 g128, AWQ, QAD", {"algorithm": "int4_awq", **_QAD}),
     "int4_g64_gptq": Row(
         "INT4 g64, AWQ + GPTQ", {"algorithm": "int4_awq", "group_size": "64", "rounding": "gptq"}
     ),
@@ -70,7 +72,15 @@ ROWS = {
     ),
     "w4a8_awq": Row("INT4 g128 + FP8 inputs, AWQ", {"algorithm": "w4a8_awq"}),
     "nvfp4": Row("NVFP4", {"algorithm": "nvfp4"}),
+    "nvfp4_46": Row(
+        "NVFP4, four over six", {"algorithm": "nvfp4", "weight_calibrator": "four_over_six"}
+    ),
+    "nvfp4_awq": Row("NVFP4, AWQ", {"algorithm": "nvfp4", **_AWQ}),
+    "nvfp4_qad": Row("NVFP4, AWQ, QAD", {"algorithm": "nvfp4", **_AWQ, **_QAD}),
     "mxfp4": Row("MXFP4", {"algorithm": "mxfp4"}),
+    "mxfp4_awq": Row("MXFP4, AWQ", {"algorithm": "mxfp4", **_AWQ}),
+    "mxfp4_gptq": Row("MXFP4, AWQ + GPTQ", {"algorithm": "mxfp4", "rounding": "gptq", **_AWQ}),
+    "mxfp4_qad": Row("MXFP4, AWQ, QAD", {"algorithm": "mxfp4", **_AWQ, **_QAD}),
     "mxfp8": Row("MXFP8", {"algorithm": "mxfp8"}),
     "nf4": Row("NF4", {"algorithm": "nf4"}),
     "w_int4_sym": Row("INT4 g128, step amax / 7.5", {"algorithm": "w_int4_sym"}),

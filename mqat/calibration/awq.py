@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mqat.calibration.clipping import ClippingMethod, WeightShard
-from mqat.calibration.mse import best_share, rounding_errors
+from mqat.calibration.mse import HEADROOM, best_share, rounding_errors
 
 
 def _diagonal_parts(hessian: Tensor, width: int) -> Tensor:
@@ -21,7 +21,7 @@ def _diagonal_parts(hessian: Tensor, width: int) -> Tensor:
 
 
 def output_errors(shard: WeightShard) -> Tensor:
-    """Squared output error of each share and row group, float64 [SHARES, rows, G]."""
+    """Squared output error of each share and row group, float64 [shares, rows, G]."""
     assert shard.hessian is not None, "the method asks for it"
     parts = _diagonal_parts(shard.hessian, shard.group_width)
     found = []
@@ -31,4 +31,4 @@ def output_errors(shard: WeightShard) -> Tensor:
     return torch.stack(found)
 
 
-AWQ = ClippingMethod(output_errors, best_share, needs_input_hessian=True)
+AWQ = ClippingMethod(output_errors, best_share, needs_input_hessian=True, headroom=HEADROOM)

@@ -49,6 +49,7 @@ def calibrate(
     group: dist.ProcessGroup,
     method: str = "max",
     percentile: float = 99.9999,
+    input_headroom: float = 1.0,
     weight_qparams: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> list[str]:
     """Freezes every quantizer of `model` at the scale found for it.
@@ -60,6 +61,8 @@ def calibrate(
             know the ranks that hold parts and copies of them.)
         method: For inputs and caches: `max`, `percentile`, `mse` or `entropy`.
         percentile: In (0, 100].
+        input_headroom: How far above what was found an input may lie before its block saturates, where
+            an upper scale of two levels is all that is frozen (NVFP4); at least 1.
         weight_qparams: What weights are frozen with as it is, from `apply_weight_recipe_`, by linear;
             the scales of others are those of their maxima.
 
@@ -134,7 +137,8 @@ def calibrate(
     }
     found |= substituted(modules, idle, found)
     for name, quantizer in activations.items():
-        quantizer.freeze_(found[name])
+        room = input_headroom if quantizer.scheme.has_global_scale else 1.0
+        quantizer.freeze_(found[name] * room)
     return sorted({name for names in gathered(sorted(idle)) for name in names})
 
 

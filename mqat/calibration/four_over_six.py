@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mqat.calibration.clipping import ClippingMethod, WeightShard, grouped
+from mqat.calibration.mse import HEADROOM
 from mqat.errors import UserError
 from mqat.quant.formats import FP4_E2M1
 from mqat.quant.qparams import rounded
@@ -46,4 +47,4 @@ def check(name: str, scheme: TensorScheme) -> None:
         )
 
 
-FOUR_OVER_SIX = ClippingMethod(squared_errors, better_factor, check, headroom=448.0 / 256.0)
+FOUR_OVER_SIX = ClippingMethod(squared_errors, better_factor, check, headroom=HEADROOM)

@@ -6,8 +6,17 @@
 A candidate's loss is the squared error of the layer's output over all calibration tokens:
 
     tr(D XᵀX Dᵀ)                            rounding of the weight, D = (Q(W s) - W s) / s; exact
-    sum_j min(XᵀX_jj, T a² s_j² / 12) |W_j|²      rounding of an integer input with the one scale `a`:
-                                            uniform noise, but never more than losing the channel
+    sum_j n_j |W_j|²                        rounding of an input: uniform noise, but never more than
+                                            losing the channel
+      n_j = min(XᵀX_jj, u_j)                integers with the one scale `a`, u_j = T a² s_j² / 12
+      n_j = 1 / (1 / XᵀX_jj + 1 / u_j)      blocks with scales of their own (NVFP4, MX), whose steps vary
+                                            from token to token: u_j = A d² s_j² / 12
+
+`d` is the smallest step of the format as a share of its largest value, the same for every element next
+to zero. `A` stands for the sum over tokens of the block's squared maximum, of which only sums over
+tokens are known: sqrt(sum_k (XᵀX_kk / s_k²)²) over the channels k of the block. That is right where one
+channel is always the largest, and near it for 16 or 32 channels of normal numbers. Larger elements of
+floating-point formats have an error in proportion to themselves, whatever the factor.
 
 Legend: `I` input features, `C` candidates, `T` tokens; a shard is [rows, I]
 (`tp_invariant_shards.py`).
@@ -20,12 +29,14 @@ import torch
 from torch import Tensor
 
 from mqat.calibration.smoothquant import FLOOR, round_scale, smoothquant_scale
+from mqat.quant.granularity import PerGroup
 from mqat.quant.qparams import rounded
 from mqat.quant.scales import divide
 from mqat.quant.scheme import TensorScheme
 
 # A factor belongs to an input channel, which all rows share: a part of them orders candidates as well.
 _ROW_STRIDE = 8
+_TINY = torch.finfo(torch.float64).tiny  # of channels that are always zero
 
 
 @dataclass(frozen=True)
@@ -59,11 +70,21 @@ def candidate_scales(
     return torch.unique_consecutive(round_scale(torch.stack(rows), sq_grid), dim=0)
 
 
-def _input_noise(inputs: InputStatistics, scale: Tensor, scheme: TensorScheme) -> Tensor:
-    """Expected squared rounding error of input channel j over all tokens, in units of x; [I]."""
-    input_scale = divide((inputs.amax / scale).amax().double(), scheme.format.max_value)
-    uniform = divide(inputs.tokens * input_scale.square(), 12) * scale.double().square()
-    return torch.minimum(inputs.hessian.diagonal(), uniform)
+def _input_noise(inputs: InputStatistics, scale: Tensor, scheme: TensorScheme) -> Tensor | None:
+    """Expected squared rounding error of input channel j over all tokens, in units of x; [I].
+
+    None: it counts as exact.
+    """
+    squares, fmt, factors = inputs.hessian.diagonal(), scheme.format, scale.double().square()
+    if isinstance(scheme.granularity, PerGroup):
+        of_blocks = scheme.granularity.largest((squares / factors).square(), torch.sum).sqrt()
+        of_channels = scheme.granularity.expand(of_blocks, tuple(squares.shape))
+        uniform = divide(of_channels * (fmt.smallest_step / fmt.max_value) ** 2, 12) * factors
+        return squares * uniform / (squares + uniform).clamp_min(_TINY)
+    if fmt.is_float or scheme.is_dynamic:
+        return None
+    input_scale = divide((inputs.amax / scale).amax().double(), fmt.max_value)
+    return torch.minimum(squares, divide(inputs.tokens * input_scale.square(), 12) * factors)
 
 
 def shard_losses(
@@ -77,14 +98,13 @@ def shard_losses(
 
     `scales` are the candidates, [C, I]; `weight` and `operand` (the input) are None if not quantized.
     What a whole weight shares (a scale per tensor, the upper of two levels) is taken from each shard,
-    which orders candidates alike. Dynamic inputs count as exact: their scales follow each token.
+    which orders candidates alike. Inputs with a scale for each token count as exact, and floating-point
+    ones without blocks.
     """
     hessian, sampled = inputs.hessian.float(), [shard[::_ROW_STRIDE] for shard in shards]
     losses = torch.zeros(len(scales), len(shards), dtype=torch.float64, device=hessian.device)
     for i, scale in enumerate(scales):
-        noise = None
-        if operand is not None and not (operand.format.is_float or operand.is_dynamic):
-            noise = _input_noise(inputs, scale, operand)
+        noise = None if operand is None else _input_noise(inputs, scale, operand)
         for j, shard in enumerate(sampled):
             if weight is not None:
                 scaled = shard * scale

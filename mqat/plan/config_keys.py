@@ -19,9 +19,10 @@ from mqat.export.exporter import DTYPES
 from mqat.export.exporters import EXPORTERS
 from mqat.quant.algorithm import ALGORITHMS, ROUNDINGS, SQ_GRIDS, WEIGHT_CALIBRATORS
 from mqat.quant.formats import FORMATS
+from mqat.quant.scales import EXPONENTS
 from mqat.specs.policy import SCALES
 
-_OPERAND = {"format": tuple(FORMATS), "scale": tuple(SCALES)}
+_OPERAND = {"format": tuple(FORMATS), "scale": tuple(SCALES), "exponent": EXPONENTS}
 # Those that are refused elsewhere than in `mqat.config`.
 _CHOICES: dict[str, tuple[Any, ...]] = {
     **CHOICES,

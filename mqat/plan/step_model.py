@@ -68,7 +68,8 @@ _MAXIMA, _RANGES = (_VALUE, 9), (2 * _VALUE, 16)
 # Maxima of a block and what makes scales of them: bytes per element, bytes per block, launches; by
 # grid of the scales, any other one as E8M0.
 _BLOCK_MAXIMA = {torch.float32: (2.0, 42.0, 8), torch.float8_e4m3fn: (2.0, 42.0, 8)}
-_COARSE_BLOCK_MAXIMA = (2.0, 104.0, 15)
+_COARSE_BLOCK_MAXIMA = (2.0, 88.0, 13)
+_ROUNDED_EXPONENT = (8.0, 1)  # where they are not rounded down: bytes per block, launches
 _BLOCK_RANGES = (4.0, 182.0, 16)
 # Quantized values and their mask where no kernel of its own makes them: torch's operations one by one,
 # most of them on float32. Bytes per element and launches, as traced with fake CUDA tensors.
@@ -140,6 +141,8 @@ def _maxima(operand: TensorScheme, elements: int) -> Kernels:
     if isinstance(operand.granularity, PerGroup):
         coarse = _BLOCK_MAXIMA.get(operand.scale_dtype, _COARSE_BLOCK_MAXIMA)
         each, a_block, launches = _BLOCK_RANGES if operand.is_asymmetric else coarse
+        if operand.exponent != "floor":
+            a_block, launches = a_block + _ROUNDED_EXPONENT[0], launches + _ROUNDED_EXPONENT[1]
         return _split((each + a_block / operand.granularity.size) * elements, launches)
     per_element, launches = _RANGES if operand.is_asymmetric else _MAXIMA
     passes = 2 if operand.is_asymmetric else 1

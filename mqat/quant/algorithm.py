@@ -114,7 +114,7 @@ _FP8_STATIC = TensorScheme(FP8_E4M3, PerTensor(), _BF16)
 _FP8_TOKEN = TensorScheme(FP8_E4M3, PerToken(), is_dynamic=True)
 _INT4_GROUPS = TensorScheme(INT4, PerGroup(128), _BF16)
 _NVFP4 = TensorScheme(FP4_E2M1, PerGroup(16), _E4M3)  # block scales under a static global one
-_MXFP4 = TensorScheme(FP4_E2M1, PerGroup(32), _E8M0)
+_MXFP4 = TensorScheme(FP4_E2M1, PerGroup(32), _E8M0, exponent="nearest")
 _MXFP8 = TensorScheme(FP8_E4M3, PerGroup(32), _E8M0)
 
 _SMOOTHQUANT = Recipe(smoothquant=True)

@@ -43,6 +43,14 @@ class QuantFormat:
         return all(step == 1 for step in steps) and (bool(steps) or not self.is_float)
 
     @property
+    def smallest_step(self) -> float:
+        """Between two neighbouring values, where they are closest."""
+        if self.levels:
+            return min(b - a for a, b in pairwise(sorted(set(self.levels))))
+        info = torch.finfo(self.storage_dtype) if self.is_float else None
+        return info.tiny * info.eps if info else 1.0
+
+    @property
     def max_exponent(self) -> int:
         """floor(log2(max_value)): what MX shared exponents are lowered by."""
         return math.frexp(self.max_value)[1] - 1

@@ -29,7 +29,11 @@ def compute_qparams(
     if scheme.is_asymmetric:
         return compute_affine(statistic, scheme.format, scale_dtype=scheme.scale_dtype)
     scale = compute_scale(
-        statistic, scheme.format, scale_dtype=scheme.scale_dtype, global_scale=global_scale
+        statistic,
+        scheme.format,
+        scale_dtype=scheme.scale_dtype,
+        global_scale=global_scale,
+        exponent=scheme.exponent,
     )
     return scale, None
 

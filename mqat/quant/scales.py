@@ -8,10 +8,20 @@ product: `block_scales` takes the two-level scales of NVFP4 apart again.
 | `float32`         | float32, 2**-126 and more                      | nearest                        |
 | `bfloat16`        | numbers that bfloat16 and float16 both hold;   | up: nothing is clipped by it   |
 |                   | below 2**-21 bfloat16's, 2**-126 and more      |                                |
-| `float8_e8m0fnu`  | powers of two, 2**-127 to 2**127 (MX formats)  | 2**(floor(log2 amax) - emax)   |
+| `float8_e8m0fnu`  | powers of two, 2**-127 to 2**127 (MX formats)  | by one of `EXPONENTS`          |
 | `float8_e4m3fn`   | E4M3 times one global float32 scale (NVFP4)    | nearest E4M3, 2**-9 to 448     |
 
 The last two may be smaller than `amax / max_value`; the largest elements then saturate.
+
+How maxima become powers of two is left to servers. `emax` is the exponent of `max_value`; beside, what
+a maximum of 7 becomes in E2M1, whose largest number is 6 = 1.5 * 2**2:
+
+| exponent  | step                                             | 7       | used by                   |
+|-----------|--------------------------------------------------|---------|---------------------------|
+| `floor`   | 2**(floor(log2 amax) - emax)                     | 6       | OCP MX 1.0, section 6.3   |
+| `nearest` | twice that where amax is as near to the next     | 4 * 2   | compressed-tensors, AITER |
+|           | power of two as to what `floor` can hold         |         |                           |
+| `ceil`    | twice that where `floor` cannot hold amax        | 4 * 2   | NVIDIA's conversions      |
 """
 
 import math
@@ -29,6 +39,10 @@ SCALE_DTYPES = {
     "float8_e8m0fnu": torch.float8_e8m0fnu,
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
+# How many of the mantissas between the largest of the format and 2 take the next exponent: as a share,
+# and whether the first of them does.
+_TAKE_NEXT = {"floor": (0.0, True), "nearest": (0.5, True), "ceil": (1.0, False)}
+EXPONENTS = tuple(_TAKE_NEXT)
 _E4M3_MAX, _E4M3_MIN = 448.0, 2.0**-9
 # Normal; block scales of two levels, 2**-9 and more of the upper one, are normal too.
 _SMALLEST, _SMALLEST_GLOBAL = 2.0**-126, 2.0**-117
@@ -92,6 +106,7 @@ def compute_scale(
     *,
     scale_dtype: torch.dtype = torch.float32,
     global_scale: Tensor | None = None,
+    exponent: str = "floor",
 ) -> Tensor:
     """Dequantization step for a calibrated maximum, symmetric around zero.
 
@@ -104,6 +119,7 @@ def compute_scale(
             near zero that float16 could not hold their steps. (Exports in float16 refuse those, and
             steps beyond 65504.)
         global_scale: float32 (1,), for `float8_e4m3fn` only.
+        exponent: One of `EXPONENTS`, for `float8_e8m0fnu` only.
 
     Returns:
         Scale, float32, shaped like `amax`, in units of x per code; NaN where `amax` is not finite
@@ -114,7 +130,7 @@ def compute_scale(
     """
     assert amax.dtype == torch.float32, f"amax is {amax.dtype}, not float32"
     if scale_dtype == torch.float8_e8m0fnu:
-        return _power_of_two(amax, fmt.max_exponent)
+        return _power_of_two(amax, fmt, exponent)
     if scale_dtype == torch.float8_e4m3fn:
         assert global_scale is not None, "E4M3 block scales stand under a global scale"
         ratio = (amax / (fmt.max_value * global_scale)).clamp(_E4M3_MIN, _E4M3_MAX)
@@ -171,14 +187,17 @@ def round_up(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     return torch.where(is_coarser, float16_grid, bfloat16_grid)
 
 
-def _power_of_two(amax: Tensor, max_exponent: int) -> Tensor:
-    """2**(floor(log2(amax)) - max_exponent), kept in E8M0's range; NaN where `amax` is not finite.
+def _power_of_two(amax: Tensor, fmt: QuantFormat, exponent: str) -> Tensor:
+    """By the table of exponents above, kept in E8M0's range; NaN where `amax` is not finite.
 
-    The floor is read from amax's own exponent bits, so it is exact. Zero, and whatever is too small,
-    gets 2**-127.
+    Read from amax's own bits, so it is exact: what is added to the mantissa carries into the exponent.
+    Zero, and whatever is too small, gets 2**-127.
     """
-    exponent = ((amax.contiguous().view(torch.int32) >> 23) & 0xFF) - 127
-    shifted = (exponent - max_exponent).clamp(-127, 127)
+    bits = amax.contiguous().view(torch.int32)
+    share, with_first = _TAKE_NEXT[exponent]
+    carries = int((2 - fmt.max_value / 2.0**fmt.max_exponent) * share * 2**23) - (not with_first)
+    biased = ((bits + carries if carries else bits) >> 23) & 0xFF
+    shifted = (biased - fmt.max_exponent).clamp(0, 254)
     subnormal = torch.full_like(shifted, 1 << 22)  # the bits of 2**-127
-    bits = torch.where(shifted > -127, (shifted + 127) << 23, subnormal)
-    return torch.where(exponent == 128, torch.nan, bits.view(torch.float32))
+    step = torch.where(shifted > 0, shifted << 23, subnormal).view(torch.float32)
+    return torch.where(amax < math.inf, step, torch.nan)

@@ -18,7 +18,7 @@ from mqat.quant.granularity import (
     PerToken,
     granularity_from_str,
 )
-from mqat.quant.scales import SCALE_DTYPES
+from mqat.quant.scales import EXPONENTS, SCALE_DTYPES
 
 _COARSE = (torch.float8_e8m0fnu, torch.float8_e4m3fn)
 
@@ -34,6 +34,7 @@ class TensorScheme:
         is_dynamic: Scales are computed from every tensor that arrives; nothing is frozen but the
             global scale of two levels.
         is_asymmetric: Codes are shifted by an integer zero point.
+        exponent: How maxima are rounded to E8M0 scales, one of `scales.EXPONENTS`.
     """
 
     format: QuantFormat
@@ -41,6 +42,7 @@ class TensorScheme:
     scale_dtype: torch.dtype = torch.float32
     is_dynamic: bool = False
     is_asymmetric: bool = False
+    exponent: str = "floor"
 
     def __post_init__(self) -> None:
         """Raises UserError for combinations without a meaning."""
@@ -54,6 +56,15 @@ class TensorScheme:
             raise UserError(
                 f"asymmetric needs an integer format with float32 or bfloat16 scales, not "
                 f"{fmt.name!r} with {self.scale_name!r}."
+            )
+        if self.exponent not in EXPONENTS:
+            raise UserError(
+                f"exponent {self.exponent!r} is unknown; {nearest_hint(self.exponent, EXPONENTS)}"
+            )
+        if self.exponent != "floor" and self.scale_dtype != torch.float8_e8m0fnu:
+            raise UserError(
+                f"exponent {self.exponent!r} is of float8_e8m0fnu scales, which are powers of two, not "
+                f"of {self.scale_name!r}; leave it out."
             )
         if self.has_global_scale and not isinstance(granularity, PerGroup):
             raise UserError(
@@ -108,10 +119,12 @@ class TensorScheme:
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form; flags only where they are set, so that old descriptions stay equal."""
         flags = {"is_dynamic": self.is_dynamic, "is_asymmetric": self.is_asymmetric}
+        exponent = {} if self.exponent == "floor" else {"exponent": self.exponent}
         return {
             "format": self.format.name,
             "granularity": str(self.granularity),
             "scale_dtype": self.scale_name,
+            **exponent,
         } | {name: True for name, is_set in flags.items() if is_set}
 
     @classmethod
@@ -133,6 +146,7 @@ class TensorScheme:
             SCALE_DTYPES[scale_dtype],
             bool(values.get("is_dynamic", False)),
             bool(values.get("is_asymmetric", False)),
+            str(values.get("exponent", "floor")),
         )
 
 

@@ -31,7 +31,7 @@ SCALES = SCALE_DTYPES | {
     "e8m0": SCALE_DTYPES["float8_e8m0fnu"],
     "e4m3": SCALE_DTYPES["float8_e4m3fn"],
 }
-_KEYS = ("format", "granularity", "scale", "dynamic", "asymmetric")
+_KEYS = ("format", "granularity", "scale", "dynamic", "asymmetric", "exponent")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
     Args:
         settings: `format` (a name of `formats.FORMATS`), `granularity` (tensor, channel, token,
             group:<size>, block:<size>), and optionally `scale` (float32, bfloat16, e8m0, e4m3),
-            `dynamic`, `asymmetric`.
+            `dynamic`, `asymmetric`, `exponent` (floor, nearest, ceil).
         path: Key in the configuration, for messages.
 
     Raises:
@@ -86,6 +86,7 @@ def tensor_scheme(settings: Mapping[str, Any], path: str) -> TensorScheme:
             SCALES[scale],
             is_dynamic=flags["dynamic"],
             is_asymmetric=flags["asymmetric"],
+            exponent=settings.get("exponent") or "floor",
         )
     except ValueError as error:
         raise UserError(f"config: {path}: {error}") from error

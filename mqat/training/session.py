@@ -201,6 +201,7 @@ class Session:
             group=group,
             method=settings.calibrator,
             percentile=settings.percentile,
+            input_headroom=settings.input_headroom,
             weight_qparams=weight_qparams,
         )
         self.summary["idle_experts"] = idle = sorted({*idle, *unseen})

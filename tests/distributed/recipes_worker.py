@@ -52,6 +52,14 @@ RECIPES = {
         policy("fp8", smoothquant=True, sq_alpha=None, weight_calibrator="mse"), "percentile", 0,
     ),
     "levels": (policy("nvfp4", weight_calibrator="mse", rounding="gptq"), "max", 0),
+    "exponents": (
+        policy("mxfp4", smoothquant=True, sq_alpha=None, weight_calibrator="awq", rounding="gptq"),
+        "max", 0,
+    ),
+    "blocks": (
+        policy("nvfp4", smoothquant=True, sq_alpha=None, sq_grid="float", weight_calibrator="awq"),
+        "max", 0,
+    ),
     "mixed": (policy("int8", rules=_MIXED), "max", 1),
 }  # fmt: skip
 # Of a mixture, in which one expert of the first layer sees no token and one of the second a few.

@@ -27,17 +27,18 @@ def scales(world):
     from mqat.parallel.quantized_module import quantized_modules
     from mqat.specs.model import build_model
 
-    layers = Policy("int8", 64, (OUTPUT,), "int8", "separate").schemes(MODEL)
-
-    def make(steps, method="max"):
+    def make(steps, method="max", algorithm="int8", **more):
+        rules = (OUTPUT,) if algorithm == "int8" else ()
+        layers = Policy(algorithm, 64, rules, "int8", "separate").schemes(MODEL)
         chunks = build_model(MODEL, ModelConfig(), layers, torch.float32)
         load_pretrained_(chunks, RandomWeights(MODEL, 1, 0.1))
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         calibrate(
-            chunks, lambda: run_layers(chunks, steps), group=group, method=method, percentile=99.0
-        )
+            chunks, lambda: run_layers(chunks, steps), group=group, method=method, percentile=99.0,
+            **more,
+        )  # fmt: skip
         return {
-            f"{name}.{kind}": float(quantizer.scale)
+            f"{name}.{kind}": float(quantizer.frozen_tensors.get("global_scale", quantizer.scale))
             for name, module in quantized_modules(chunks).items()
             for kind, quantizer in module.quantizers.items()
             if kind != "weight"
@@ -83,3 +84,13 @@ def test_filler_alone_is_no_calibration_text(scales):
     assert not step[1]["token_mask"].any()
     with pytest.raises(ValueError, match="no calibration token reached this layer"):
         scales([step[1:]])
+
+
+def test_headroom_is_of_upper_scales_alone(scales):
+    steps = epoch(padded_data(PAD))
+    plain, roomy = (scales(steps, algorithm="nvfp4", input_headroom=room) for room in (1.0, 1.75))
+    for name, scale in plain.items():
+        expected = scale * 1.75 if name.endswith(".input") else scale
+        assert roomy[name] == pytest.approx(expected, rel=1e-6), name
+    assert any(name.endswith(".input") for name in plain)
+    assert scales(steps, input_headroom=1.75) == scales(steps)

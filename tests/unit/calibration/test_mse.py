@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from mqat.calibration.clipping import WeightShard
-from mqat.calibration.mse import SHARES, best_share, squared_errors
-from mqat.quant.formats import FP8_E4M3, INT4, UINT4
+from mqat.calibration.mse import MSE, best_share, shares, squared_errors
+from mqat.quant.algorithm import named_scheme
+from mqat.quant.formats import FP4_E2M1, FP8_E4M3, INT4, UINT4
 from mqat.quant.granularity import PerChannel, PerGroup, PerTensor
-from mqat.quant.qparams import rounded, statistic_of
+from mqat.quant.qparams import frozen_qparams, rounded, statistic_of
 from mqat.quant.scheme import TensorScheme
 
 GROUPS = TensorScheme(INT4, PerGroup(4))
@@ -41,6 +42,8 @@ def test_a_lone_outlier_is_clipped_when_that_costs_less():
         TensorScheme(INT4, PerChannel()),
         TensorScheme(FP8_E4M3, PerChannel()),
         TensorScheme(UINT4, PerGroup(4), is_asymmetric=True),
+        TensorScheme(FP4_E2M1, PerGroup(4)),
+        TensorScheme(FP4_E2M1, PerGroup(4), torch.float8_e8m0fnu),
     ],
 )
 def test_every_group_gets_the_share_that_brute_force_finds(scheme):
@@ -57,12 +60,12 @@ def test_every_group_gets_the_share_that_brute_force_finds(scheme):
                     .square()
                     .sum()
                 )
-                for f in SHARES
+                for f in shares(scheme)
             ]
-            best = SHARES[min(range(len(SHARES)), key=errors.__getitem__)]
+            best = shares(scheme)[min(range(len(errors)), key=errors.__getitem__)]
             index = (..., row, group) if size < 16 else (..., row)
             torch.testing.assert_close(found[index], statistic[index] * best)
-    if not scheme.format.is_float:
+    if scheme.format != FP8_E4M3:
         assert not torch.equal(found, statistic)  # control: something was clipped
 
 
@@ -76,3 +79,33 @@ def test_one_scale_for_the_tensor_takes_the_sum_over_its_shards():
     torch.testing.assert_close(whole, sum(halves))
     best = best_share(statistic, whole[:, None, None], scheme)
     assert best.shape == (1,) and float(best) < float(statistic)
+
+
+def test_exponents_of_mx_blocks_go_up_and_down():
+    # Scales are 2**(floor(log2 amax) - 2). A block of 7.9 saturates at 6, and twice the step holds 8;
+    # one of 4.1 and many of 0.24 loses the small ones, which half the step holds, less than by clipping.
+    scheme = TensorScheme(FP4_E2M1, PerGroup(32), torch.float8_e8m0fnu)
+    up, down, exact = torch.full((32,), 2.0), torch.full((32,), 0.24), torch.full((32,), 1.5)
+    up[0], down[0], exact[0] = 7.9, 4.1, 6.0
+    weight = torch.stack([up, down, exact])
+    scales = frozen_qparams(chosen(weight, scheme), scheme)["scale"]
+    assert scales.flatten().tolist() == [2.0, 0.5, 1.0]
+    assert frozen_qparams(statistic_of(weight, scheme), scheme)["scale"].unique().tolist() == [1.0]
+
+
+def test_nvfp4_blocks_gain_and_none_saturates_for_want_of_room():
+    scheme = named_scheme("nvfp4").weight
+    weight = weights(64, 64)
+    plain = statistic_of(weight, scheme)
+    above = plain.amax().reshape(1) * MSE.headroom
+    found = MSE.choose(plain, MSE.measure(WeightShard(weight, plain, scheme, above)), scheme)
+    assert (found > plain).any() and (found < plain).any()
+    frozen = frozen_qparams(found, scheme, above)
+    torch.testing.assert_close(frozen["scale"], found / 6, rtol=1 / 16, atol=0)
+    cut = frozen_qparams(plain * 1.5, scheme, above / MSE.headroom)["scale"]  # control: no room
+    assert (cut < plain * 1.5 / 6 * (15 / 16)).any()
+
+    def error(amax, above):
+        return float((rounded(weight, scheme, amax, above) - weight).double().square().sum())
+
+    assert error(found, above) < 0.85 * error(plain, plain.amax().reshape(1))

@@ -40,7 +40,7 @@ MB = 1e6
 BUDGET = {
     "int8": 590, "int8_sq": 590, "int8_pc_pt": 515, "int8_wo": 210,
     "fp8": 590, "fp8_pc_pt": 515,
-    "nvfp4": 520, "mxfp4": 535, "mxfp8": 535, "nf4": 1900,
+    "nvfp4": 520, "mxfp4": 525, "mxfp8": 520, "nf4": 1900,
     "int4": 210, "int4_awq": 210, "w_int4_sym": 210, "w_uint4_asym": 1800,
     "w4a8_awq": 660, "int4_w_int8_a": 660, "8da4w": 650,
     "null": 0,

@@ -25,10 +25,10 @@ STATIC_FP8 = TensorScheme(FP8_E4M3, PerTensor(), BF16)
 STATIC_INT8 = TensorScheme(INT8_MIN128, PerTensor(), torch.float32)
 
 
-def blocks(fmt, size: int, scale: torch.dtype) -> tuple[TensorScheme, TensorScheme]:
+def blocks(fmt, size: int, scale: torch.dtype, **more) -> tuple[TensorScheme, TensorScheme]:
     """Frozen for the weight, dynamic for the input."""
-    weight = TensorScheme(fmt, PerGroup(size), scale)
-    return weight, TensorScheme(fmt, PerGroup(size), scale, is_dynamic=True)
+    weight = TensorScheme(fmt, PerGroup(size), scale, **more)
+    return weight, replace(weight, is_dynamic=True)
 
 
 MEANING = {
@@ -55,7 +55,7 @@ MEANING = {
     "w_int4_sym": (TensorScheme(INT4_AMAX7_5, PerGroup(128), BF16), None),
     "w_uint4_asym": (TensorScheme(UINT4, PerGroup(128), BF16, is_asymmetric=True), None),
     "nvfp4": blocks(FP4_E2M1, 16, torch.float8_e4m3fn),
-    "mxfp4": blocks(FP4_E2M1, 32, torch.float8_e8m0fnu),
+    "mxfp4": blocks(FP4_E2M1, 32, torch.float8_e8m0fnu, exponent="nearest"),
     "mxfp8": blocks(FP8_E4M3, 32, torch.float8_e8m0fnu),
     "nf4": (TensorScheme(NF4, PerGroup(64)), None),
 }

@@ -1,5 +1,6 @@
 """Numerics against other people's implementations, and against tables made by hand."""
 
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -24,6 +25,7 @@ from mqat.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from mqat.quant.qparams import statistic_of
 from mqat.quant.quantizer import Quantizer
 from mqat.quant.scales import (
+    EXPONENTS,
     block_scales,
     compute_affine,
     compute_amax,
@@ -98,6 +100,26 @@ def test_e8m0_scales_by_hand(amax, exponent):
     assert scale.double().item() == 2.0**exponent
 
 
+@pytest.mark.parametrize(
+    ("fmt", "amax", "floor", "nearest", "ceil"),
+    [
+        (FP4_E2M1, 6.0, 0, 0, 0), (FP4_E2M1, 6.01, 0, 0, 1), (FP4_E2M1, 6.99, 0, 0, 1),
+        (FP4_E2M1, 7.0, 0, 1, 1), (FP4_E2M1, 7.99, 0, 1, 1), (FP4_E2M1, 8.0, 1, 1, 1),
+        (FP8_E4M3, 448.0, 0, 0, 0), (FP8_E4M3, 479.9, 0, 0, 1), (FP8_E4M3, 480.0, 0, 1, 1),
+        (FP4_E2M1, 0.0, -127, -127, -127), (FP4_E2M1, 3.4e38, 125, 126, 126),
+    ],
+)  # fmt: skip
+def test_exponents_by_hand(fmt, amax, floor, nearest, ceil):
+    expected = {"floor": floor, "nearest": nearest, "ceil": ceil}
+    for rule, exponent in expected.items():
+        scale = compute_scale(
+            torch.tensor([amax]), fmt, scale_dtype=torch.float8_e8m0fnu, exponent=rule
+        )
+        assert scale.double().item() == 2.0**exponent, rule
+        if rule == "ceil":
+            assert scale * fmt.max_value >= min(amax, 2e38)
+
+
 @pytest.mark.parametrize("fmt", [FP4_E2M1, FP8_E4M3, FP8_E5M2, INT8], ids=lambda fmt: fmt.name)
 def test_e8m0_scales_are_those_of_ml_dtypes_and_floor_the_logarithm(fmt):
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes comes with the dev extra")
@@ -114,8 +136,22 @@ def test_e8m0_scales_are_those_of_ml_dtypes_and_floor_the_logarithm(fmt):
 
 def test_scales_of_what_is_not_finite_are_nan_in_e8m0():
     amax = torch.tensor([float("nan"), float("inf")])
-    scale = compute_scale(amax, FP4_E2M1, scale_dtype=torch.float8_e8m0fnu)
-    assert scale.isnan().all()
+    for rule in EXPONENTS:
+        scale = compute_scale(amax, FP4_E2M1, scale_dtype=torch.float8_e8m0fnu, exponent=rule)
+        assert scale.isnan().all()
+
+
+def test_nearest_exponents_are_those_of_compressed_tensors():
+    theirs = pytest.importorskip(
+        "compressed_tensors.quantization.utils.mxfp_utils",
+        reason="compressed-tensors comes with the dev extra",
+    )
+    amax = numbers(torch.float32).abs()
+    amax = amax[(amax > 2.0**-120) & (amax < 2.0**120)]
+    stored = theirs.generate_mx_scales(amax, num_bits=4)
+    for rule in EXPONENTS:
+        ours = compute_scale(amax, FP4_E2M1, scale_dtype=torch.float8_e8m0fnu, exponent=rule)
+        assert torch.equal(ours.log2() + 127, stored) == (rule == "nearest"), rule
 
 
 def test_nf4_levels_are_quantiles_of_a_normal_distribution():
@@ -200,7 +236,7 @@ def test_block_scales_are_recovered_exactly(scale):
 
 @pytest.mark.parametrize("algorithm", ["mxfp4", "mxfp8"])
 def test_mx_inputs_are_the_ocp_conversion_in_numpy(algorithm):
-    scheme = named_scheme(algorithm).input
+    scheme = replace(named_scheme(algorithm).input, exponent="floor")
     quantizer = Quantizer(scheme, None, "x")
     quantizer.freeze_(torch.ones(1))
     x = torch.randn(3, 4, 96, generator=torch.Generator().manual_seed(4))
