@@ -12,7 +12,9 @@ HELP = "checkpoint -> directory for serving, or .nemo"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--format", default="trtllm", help=f"trtllm, hf, nemo or peft; {DEFAULT}")
+    parser.add_argument(
+        "--format", default="trtllm", help=f"trtllm, hf, gguf, nemo or peft; {DEFAULT}"
+    )
     parser.add_argument("--inference-tp", type=positive, default=1, help=f"trtllm; {DEFAULT}")
     parser.add_argument("--inference-pp", type=positive, default=1, help=f"trtllm; {DEFAULT}")
     parser.add_argument(
