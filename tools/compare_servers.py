@@ -171,11 +171,16 @@ class Workshop:
         self._answer("", "").parent.mkdir(parents=True, exist_ok=True)
         file = self.work / f"jobs-{server}.json"
         file.write_text(json.dumps([asdict(job) for job in jobs], indent=1), "utf-8")
-        python = self.serve_python if server in _OF_SERVE_PYTHON else sys.executable
+        python, preload = Path(sys.executable), Path()
+        if server in _OF_SERVE_PYTHON:
+            assert self.serve_python is not None, server
+            python = self.serve_python
+            if server == "llama.cpp":  # what its package needs and older C++ libraries lack
+                preload = python.parents[1] / "call_terminate.so"
         _run(
             [str(python), str(ROOT / "tools" / "ask_server.py"), server, "--jobs", str(file),
              "--request", str(self._request())],
-            self.work / "log", sees_mqat=server not in _OF_SERVE_PYTHON,
+            self.work / "log", sees_mqat=server not in _OF_SERVE_PYTHON, preload=preload,
         )  # fmt: skip
 
     def _job(self, server: str, name: str) -> ask_server.Job:
@@ -249,13 +254,15 @@ def _packaged_model() -> str:
     return str(smollm2_gguf())
 
 
-def _run(command: Sequence[str], log: Path, *, sees_mqat: bool) -> None:
+def _run(command: Sequence[str], log: Path, *, sees_mqat: bool, preload: Path = Path()) -> None:
     """A command in this repository; its output is appended to a log.
 
     Raises:
         RuntimeError: It failed; with the end of what it said.
     """
     paths = {"PYTHONPATH": str(ROOT) if sees_mqat else ""}
+    if preload.is_file():
+        paths["LD_PRELOAD"] = str(preload)
     log.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **paths}
@@ -297,7 +304,8 @@ def _cell(server: str, answers: Mapping[str, Answer]) -> str:
     if "error" in answers[server]:
         return "refused"
     found = difference(answers["trainer"], answers[server])
-    return f"{found.mean:.1e} ({found.texts}/{found.of_texts})"
+    texts = f" ({found.texts}/{found.of_texts})" if found.of_texts else ""
+    return f"{found.mean:.1e}{texts}"
 
 
 def write_between(path: Path, table: str) -> None:

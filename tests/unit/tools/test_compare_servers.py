@@ -36,7 +36,7 @@ def test_a_row_says_what_was_asked_and_what_was_refused(tmp_path):
 def test_what_was_answered_is_not_asked_again(tmp_path, monkeypatch):
     asked = []
 
-    def run(command, log, *, sees_mqat):
+    def run(command, log, *, sees_mqat, preload=None):
         if "--jobs" not in command:
             Path(command[-1]).mkdir(parents=True)  # import and export: `--out`
             return
