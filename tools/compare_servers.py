@@ -56,12 +56,13 @@ _G64, _G32 = {"group_size": "64"}, {"group_size": "32"}
 _Q8_0 = "[{pattern: '*', weight: {format: int8, granularity: 'group:32', scale: bfloat16}}]"
 FORMS = {
     "plain": Form("unquantized", {}, servers=("transformers", "vllm")),
-    "int8": Form("`int8`", {"algorithm": "int8"}),
-    "int8_pc_pt": Form("`int8_pc_pt`", {"algorithm": "int8_pc_pt"}),
-    "fp8": Form("`fp8`", {"algorithm": "fp8"}),
+    "int8": Form("`int8`", {"algorithm": "int8"}, servers=("transformers", "vllm")),
+    "int8_pc_pt": Form("`int8_pc_pt`", {"algorithm": "int8_pc_pt"}, servers=("transformers", "vllm")),
+    "fp8": Form("`fp8`", {"algorithm": "fp8"}, servers=("transformers", "vllm")),
     "fp8_pc_pt": Form("`fp8_pc_pt`", {"algorithm": "fp8_pc_pt"}, servers=("transformers", "vllm")),
     "fp8_kv": Form(
         "`fp8`, FP8 caches", {"algorithm": "fp8", "kv_cache": "fp8"}, kv_cache="fp8_e4m3",
+        servers=("vllm",),
     ),
     "plain_bf16": Form("unquantized", {}, "bfloat16", servers=("transformers", "vllm")),
     "int4": Form("`int4` g64", {"algorithm": "int4", **_G64}, "bfloat16"),
@@ -73,7 +74,7 @@ FORMS = {
     "fp8_bf16": Form("`fp8`", {"algorithm": "fp8"}, "bfloat16"),
     "fp8_modelopt": Form(
         "`fp8`, ModelOpt style", {"algorithm": "fp8"}, "bfloat16", "modelopt",
-        servers=("vllm", "vllm-default"),
+        servers=("vllm",),
     ),
     "gguf": Form("unquantized, GGUF", {}, style="gguf", servers=("llama.cpp",)),
     "q8_0": Form("`Q8_0`", {"algorithm": "null", "rules": _Q8_0}, style="gguf", servers=("llama.cpp",)),
