@@ -72,4 +72,6 @@ def run(args: argparse.Namespace) -> None:
         check = f"Check it with: mqat verify {args.out} --reference {args.checkpoint}"
         if target.format == "peft":
             check += " --base HF_DIR"
+        if target.format == "gguf":  # llama.cpp computes with a rounding of its own
+            check = f"Run it with: llama-cli -m {args.out / 'model.gguf'}"
         print(f"{args.out}: {form}. {check}")
