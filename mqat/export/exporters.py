@@ -2,6 +2,7 @@
 
 from mqat.errors import UserError
 from mqat.export.exporter import Exporter
+from mqat.export.gguf.exporter import GgufExporter
 from mqat.export.huggingface.compressed_tensors import COMPRESSED_TENSORS
 from mqat.export.huggingface.modelopt import MODELOPT
 from mqat.export.nemo.exporter import NemoExporter
@@ -10,6 +11,7 @@ from mqat.export.trtllm.exporter import TensorRtLlmExporter
 
 EXPORTERS: tuple[Exporter, ...] = (
     TensorRtLlmExporter(), COMPRESSED_TENSORS, MODELOPT, NemoExporter(), PeftExporter(),
+    GgufExporter(),
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "data": _BOTTOM | {"config", "models"},
     "calibration": _MODEL | {"kernels", "parallel", "runtime"},
     "checkpoints": _CHECKPOINTS,
-    "export": _MODEL | {"checkpoints.manifest", "checkpoints.reader"},
+    "export": _MODEL | {"checkpoints.manifest", "checkpoints.reader", "data.gguf_words"},
     "verify": _BOTTOM | {"quant.scheme", "checkpoints.archive", "checkpoints.reader"},
     "plan": _CHECKPOINTS | {"calibration.check_recipes", "checkpoints", "export", "report"},
     "evaluation": _CHECKPOINTS | {"checkpoints", "calibration", "verify", "report"},

@@ -12,7 +12,7 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 
 from mqat.data.chat import chat_template
-from mqat.data.gguf_tokenizer import _RULES
+from mqat.data.gguf_tokenizer import RULES
 from mqat.data.tokenizer import check_fits, load_tokenizer, save_tokenizer
 
 TEXT = "In 1871 the wall was built. Ships bring grain, timber and coal to the town.\n" * 4
@@ -275,7 +275,7 @@ def test_the_rule_of_a_gguf_file_splits_as_its_models_do(
     assert [word for word, _ in split.pre_tokenize_str("It's 12345  OK!\n\nHelloWorld")] == words
 
 
-@pytest.mark.parametrize("pre", sorted(_RULES))
+@pytest.mark.parametrize("pre", sorted(RULES))
 def test_every_rule_loses_no_character(tmp_path: Path, pre: str) -> None:
     file = gguf(tmp_path / "a.gguf", NAMES, KINDS, ggml__pre=pre, **BYTE_LEVEL)
     tokenizer = load_tokenizer(file)

@@ -223,13 +223,13 @@ def test_norms_of_heads_are_exported_because_the_table_lists_them(monkeypatch, t
 def test_one_list_names_every_exporter():
     assert [(e.format, e.style) for e in EXPORTERS] == [
         ("trtllm", None), ("hf", "compressed-tensors"), ("hf", "modelopt"), ("nemo", None),
-        ("peft", None),
+        ("peft", None), ("gguf", None),
     ]  # fmt: skip
     assert exporter("hf") is exporter("hf", "compressed-tensors")
     with pytest.raises(ValueError, match=r"export\.style='modelopt': trtllm has none"):
         exporter("trtllm", "modelopt")
-    with pytest.raises(ValueError, match=r"export\.format='gguf': must be one of trtllm, hf"):
-        exporter("gguf")
+    with pytest.raises(ValueError, match=r"export\.format='onnx': must be one of trtllm, hf"):
+        exporter("onnx")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The export format of llama.cpp: one GGUF file."""
