@@ -39,8 +39,8 @@ _MAY_CHANGE = (
 # What a run writes: only this is ever moved, whatever else the directory holds.
 _FILES = (
     "config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "checkpoint",
-    "trtllm", "hf", "model.nemo", "adapter", "quality", "report.html", "profile", "histograms.jsonl",
-    "loggers.json", "wandb", "mlflow.db", "mlruns",
+    "trtllm", "hf", "gguf", "model.nemo", "adapter", "quality", "report.html", "profile",
+    "histograms.jsonl", "loggers.json", "wandb", "mlflow.db", "mlruns",
 )  # fmt: skip
 
 

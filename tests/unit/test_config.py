@@ -89,7 +89,7 @@ def test_a_bad_config_file_is_one_clear_error(content, message, tmp_path):
             "group_size=32 has no effect: the weights of nf4 are not groups of integers",
         ),
         (["export.dtype=fp8"], 8, "export.dtype='fp8': must be one of bfloat16"),
-        (["export.format=gguf"], 8, "export.format='gguf': must be one of trtllm, hf"),
+        (["export.format=onnx"], 8, "export.format='onnx': must be one of trtllm, hf"),
         (["export.style=modelopt"], 8, "export.style='modelopt': trtllm has none"),
         (["export.decoder_type=qwen"], 8, "decoder_type=qwen, but the model is llama; leave it out"),
         (["quantization.rules=[{pattern: 'nothing*', algorithm: null}]"], 8, "matches no linear"),
