@@ -27,6 +27,17 @@ def test_schemes_survive_json(algorithm):
     assert LinearScheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
 
 
+def test_a_checkpoint_from_before_exponents_keeps_the_rule_it_was_made_with():
+    written = named_scheme("mxfp4").to_dict()
+    older = {
+        kind: {key: value for key, value in written[kind].items() if key != "exponent"}
+        for kind in ("weight", "input")
+    }
+    found = LinearScheme.from_dict(written | older)
+    assert found.weight.exponent == found.input.exponent == "floor"
+    assert named_scheme("mxfp4").weight.exponent == "nearest"  # control: now it is another
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("format", "int9"), ("granularity", "row"), ("scale_dtype", "load"), ("scale_dtype", "int8")],
