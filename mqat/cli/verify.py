@@ -137,6 +137,11 @@ def _check_path(path: Path) -> None:
             f"{path}: is a checkpoint, of which mqat export makes a directory for serving. To compare "
             f"both: mqat verify DIR --reference {path}"
         )
+    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+        raise UserError(
+            f"{path}: is for llama.cpp, whose rounding of inputs no reader here has. To see what was "
+            "written: mqat import FILE.gguf, then mqat eval. To compare servers: make test-serve."
+        )
     if path.is_dir() and not any(path.glob("config.json")) and not any(path.rglob("*.safetensors")):
         raise UserError(
             f"{path}: holds no export (no config.json and no *.safetensors); name what mqat export "

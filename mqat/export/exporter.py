@@ -52,6 +52,18 @@ class ExportOptions:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    def refuse_parts(self, format_: str, reason: str) -> None:
+        """For formats that are written whole: raises UserError where parts are chosen."""
+        layout, others = (
+            (self.tensor_parallel, self.pipeline_parallel),
+            (self.archive, self.max_shard_bytes),
+        )
+        if layout != (1, 1) or others != (None, None) or self.allow_requantization:
+            raise UserError(
+                f"export.format={format_}: {reason}; leave out inference sizes (--inference-tp, "
+                "--inference-pp), --qnemo, --max-shard-gb and --allow-requantization."
+            )
+
 
 @dataclass(frozen=True)
 class DirectoryContents:

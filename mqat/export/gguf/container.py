@@ -99,7 +99,7 @@ def _string(text: str) -> bytes:
 def _value(value: Any) -> bytes:
     """Type and value of a key."""
     if isinstance(value, list):
-        is_text = isinstance(value[0], str)
+        is_text = not value or isinstance(value[0], str)  # a vocabulary may have no merges
         items = map(_string, value) if is_text else (struct.pack("<i", item) for item in value)
         kind = _STRING if is_text else _INT32
         return struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(items)

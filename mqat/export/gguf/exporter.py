@@ -50,21 +50,13 @@ class GgufExporter:
     format = "gguf"
     style = None
     output_name = "gguf"
-    is_served = (
-        False  # llama.cpp computes with its own rounding of inputs, which no reader here has
-    )
+    is_served = False  # llama.cpp rounds inputs in its own way, which no reader here has
 
     def check(
         self, model: DecoderConfig, schemes: Mapping[str, Scheme], options: ExportOptions
     ) -> None:
         """As `Exporter.check`."""
-        layout = options.tensor_parallel, options.pipeline_parallel
-        others = options.archive, options.max_shard_bytes
-        if layout != (1, 1) or others != (None, None) or options.allow_requantization:
-            raise UserError(
-                "export.format=gguf: is one file, whole; leave out inference sizes (--inference-tp, "
-                "--inference-pp), --qnemo, --max-shard-gb and --allow-requantization."
-            )
+        options.refuse_parts(self.format, "is one file, whole")
         _check_model(model)
         for name, cache in kv_cache_schemes(schemes).items():
             raise UserError(

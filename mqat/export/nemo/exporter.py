@@ -13,7 +13,6 @@ import yaml
 from torch import Tensor
 
 from mqat.checkpoints.reader import CheckpointReader
-from mqat.errors import UserError
 from mqat.export.exporter import PRODUCER, DirectoryContents, ExportOptions
 from mqat.export.nemo.model_config import check_model, model_config
 from mqat.export.nemo.torch_dist import FORMAT, Record, empty_common, index, write_records
@@ -38,13 +37,7 @@ class NemoExporter:
         self, model: DecoderConfig, schemes: Mapping[str, Scheme], options: ExportOptions
     ) -> None:
         """As `Exporter.check`."""
-        layout = options.tensor_parallel, options.pipeline_parallel
-        others = options.archive, options.max_shard_bytes
-        if layout != (1, 1) or others != (None, None) or options.allow_requantization:
-            raise UserError(
-                "export.format=nemo: loads at any layout, and serves nothing; leave out inference sizes "
-                "(--inference-tp, --inference-pp), --qnemo, --max-shard-gb and --allow-requantization."
-            )
+        options.refuse_parts(self.format, "loads at any layout, and serves nothing")
         check_model(model)
 
     def warning(self, schemes: Mapping[str, Scheme]) -> str | None:

@@ -40,13 +40,7 @@ class PeftExporter:
         self, model: DecoderConfig, schemes: Mapping[str, Scheme], options: ExportOptions
     ) -> None:
         """As `Exporter.check`."""
-        layout = options.tensor_parallel, options.pipeline_parallel
-        others = options.archive, options.max_shard_bytes
-        if layout != (1, 1) or others != (None, None) or options.allow_requantization:
-            raise UserError(
-                "export.format=peft: adapters are whole; leave out inference sizes (--inference-tp, "
-                "--inference-pp), --qnemo, --max-shard-gb and --allow-requantization."
-            )
+        options.refuse_parts(self.format, "adapters are whole")
         if any(linear.is_transposed_in_hf for linear in model.linears):
             raise UserError(
                 f"export.format=peft: a {model.family} model of Hugging Face has its weights transposed "

@@ -101,6 +101,7 @@ def run(monkeypatch, *arguments):
         ("verify gone", "gone: no such file or directory"),
         ("verify empty", "empty: holds no export"),
         ("verify text", "text: not a .qnemo archive"),
+        ("verify llama", "llama: is for llama.cpp, whose rounding of inputs no reader here has"),
         ("verify CHECKPOINT", "is a checkpoint, of which mqat export makes a directory"),
         ("inspect gone", "gone: no such file or directory"),
         ("inspect empty", "empty: config.json: unreadable"),
@@ -134,13 +135,22 @@ def test_misuse_is_one_line_and_status_2(command, message, tiny, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("text").write_text("text")
+    Path("llama").mkdir()
+    for name in ("config.json", "model.gguf"):
+        Path("llama", name).touch()
     Path("broken").write_text("{\n\n- :")
     Path("silent.yaml").write_text("trainer:\n  max_steps: 1\n")
     words = command.replace("CHECKPOINT", str(tiny("int8"))).split()
     assert run(monkeypatch, *words) == 2
     (line,) = [s for s in capsys.readouterr().err.splitlines() if "Warning" not in s]
     assert line.startswith("error: ") and message in line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "empty", "silent.yaml", "text"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "broken",
+        "empty",
+        "llama",
+        "silent.yaml",
+        "text",
+    ]
 
 
 def test_recipes_are_listed_and_one_is_copied_and_checked(tmp_path, monkeypatch, capsys):
